@@ -1,0 +1,57 @@
+"""Steered small language models on Apple silicon.
+
+Steering belongs to the KV cache, not to the model: load a model once, and every cache says
+what is added to the residual stream while it is filled and read.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .conversion import convert as convert
+    from .errors import DenseSteerError as DenseSteerError
+    from .extraction import Pair as Pair
+    from .extraction import extract as extract
+    from .generation import Generation as Generation
+    from .generation import Sampling as Sampling
+    from .generation import generate as generate
+    from .generation import stream as stream
+    from .interop import import_vector as import_vector
+    from .model import load as load
+    from .patch import make_cache as make_cache
+    from .steering import Steering as Steering
+    from .vector import SteeringVector as SteeringVector
+
+# Imported on first use (PEP 562): mlx-lm takes seconds to import, a vector file needs numpy
+# alone. No module has the name of a function here: importing it would hide the function.
+_HOMES = {
+    "DenseSteerError": "errors",
+    "Generation": "generation",
+    "Pair": "extraction",
+    "Sampling": "generation",
+    "Steering": "steering",
+    "SteeringVector": "vector",
+    "convert": "conversion",
+    "extract": "extraction",
+    "generate": "generation",
+    "import_vector": "interop",
+    "load": "model",
+    "make_cache": "patch",
+    "stream": "generation",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

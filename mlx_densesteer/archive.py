@@ -1,0 +1,65 @@
+"""Reading a zip archive that somebody else made, without trusting it.
+
+A vector file is a few hundred kilobytes. Whatever its directory claims, no more than
+``max_bytes`` are unpacked, and nothing is written to disk.
+"""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+from .errors import VectorFormatError
+
+MAX_BYTES = 64 * 2**20  # 80 layers x 8192 float32 (the largest Qwen2) are 2.5 MiB
+MAX_MEMBERS = 4096
+
+
+def read_archive(
+    path: str | Path, *, max_bytes: int = MAX_BYTES, max_members: int = MAX_MEMBERS
+) -> dict[str, bytes]:
+    """Return every member of the zip file at ``path`` by name, uncompressed.
+
+    Raises:
+        VectorFormatError: no zip file, truncated, damaged (CRC), encrypted, a duplicate
+            name, or more than ``max_members`` members or ``max_bytes`` bytes unpacked.
+        FileNotFoundError, PermissionError: as the operating system reports them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise VectorFormatError(f"{path}: is a folder, but a steering vector is one file.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_directory(path, members, max_bytes, max_members)
+            return {member.filename: archive.read(member) for member in members}
+    except zipfile.BadZipFile as error:
+        raise VectorFormatError(
+            f"{path}: not a complete zip archive ({error}). "
+            "The file is truncated or of another kind; copy or download it again."
+        ) from error
+    except (zlib.error, EOFError, NotImplementedError) as error:
+        raise VectorFormatError(
+            f"{path}: the archive is damaged ({error}). Copy or download it again."
+        ) from error
+
+
+def _check_directory(
+    path: Path, members: list[zipfile.ZipInfo], max_bytes: int, max_members: int
+) -> None:
+    if len(members) > max_members:
+        raise VectorFormatError(
+            f"{path}: {len(members)} members, but a vector file has at most {max_members}."
+        )
+    names = [member.filename for member in members]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise VectorFormatError(f"{path}: {twice[0]} is in the archive more than once.")
+    total = sum(member.file_size for member in members)
+    if total > max_bytes:
+        raise VectorFormatError(
+            f"{path}: would unpack to {total:,} bytes, but a vector file has at most "
+            f"{max_bytes:,}. It is a zip bomb or no vector; it was not unpacked."
+        )
+    encrypted = [member.filename for member in members if member.flag_bits & 0x1]
+    if encrypted:
+        raise VectorFormatError(f"{path}: {encrypted[0]} is encrypted; vectors never are.")

@@ -1,0 +1,50 @@
+"""``densesteer convert``."""
+
+import sys
+
+import click
+
+from .steer import note
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(file_okay=False), metavar="FOLDER",
+              help="Folder to write. [default: converted/NAME-4bit and so on]")
+@click.option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True,
+              help="Quantisation of the matrices.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64",
+              show_default=True, help="Weights that share a scale.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+              help="Of what is not quantised. [default: the source's own; bfloat16 for GGUF]")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@click.option("--force", is_flag=True, help="Replace FOLDER if it exists.")
+def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str | None,
+            revision: str | None, force: bool) -> None:  # fmt: skip
+    """Convert a Qwen2 or Qwen2.5 model for MLX.
+
+    SOURCE is a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a local Hugging Face folder, or a GGUF
+    file. The folder is checked with one forward pass before it gets its name, which is
+    printed on standard output.
+    """
+    from ..conversion import convert as run
+
+    try:
+        folder = run(
+            source, out, bits=None if bits == "none" else int(bits), group_size=int(group_size),
+            dtype=dtype, revision=revision, force=force, progress=_show,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        note("interrupted; nothing half-done was left. A download goes on where it stopped.")
+        sys.exit(130)
+    click.echo(folder)
+
+
+def _show(what: str, done: int, total: int) -> None:
+    terminal = sys.stderr.isatty()
+    if not total:
+        note(what)
+    elif terminal:
+        click.echo(f"\rdensesteer: {what}: {done}/{total}", nl=done == total, err=True)
+    elif done == total:
+        note(f"{what}: {total} tensors")

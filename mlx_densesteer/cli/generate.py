@@ -1,0 +1,111 @@
+"""``densesteer generate``."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import model_option, steering_options
+from .steer import note, read_steering, tell_dose, tell_fit
+
+if TYPE_CHECKING:
+    from ..generation import Generation
+
+
+@click.command()
+@model_option
+@steering_options
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Temperature; 0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="For a repeatable sample.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
+@click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.argument("prompt", required=False)
+def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
+             positions: str, max_tokens: int, temp: float, top_p: float, seed: int | None,
+             system: str | None, stop: tuple[str, ...], raw: bool, as_json: bool,
+             prompt: str | None) -> None:  # fmt: skip
+    """Generate text, steered if a vector is given.
+
+    PROMPT is read from standard input where it is missing or "-". The text goes to standard
+    output as it is made, everything else to standard error.
+    """
+    text = _read_prompt(prompt)
+    steering = read_steering(vector, strength, layers, positions)
+
+    from ..generation import Sampling, stream
+    from ..model import inspect, load
+    from ..prompt import encode_prompt
+    from ..record import residual_norms
+
+    loaded, tokenizer = load(model)
+    tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
+    doses: dict[int, float] = {}
+    if steering is not None:
+        tell_fit(steering, inspect(loaded, model))
+        norms = residual_norms(loaded, tokens[:_DOSE_TOKENS], steering.layers)
+        doses = steering.relative_dose(norms)
+        tell_dose(steering, doses)
+    pieces = stream(
+        loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
+        sampling=Sampling(temp, top_p, seed), stop=stop,
+    )  # fmt: skip
+    try:
+        for piece in pieces:
+            if not as_json:
+                click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        pass  # what was said is kept; the finish reason tells
+    result = pieces.result
+    click.echo(json.dumps(_to_json(result, doses), ensure_ascii=False) if as_json else "")
+    note(_receipt(result))
+    if result.finish_reason == "interrupted":
+        sys.exit(130)
+
+
+_DOSE_TOKENS = 64  # enough for a mean norm; a fraction of the prompt's own time
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt not in (None, "-"):
+        return prompt  # type: ignore[return-value]
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give it as an argument or on standard input.")
+    try:
+        return click.get_binary_stream("stdin").read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is not UTF-8 text ({error}).") from error
+
+
+def _to_json(result: "Generation", doses: dict[int, float]) -> dict[str, object]:
+    steering = result.steering.describe() if result.steering else None
+    if steering is not None:
+        steering["relative_dose"] = {str(layer): round(dose, 4) for layer, dose in doses.items()}
+    return {
+        "text": result.text,
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "density": result.density,
+        "prompt_tokens": result.prompt_tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "time_to_first_token": result.time_to_first_token,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "finish_reason": result.finish_reason,
+        "steering": steering,
+    }
+
+
+def _receipt(result: "Generation") -> str:
+    ends = {
+        "stop": "", "length": "; cut off at --max-tokens", "interrupted": "; interrupted",
+    }[result.finish_reason]  # fmt: skip
+    density = f", density {result.density:.1f}" if result.density else ""
+    return (
+        f"{result.tokens} tokens, {result.steps} steps{density}, first token after "
+        f"{result.time_to_first_token:.2f} s, then {result.tokens_per_second:.1f} tokens/s{ends}"
+    )

@@ -1,0 +1,317 @@
+"""Hub repository, Hugging Face folder or GGUF file -> MLX folder. mlx-lm converts."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+
+from ._version import __version__
+from .errors import ConversionError
+from .hub import fetch_file, fetch_model, missing_bytes
+from .interop import gguf_model
+from .model import fingerprint
+from .model_folder import RECORD, parse_config, read_config
+
+DTYPES = ("bfloat16", "float16", "float32")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+OUT = Path("converted")
+
+Progress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What to write."""
+
+    bits: int | None
+    group_size: int
+    dtype: str | None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, *BITS):
+            raise ConversionError(f"{self.bits} bits: expected 4, 8 or none.")
+        if self.group_size not in GROUP_SIZES:
+            raise ConversionError(f"group size {self.group_size}: expected one of {GROUP_SIZES}.")
+        if self.dtype not in (None, *DTYPES):
+            raise ConversionError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}.")
+
+    def folder(self, name: str, dtype: str) -> Path:
+        return OUT / f"{name}-{f'{self.bits}bit' if self.bits else dtype}"
+
+    def bytes(self, parameters: int, dtype: str) -> int:
+        """Estimate the converted weights; a scale and a bias of 16 bits for each group."""
+        plain = 4 if dtype == "float32" else 2
+        per_weight = self.bits / 8 + 2 * plain / self.group_size if self.bits else plain
+        return int(parameters * per_weight * 1.02)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights come from. ``prepare`` returns a Hugging Face folder."""
+
+    name: str  # of the folder that we write
+    origin: dict[str, str]  # what our record says of it
+    dtype: str
+    config: dict[str, object]
+    parameters: int
+    scratch_bytes: int
+    prepare: Callable[[Path, Progress], Path]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    bits: int | None = 4,
+    group_size: int = 64,
+    dtype: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Path:
+    """Convert a Qwen2 model for MLX and return the folder, by default in ``converted/``.
+
+    The folder is written under a temporary name, loaded again, checked with one forward
+    pass, and renamed: an interrupted run leaves no half model behind.
+
+    Args:
+        source: a Hub id, a Hugging Face folder, or a Qwen2 GGUF file (extra ``gguf``).
+        out: the folder to write.
+        bits: 4 or 8 quantises the matrices; ``None`` keeps ``dtype``.
+        dtype: of what is not quantised; by default the source's own, bfloat16 for GGUF.
+        revision: branch, tag or commit of a Hub repository.
+        force: replace ``out`` if it exists; the old one stays until the new one is checked.
+
+    Raises:
+        ConversionError: ``out`` exists, the disk is too small, an option does not fit the
+            model, or the result fails its check.
+        UnsupportedModelError: not of the Qwen2 family.
+        ModelError, HubError: the source cannot be read.
+    """
+    target = _Target(bits, group_size, dtype)
+    found = _open_source(source, target, revision, progress)
+    folder = Path(out) if out else target.folder(found.name, found.dtype)
+    if folder.exists() and not force:
+        raise ConversionError(
+            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
+        )
+    _check_groups(found, target)
+    need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
+    check_disk(folder.parent, need, "the conversion")
+    with _workspace(folder) as work:
+        hf_folder = found.prepare(work / "hf", progress)
+        progress(f"converting to {folder.name}", 0, 0)
+        _run_mlx_lm(hf_folder, work / "mlx", target, found.dtype)
+        progress("checking with one forward pass", 0, 0)
+        _finish(work / "mlx", found, target)
+        _move_into_place(work / "mlx", folder)
+    return folder
+
+
+def _open_source(
+    source: str | Path, target: _Target, revision: str | None, progress: Progress
+) -> _Source:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _gguf_source(path, target, progress)
+    if path.is_dir():
+        if any(path.glob("*.gguf")) and not (path / "config.json").exists():
+            files = ", ".join(sorted(p.name for p in path.glob("*.gguf")))
+            raise ConversionError(f"{path}: is a folder of GGUF files; name one of {files}.")
+        return _folder_source(path, path.resolve().name, {"source": path.resolve().name}, target)
+    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) != 2:
+        raise ConversionError(
+            f"{source}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), "
+            "a Hugging Face folder, or a GGUF file."
+        )
+    repo = str(source)
+    # The family is known from one small file, before gigabytes are fetched.
+    parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
+    need = missing_bytes(repo, revision=revision)
+    check_disk(Path(os.environ.get("HF_HOME", Path.home())), need, "the download")
+    progress(f"downloading {repo}", 0, 0)
+    folder = fetch_model(repo, revision=revision)
+    return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)
+
+
+def _folder_source(folder: Path, name: str, origin: dict[str, str], target: _Target) -> _Source:
+    config = read_config(folder)
+    if "quantization" in config or "quantization_config" in config:
+        raise ConversionError(
+            f"{folder}: is quantised already. Convert from the original weights "
+            "(quantising twice would lose more), or use it as it is."
+        )
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise ConversionError(f"{folder}: no model*.safetensors. Get the safetensors version.")
+    try:
+        parameters = sum(array.size for file in weights for array in mx.load(str(file)).values())
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(
+            f"{folder}: its weights are damaged or incomplete ({error}). Copy or download them again."
+        ) from error
+    dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    return _Source(
+        name=name, origin=origin, dtype=str(dtype), config=config, parameters=parameters,
+        scratch_bytes=0, prepare=lambda work, progress: folder,
+    )  # fmt: skip
+
+
+def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
+    progress(f"reading {path.name}", 0, 0)
+    reader = gguf_model.open_gguf(path)
+    dtype = target.dtype or "bfloat16"
+    parameters = gguf_model.parameter_count(reader)
+
+    def prepare(work: Path, progress: Progress) -> Path:
+        label = f"dequantising {path.name}"
+        gguf_model.write_hf_folder(reader, work, dtype, lambda done, n: progress(label, done, n))
+        return work
+
+    return _Source(
+        name=path.stem,
+        origin={"source": path.stem, "gguf_sha256": file_sha256(path)},
+        dtype=dtype,
+        config=gguf_model.read_config(reader, dtype),
+        parameters=parameters,
+        scratch_bytes=parameters * (4 if dtype == "float32" else 2),
+        prepare=prepare,
+    )
+
+
+def _check_groups(source: _Source, target: _Target) -> None:
+    """mlx-lm leaves a matrix unquantised, without a word, if the groups do not fit."""
+    if not target.bits:
+        return
+    for key in ("hidden_size", "intermediate_size"):
+        width = source.config.get(key)
+        if not isinstance(width, int) or width % target.group_size:
+            raise ConversionError(
+                f"{source.name}: group size {target.group_size} does not divide its {key} {width}. "
+                f"Choose another --group-size ({', '.join(map(str, GROUP_SIZES))}) or --bits none."
+            )
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """Raise ``ConversionError`` unless ``need`` bytes are free where ``folder`` is or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise ConversionError(
+            f"{folder}: {what} needs about {need / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB "
+            "are free. Make room or choose another place (-o)."
+        )
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside ``folder``, on the same file system; gone afterwards."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.partial-"
+    for left in folder.parent.glob(f"{prefix}*"):  # of runs that were killed
+        if not _is_running(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = folder.parent / f"{prefix}{os.getpid()}"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _run_mlx_lm(source: Path, out: Path, target: _Target, dtype: str) -> None:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            mlx_lm.convert(
+                str(source),
+                str(out),
+                quantize=target.bits is not None,
+                q_bits=target.bits,
+                q_group_size=target.group_size if target.bits else None,
+                dtype=dtype,
+            )
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ConversionError(
+            f"{source}: mlx-lm cannot convert it ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _finish(out: Path, source: _Source, target: _Target) -> None:
+    """Load what was written, run it once, and write the record of where it came from."""
+    _set_dtype(out / "config.json", source.dtype)
+    try:
+        model, tokenizer = mlx_lm.load(str(out))[:2]
+        tokens = tokenizer.encode("What is 12 + 30?")
+        logits = model(mx.array([tokens]))
+        finite = mx.isfinite(logits).all().item()
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ConversionError(f"{source.name}: the converted model does not load ({error}).") from error
+    if logits.shape != (1, len(tokens), model.args.vocab_size) or not finite:
+        raise ConversionError(
+            f"{source.name}: the converted model gives logits of shape {logits.shape}, "
+            f"{'finite' if finite else 'not finite'}. Try --dtype bfloat16 or float32."
+        )
+    record = {
+        **source.origin,
+        "bits": target.bits,
+        "group_size": target.group_size if target.bits else None,
+        "dtype": source.dtype,
+        "fingerprint": fingerprint(model),
+        "created_by": f"mlx-densesteer {__version__}, mlx-lm {mlx_lm.__version__}",
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _set_dtype(file: Path, dtype: str) -> None:
+    """mlx-lm keeps the source's dtype in the config, whatever it wrote."""
+    config = json.loads(file.read_text("utf-8"))
+    config.pop("dtype", None)
+    file.write_text(json.dumps(config | {"torch_dtype": dtype}, indent=4, sort_keys=True), "utf-8")
+
+
+def _move_into_place(out: Path, folder: Path) -> None:
+    if not folder.exists():
+        out.rename(folder)
+        return
+    old = out.parent / "old"  # inside the workspace: it goes when the new one is in place
+    folder.rename(old)
+    try:
+        out.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+

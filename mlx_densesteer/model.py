@@ -1,0 +1,109 @@
+"""Load a Qwen2 model and say what it is."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import ModelError
+from .hub import fetch_file, fetch_model
+from .model_folder import origin, parse_config, read_config
+from .patch import decoder_blocks, patch
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a steering vector needs to know of a model.
+
+    ``fingerprint`` is that of the original weights: the same for every precision.
+    """
+
+    name: str
+    layer_count: int
+    hidden_size: int
+    dtype: str
+    quantization: str
+    fingerprint: str
+
+
+def load(
+    path_or_repo: str | Path, *, revision: str | None = None, adapter_path: str | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Return a patched model and its tokenizer, from a folder or a Hub id.
+
+    Until a cache carries a steering (``make_cache``), the model is the stock model.
+
+    Raises:
+        UnsupportedModelError: not of the Qwen2 family.
+        ModelError: no model there, or its files are damaged.
+        HubError: the Hub did not give us the files.
+    """
+    path = find(path_or_repo, revision=revision)
+    read_config(path)
+    try:
+        model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter_path)[:2]
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({error}). Convert or download it again.") from error
+    return patch(model), tokenizer
+
+
+def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
+    """Return the local folder of a model, from the Hub if it is no folder here."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise ModelError(f"{path}: is {kind}; make an MLX folder of it with `densesteer convert {path}`.")
+    if path.is_absolute() or str(path_or_repo).startswith((".", "~")) or len(path.parts) != 2:
+        raise ModelError(
+            f"{path_or_repo}: no such folder. Expected a folder that `densesteer convert` wrote, "
+            "or a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
+        )
+    repo = str(path_or_repo)
+    # The family is known from one small file, before gigabytes are fetched.
+    parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
+    return fetch_model(repo, revision=revision)
+
+
+def inspect(model: nn.Module, path_or_repo: str | Path) -> ModelInfo:
+    """Return what a vector's metadata records of a loaded model."""
+    layers = model.model.layers
+    quantized = getattr(layers[-1].mlp.down_proj, "bits", None)
+    group_size = getattr(layers[-1].mlp.down_proj, "group_size", None)
+    return ModelInfo(
+        name=origin(path_or_repo),
+        layer_count=model.args.num_hidden_layers,
+        hidden_size=model.args.hidden_size,
+        dtype=str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
+        quantization=f"{quantized}-bit, group {group_size}" if quantized else "none",
+        fingerprint=fingerprint(model),
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identify the weights: SHA-256 (first 16 digits) over every RMSNorm weight as bfloat16.
+
+    Norm weights are never quantised and survive a change of dtype, so each precision of one
+    checkpoint has one fingerprint; checkpoints that were trained apart differ.
+    """
+    digest = hashlib.sha256()
+    for block in decoder_blocks(model).values():
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            digest.update(_bfloat16_bytes(norm.weight))
+    digest.update(_bfloat16_bytes(model.model.norm.weight))
+    return digest.hexdigest()[:16]
+
+
+def _bfloat16_bytes(array: mx.array) -> bytes:
+    return bytes(memoryview(array.astype(mx.bfloat16).view(mx.uint16)))
+
+
+def chat_template_sha256(tokenizer: TokenizerWrapper) -> str | None:
+    """Return the SHA-256 of the chat template, or ``None`` if there is none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None

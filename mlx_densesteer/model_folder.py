@@ -1,0 +1,59 @@
+"""What a model folder says of itself, read without mlx."""
+
+import json
+from pathlib import Path
+
+from .errors import ModelError, UnsupportedModelError
+
+FAMILY = "qwen2"
+RECORD = "densesteer.json"  # what `convert` writes beside the weights
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """Return the ``config.json`` of a model folder; it must be of the Qwen2 family.
+
+    Raises:
+        ModelError: no model folder.
+        UnsupportedModelError: not of the Qwen2 family; the message names what it is.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder}: no config.json, so no model folder. Expected one that "
+            "`densesteer convert` or `hf download` wrote."
+        )
+    return parse_config(file.read_bytes(), str(folder))
+
+
+def parse_config(content: bytes, name: str) -> dict[str, object]:
+    """Return a parsed ``config.json``; raises as ``read_config`` does."""
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise ModelError(f"{name}: config.json is no JSON ({error}). Download it again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{name}: its config.json names no model_type, so it is no language model.")
+    if config["model_type"] != FAMILY:
+        architectures = config.get("architectures") or ["unknown architecture"]
+        raise UnsupportedModelError(
+            f"{name}: is a {config['model_type']} model ({', '.join(map(str, architectures))}), but "
+            "only the Qwen2 family (Qwen2, Qwen2.5; model_type qwen2) can be steered."
+        )
+    return config
+
+
+def recorded(folder: Path) -> dict[str, object]:
+    """Return what ``densesteer convert`` recorded in a folder; empty for other folders."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def origin(path_or_repo: str | Path) -> str:
+    """Return the name of the model that a folder was converted from, else its own name."""
+    path = Path(path_or_repo).expanduser()
+    if not path.is_dir():
+        return str(path_or_repo)
+    return str(recorded(path).get("source") or path.resolve().name)
