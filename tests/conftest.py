@@ -1,0 +1,124 @@
+"""Fixtures that many tests share: a tiny random model and the real checkpoint."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_densesteer.vector import SteeringVector, VectorMeta
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
+
+
+@pytest.fixture
+def tiny():
+    """A random float32 Qwen2 model with stock blocks, new for every test."""
+    from mlx_densesteer.self_check import tiny_model
+
+    return tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=VOCABULARY)
+
+
+@pytest.fixture
+def make_vector():
+    """Return a function that makes a random vector for the tiny model."""
+
+    def make(layers=range(LAYERS), *, seed=0, size=1.0, hidden=HIDDEN, layer_count=LAYERS):
+        rng = np.random.default_rng(seed)
+        arrays = {layer: size * rng.normal(size=hidden).astype(np.float32) for layer in layers}
+        meta = VectorMeta(model="tiny", hidden_size=hidden, layer_count=layer_count)
+        return SteeringVector(arrays, meta)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_files(tmp_path_factory) -> Path:
+    """A folder with a byte-level tokenizer and Qwen's chat layout, 300 entries or so."""
+    import json
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
+    """A tiny random Qwen2 as a Hugging Face folder in bfloat16."""
+    import json
+    import shutil
+
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_densesteer.self_check import tiny_model
+
+    folder = tmp_path_factory.mktemp("hf") / "Tiny-Qwen2"
+    shutil.copytree(tiny_tokenizer_files, folder)
+    model = tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=260)
+    weights = {name: array.astype(mx.bfloat16) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "intermediate_size": 2 * HIDDEN, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 260, "rope_theta": 1000000.0,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": 258,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def checkpoint_cache() -> Path:
+    """Where ``scripts/fetch-test-model`` puts the real checkpoint."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mlx-densesteer"
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The real Qwen2.5-Coder-0.5B-Instruct as an MLX folder in float32."""
+    folder = checkpoint_cache() / "Qwen2.5-Coder-0.5B-Instruct-float32"
+    if not folder.is_dir():
+        message = f"no real checkpoint in {folder}: run scripts/fetch-test-model"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(checkpoint):
+    """The real checkpoint, loaded and patched once: ``(model, tokenizer)``."""
+    from mlx_densesteer import load
+
+    return load(checkpoint)
+
+
+def pytest_report_header() -> str:
+    if sys.platform != "linux":
+        return ""
+    fast = "openblas" in Path("/proc/self/maps").read_text()
+    return f"OpenBLAS: {'loaded' if fast else 'NOT loaded, float32 will be slow (scripts/test loads it)'}"
