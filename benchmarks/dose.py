@@ -3,12 +3,13 @@
     python benchmarks/dose.py MODEL VECTOR --layers 8,12,16,20 --doses -0.3,-0.1,0.1,0.3,0.6,1.9
 
 One prompt under every (layer, relative dose), all as rows of one batch, greedy. Prints for
-each row tokens, steps, density, whether the answer is right, and the share of the response
+each row tokens, steps, density, whether its last number is the answer, and the share of the response
 that repeats itself (1 - distinct 4-grams of tokens / 4-grams): near 1 is a collapse.
 """
 
 import argparse
 import json
+import re
 import sys
 
 from mlx_lm.generate import BatchGenerator
@@ -20,10 +21,10 @@ from mlx_densesteer.record import residual_norms
 from mlx_densesteer.steering import parse_layers
 
 PROMPT = (
-    "A shop has 30 lamps. It sells half of them on Monday and 6 more on Tuesday. "
-    "Then 12 new lamps arrive. How many lamps does the shop have now?"
+    "Anna picks 48 apples in the morning, and in the afternoon half as many. "
+    "How many apples does she pick altogether?"
 )
-ANSWER = "21"
+ANSWER = "72"
 
 
 def repeated_share(tokens: list[int], n: int = 4) -> float:
@@ -37,13 +38,15 @@ def main() -> None:
     parser.add_argument("vector")
     parser.add_argument("--layers", default="8,12,16,20")
     parser.add_argument("--doses", default="-0.3,-0.2,-0.1,0.1,0.2,0.3,0.6,1.0,1.9")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--answer", default=ANSWER)
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--show", type=int, default=60, help="characters of each response's end")
     options = parser.parse_args()
     model, tokenizer = load(options.model)
     vector = SteeringVector.load(options.vector)
     layers = parse_layers([options.layers], vector.layers)
-    prompt = encode_prompt(tokenizer, PROMPT)
+    prompt = encode_prompt(tokenizer, options.prompt)
     residual, norms = residual_norms(model, prompt, layers), vector.norms()
     grid: list[tuple[int | None, float]] = [(None, 0.0)]
     grid += [(layer, float(dose)) for layer in layers for dose in options.doses.split(",")]
@@ -73,10 +76,11 @@ def main() -> None:
         tokens = responses[uid]
         text = tokenizer.decode(tokens)
         steps = len(split_steps(text))
+        right = re.findall(r"\d+", text)[-1:] == [options.answer]
         strength = 0.0 if layer is None else dose * residual[layer] / norms[layer]
         print(
             f"{'-' if layer is None else layer:>5}  {dose:>5g}  {strength:>8.2f}  {len(tokens):>6}"
-            f"  {steps:>5}  {density(len(tokens), steps) or 0:>7.1f}  {'yes' if ANSWER in text else 'no':>5}"
+            f"  {steps:>5}  {density(len(tokens), steps) or 0:>7.1f}  {'yes' if right else 'no':>5}"
             f"  {repeated_share(tokens):>8.2f}  {json.dumps(text[-options.show :])}"
         )
 

@@ -1,8 +1,16 @@
 """Model files from the Hugging Face Hub, and what to do when they do not come."""
 
+import hashlib
+import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     DryRunError,
     EntryNotFoundError,
@@ -15,10 +23,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from .errors import HubError
 
-MODEL_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+WEIGHT_FILES = "model*.safetensors"
+MODEL_FILES = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.txt", "*.jinja"]
 
 
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
@@ -30,9 +41,7 @@ def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     Raises:
         HubError: see ``fetch_file``.
     """
-    return _ask(repo, revision, lambda: snapshot_download(
-        repo, revision=revision, allow_patterns=MODEL_FILES
-    ))  # fmt: skip
+    return _ask(repo, revision, lambda: _snapshot(repo, revision))
 
 
 def fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
@@ -42,18 +51,107 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
         HubError: no such repository, revision or file; gated or private; no network and
             nothing in the cache; the connection broke.
     """
-    return _ask(repo, revision, lambda: hf_hub_download(repo, name, revision=revision))
+    return _ask(repo, revision, lambda: hf_hub_download(
+        repo, name, revision=revision, local_files_only=not _answers(repo, revision)
+    ))  # fmt: skip
 
 
 def missing_bytes(repo: str, *, revision: str | None = None) -> int:
     """Return how many bytes ``fetch_model`` would download; 0 where the Hub cannot say."""
+    if not _answers(repo, revision):
+        return 0  # no network: a complete copy in the cache needs no room
+    try:
+        files = snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True)
+    except (DryRunError, HTTPError, OSError):
+        return 0
+    return sum(file.file_size for file in files if file.will_download)
+
+
+def _answers(repo: str, revision: str | None) -> bool:
+    """Ask the Hub once, for ``HF_HUB_ETAG_TIMEOUT`` seconds at most (10).
+
+    huggingface_hub asks a Hub that stays silent for more than six minutes, or without end.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+    except HfHubHTTPError:
+        return True  # it refuses; the download will say why
+    except (HTTPError, OSError):
+        return False
+    return True
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    online = _answers(repo, revision)
+    if online:
+        _fetch_weights(repo, revision)
+    folder = Path(snapshot_download(
+        repo, revision=revision, allow_patterns=MODEL_FILES, local_files_only=not online
+    ))  # fmt: skip
+    if not online and not any(folder.glob(WEIGHT_FILES)):
+        raise LocalEntryNotFoundError(f"{folder}: no weights")
+    return folder
+
+
+def _fetch_weights(repo: str, revision: str | None) -> None:
+    """Put the weights into huggingface_hub's cache, going on where an earlier run stopped.
+
+    huggingface_hub 2 throws a file away that broke off, which may be gigabytes (its pull
+    request 4228). Where the cache has the blob of a file, it only links it.
+    """
     try:
         files = snapshot_download(
-            repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True
+            repo, revision=revision, allow_patterns=WEIGHT_FILES, dry_run=True
         )
-    except (DryRunError, HTTPError, OSError):
-        return 0  # no network: a complete copy in the cache needs no room
-    return sum(file.file_size for file in files if file.will_download)
+    except DryRunError:
+        return  # it refuses; the download will say why
+    for file in files:
+        if file.will_download:
+            _fetch_blob(repo, file.filename, file.commit_hash)
+
+
+def _fetch_blob(repo: str, name: str, commit: str) -> None:
+    url = hf_hub_url(repo, name, revision=commit)
+    found = get_hf_file_metadata(url)
+    if not found.size or not re.fullmatch("[0-9a-f]{64}", found.etag or ""):
+        return  # not in LFS, so it is small
+    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    blob = Path(HF_HUB_CACHE, folder, "blobs", found.etag)
+    lock = Path(HF_HUB_CACHE, ".locks", folder, f"{found.etag}.lock")
+    for file in (blob, lock):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not blob.exists():  # another process may have been faster
+            _resume(url, blob, found.size, name)
+
+
+def _resume(url: str, blob: Path, size: int, name: str) -> None:
+    """Download one file of ``size`` bytes; the name of ``blob`` is its SHA-256."""
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    with partial.open("ab") as file:
+        if file.tell() > size:
+            file.truncate(0)
+            file.seek(0)
+        http_get(
+            url,
+            file,
+            resume_size=file.tell(),
+            headers=build_hf_headers(),
+            expected_size=size,
+            displayed_filename=name,
+        )
+    if _sha256(partial) != blob.name:
+        partial.unlink()
+        raise OSError(f"{name} has not the SHA-256 that the Hub names; it was removed, try again")
+    partial.rename(blob)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _ask(repo: str, revision: str | None, download) -> Path:
@@ -77,19 +175,33 @@ def _ask(repo: str, revision: str | None, download) -> Path:
             "private one log in with `hf auth login` (or set HF_TOKEN)."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise HubError(f"{repo}{at}: {_refusal(error.__cause__)}") from error
         raise HubError(
             f"{repo}{at}: the Hub cannot be reached and there is no complete copy in the cache. "
             "Check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or name a local folder."
         ) from error
     except EntryNotFoundError as error:
-        raise HubError(f"{repo}{at}: is no model repository, a file is missing ({error}).") from error
+        raise HubError(
+            f"{repo}{at}: is no model repository, a file is missing ({_one_line(error)})."
+        ) from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        raise HubError(f"{repo}{at}: the Hub answered with {status}. Try again later.") from error
+        raise HubError(f"{repo}{at}: {_refusal(error)}") from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise HubError(
             f"{repo}{at}: the connection to the Hub broke ({type(error).__name__}: {error}). "
             "What was downloaded is kept; run the same command again to go on."
         ) from error
     except OSError as error:
-        raise HubError(f"{repo}{at}: the download failed ({error}).") from error
+        raise HubError(f"{repo}{at}: the download failed ({_one_line(error)}).") from error
+
+
+def _refusal(error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else "no status"
+    if status in (401, 403):
+        return f"the Hub answered with {status}. Check your token (HF_TOKEN, `hf auth whoami`)."
+    return f"the Hub answered with {status}. Try again later."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -209,13 +209,12 @@ def patch(model: nn.Module) -> nn.Module:
         ModelError: a block of another class, or of a subclass that we do not know.
     """
     blocks = decoder_blocks(model)
-    strange = {i: type(b).__name__ for i, b in blocks.items() if not _is_known(b)}
-    if strange:
-        layer, name = next(iter(strange.items()))
-        raise ModelError(
-            f"layer {layer} is a {name}, expected mlx_lm.models.qwen2.TransformerBlock. "
-            "Only the Qwen2 family can be steered."
-        )
+    for layer, block in blocks.items():
+        if type(block) not in (TransformerBlock, SteeredBlock):
+            raise ModelError(
+                f"layer {layer} is a {type(block).__name__} of {type(block).__module__}, expected "
+                "TransformerBlock of mlx_lm.models.qwen2: only the Qwen2 family can be steered."
+            )
     for block in blocks.values():
         block.__class__ = SteeredBlock
     return model
@@ -296,11 +295,7 @@ def _span(steering: Steering, prompt_length: int | None) -> Span:
             "make_cache(model, steering, prompt_length=len(tokens))."
         )
     # The last prompt token's output already chooses the first generated token.
-    return Span(start=prompt_length - 1) if steering.positions == "generated" else Span(
-        stop=prompt_length
-    )
-
-
-def _is_known(block: nn.Module) -> bool:
-    return type(block) in (TransformerBlock, SteeredBlock)
+    if steering.positions == "generated":
+        return Span(start=prompt_length - 1)
+    return Span(stop=prompt_length)
 

@@ -14,8 +14,9 @@ from .vector import SteeringVector, format_layers
 
 Positions = Literal["all", "generated", "prompt"]
 
-# Where reports of collapse begin, in units of the mean residual norm (docs/steering.md).
-OVERDOSE = 1.9
+# Relative dose from which on we warn. At 0.6 our 0.5B test checkpoint repeats itself without
+# end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
+LARGE_DOSE = 0.5
 
 
 @dataclass(frozen=True)

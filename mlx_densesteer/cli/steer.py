@@ -55,7 +55,7 @@ def tell_fit(steering: "Steering", info: "ModelInfo") -> None:
 
 def tell_dose(steering: "Steering", doses: dict[int, float]) -> None:
     """Say how large the steering is against the residual stream, and warn of an overdose."""
-    from ..steering import OVERDOSE
+    from ..steering import LARGE_DOSE
     from ..vector import format_layers
 
     total = sum(doses.values())
@@ -64,10 +64,10 @@ def tell_dose(steering: "Steering", doses: dict[int, float]) -> None:
         f"steering {steering.vector.name}: layer {format_layers(doses)}, strength "
         f"{steering.strength:g}, positions {steering.positions}, relative dose {total:.2g}{each}"
     )
-    if total >= OVERDOSE:
+    if total >= LARGE_DOSE:
         note(
-            f"warning: from a relative dose of about {OVERDOSE} on, steered models were seen to "
-            "collapse: the same words over and over, or text without sense. Try a smaller --strength."
+            "warning: a large dose. Our 0.5B test model collapsed at 0.6, others' models at about "
+            "1.9: the same words over and over, or text without sense. Try a smaller --strength."
         )
 
 

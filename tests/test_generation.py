@@ -1,0 +1,151 @@
+import mlx.core as mx
+import pytest
+from mlx_lm import generate as mlx_lm_generate
+from mlx_lm import load as mlx_lm_load
+
+import mlx_densesteer as ds
+from mlx_densesteer.errors import InputError
+from mlx_densesteer.generation import _held_back
+from mlx_densesteer.prompt import encode_prompt
+
+
+@pytest.fixture(scope="module")
+def loaded(hf_folder):
+    return ds.load(hf_folder)
+
+
+@pytest.fixture
+def steering(make_vector):
+    return ds.Steering(make_vector(size=3.0), 1.0, layers=(1, 2))
+
+
+def test_unsteered_is_what_mlx_lm_generates(loaded, hf_folder):
+    stock, tokenizer = mlx_lm_load(str(hf_folder))
+    expected = mlx_lm_generate(stock, tokenizer, encode_prompt(tokenizer, "2 + 2?"), max_tokens=12)
+    assert ds.generate(*loaded, "2 + 2?", max_tokens=12).text == expected
+
+
+def test_steering_changes_the_text_and_strength_zero_does_not(loaded, make_vector, steering):
+    plain = ds.generate(*loaded, "hello", max_tokens=12)
+    zero = ds.generate(*loaded, "hello", max_tokens=12, steering=ds.Steering(make_vector(), 0.0))
+    steered = ds.generate(*loaded, "hello", max_tokens=12, steering=steering)
+    assert zero.token_ids == plain.token_ids
+    assert steered.token_ids != plain.token_ids
+    assert steered.steering is steering
+
+
+def test_pieces_add_up_and_counts_are_true(loaded):
+    pieces = ds.stream(*loaded, "hello", max_tokens=15)
+    text = "".join(pieces)
+    result = pieces.result
+    assert text == result.text
+    assert result.tokens == len(result.token_ids) == 15
+    assert result.finish_reason == "length"
+    assert result.prompt_tokens == len(encode_prompt(loaded[1], "hello"))
+    assert result.steps >= 1 and result.density == 15 / result.steps
+    assert result.time_to_first_token > 0 and result.tokens_per_second > 0
+    assert result.peak_memory_bytes > 10_000
+
+
+def test_the_end_of_turn_token_is_not_counted(loaded, monkeypatch):
+    model, tokenizer = loaded
+    ids = ds.generate(model, tokenizer, "hello", max_tokens=9).token_ids
+    end = ids[5]
+    before = tokenizer.eos_token_ids
+    try:
+        tokenizer.eos_token_ids = {end}
+        result = ds.generate(model, tokenizer, "hello", max_tokens=9)
+    finally:
+        tokenizer.eos_token_ids = before
+    assert result.token_ids == ids[: ids.index(end)]
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_stop_text_ends_the_response_and_is_left_out(loaded, length):
+    text = ds.generate(*loaded, "hello", max_tokens=30).text
+    stop = text[7 : 7 + length]
+    pieces = ds.stream(*loaded, "hello", max_tokens=30, stop=["never there", stop])
+    shown = list(pieces)
+    assert "".join(shown) == text[: text.index(stop)]
+    assert pieces.result.finish_reason == "stop"
+
+
+def test_a_stop_text_that_never_comes_changes_nothing(loaded):
+    text = ds.generate(*loaded, "hello", max_tokens=20).text
+    assert ds.generate(*loaded, "hello", max_tokens=20, stop=[text[-1] + "\0"]).text == text
+
+
+def test_text_is_held_back_only_while_it_could_become_a_stop():
+    assert _held_back("abc", ["cde"]) == 1
+    assert _held_back("abcd", ["cde"]) == 2
+    assert _held_back("abcd", ["xyz"]) == 0
+    assert _held_back("aaaa", ["aaab"]) == 3
+    assert _held_back("abc", []) == 0
+
+
+def test_stopping_early_keeps_what_was_said(loaded):
+    pieces = ds.stream(*loaded, "hello", max_tokens=30)
+    first = next(pieces)
+    assert pieces.result.text == first
+    assert pieces.result.finish_reason == "interrupted"
+
+
+def test_sampling_repeats_with_a_seed(loaded):
+    def sample(seed):
+        options = ds.Sampling(temp=1.0, top_p=0.9, seed=seed)
+        return ds.generate(*loaded, "hello", max_tokens=12, sampling=options).token_ids
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_positions_reach_the_cache(loaded, make_vector):
+    """That they are exact is shown in test_patch; here, that the prompt's length is passed on."""
+    texts = {
+        positions: ds.generate(
+            *loaded, "hello", max_tokens=12,
+            steering=ds.Steering(make_vector(size=3.0), layers=(1,), positions=positions),
+        ).token_ids
+        for positions in ("prompt", "generated")
+    }  # fmt: skip
+    assert texts["prompt"] != texts["generated"]
+
+
+def test_prompts(loaded):
+    tokenizer = loaded[1]
+    chat = tokenizer.decode(encode_prompt(tokenizer, "Hi", system="Be brief."))
+    assert chat == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", raw=True)) == "Hi"
+    ids = encode_prompt(tokenizer, "hello")
+    by_ids = ds.generate(*loaded, ids, max_tokens=5)
+    assert by_ids.token_ids == ds.generate(*loaded, "hello", max_tokens=5).token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "  \n"}, "the prompt is empty"),
+        ({"prompt": []}, "no tokens"),
+        ({"max_tokens": 0}, "max tokens 0"),
+        ({"stop": [""]}, "a stop text is empty"),
+        ({"raw": True, "system": "x"}, "cannot go with raw"),
+    ],
+)
+def test_input_that_cannot_be_used(loaded, options, message):
+    options = {"prompt": "hello"} | options
+    with pytest.raises(InputError, match=message):
+        ds.stream(*loaded, options.pop("prompt"), **options)
+
+
+def test_sampling_options_that_cannot_be_used():
+    for options in ({"temp": -1}, {"temp": float("nan")}, {"top_p": 0}, {"top_p": 1.1}):
+        with pytest.raises(InputError, match="expected"):
+            ds.Sampling(**options)
+
+
+def test_peak_memory_is_of_this_response(loaded):
+    mx.eval(mx.zeros((64, 2**20)))  # 256 MiB, gone again
+    assert ds.generate(*loaded, "hello", max_tokens=2).peak_memory_bytes < 2**28
