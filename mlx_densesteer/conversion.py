@@ -1,12 +1,10 @@
 """Hub repository, Hugging Face folder or GGUF file -> MLX folder. mlx-lm converts."""
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import mlx.core as mx
 import mlx_lm
 
 from ._version import __version__
+from .atomic import check_disk, file_sha256, move_into_place, scratch_folder
 from .errors import ConversionError
 from .hub import fetch_file, fetch_model, missing_bytes
 from .interop import gguf_model
@@ -96,8 +95,9 @@ def convert(
         force: replace ``out`` if it exists; the old one stays until the new one is checked.
 
     Raises:
-        ConversionError: ``out`` exists, the disk is too small, an option does not fit the
-            model, or the result fails its check.
+        ConversionError: ``out`` exists, an option does not fit the model, or the result
+            fails its check.
+        DiskError: the disk is too small.
         UnsupportedModelError: not of the Qwen2 family.
         ModelError, HubError: the source cannot be read.
     """
@@ -111,13 +111,13 @@ def convert(
     _check_groups(found, target)
     need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
     check_disk(folder.parent, need, "the conversion")
-    with _workspace(folder) as work:
+    with scratch_folder(folder) as work:
         hf_folder = found.prepare(work / "hf", progress)
         progress(f"converting to {folder.name}", 0, 0)
         _run_mlx_lm(hf_folder, work / "mlx", target, found.dtype)
         progress("checking with one forward pass", 0, 0)
         _finish(work / "mlx", found, target)
-        _move_into_place(work / "mlx", folder)
+        move_into_place(work / "mlx", folder)
     return folder
 
 
@@ -205,45 +205,6 @@ def _check_groups(source: _Source, target: _Target) -> None:
             )
 
 
-def check_disk(folder: Path, need: int, what: str) -> None:
-    """Raise ``ConversionError`` unless ``need`` bytes are free where ``folder`` is or will be."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise ConversionError(
-            f"{folder}: {what} needs about {need / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB "
-            "are free. Make room or choose another place (-o)."
-        )
-
-
-@contextlib.contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside ``folder``, on the same file system; gone afterwards."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.partial-"
-    for left in folder.parent.glob(f"{prefix}*"):  # of runs that were killed
-        if not _is_running(left.name.removeprefix(prefix)):
-            shutil.rmtree(left, ignore_errors=True)
-    work = folder.parent / f"{prefix}{os.getpid()}"
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _run_mlx_lm(source: Path, out: Path, target: _Target, dtype: str) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
@@ -270,7 +231,9 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
         logits = model(mx.array([tokens]))
         finite = mx.isfinite(logits).all().item()
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ConversionError(f"{source.name}: the converted model does not load ({error}).") from error
+        raise ConversionError(
+            f"{source.name}: the converted model does not load ({error})."
+        ) from error
     if logits.shape != (1, len(tokens), model.args.vocab_size) or not finite:
         raise ConversionError(
             f"{source.name}: the converted model gives logits of shape {logits.shape}, "
@@ -292,26 +255,3 @@ def _set_dtype(file: Path, dtype: str) -> None:
     config = json.loads(file.read_text("utf-8"))
     config.pop("dtype", None)
     file.write_text(json.dumps(config | {"torch_dtype": dtype}, indent=4, sort_keys=True), "utf-8")
-
-
-def _move_into_place(out: Path, folder: Path) -> None:
-    if not folder.exists():
-        out.rename(folder)
-        return
-    old = out.parent / "old"  # inside the workspace: it goes when the new one is in place
-    folder.rename(old)
-    try:
-        out.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-

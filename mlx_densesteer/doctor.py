@@ -64,7 +64,9 @@ def _runtime() -> Iterator[Finding]:
     try:
         import mlx.core as mx
     except ImportError as error:
-        yield Finding("mlx", f"does not load: {error}", "on Linux: pip install 'mlx[cpu]'", fatal=True)
+        yield Finding(
+            "mlx", f"does not load: {error}", "on Linux: pip install 'mlx[cpu]'", fatal=True
+        )
         return
     metal = mx.metal.is_available()
     yield Finding("device", f"{mx.default_device()}{', Metal' if metal else ''}")

@@ -9,6 +9,7 @@
     │   └── UnsupportedModelError  not of the Qwen2 family
     ├── HubError             the model hub did not give us the files
     ├── ConversionError      a conversion that cannot start or did not pass its check
+    ├── DiskError            not enough room
     └── InputError           a prompt or pair that cannot be used
 
 A message says what was found, what was expected and the remedy. Whatever is not a
@@ -50,6 +51,10 @@ class HubError(DenseSteerError):
 
 class ConversionError(DenseSteerError):
     """A conversion that cannot start, or whose result did not pass its check."""
+
+
+class DiskError(DenseSteerError):
+    """Not enough room on the disk for what is to be written."""
 
 
 class InputError(DenseSteerError):

@@ -193,7 +193,9 @@ def stream(
     )  # fmt: skip
 
 
-def generate(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | Sequence[int], **options) -> Generation:
+def generate(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | Sequence[int], **options
+) -> Generation:
     """Return the whole response; the arguments are those of ``stream``."""
     pieces = stream(model, tokenizer, prompt, **options)
     for _ in pieces:

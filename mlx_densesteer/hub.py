@@ -96,7 +96,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
 def _fetch_weights(repo: str, revision: str | None) -> None:
     """Put the weights into huggingface_hub's cache, going on where an earlier run stopped.
 
-    huggingface_hub 2 throws a file away that broke off, which may be gigabytes (its pull
+    huggingface_hub 2.4 throws a file away that broke off, which may be gigabytes (its pull
     request 4228). Where the cache has the blob of a file, it only links it.
     """
     try:

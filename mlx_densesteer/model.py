@@ -47,7 +47,9 @@ def load(
     try:
         model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter_path)[:2]
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({error}). Convert or download it again.") from error
+        raise ModelError(
+            f"{path}: cannot be loaded ({error}). Convert or download it again."
+        ) from error
     return patch(model), tokenizer
 
 
@@ -58,7 +60,9 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
         return path
     if path.is_file():
         kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
-        raise ModelError(f"{path}: is {kind}; make an MLX folder of it with `densesteer convert {path}`.")
+        raise ModelError(
+            f"{path}: is {kind}; make an MLX folder of it with `densesteer convert {path}`."
+        )
     if path.is_absolute() or str(path_or_repo).startswith((".", "~")) or len(path.parts) != 2:
         raise ModelError(
             f"{path_or_repo}: no such folder. Expected a folder that `densesteer convert` wrote, "

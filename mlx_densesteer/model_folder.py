@@ -32,7 +32,9 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
     except ValueError as error:
         raise ModelError(f"{name}: config.json is no JSON ({error}). Download it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{name}: its config.json names no model_type, so it is no language model.")
+        raise ModelError(
+            f"{name}: its config.json names no model_type, so it is no language model."
+        )
     if config["model_type"] != FAMILY:
         architectures = config.get("architectures") or ["unknown architecture"]
         raise UnsupportedModelError(

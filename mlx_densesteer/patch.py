@@ -298,4 +298,3 @@ def _span(steering: Steering, prompt_length: int | None) -> Span:
     if steering.positions == "generated":
         return Span(start=prompt_length - 1)
     return Span(stop=prompt_length)
-

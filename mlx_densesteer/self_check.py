@@ -10,9 +10,7 @@ from .steering import Steering
 from .vector import SteeringVector, VectorMeta
 
 
-def tiny_model(
-    *, layers: int = 4, hidden: int = 64, vocabulary: int = 128, seed: int = 0
-) -> Model:
+def tiny_model(*, layers: int = 4, hidden: int = 64, vocabulary: int = 128, seed: int = 0) -> Model:
     """Return a random Qwen2 model of a few thousand float32 weights."""
     mx.random.seed(seed)
     model = Model(ModelArgs(

@@ -131,7 +131,9 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
                 layers.update(available)
             elif part.isdecimal():
                 layers.add(int(part))
-            elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**4:
+            elif (
+                dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**4
+            ):
                 layers.update(range(int(first), int(last) + 1))
             else:
                 raise SteeringError(

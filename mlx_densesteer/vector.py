@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from ._version import __version__
 from .archive import read_archive
+from .atomic import atomic_file
 from .errors import VectorFormatError, VectorMismatchError
 
 FORMAT = "mlx-densesteer steering vector"
@@ -153,15 +152,8 @@ class SteeringVector:
         document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
         arrays = {"meta": np.frombuffer(document, dtype=np.uint8)}
         arrays |= {_entry(layer): array.astype("<f4") for layer, array in self.layers.items()}
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
         return path
 
     @classmethod
@@ -188,7 +180,9 @@ class SteeringVector:
         for entry, layer in expected.items():
             array = parse_npy(path, entry, members[entry])
             if array.dtype != np.dtype("<f4"):
-                raise VectorFormatError(f"{path}: layer {layer} is {array.dtype}, expected float32.")
+                raise VectorFormatError(
+                    f"{path}: layer {layer} is {array.dtype}, expected float32."
+                )
             layers[layer] = array
         return cls(layers, meta, name=path.name)
 
@@ -231,12 +225,6 @@ def _entry(layer: int) -> str:
     return f"layer.{layer}"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _meta_problems(meta: VectorMeta) -> list[str]:
     problems = []
     if meta.hidden_size < 1 or meta.layer_count < 1:
@@ -256,7 +244,9 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
         )
     data = parse_npy(path, "meta.npy", members["meta.npy"])
     if data.dtype != np.uint8 or data.ndim != 1 or data.size > MAX_META_BYTES:
-        raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON of at most {MAX_META_BYTES} bytes.")
+        raise VectorFormatError(
+            f"{path}: `meta` is not UTF-8 JSON of at most {MAX_META_BYTES} bytes."
+        )
     try:
         document = json.loads(data.tobytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """Make the demo's steering vector: mean difference over the pairs in demo-pairs.jsonl.
 
-    python scripts/demo_vector.py MODEL OUT.npz
+python scripts/demo_vector.py MODEL OUT.npz
 """
 
 import json

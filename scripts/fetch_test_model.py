@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mlx_densesteer.conversion import file_sha256
+from mlx_densesteer.atomic import file_sha256
 from mlx_densesteer.errors import HubError
 from mlx_densesteer.hub import fetch_file
 

@@ -35,7 +35,8 @@ class Faults:
     status: int | None = None  # to every request
     silent: bool = False  # takes requests and never answers
     stop_at: int | None = None  # no byte of a large file arrives from here on, as the connection
-    breaks: Iterator[str] = repeat("close")  # "close"s, "reset"s, "hang"s; at the end it heals
+    # ... "close"s, "reset"s or "hang"s; at the end it heals
+    breaks: Iterator[str] = field(default_factory=lambda: repeat("close"))
 
 
 class HubServer:

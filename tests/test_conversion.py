@@ -11,8 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_densesteer import conversion
-from mlx_densesteer.conversion import check_disk, convert
-from mlx_densesteer.errors import ConversionError, ModelError, UnsupportedModelError
+from mlx_densesteer.atomic import check_disk
+from mlx_densesteer.conversion import convert
+from mlx_densesteer.errors import ConversionError, DiskError, ModelError, UnsupportedModelError
 from mlx_densesteer.model import fingerprint, inspect, load
 
 
@@ -47,7 +48,9 @@ def test_quantised(hf_folder, out, bits):
     assert inspect(model, out).quantization == f"{bits}-bit, group 32"
     logits = model(mx.array([tokenizer.encode("hello")])).astype(mx.float32)
     stock = load(hf_folder)[0](mx.array([tokenizer.encode("hello")])).astype(mx.float32)
-    assert float(mx.abs(logits - stock).mean()) < {4: 0.2, 8: 0.03}[bits] * float(mx.abs(stock).mean())
+    assert float(mx.abs(logits - stock).mean()) < {4: 0.2, 8: 0.03}[bits] * float(
+        mx.abs(stock).mean()
+    )
 
 
 def test_dtype_and_the_config_agree(hf_folder, out):
@@ -69,7 +72,10 @@ def test_the_record_and_one_fingerprint_for_every_precision(hf_folder, tmp_path)
 
 def test_the_name_says_what_it_is(hf_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [str(convert(hf_folder, bits=b, dtype=d)) for b, d in [(4, None), (None, None), (None, "float32")]]
+    names = [
+        str(convert(hf_folder, bits=b, dtype=d))
+        for b, d in [(4, None), (None, None), (None, "float32")]
+    ]
     assert names == [f"converted/Tiny-Qwen2-{x}" for x in ("4bit", "bfloat16", "float32")]
     assert sorted(p.name for p in (tmp_path / "converted").iterdir()) == sorted(
         name.removeprefix("converted/") for name in names
@@ -149,7 +155,7 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(hf_folder, out):
 def test_a_full_disk_is_noticed_before(hf_folder, out, monkeypatch):
     usage = shutil.disk_usage(out.parent.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConversionError, match=r"needs about 0\.0 GB of disk, but 0\.0 GB are free"):
+    with pytest.raises(DiskError, match=r"needs about 0\.0 GB of disk, but 0\.0 GB are free"):
         convert(hf_folder, out)
     assert not out.parent.exists()
 
@@ -165,7 +171,7 @@ def test_the_estimate_covers_what_is_written(hf_folder, tmp_path, monkeypatch):
 
 def test_disk_check_looks_at_the_nearest_folder_that_exists(tmp_path):
     check_disk(tmp_path / "a" / "b", 1, "this")
-    with pytest.raises(ConversionError, match="GB are free"):
+    with pytest.raises(DiskError, match="GB are free"):
         check_disk(tmp_path / "a" / "b", 10**18, "this")
 
 

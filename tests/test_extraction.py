@@ -43,7 +43,11 @@ def test_metadata_says_where_it_comes_from(loaded):
     meta = ds.extract(model, tokenizer, PAIRS, info, layers=[1]).meta
     assert (meta.model, meta.fingerprint) == ("Tiny-Qwen2", info.fingerprint)
     assert (meta.hidden_size, meta.layer_count, meta.quantization) == (64, 4, "none")
-    assert (meta.method, meta.token, meta.pair_count) == ("mean difference", "-1 of the response", 3)
+    assert (meta.method, meta.token, meta.pair_count) == (
+        "mean difference",
+        "-1 of the response",
+        3,
+    )
     assert meta.pairs_sha256 == pairs_sha256(PAIRS) != pairs_sha256(PAIRS[::-1])
     assert len(meta.chat_template_sha256) == 64
 

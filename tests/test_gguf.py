@@ -39,7 +39,7 @@ def vocabulary():
     tokens = [*sorted(ByteLevel.alphabet()), "he", "hel"]
     kinds = [1] * len(tokens)
     tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD262]"]
-    return tokens, kinds + [3, 3, 3, 4, 5], ["h e", "he l"]
+    return tokens, [*kinds, 3, 3, 3, 4, 5], ["h e", "he l"]
 
 
 def write_gguf(path, model, *, architecture="qwen2", quantised=False, leave_out=(), extra=()):
@@ -108,7 +108,11 @@ def test_a_quantised_file_is_dequantised(model, tmp_path):
 
 def test_an_output_matrix_of_its_own_unties_the_embeddings(model, tmp_path, monkeypatch):
     own = mx.random.normal((263, 64))
-    monkeypatch.setitem(globals(), "gguf_name", lambda n, f=gguf_name: "output.weight" if n == "own.weight" else f(n))
+    monkeypatch.setitem(
+        globals(),
+        "gguf_name",
+        lambda n, f=gguf_name: "output.weight" if n == "own.weight" else f(n),
+    )
     path = write_gguf(tmp_path / "tiny.gguf", model, extra=[("own.weight", own)])
     loaded, _ = load(convert(path, tmp_path / "out", bits=None, dtype="float32"))
     assert mx.array_equal(loaded.lm_head.weight, own)
@@ -160,7 +164,14 @@ def test_a_missing_field_is_named(model, tmp_path, missing):
 def test_damaged_files(model, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", model)
     data = path.read_bytes()
-    for content in (b"", b"GGUF", b"not a gguf file at all" * 10, data[:100], data[: len(data) // 2], data[:-1000]):
+    for content in (
+        b"",
+        b"GGUF",
+        b"not a gguf file at all" * 10,
+        data[:100],
+        data[: len(data) // 2],
+        data[:-1000],
+    ):
         path.write_bytes(content)
         with pytest.raises(ConversionError, match="no complete GGUF file"):
             convert(path, tmp_path / "out")
@@ -171,7 +182,13 @@ def test_names():
     assert hf_name("blk.11.ffn_down.weight") == "model.layers.11.mlp.down_proj.weight"
     assert hf_name("blk.0.attn_q.bias") == "model.layers.0.self_attn.q_proj.bias"
     assert hf_name("output.weight") == "lm_head.weight"
-    for name in ("rope_freqs.weight", "blk.x.attn_q.weight", "blk.0.ffn_gate_inp.weight", "blk", ""):
+    for name in (
+        "rope_freqs.weight",
+        "blk.x.attn_q.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk",
+        "",
+    ):
         with pytest.raises(ConversionError, match="is no part of a Qwen2 model"):
             hf_name(name)
 

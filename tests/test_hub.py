@@ -23,7 +23,7 @@ REPO, BIG, LLAMA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Llama"
 CHUNK = 10 * 2**20  # huggingface_hub writes pieces of this size
 CUT = CHUNK + 2**20
 
-# Prints, for each [function, arguments ...] of a JSON list, what it returned or what our error said.
+# Prints what each [function, arguments ..., revision] of a JSON list returned or our error said.
 ASK = """
 import json, sys
 from mlx_densesteer import hub

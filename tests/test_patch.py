@@ -59,9 +59,7 @@ def expected_logits(model, tokens, steering, within=lambda position: True):
 
 
 def greedy(model, prompt, count, cache, **options):
-    steps = generate_step(
-        mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options
-    )
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options)
     return [int(token) for token, _ in steps]
 
 
@@ -109,7 +107,10 @@ def test_layers_below_are_untouched(tiny, make_vector):
     stock, steered = make_prompt_cache(tiny), make_cache(tiny, Steering(make_vector(), layers=(1,)))
     tiny(mx.array([PROMPT]), stock)
     tiny(mx.array([PROMPT]), steered)
-    same = [equal(a.keys, b.keys) and equal(a.values, b.values) for a, b in zip(stock, steered, strict=True)]
+    same = [
+        equal(a.keys, b.keys) and equal(a.values, b.values)
+        for a, b in zip(stock, steered, strict=True)
+    ]
     assert same == [True, True, False, False]
 
 
@@ -130,7 +131,9 @@ WITHIN = {
 
 @pytest.mark.parametrize("positions", WITHIN)
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 7], [11, 1], [4, 4, 4], [1, 10, 1]])
-def test_positions_are_exact_across_prefill_chunks_and_decoding(tiny, make_vector, positions, chunks):
+def test_positions_are_exact_across_prefill_chunks_and_decoding(
+    tiny, make_vector, positions, chunks
+):
     steering = Steering(make_vector(), 2.0, layers=(1, 2), positions=positions)
     sequence = [*PROMPT, 50, 51, 52, 53]
     expected = expected_logits(tiny, sequence, steering, WITHIN[positions])
@@ -179,7 +182,7 @@ def test_mlx_lm_generates_with_our_cache(tiny, make_vector):
     sequence = list(PROMPT)
     for _ in range(12):
         sequence.append(int(expected_logits(tiny, sequence, steering)[0, -1].argmax()))
-    assert found == sequence[len(PROMPT):]
+    assert found == sequence[len(PROMPT) :]
     assert found != greedy(tiny, PROMPT, 12, make_cache(tiny))
 
 

@@ -52,7 +52,9 @@ def test_reference_vectors_equal_torch_itself(name):
         assert np.array_equal(ours[layer], tensor.float().numpy())
 
 
-def pt_file(path: Path, body: bytes, storages: dict[str, bytes] | None = None, root="archive") -> Path:
+def pt_file(
+    path: Path, body: bytes, storages: dict[str, bytes] | None = None, root="archive"
+) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{root}/data.pkl", body)
         archive.writestr(f"{root}/byteorder", b"little")
@@ -113,7 +115,9 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protoco
 
     path = pt_file(tmp_path / "evil.pt", pickle.dumps(Hostile(), protocol=protocol))
     expected = name.replace("builtins", "__builtin__") if protocol < 3 else name
-    with pytest.raises(VectorFormatError, match=f"refused, its pickle asks for the global {expected}"):
+    with pytest.raises(
+        VectorFormatError, match=f"refused, its pickle asks for the global {expected}"
+    ):
         import_vector(path, model="x")
     assert not witness.exists()
 
@@ -124,7 +128,10 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protoco
         ({"cls": b"cos\nsystem\n"}, "the global os.system"),
         ({"cls": b"csteering_vectors.steering_vector\nSteeringVector.__init__\n"}, "the global"),
         ({"cls": b"ccollections\nOrderedDict\n"}, "holds no steering_vectors SteeringVector"),
-        ({"rebuild": b"ctorch._utils\n_rebuild_tensor\n"}, "the global torch._utils._rebuild_tensor"),
+        (
+            {"rebuild": b"ctorch._utils\n_rebuild_tensor\n"},
+            "the global torch._utils._rebuild_tensor",
+        ),
         ({"storage": b"ctorch\nFloatStorage\n"}, "the global torch.FloatStorage"),
         ({"storage": b"ccollections\nOrderedDict\n"}, "the persistent id"),
         ({"count": 9}, "a storage '0' of 9 values that is not in the file"),
@@ -155,7 +162,9 @@ def test_a_far_memo_slot_is_not_given_room(tmp_path):
         import_vector(pt_file(tmp_path / "v.pt", body), model="x")
 
 
-@pytest.mark.parametrize("body", [b"", b"\x80\x02", b".", b"\x80\x02}b.", b"\x80\x02)R.", b"\x80\xff.", b"not a pickle"])
+@pytest.mark.parametrize(
+    "body", [b"", b"\x80\x02", b".", b"\x80\x02}b.", b"\x80\x02)R.", b"\x80\xff.", b"not a pickle"]
+)
 def test_a_damaged_pickle(tmp_path, body):
     with pytest.raises(VectorFormatError, match=r"damaged|holds no|refused"):
         import_vector(pt_file(tmp_path / "v.pt", body), model="x")
@@ -170,7 +179,9 @@ def test_any_one_byte_of_damage_is_an_error_of_ours_or_harmless(tmp_path):
         damaged = bytearray(body)
         damaged[at] = int(rng.integers(256))
         try:
-            import_vector(pt_file(tmp_path / "v.pt", bytes(damaged), {"0": VALUES.tobytes()}), model="x")
+            import_vector(
+                pt_file(tmp_path / "v.pt", bytes(damaged), {"0": VALUES.tobytes()}), model="x"
+            )
         except VectorFormatError:
             refused += 1
     assert refused > len(body) // 2

@@ -78,7 +78,13 @@ def test_a_steering_cannot_be_changed(make_vector):
 
 @pytest.mark.parametrize(
     ("texts", "layers"),
-    [(["14"], (14,)), (["3-5", "1"], (1, 3, 4, 5)), (["2, 4"], (2, 4)), (["all"], (0, 2)), (["7-7"], (7,))],
+    [
+        (["14"], (14,)),
+        (["3-5", "1"], (1, 3, 4, 5)),
+        (["2, 4"], (2, 4)),
+        (["all"], (0, 2)),
+        (["7-7"], (7,)),
+    ],
 )
 def test_layer_options(texts, layers):
     assert parse_layers(texts, [0, 2]) == layers

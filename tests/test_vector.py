@@ -79,14 +79,18 @@ def test_round_trip_keeps_every_value(vector, file):
 @given(
     arrays=st.dictionaries(
         st.integers(0, 3),
-        hnp.arrays(np.float32, 8, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+        hnp.arrays(
+            np.float32, 8, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+        ),
         min_size=1,
     )
 )
 def test_any_finite_values_survive(arrays, tmp_path_factory):
     file = SteeringVector(arrays, META).save(tmp_path_factory.mktemp("v") / "v.npz")
     loaded = SteeringVector.load(file).layers
-    assert {k: a.tobytes() for k, a in loaded.items()} == {k: a.tobytes() for k, a in arrays.items()}
+    assert {k: a.tobytes() for k, a in loaded.items()} == {
+        k: a.tobytes() for k, a in arrays.items()
+    }
 
 
 def test_same_vector_gives_same_bytes(vector, file, tmp_path):
@@ -245,7 +249,9 @@ class TestHostileFiles:
             zipfile.ZipFile(file, "a") as archive,
         ):
             archive.writestr("layer.0.npy", npy(np.zeros(8, dtype=np.float32)))
-        with pytest.raises(VectorFormatError, match=r"layer\.0\.npy is in the archive more than once"):
+        with pytest.raises(
+            VectorFormatError, match=r"layer\.0\.npy is in the archive more than once"
+        ):
             SteeringVector.load(file)
 
     def test_a_layer_that_the_metadata_lists_is_missing(self, file):

@@ -9,14 +9,32 @@ from .steer import note
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--out", type=click.Path(file_okay=False), metavar="FOLDER",
-              help="Folder to write. [default: converted/NAME-4bit and so on]")
-@click.option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True,
-              help="Quantisation of the matrices.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64",
-              show_default=True, help="Weights that share a scale.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
-              help="Of what is not quantised. [default: the source's own; bfloat16 for GGUF]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Folder to write. [default: converted/NAME-4bit and so on]",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "none"]),
+    default="4",
+    show_default=True,
+    help="Quantisation of the matrices.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of what is not quantised. [default: the source's own; bfloat16 for GGUF]",
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
 @click.option("--force", is_flag=True, help="Replace FOLDER if it exists.")
 def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str | None,

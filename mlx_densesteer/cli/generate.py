@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 @model_option
 @steering_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
-@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
-              help="Temperature; 0 is greedy.")
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Temperature; 0 is greedy.",
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=int, help="For a repeatable sample.")
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -77,7 +82,7 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give it as an argument or on standard input.")
     try:
-        return click.get_binary_stream("stdin").read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"standard input is not UTF-8 text ({error}).") from error
 

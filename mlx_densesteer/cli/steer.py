@@ -16,15 +16,23 @@ def read_steering(
     """Return the steering that the options ask for, ``None`` without a vector."""
     if vector is None:
         if strength is not None or layers or positions != "all":
-            raise click.UsageError("--strength, --layer and --positions need a vector: add -v FILE.")
+            raise click.UsageError(
+                "--strength, --layer and --positions need a vector: add -v FILE."
+            )
         return None
     from ..steering import Steering, parse_layers
     from ..vector import SteeringVector
 
     if not Path(vector).is_file():
-        raise click.UsageError(f"{vector}: no such file. Make one, or `densesteer vector import` one.")
+        raise click.UsageError(
+            f"{vector}: no such file. Make one, or `densesteer vector import` one."
+        )
     loaded = SteeringVector.load(vector)
-    chosen = parse_layers(layers, loaded.layers) if layers else (default_layer(loaded.layers, loaded.meta.layer_count),)
+    chosen = (
+        parse_layers(layers, loaded.layers)
+        if layers
+        else (default_layer(loaded.layers, loaded.meta.layer_count),)
+    )
     if not layers and len(loaded.layers) > 1:
         note(f"layer {chosen[0]} (the middle one of {loaded.meta.layer_count}); choose with -l")
     return Steering(
@@ -43,9 +51,7 @@ def default_layer(available, layer_count: int) -> int:
 def tell_fit(steering: "Steering", info: "ModelInfo") -> None:
     """Raise if the vector does not fit the model; warn if it was made for other weights."""
     vector = steering.vector
-    vector.check_fits(
-        hidden_size=info.hidden_size, layer_count=info.layer_count, model=info.name
-    )
+    vector.check_fits(hidden_size=info.hidden_size, layer_count=info.layer_count, model=info.name)
     if vector.meta.fingerprint and vector.meta.fingerprint != info.fingerprint:
         note(
             f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "

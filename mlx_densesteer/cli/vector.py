@@ -42,10 +42,21 @@ def show(file: str, as_json: bool) -> None:
 
 @vector.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
-@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE.npz",
-              help="File to write.")
-@click.option("-m", "--model", required=True, metavar="MODEL",
-              help="The model that it was made for: a Hub id, or a folder, whose size is then checked.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE.npz",
+    help="File to write.",
+)
+@click.option(
+    "-m",
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="The model that it was made for: a Hub id, or a folder, whose size is then checked.",
+)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def import_(file: str, out: str, model: str, force: bool) -> None:
     """Import a steering-vectors .pt file, without torch and without executing it."""

@@ -57,7 +57,14 @@ def open_gguf(path: Path) -> "GGUFReader":
     try:
         reader = GGUFReader(path)
     # What the reader raises on foreign, truncated or corrupt files; it has no class of its own.
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
         raise ConversionError(
             f"{path}: no complete GGUF file ({error}). Download it again."
         ) from error
@@ -134,7 +141,7 @@ def hf_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
-    block, number, part = (stem.split(".") + ["", "", ""])[:3]
+    block, number, part = [*stem.split("."), "", "", ""][:3]
     if block == "blk" and number.isdecimal() and part in _BLOCK:
         return f"model.layers.{number}.{_BLOCK[part]}.{kind}"
     raise ConversionError(
@@ -176,8 +183,16 @@ def read_config(reader: "GGUFReader", dtype: str) -> dict[str, object]:
 
 
 def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
-    from tokenizers import AddedToken, Regex, Tokenizer
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     tokens = _value(reader, "tokenizer.ggml.tokens")
     kinds = _value(reader, "tokenizer.ggml.token_type")

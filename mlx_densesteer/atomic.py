@@ -1,0 +1,98 @@
+"""Writing so that an interrupted run leaves nothing half-done. No mlx."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import DiskError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path`` that takes its name when the block ends well."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a scratch folder beside ``folder``, on the same file system; gone afterwards.
+
+    What a killed run left there is swept away; that of a running process is not touched.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.partial-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        if not _is_running(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = folder.parent / f"{prefix}{os.getpid()}"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move_into_place(made: Path, folder: Path) -> None:
+    """Give ``made``, inside a scratch folder, its final name; an older ``folder`` goes."""
+    if not folder.exists():
+        made.rename(folder)
+        return
+    old = made.parent / "old"  # inside the scratch folder: it goes with it
+    folder.rename(old)
+    try:
+        made.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """Raise ``DiskError`` unless ``need`` bytes are free where ``folder`` is or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise DiskError(
+            f"{folder}: {what} needs about {need / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB "
+            "are free. Make room or choose another place."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_densesteer
+
+PACKAGE = Path(mlx_densesteer.__file__).parent
+
+# Rooms from the ground up: a file imports only from lines above its own.
+ROOMS = [
+    {"_version", "errors", "density"},
+    {"archive", "atomic", "hub", "model_folder"},
+    {"vector"},
+    {"interop", "interop.pt", "interop.gguf_model", "steering"},
+    {"patch"},
+    {"self_check", "model", "record", "prompt"},
+    {"conversion", "doctor", "extraction", "generation"},
+    {"cli.options", "cli.steer"},
+    {"cli.convert", "cli.doctor", "cli.generate", "cli.vector"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+
+
+def test_public_names():
+    assert mlx_densesteer.__all__ == [
+        "DenseSteerError", "Generation", "Pair", "Sampling", "Steering", "SteeringVector", "convert",
+        "extract", "generate", "import_vector", "load", "make_cache", "stream",
+    ]  # fmt: skip
+    for name in mlx_densesteer.__all__:
+        assert getattr(mlx_densesteer, name).__name__ == name
+        assert getattr(mlx_densesteer, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mlx_densesteer.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["stream", "generate", "import_vector"])
+def test_no_module_hides_a_function_whatever_is_used_first(first):
+    code = (
+        f"import mlx_densesteer as ds, types; ds.{first}\n"
+        "import mlx_densesteer.generation, mlx_densesteer.conversion, mlx_densesteer.extraction\n"
+        "assert not any(isinstance(getattr(ds, n), types.ModuleType) for n in ds.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_vector_needs_neither_mlx_nor_transformers():
+    code = (
+        "import sys, mlx_densesteer as ds; ds.SteeringVector, ds.Steering, ds.DenseSteerError\n"
+        "assert not {'mlx', 'mlx_lm', 'transformers', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = path
+    return found
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Modules of ours that a module imports anywhere in it, type checking aside."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    if name == "__init__":
+        package = []
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in skipped:
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            if node.module and target in modules():
+                found.add(target)
+            found |= {
+                f"{target}.{a.name}".strip(".")
+                for a in node.names
+                if f"{target}.{a.name}".strip(".") in modules()
+            }
+    return found
+
+
+def test_no_file_imports_upwards():
+    level = {name: number for number, room in enumerate(ROOMS) for name in room}
+    assert set(level) == set(modules()), "a module has no room: add it to ROOMS where it belongs"
+    for name, path in modules().items():
+        for other in imported(name, path):
+            inside = name == "interop" and other.startswith("interop.")
+            assert level[other] < level[name] or inside, (
+                f"{name} imports {other}, which is not below it"
+            )
+
+
+def test_modules_stay_small():
+    for name, path in modules().items():
+        assert len(path.read_text("utf-8").splitlines()) <= 320, name
