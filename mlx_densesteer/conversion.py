@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ._version import __version__
 from .atomic import check_disk, file_sha256, move_into_place, scratch_folder
@@ -141,7 +141,7 @@ def _open_source(
     # The family is known from one small file, before gigabytes are fetched.
     parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
     need = missing_bytes(repo, revision=revision)
-    check_disk(Path(os.environ.get("HF_HOME", Path.home())), need, "the download")
+    check_disk(Path(HF_HUB_CACHE), need, "the download")
     progress(f"downloading {repo}", 0, 0)
     folder = fetch_model(repo, revision=revision)
     return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)

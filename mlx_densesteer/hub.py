@@ -1,7 +1,7 @@
 """Model files from the Hugging Face Hub, and what to do when they do not come."""
 
-import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import (
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
+from .atomic import file_sha256
 from .errors import HubError
 
 WEIGHT_FILES = "model*.safetensors"
@@ -140,21 +141,13 @@ def _resume(url: str, blob: Path, size: int, name: str) -> None:
             expected_size=size,
             displayed_filename=name,
         )
-    if _sha256(partial) != blob.name:
+    if file_sha256(partial) != blob.name:
         partial.unlink()
         raise OSError(f"{name} has not the SHA-256 that the Hub names; it was removed, try again")
     partial.rename(blob)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _ask(repo: str, revision: str | None, download) -> Path:
+def _ask(repo: str, revision: str | None, download: Callable[[], str | Path]) -> Path:
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(download())

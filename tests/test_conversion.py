@@ -48,7 +48,7 @@ def test_quantised(hf_folder, out, bits):
     assert inspect(model, out).quantization == f"{bits}-bit, group 32"
     logits = model(mx.array([tokenizer.encode("hello")])).astype(mx.float32)
     stock = load(hf_folder)[0](mx.array([tokenizer.encode("hello")])).astype(mx.float32)
-    assert float(mx.abs(logits - stock).mean()) < {4: 0.2, 8: 0.03}[bits] * float(
+    assert float(mx.abs(logits - stock).mean()) < {4: 0.2, 8: 0.05}[bits] * float(
         mx.abs(stock).mean()
     )
 

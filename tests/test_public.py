@@ -12,8 +12,8 @@ PACKAGE = Path(mlx_densesteer.__file__).parent
 # Rooms from the ground up: a file imports only from lines above its own.
 ROOMS = [
     {"_version", "errors", "density"},
-    {"archive", "atomic", "hub", "model_folder"},
-    {"vector"},
+    {"archive", "atomic", "model_folder"},
+    {"hub", "vector"},
     {"interop", "interop.pt", "interop.gguf_model", "steering"},
     {"patch"},
     {"self_check", "model", "record", "prompt"},
