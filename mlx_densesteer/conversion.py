@@ -17,7 +17,7 @@ from .errors import ConversionError
 from .hub import fetch_file, fetch_model, missing_bytes
 from .interop import gguf_model
 from .model import fingerprint
-from .model_folder import RECORD, parse_config, read_config
+from .model_folder import RECORD, is_hub_id, parse_config, read_config
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -132,12 +132,12 @@ def _open_source(
             files = ", ".join(sorted(p.name for p in path.glob("*.gguf")))
             raise ConversionError(f"{path}: is a folder of GGUF files; name one of {files}.")
         return _folder_source(path, path.resolve().name, {"source": path.resolve().name}, target)
-    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) != 2:
-        raise ConversionError(
-            f"{source}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), "
-            "a Hugging Face folder, or a GGUF file."
-        )
     repo = str(source)
+    if not is_hub_id(repo):
+        raise ConversionError(
+            f"{repo}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a "
+            "Hugging Face folder, or a GGUF file."
+        )
     # The family is known from one small file, before gigabytes are fetched.
     parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
     need = missing_bytes(repo, revision=revision)

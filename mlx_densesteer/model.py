@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import ModelError
 from .hub import fetch_file, fetch_model
-from .model_folder import origin, parse_config, read_config
+from .model_folder import is_hub_id, origin, parse_config, read_config
 from .patch import decoder_blocks, patch
 
 
@@ -63,12 +63,12 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
         raise ModelError(
             f"{path}: is {kind}; make an MLX folder of it with `densesteer convert {path}`."
         )
-    if path.is_absolute() or str(path_or_repo).startswith((".", "~")) or len(path.parts) != 2:
-        raise ModelError(
-            f"{path_or_repo}: no such folder. Expected a folder that `densesteer convert` wrote, "
-            "or a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
-        )
     repo = str(path_or_repo)
+    if not is_hub_id(repo):
+        raise ModelError(
+            f"{repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
+            "such as Qwen/Qwen2.5-1.5B-Instruct."
+        )
     # The family is known from one small file, before gigabytes are fetched.
     parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
     return fetch_model(repo, revision=revision)

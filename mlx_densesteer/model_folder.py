@@ -59,3 +59,11 @@ def origin(path_or_repo: str | Path) -> str:
     if not path.is_dir():
         return str(path_or_repo)
     return str(recorded(path).get("source") or path.resolve().name)
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether ``text`` can only be a Hub id (``ORG/NAME``), not a mistyped path."""
+    path = Path(text)
+    return (
+        len(path.parts) == 2 and not text.startswith((".", "~", "/")) and not path.parent.is_dir()
+    )

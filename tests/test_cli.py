@@ -190,6 +190,7 @@ def test_models_that_cannot_be_used(run, tmp_path):
     for model, message in [
         (tmp_path / "nowhere", "no such folder"),
         ("./nowhere/here", "no such folder"),
+        (tmp_path.parent / "nowhere", "no such folder"),
         (tmp_path, "no config.json"),
     ]:
         result = run("generate", "-m", model, "hello")
@@ -197,6 +198,14 @@ def test_models_that_cannot_be_used(run, tmp_path):
     (tmp_path / "m.gguf").touch()
     result = run("generate", "-m", tmp_path / "m.gguf", "hello")
     assert result.exit_code == 1 and "densesteer convert" in result.stderr
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(run, tmp_path, monkeypatch):
+    (tmp_path / "converted").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for command in (["generate", "-m"], ["convert"]):
+        result = run(*command, "converted/Qwen2.5-4bti", *(["hello"] if len(command) > 1 else []))
+        assert result.exit_code == 1 and "converted/Qwen2.5-4bti: no such" in result.stderr
 
 
 def test_standard_input_that_is_no_text(run, hf_folder):
