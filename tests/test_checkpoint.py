@@ -83,7 +83,7 @@ def test_the_tokenizer_is_qwens(real_model, parity):
         18,
         19,
     ]
-    assert tokenizer.eos_token_ids == {151645}
+    assert tokenizer.eos_token_ids == {151645, 151643}
     assert tokenizer.encode("<|im_start|><tool_call>") == [151644, 151657]
 
 

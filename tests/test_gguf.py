@@ -135,7 +135,8 @@ def test_the_tokenizer(model, tmp_path):
     assert texts("<|im_start|>he<tool_call>") == ["<|im_start|>", "he", "<tool_call>"]
     assert texts("e\u0301") == list(texts("\u00e9"))  # NFC
     assert "[PAD262]" not in tokenizer.get_vocab()
-    assert tokenizer.eos_token_ids == {tokens.index("<|im_end|>")}
+    ends = {tokens.index("<|im_end|>"), tokens.index("<|endoftext|>")}
+    assert tokenizer.eos_token_ids == ends
     text = "Hé, 12 + 30 = 42.\n\n日本 🙂"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)

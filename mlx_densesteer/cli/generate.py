@@ -111,6 +111,10 @@ def _receipt(result: "Generation") -> str:
     }[result.finish_reason]  # fmt: skip
     density = f", density {result.density:.1f}" if result.density else ""
     return (
-        f"{result.tokens} tokens, {result.steps} steps{density}, first token after "
+        f"{result.tokens} token{_s(result.tokens)}, {result.steps} step{_s(result.steps)}{density}, first token after "
         f"{result.time_to_first_token:.2f} s, then {result.tokens_per_second:.1f} tokens/s{ends}"
     )
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"

@@ -101,7 +101,7 @@ def write_hf_folder(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {
         "config.json": config,
-        "generation_config.json": {"eos_token_id": config["eos_token_id"]},
+        "generation_config.json": {"eos_token_id": _end_tokens(reader)},
         "tokenizer_config.json": tokenizer_config,
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
@@ -157,6 +157,15 @@ def _value(reader: "GGUFReader", key: str) -> Any:
             "Get a newer file."
         )
     return field.contents()
+
+
+def _end_tokens(reader: "GGUFReader") -> list[int]:
+    """Return the tokens that end a response: end of turn, and Qwen's end of text."""
+    tokens = _value(reader, "tokenizer.ggml.tokens")
+    kinds = _value(reader, "tokenizer.ggml.token_type")
+    ends = [int(_value(reader, "tokenizer.ggml.eos_token_id"))]
+    ends += [i for i, t in enumerate(tokens) if t == "<|endoftext|>" and kinds[i] == _CONTROL]
+    return sorted(set(ends), reverse=True)
 
 
 def read_config(reader: "GGUFReader", dtype: str) -> dict[str, object]:
