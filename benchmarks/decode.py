@@ -36,13 +36,16 @@ def run(model, steering: Steering | None, prompt: list[int], tokens: int) -> tup
     else:
         patch(model)
         cache = make_cache(model, steering, prompt_length=len(prompt))
+    mx.synchronize()
     began = time.perf_counter()
-    steps = generate_step(mx.array(prompt), model, max_tokens=tokens, prompt_cache=cache)
-    next(steps)
+    steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1, prompt_cache=cache)
+    next(steps)  # the prompt, and the first token
     first = time.perf_counter()
     for _ in steps:
         pass
-    return first - began, time.perf_counter() - first
+    ended = time.perf_counter()
+    mx.synchronize()  # mlx-lm leaves one step in flight
+    return first - began, ended - first
 
 
 def paired(model, a, b, prompt, options) -> dict[str, list[float]]:

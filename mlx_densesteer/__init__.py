@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .patch import make_cache as make_cache
     from .steering import Steering as Steering
     from .vector import SteeringVector as SteeringVector
+    from .vector import VectorMeta as VectorMeta
 
 # Imported on first use (PEP 562): mlx-lm takes seconds to import, a vector file needs numpy
 # alone. No module has the name of a function here: importing it would hide the function.
@@ -33,6 +34,7 @@ _HOMES = {
     "Sampling": "generation",
     "Steering": "steering",
     "SteeringVector": "vector",
+    "VectorMeta": "vector",
     "convert": "conversion",
     "extract": "extraction",
     "generate": "generation",

@@ -4,6 +4,7 @@ A vector file is a few hundred kilobytes. Whatever its directory claims, no more
 ``max_bytes`` are unpacked, and nothing is written to disk.
 """
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,22 +26,32 @@ def read_archive(
         FileNotFoundError, PermissionError: as the operating system reports them.
     """
     path = Path(path)
-    if path.is_dir():
-        raise VectorFormatError(f"{path}: is a folder, but a steering vector is one file.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _check_directory(path, members, max_bytes, max_members)
-            return {member.filename: archive.read(member) for member in members}
-    except zipfile.BadZipFile as error:
-        raise VectorFormatError(
-            f"{path}: not a complete zip archive ({error}). "
-            "The file is truncated or of another kind; copy or download it again."
-        ) from error
-    except (zlib.error, EOFError, NotImplementedError) as error:
-        raise VectorFormatError(
-            f"{path}: the archive is damaged ({error}). Copy or download it again."
-        ) from error
+    if not path.is_file():
+        path.stat()  # raises where there is nothing
+        raise VectorFormatError(f"{path}: is no regular file; a steering vector is one.")
+    with path.open("rb") as file:  # what the system refuses is an OSError here, and only here
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                _check_directory(path, members, max_bytes, max_members)
+                return {member.filename: _read(archive, member) for member in members}
+        # What zipfile lets through on damaged files, beside its own BadZipFile.
+        except (
+            zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
+            RuntimeError, ValueError, OverflowError, OSError,
+        ) as error:  # fmt: skip
+            raise VectorFormatError(
+                f"{path}: not a complete zip archive ({error}). The file is truncated, damaged or "
+                "of another kind; copy or download it again."
+            ) from error
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Read what the directory declares and no more: ``archive.read`` unpacks first."""
+    with archive.open(member) as file:
+        data = file.read(member.file_size)
+        file.read(1)  # at the end the CRC is checked
+    return data
 
 
 def _check_directory(
@@ -63,3 +74,6 @@ def _check_directory(
     encrypted = [member.filename for member in members if member.flag_bits & 0x1]
     if encrypted:
         raise VectorFormatError(f"{path}: {encrypted[0]} is encrypted; vectors never are.")
+    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if odd := [member.filename for member in members if member.compress_type not in plain]:
+        raise VectorFormatError(f"{path}: {odd[0]} is neither stored nor deflated; save it again.")

@@ -1,6 +1,7 @@
 """Writing so that an interrupted run leaves nothing half-done. No mlx."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -15,7 +16,10 @@ from .errors import DiskError
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` that takes its name when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    if not path.parent.is_dir():
+        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
+    with _refusals(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -33,24 +37,31 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
     What a killed run left there is swept away; that of a running process is not touched.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _refusals(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.partial-"
-    for left in folder.parent.glob(f"{prefix}*"):
-        if not _is_running(left.name.removeprefix(prefix)):
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _is_running(left.name.removeprefix(prefix).partition("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
-    work = folder.parent / f"{prefix}{os.getpid()}"
-    work.mkdir()
+    with _refusals(folder):
+        work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def move_into_place(made: Path, folder: Path) -> None:
-    """Give ``made``, inside a scratch folder, its final name; an older ``folder`` goes."""
+def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
+    """Give ``made``, inside a scratch folder, its final name; an older ``folder`` goes.
+
+    Raises:
+        DiskError: ``folder`` has appeared meanwhile, and ``replace`` is not set.
+    """
     if not folder.exists():
         made.rename(folder)
         return
+    if not replace:
+        raise DiskError(f"{folder}: was made by somebody else meanwhile; ours is thrown away.")
     old = made.parent / "old"  # inside the scratch folder: it goes with it
     folder.rename(old)
     try:
@@ -80,6 +91,16 @@ def file_sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{path}: cannot be written ({error.strerror}). Choose another place (-o)."
+        ) from error
 
 
 def _is_running(pid: str) -> bool:

@@ -17,7 +17,7 @@ from .errors import ConversionError
 from .hub import fetch_file, fetch_model, missing_bytes
 from .interop import gguf_model
 from .model import fingerprint
-from .model_folder import RECORD, is_hub_id, parse_config, read_config
+from .model_folder import RECORD, is_hub_id, origin, parse_config, read_config
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -62,7 +62,7 @@ class _Source:
     """Where the weights come from. ``prepare`` returns a Hugging Face folder."""
 
     name: str  # of the folder that we write
-    origin: dict[str, str]  # what our record says of it
+    record: dict[str, str]  # what we write of it beside the weights
     dtype: str
     config: dict[str, object]
     parameters: int
@@ -102,12 +102,13 @@ def convert(
         ModelError, HubError: the source cannot be read.
     """
     target = _Target(bits, group_size, dtype)
+    if revision is not None and Path(source).expanduser().exists():
+        raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
+    if out is not None or bits is not None or dtype is not None:  # refuse before a download
+        _check_target(Path(out or target.folder(_name(source), str(dtype))), source, force)
     found = _open_source(source, target, revision, progress)
-    folder = Path(out) if out else target.folder(found.name, found.dtype)
-    if folder.exists() and not force:
-        raise ConversionError(
-            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
-        )
+    folder = Path(out) if out is not None else target.folder(found.name, found.dtype)
+    _check_target(folder, source, force)
     _check_groups(found, target)
     need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
     check_disk(folder.parent, need, "the conversion")
@@ -117,8 +118,13 @@ def convert(
         _run_mlx_lm(hf_folder, work / "mlx", target, found.dtype)
         progress("checking with one forward pass", 0, 0)
         _finish(work / "mlx", found, target)
-        move_into_place(work / "mlx", folder)
+        move_into_place(work / "mlx", folder, replace=force)
     return folder
+
+
+def _name(source: str | Path) -> str:
+    path = Path(source).expanduser()
+    return path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.name
 
 
 def _open_source(
@@ -131,7 +137,7 @@ def _open_source(
         if any(path.glob("*.gguf")) and not (path / "config.json").exists():
             files = ", ".join(sorted(p.name for p in path.glob("*.gguf")))
             raise ConversionError(f"{path}: is a folder of GGUF files; name one of {files}.")
-        return _folder_source(path, path.resolve().name, {"source": path.resolve().name}, target)
+        return _folder_source(path, _name(path), {"source": origin(path)}, target)
     repo = str(source)
     if not is_hub_id(repo):
         raise ConversionError(
@@ -147,7 +153,7 @@ def _open_source(
     return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)
 
 
-def _folder_source(folder: Path, name: str, origin: dict[str, str], target: _Target) -> _Source:
+def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Target) -> _Source:
     config = read_config(folder)
     if "quantization" in config or "quantization_config" in config:
         raise ConversionError(
@@ -165,7 +171,7 @@ def _folder_source(folder: Path, name: str, origin: dict[str, str], target: _Tar
         ) from error
     dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     return _Source(
-        name=name, origin=origin, dtype=str(dtype), config=config, parameters=parameters,
+        name=name, record=record, dtype=str(dtype), config=config, parameters=parameters,
         scratch_bytes=0, prepare=lambda work, progress: folder,
     )  # fmt: skip
 
@@ -182,14 +188,34 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
         return work
 
     return _Source(
-        name=path.stem,
-        origin={"source": path.stem, "gguf_sha256": file_sha256(path)},
+        name=_name(path),
+        record={"source": path.stem, "gguf_sha256": file_sha256(path)},
         dtype=dtype,
         config=gguf_model.read_config(reader, dtype),
         parameters=parameters,
         scratch_bytes=parameters * (4 if dtype == "float32" else 2),
         prepare=prepare,
     )
+
+
+def _check_target(folder: Path, source: str | Path, force: bool) -> None:
+    """Refuse to write over anything but a model that we converted, and that only if told to."""
+    if not folder.name or folder.is_symlink():
+        raise ConversionError(f"{folder}: is no name of a folder, or a link. Name the folder (-o).")
+    if not folder.exists():
+        return
+    if not force:
+        raise ConversionError(
+            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
+        )
+    here, there = folder.resolve(), Path(source).expanduser().resolve()
+    if here == there or here in there.parents:
+        raise ConversionError(f"{folder}: holds the source itself. Choose another name (-o).")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+        raise ConversionError(
+            f"{folder}: is no model that densesteer converted, so --force does not replace it. "
+            "Choose another name (-o), or remove it yourself."
+        )
 
 
 def _check_groups(source: _Source, target: _Target) -> None:
@@ -240,7 +266,7 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
             f"{'finite' if finite else 'not finite'}. Try --dtype bfloat16 or float32."
         )
     record = {
-        **source.origin,
+        **source.record,
         "bits": target.bits,
         "group_size": target.group_size if target.bits else None,
         "dtype": source.dtype,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ._version import __version__
+
 PACKAGES = ("mlx-densesteer", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "gguf")
 
 
@@ -35,7 +37,9 @@ def _packages() -> Iterator[Finding]:
         try:
             yield Finding(name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            if name == "gguf":
+            if name == "mlx-densesteer":
+                yield Finding(name, f"{__version__}, not installed but run from its folder")
+            elif name == "gguf":
                 yield Finding(name, "not installed; only `convert FILE.gguf` needs it")
             else:
                 yield Finding(name, "not installed", f"pip install {name}", fatal=True)

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import InputError
-from .model import ModelInfo, chat_template_sha256
+from .model import chat_template_sha256, inspect
 from .prompt import encode_prompt
 from .record import record
 from .vector import SteeringVector, VectorMeta
@@ -29,7 +29,6 @@ def extract(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     pairs: Sequence[Pair],
-    info: ModelInfo,
     *,
     layers: Iterable[int] | None = None,
     token: int = -1,
@@ -39,22 +38,29 @@ def extract(
         v_l = mean_i( h_l(prompt_i + positive_i)[token] - h_l(prompt_i + negative_i)[token] )
 
     The prompt goes through the chat template, the responses are plain text after it, so
-    token -1 is the last content token of the response, never an end-of-turn token.
+    token -1 (the default) is the last content token of the response, never an end-of-turn token.
     Not normalised. Source: arXiv 2605.29247, section 3.
 
     Raises:
-        InputError: no pairs, or an empty response.
+        InputError: no pairs, an empty response, a response that ``token`` lies outside of,
+            or a layer that the model does not have.
     """
     if not pairs:
         raise InputError("no contrastive pairs; expected at least one.")
+    if token >= 0:
+        raise InputError(f"token {token}: expected a negative number, counted from the end.")
+    info = inspect(model, tokenizer.name_or_path)
     chosen = range(info.layer_count) if layers is None else sorted(set(layers))
     sequences = []
     for number, pair in enumerate(pairs):
         prompt = encode_prompt(tokenizer, pair.prompt)
         for response in (pair.positive, pair.negative):
             tokens = tokenizer.encode(response.strip(), add_special_tokens=False)
-            if not tokens:
-                raise InputError(f"pair {number} has an empty response; expected text in both.")
+            if len(tokens) < -token:
+                raise InputError(
+                    f"pair {number} has a response of {len(tokens)} tokens, expected at least "
+                    f"{-token} in both."
+                )
             sequences.append(prompt + tokens)
     rows = record(model, sequences, chosen, token=token)
     means = {k: (r[0::2].astype(np.float64) - r[1::2]).mean(axis=0) for k, r in rows.items()}

@@ -1,7 +1,8 @@
 """One prompt, a stream of tokens. mlx-lm generates; this adds steering, stops and counts."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,6 +29,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temp < float("inf"):
             raise InputError(f"temperature {self.temp}: expected 0 (greedy) or more.")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InputError(f"seed {self.seed}: expected a number from 0 to 2**64 - 1.")
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top-p {self.top_p}: expected a number above 0, at most 1.")
 
@@ -36,8 +39,8 @@ class Sampling:
 class Generation:
     """A response, whole or so far.
 
-    ``tokens`` counts what the model wrote, without the end-of-turn token; ``steps`` and
-    ``density`` as in ``density.py``. Times in seconds, ``tokens_per_second`` of decoding
+    ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a
+    stop text; ``steps`` and ``density`` as in ``density.py``. Times in seconds, ``tokens_per_second`` of decoding
     alone, ``peak_memory_bytes`` as mlx counts it, weights included. ``finish_reason`` is
     ``"stop"`` (end of turn or a stop text), ``"length"``, or ``"interrupted"``.
     """
@@ -88,66 +91,72 @@ class Stream(Iterator[str]):
             raise InputError("a stop text is empty; expected at least one character.")
         self._prompt, self._steering = list(prompt), steering
         self._eos = tokenizer.eos_token_ids
-        self._text, self._ids, self._finish = "", [], "interrupted"
+        self._text, self._pending, self._finish = "", "", "interrupted"
+        self._ids: list[int] = []
         self._first: float | None = None
-        self._rate = 0.0
-        cache = make_cache(model, steering, prompt_length=len(self._prompt))
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
-        mx.reset_peak_memory()
-        self._began = time.perf_counter()
+        self._rate, self._peak = 0.0, 0
         responses = stream_generate(
             model,
             tokenizer,
             self._prompt,
             max_tokens=max_tokens,
             sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
-            prompt_cache=cache,
+            prompt_cache=make_cache(model, steering, prompt_length=len(self._prompt)),
         )
-        self._pieces = self._until_stop(responses, tuple(stop))
+        self._pieces = self._until_stop(responses, tuple(stop), sampling.seed)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """End the generation now; ``result`` keeps what was said."""
+        self._pieces.close()
+
     @property
     def result(self) -> Generation:
         return Generation(
-            text=self._text,
+            text=self._text + (self._pending if self._finish == "interrupted" else ""),
             token_ids=tuple(self._ids),
             prompt_tokens=len(self._prompt),
             tokens_per_second=self._rate,
             time_to_first_token=self._first or 0.0,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=self._peak,
             finish_reason=self._finish,
             steering=self._steering,
         )
 
-    def _until_stop(self, responses: Iterator, stops: tuple[str, ...]) -> Iterator[str]:
+    def _until_stop(
+        self, responses: Generator, stops: tuple[str, ...], seed: int | None
+    ) -> Generator[str, None, None]:
         """Yield text as soon as it cannot be the beginning of a stop text."""
-        pending = ""
-        for response in responses:
-            if self._first is None:
-                self._first = time.perf_counter() - self._began
-            if response.token not in self._eos:
-                self._ids.append(response.token)
-            self._rate = response.generation_tps
-            pending += response.text
-            found = [at for at in (pending.find(stop) for stop in stops) if at >= 0]
-            if found:
-                pending, self._finish = pending[: min(found)], "stop"
-                break
-            if response.finish_reason:
-                self._finish = response.finish_reason
-                break
-            keep = _held_back(pending, stops)
-            piece, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-            if piece:
-                self._text += piece
-                yield piece
-        responses.close()
-        if pending:
-            self._text += pending
-            yield pending
+        if seed is not None:
+            mx.random.seed(seed)
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        with contextlib.closing(responses):
+            for response in responses:
+                if self._first is None:
+                    self._first = time.perf_counter() - began
+                if response.token not in self._eos:
+                    self._ids.append(response.token)
+                self._rate, self._peak = response.generation_tps, mx.get_peak_memory()
+                self._pending += response.text
+                found = [at for at in map(self._pending.find, stops) if at >= 0]
+                if found:
+                    self._pending, self._finish = self._pending[: min(found)], "stop"
+                    break
+                if response.finish_reason:
+                    self._finish = response.finish_reason
+                    break
+                if ready := len(self._pending) - _held_back(self._pending, stops):
+                    yield self._release(ready)
+        if self._pending:
+            yield self._release(len(self._pending))
+
+    def _release(self, length: int) -> str:
+        piece, self._pending = self._pending[:length], self._pending[length:]
+        self._text += piece
+        return piece
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

@@ -171,8 +171,9 @@ def _ask(repo: str, revision: str | None, download: Callable[[], str | Path]) ->
         if isinstance(error.__cause__, HfHubHTTPError):
             raise HubError(f"{repo}{at}: {_refusal(error.__cause__)}") from error
         raise HubError(
-            f"{repo}{at}: the Hub cannot be reached and there is no complete copy in the cache. "
-            "Check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or name a local folder."
+            f"{repo}{at}: there is no such folder here ({Path.cwd()}), the Hub cannot be reached, and "
+            "there is no complete copy in its cache. Check the network (and HF_ENDPOINT, "
+            "HF_HUB_OFFLINE), or name a local folder."
         ) from error
     except EntryNotFoundError as error:
         raise HubError(

@@ -41,6 +41,11 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             f"{name}: is a {config['model_type']} model ({', '.join(map(str, architectures))}), but "
             "only the Qwen2 family (Qwen2, Qwen2.5; model_type qwen2) can be steered."
         )
+    if "model_file" in config:  # older mlx-lm would run it without asking
+        raise UnsupportedModelError(
+            f"{name}: brings model code of its own ({config['model_file']!r}), which is never run. "
+            "Use the model's original folder."
+        )
     return config
 
 
@@ -64,6 +69,7 @@ def origin(path_or_repo: str | Path) -> str:
 def is_hub_id(text: str) -> bool:
     """Tell whether ``text`` can only be a Hub id (``ORG/NAME``), not a mistyped path."""
     path = Path(text)
-    return (
-        len(path.parts) == 2 and not text.startswith((".", "~", "/")) and not path.parent.is_dir()
+    is_path = (
+        text.startswith((".", "~", "/")) or path.parent.is_dir() or path.parts[:1] == ("converted",)
     )
+    return len(path.parts) == 2 and not is_path and path.suffix not in (".gguf", ".npz", ".pt")

@@ -1,112 +1,24 @@
-"""The steered decoder block and the KV cache that carries the steering.
+"""The steered decoder block, and its exact undo.
 
 Steering belongs to the KV cache, not to the model. ``patch`` swaps the class of each
 Qwen2 ``TransformerBlock``; a block then looks at its cache. A cache without a ``Shift``
 takes mlx-lm's own path and is bit-identical. A cache with one adds ``lambda * v`` where
 the block adds its MLP to the residual stream, in the same fused operation.
 
-Not covered: rotating caches, other model families, positions in more than one range.
+Not covered: other model families.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.qwen2 import TransformerBlock
 
+from .cache import EVERYWHERE, Shift, Span, SteeredKVCache
 from .errors import ModelError, SteeringError
 from .steering import Steering
-
-FOREVER = 2**31 - 1
-
-
-class Span(NamedTuple):
-    """Steered positions of one sequence: ``start <= position < stop``."""
-
-    start: int = 0
-    stop: int = FOREVER
-
-
-EVERYWHERE = Span()
-
-
-@partial(mx.compile, shapeless=True)
-def _add(h: mx.array, r: mx.array, delta: mx.array) -> mx.array:
-    total = h.astype(mx.float32) + r.astype(mx.float32) + delta
-    return total.astype(h.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def _add_within(
-    h: mx.array, r: mx.array, delta: mx.array, at: mx.array, start: mx.array, stop: mx.array
-) -> mx.array:
-    within = mx.logical_and(at >= start, at < stop)
-    total = h.astype(mx.float32) + r.astype(mx.float32) + mx.where(within, delta, 0.0)
-    return total.astype(h.dtype)
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What one layer adds to the residual stream of each row of a batch.
-
-    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``; a row that is not steered is
-    zero. ``start`` and ``stop`` are int32 ``(rows, 1, 1)``. The arrays are evaluated.
-    """
-
-    delta: mx.array
-    spans: tuple[Span, ...]
-    start: mx.array
-    stop: mx.array
-
-    @classmethod
-    def of(cls, delta: mx.array, spans: Sequence[Span]) -> "Shift":
-        bounds = mx.array(spans, dtype=mx.int32)[:, :, None, None]
-        shift = cls(delta, tuple(spans), bounds[:, 0], bounds[:, 1])
-        mx.eval(shift.delta, shift.start, shift.stop)  # on this thread: mlx needs its stream
-        return shift
-
-    @classmethod
-    def stack(cls, rows: Sequence["Shift | None"]) -> "Shift | None":
-        """Join single-row shifts; ``None`` if no row is steered."""
-        steered = [row for row in rows if row is not None]
-        if not steered:
-            return None
-        zero = mx.zeros_like(steered[0].delta)
-        delta = mx.concatenate([zero if row is None else row.delta for row in rows])
-        return cls.of(delta, [EVERYWHERE if row is None else row.spans[0] for row in rows])
-
-    def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
-        """Tell which of ``length`` tokens from position ``offset`` on are steered.
-
-        All, none, or the int32 positions ``(rows, length, 1)`` to compare with the bounds.
-        ``offset`` is one number or ``(rows,)``. Call it before attention: in mlx-lm 0.31 the
-        cache advances that array in place.
-        """
-        if all(span == EVERYWHERE for span in self.spans):
-            return True
-        if isinstance(offset, int) and len(self.spans) == 1:  # no mask where none is needed
-            start, stop = self.spans[0]
-            if start <= offset and offset + length <= stop:
-                return True
-            if offset + length <= start or stop <= offset:
-                return False
-        return mx.arange(length).reshape(1, -1, 1) + mx.array(offset).reshape(-1, 1, 1)
-
-    def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
-        """Return ``h + r``, and ``+ delta`` at the steered positions.
-
-        ``h`` and ``r`` are ``(rows, tokens, hidden)``, and so is the result, in the dtype of
-        ``h``; the sum is made in float32.
-        """
-        if where is True:
-            return _add(h, r, self.delta)
-        if where is False:
-            return h + r
-        return _add_within(h, r, self.delta, where, self.start, self.stop)
 
 
 class SteeredBlock(TransformerBlock):
@@ -119,91 +31,19 @@ class SteeredBlock(TransformerBlock):
         if shift is None:
             return super().__call__(x, mask, cache)
         where = shift.where(cache.offset, x.shape[1])
-        cache.expect_update()
-        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        with cache.expecting_update():
+            r = self.self_attn(self.input_layernorm(x), mask, cache)
+        h = x + r
         r = self.mlp(self.post_attention_layernorm(h))
         return shift.add(h, r, where)
-
-
-class _Carrier:
-    """What the steered caches share: the shift, and a guard against blocks that ignore it."""
-
-    shift: Shift | None = None
-    _expected = False
-
-    def expect_update(self) -> None:
-        self._expected = True
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
-        if self.shift is not None and not self._expected:
-            raise SteeringError(
-                "a steered cache was used by a block that does not steer: the model is not "
-                "patched, or was restored. Call make_cache(model, steering) for this model."
-            )
-        self._expected = False
-        return super().update_and_fetch(keys, values)  # type: ignore[misc]
-
-
-class SteeredKVCache(_Carrier, KVCache):
-    """mlx-lm's ``KVCache`` of one sequence at one layer, and the shift that filled it."""
-
-    def __init__(self, shift: Shift | None = None):
-        super().__init__()
-        self.shift = shift
-
-    @classmethod
-    def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
-        return SteeredBatchKVCache.merge(caches)
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
-        stock = super().to_quantized(group_size=group_size, bits=bits)
-        quantized = SteeredQuantizedKVCache(group_size=group_size, bits=bits)
-        quantized.__dict__.update(stock.__dict__)
-        quantized.shift = self.shift
-        return quantized
-
-
-class SteeredQuantizedKVCache(_Carrier, QuantizedKVCache):
-    """A ``SteeredKVCache`` whose keys and values were quantised (mlx-lm's ``kv_bits``)."""
-
-
-class SteeredBatchKVCache(_Carrier, BatchKVCache):
-    """mlx-lm's ``BatchKVCache`` with a shift of its own, or none, for every row."""
-
-    def __init__(self, left_padding: list[int]):
-        super().__init__(left_padding)
-        self._rows: list[Shift | None] = [None] * len(left_padding)
-
-    def _carry(self, rows: list[Shift | None]) -> None:
-        self._rows = rows
-        self.shift = Shift.stack(rows)
-
-    @classmethod
-    def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
-        merged = super().merge(caches)
-        merged.__class__ = cls  # for empty caches BatchKVCache.merge names its own class
-        merged._carry([getattr(cache, "shift", None) for cache in caches])
-        return merged
-
-    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
-        super().filter(batch_indices)
-        self._carry([self._rows[int(i)] for i in batch_indices])
-
-    def extend(self, other: BatchKVCache) -> None:
-        theirs = getattr(other, "_rows", None) or [None] * other.offset.shape[0]
-        super().extend(other)
-        self._carry(self._rows + theirs)
-
-    def extract(self, idx: int) -> SteeredKVCache:
-        extracted = SteeredKVCache(self._rows[idx])
-        extracted.__dict__.update(super().extract(idx).__dict__)
-        return extracted
 
 
 def patch(model: nn.Module) -> nn.Module:
     """Swap the class of every Qwen2 block to ``SteeredBlock``; return ``model``.
 
-    Nothing else changes: no parameter, no weight, no output. Calling it again is harmless.
+    No parameter, weight or output changes. Calling it again is harmless. mlx-lm's
+    ``make_prompt_cache(model)`` then makes our (unsteered) caches, so that every row of a
+    batch carries its own steering; it no longer heeds ``max_kv_size``.
 
     Raises:
         ModelError: a block of another class, or of a subclass that we do not know.
@@ -217,7 +57,12 @@ def patch(model: nn.Module) -> nn.Module:
             )
     for block in blocks.values():
         block.__class__ = SteeredBlock
+    model.make_cache = partial(_unsteered_caches, len(blocks))  # not the model: no cycle
     return model
+
+
+def _unsteered_caches(count: int) -> list[KVCache]:
+    return [SteeredKVCache() for _ in range(count)]
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -225,6 +70,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     for block in decoder_blocks(model).values():
         if type(block) is SteeredBlock:
             block.__class__ = TransformerBlock
+    if "make_cache" in vars(model):
+        del model.make_cache
     return model
 
 
@@ -248,12 +95,13 @@ def make_cache(
     """Return one empty KV cache per decoder block, filled and read under ``steering``.
 
     The caches work with mlx-lm's own ``stream_generate(..., prompt_cache=...)`` and
-    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. There,
-    give *every* row a cache from here (``make_cache(model)`` for an unsteered one): a stock
-    cache that leads a batch does not know of its neighbours' steering.
+    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. Do not
+    insert caches there that were made before the model was patched: a stock cache that leads
+    a batch does not know of its neighbours' steering.
 
     The model's blocks are patched if they are not yet. Without steering, or at strength 0,
-    the blocks take the stock path.
+    the blocks take the stock path. Positions other than ``"all"`` are those of one turn: the
+    prompt is what ``prompt_length`` says, whatever follows is generated.
 
     Args:
         model: a Qwen2 model of mlx-lm.
@@ -269,20 +117,23 @@ def make_cache(
     caches = {layer: SteeredKVCache() for layer in blocks}
     if steering is None or not steering.strength:
         return list(caches.values())
-    hidden_size, dtype = model.args.hidden_size, model.model.norm.weight.dtype
-    layer_count = model.args.num_hidden_layers
+    hidden_size, layer_count = model.args.hidden_size, model.args.num_hidden_layers
+    dtype = model.model.norm.weight.dtype
+    limit = float(mx.finfo(dtype).max)
     steering.vector.select(steering.layers).check_fits(
         hidden_size=hidden_size, layer_count=layer_count, model="the model"
     )
     span = _span(steering, prompt_length)
     for layer in set(steering.layers) & set(caches):
-        delta = mx.array(steering.delta(layer)).reshape(1, 1, hidden_size)
-        if not mx.isfinite(delta.astype(dtype)).all():
+        delta = steering.delta(layer)
+        if abs(delta).max() > limit:
             raise SteeringError(
                 f"strength {steering.strength:g} at layer {layer}: lambda * v overflows the "
                 f"model's {dtype}. Choose a smaller strength."
             )
-        caches[layer].shift = Shift.of(delta, [span])
+        caches[layer].shift = Shift.of(mx.array(delta).reshape(1, 1, hidden_size), [span])
+    shifts = [cache.shift for cache in caches.values() if cache.shift]
+    mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here: mlx needs this thread's stream
     return list(caches.values())
 
 

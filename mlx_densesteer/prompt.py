@@ -17,6 +17,9 @@ def encode_prompt(
         InputError: an empty prompt, a system message without a template, or a tokenizer
             that has no template.
     """
+    for text in (prompt, system or ""):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first.")
     if not prompt.strip():
         raise InputError("the prompt is empty; give it as an argument or on standard input.")
     if raw:

@@ -9,6 +9,7 @@ from mlx_lm.models.base import create_attention_mask
 
 from .errors import InputError
 from .patch import decoder_blocks
+from .vector import format_layers
 
 BATCH_TOKENS = 4096
 
@@ -32,9 +33,12 @@ def record(
         Face terms layer l is ``hidden_states[l + 1]``, for the last layer before the norm.
 
     Raises:
-        InputError: an empty sequence, or one too short for ``token``.
+        InputError: no sequences, an empty one, one too short for ``token``, or a layer that
+            the model does not have.
     """
-    layers = sorted(set(layers))
+    if not sequences:
+        raise InputError("no sequences to read; expected at least one.")
+    layers = _check_layers(model, layers)
     rows: dict[int, list[tuple[int, np.ndarray]]] = {layer: [] for layer in layers}
     for batch in _batches(sequences):
         lengths = [len(sequences[i]) for i in batch]
@@ -57,10 +61,20 @@ def residual_norms(
     norm is orders of magnitude above the rest.
     """
     norms = {}
-    for layer, h in _streams(model, [tokens], sorted(set(layers))):
+    for layer, h in _streams(model, [tokens], _check_layers(model, layers)):
         lengths = mx.linalg.norm(h[0].astype(mx.float32), axis=-1)
         norms[layer] = float(mx.mean(lengths[1:] if len(tokens) > 1 else lengths))
     return norms
+
+
+def _check_layers(model: nn.Module, layers: Iterable[int]) -> list[int]:
+    wanted, there = sorted(set(layers)), decoder_blocks(model)
+    if not wanted or (strange := [layer for layer in wanted if layer not in there]):
+        raise InputError(
+            f"layers {format_layers(strange) if wanted else 'none'}: expected some of "
+            f"{format_layers(there)}."
+        )
+    return wanted
 
 
 def _streams(model: nn.Module, sequences: Sequence[Sequence[int]], layers: Sequence[int]):

@@ -36,6 +36,7 @@ class Steering:
             ``"prompt"``: at every prompt token.
             ``"generated"``: at every position whose output chooses a generated token: from
             the *last prompt token* on (that position belongs to ``"prompt"`` as well).
+            Both are those of one turn; see ``patch.make_cache``.
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
@@ -71,6 +72,8 @@ class Steering:
                 f"strength {strength:g} overflows float32 at layer {format_layers(bad)}: "
                 "choose a smaller one."
             )
+        for delta in deltas.values():
+            delta.setflags(write=False)
         object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_deltas", deltas)
@@ -99,8 +102,8 @@ class Steering:
         vectors lie between 0.06 and 72. ``residual_norms`` as ``record.residual_norms``
         measures them.
         """
-        norms = {layer: float(np.linalg.norm(delta)) for layer, delta in self._deltas.items()}
-        return {layer: norm / residual_norms[layer] for layer, norm in norms.items()}
+        norms = self.vector.norms()
+        return {k: abs(self.strength) * norms[k] / residual_norms[k] for k in self._deltas}
 
     def describe(self) -> dict[str, object]:
         """Return the setting as plain values for JSON output."""
@@ -129,14 +132,16 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
             first, dash, last = part.partition("-")
             if part == "all":
                 layers.update(available)
-            elif part.isdecimal():
+            elif _is_layer(part):
                 layers.add(int(part))
-            elif (
-                dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**4
-            ):
+            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
                 layers.update(range(int(first), int(last) + 1))
             else:
                 raise SteeringError(
                     f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
                 )
     return tuple(sorted(layers))
+
+
+def _is_layer(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 4

@@ -1,9 +1,8 @@
 """``SteeringVector`` and its ``.npz`` file (docs/vector-format.md). numpy only, no mlx."""
 
 import hashlib
-import io
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -97,7 +96,7 @@ class SteeringVector:
 
     def norms(self) -> dict[int, float]:
         """Return the Euclidean norm of each layer's vector, ``||v_l||``."""
-        return {layer: float(np.linalg.norm(array)) for layer, array in self.layers.items()}
+        return {k: float(np.linalg.norm(a.astype(np.float64))) for k, a in self.layers.items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":
         """Return the same vector with only ``layers``.
@@ -178,12 +177,7 @@ class SteeringVector:
             raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
         layers = {}
         for entry, layer in expected.items():
-            array = parse_npy(path, entry, members[entry])
-            if array.dtype != np.dtype("<f4"):
-                raise VectorFormatError(
-                    f"{path}: layer {layer} is {array.dtype}, expected float32."
-                )
-            layers[layer] = array
+            layers[layer] = _parse_npy(path, entry, members[entry], "<f4")
         return cls(layers, meta, name=path.name)
 
 
@@ -198,27 +192,31 @@ def format_layers(layers: Iterable[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def parse_npy(path: Path, entry: str, data: bytes) -> np.ndarray:
-    """Read one ``.npy`` member; its header must agree with the bytes that are there."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = header(file)
-    except (ValueError, KeyError) as error:
-        raise VectorFormatError(f"{path}: {entry} is no .npy array ({error}).") from error
-    if dtype.hasobject:
-        raise VectorFormatError(f"{path}: {entry} holds pickled Python objects; it was not read.")
-    body = data[file.tell() :]
-    # The header is checked before anything of that size is allocated.
-    if math.prod(shape) * dtype.itemsize != len(body):
+_HEADER = re.compile(
+    rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,9}),\), \} *\n"
+)
+
+
+def _parse_npy(path: Path, entry: str, data: bytes, dtype: str) -> np.ndarray:
+    """Read one ``.npy`` member of one dimension.
+
+    The header is a Python literal; only the one that the format names is read, and no
+    other is evaluated.
+    """
+    length = int.from_bytes(data[8:10], "little")
+    header = _HEADER.fullmatch(data[10 : 10 + length])
+    if data[:8] != b"\x93NUMPY\x01\x00" or header is None or header[1].decode() != dtype:
         raise VectorFormatError(
-            f"{path}: {entry} claims shape {shape} of {dtype}, but holds {len(body)} bytes."
+            f"{path}: {entry} is not a .npy array of one dimension and dtype {dtype} "
+            f"({np.dtype(dtype)}); it begins with {data[:100]!r}."
         )
-    return np.frombuffer(body, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+    body = data[10 + length :]
+    count, itemsize = int(header[2]), np.dtype(dtype).itemsize
+    if count * itemsize != len(body):
+        raise VectorFormatError(
+            f"{path}: {entry} claims {count} values, {count * itemsize} bytes, but holds {len(body)}."
+        )
+    return np.frombuffer(body, dtype=dtype)
 
 
 def _entry(layer: int) -> str:
@@ -227,8 +225,10 @@ def _entry(layer: int) -> str:
 
 def _meta_problems(meta: VectorMeta) -> list[str]:
     problems = []
-    if meta.hidden_size < 1 or meta.layer_count < 1:
-        problems.append(f"hidden size {meta.hidden_size} and layer count {meta.layer_count}")
+    if not (0 < meta.hidden_size < 2**24 and 0 < meta.layer_count < 2**16):
+        problems.append(
+            f"hidden size {meta.hidden_size:.3g} and layer count {meta.layer_count:.3g} are of no model"
+        )
     if meta.hook_point != HOOK_POINT:
         problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
     if meta.operator != OPERATOR:
@@ -242,14 +242,12 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
             f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
             "Convert other files with `densesteer vector import`."
         )
-    data = parse_npy(path, "meta.npy", members["meta.npy"])
-    if data.dtype != np.uint8 or data.ndim != 1 or data.size > MAX_META_BYTES:
-        raise VectorFormatError(
-            f"{path}: `meta` is not UTF-8 JSON of at most {MAX_META_BYTES} bytes."
-        )
+    data = _parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
+    if data.size > MAX_META_BYTES:
+        raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
     try:
         document = json.loads(data.tobytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
     if not isinstance(document, dict):
         raise VectorFormatError(f"{path}: `meta` holds no JSON object.")

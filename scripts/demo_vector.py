@@ -10,7 +10,6 @@ from pathlib import Path
 from mlx_densesteer import Pair, SteeringVector, extract, load
 from mlx_densesteer.errors import VectorError
 from mlx_densesteer.extraction import pairs_sha256
-from mlx_densesteer.model import inspect
 from mlx_densesteer.model_folder import recorded
 
 
@@ -23,7 +22,7 @@ def main() -> None:
         return
     print(f"demo: reading {len(pairs)} pairs with {folder.name} ...", file=sys.stderr)
     model, tokenizer = load(folder)
-    extract(model, tokenizer, pairs, inspect(model, folder)).save(out)
+    extract(model, tokenizer, pairs).save(out)
     print(f"demo: saved {out}", file=sys.stderr)
 
 

@@ -104,7 +104,7 @@ def vector_file(real_model, checkpoint, tmp_path_factory):
     model, tokenizer = real_model
     lines = (Path(__file__).parents[1] / "scripts/demo-pairs.jsonl").read_text("utf-8").splitlines()
     pairs = [ds.Pair(**json.loads(line)) for line in lines[:3]]
-    vector = ds.extract(model, tokenizer, pairs, inspect(model, checkpoint))
+    vector = ds.extract(model, tokenizer, pairs)
     return vector.save(tmp_path_factory.mktemp("vector") / "dense.npz")
 
 

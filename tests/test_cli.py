@@ -1,8 +1,6 @@
 import json
-import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -172,6 +170,8 @@ def test_a_vector_of_other_weights_is_warned_of(run, hf_folder, tmp_path):
         (["--temp", "-1", "hello"], "-1.0 is not in the range"),
         (["--top-p", "0", "hello"], "not in the range"),
         (["--max-tokens", "0", "hello"], "not in the range"),
+        (["--seed", "-1", "hello"], "not in the range"),
+        (["caf\udce9"], "not valid UTF-8"),
         (["   "], "the prompt is empty"),
         (["--raw", "--system", "x", "hello"], "cannot go with raw"),
     ],
@@ -213,19 +213,91 @@ def test_standard_input_that_is_no_text(run, hf_folder):
     assert result.exit_code == 2 and "not UTF-8" in result.stderr
 
 
-def test_ctrl_c_keeps_what_was_said(hf_folder):
+@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_keeps_what_was_said(hf_folder, number, as_json):
     """A real process and a real signal, in the middle of a long answer."""
+    options = ["--json", "--stop", "no such text"] if as_json else []
+    code = (
+        "import mlx_densesteer.generation as g, sys\n"
+        "release = g.Stream._release\n"
+        "def told(self, length):\n"
+        "    sys.stderr.write('PIECE\\n'); sys.stderr.flush(); return release(self, length)\n"
+        "g.Stream._release = told\n"
+        "from mlx_densesteer.cli import main; main()"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-m", "mlx_densesteer", "generate", "-m", hf_folder, "-n", "400000", "hello"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", code, "generate", "-m", hf_folder, "-n", "400000", *options, "hello"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    first = os.read(child.stdout.fileno(), 1)
-    time.sleep(0.5)
+    seen = 0
+    for line in child.stderr:
+        seen += "PIECE" in line
+        if seen == 3:
+            break
+    child.send_signal(number)
+    stdout, stderr = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert "interrupted" in stderr and "Traceback" not in stderr
+    if as_json:
+        found = json.loads(stdout)
+        assert found["finish_reason"] == "interrupted" and found["tokens"] >= 3 and found["text"]
+    else:
+        assert len(stdout) > 3 and stdout.endswith("\n")
+
+
+def test_ctrl_c_before_the_first_word(hf_folder):
+    code = (
+        "import mlx_densesteer.model as m, time\n"
+        "def slow(path): print('LOADING', flush=True); time.sleep(60)\n"
+        "m.load = slow\nfrom mlx_densesteer.cli import main; main()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", "-m", hf_folder, "hello"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "LOADING\n"
     child.send_signal(2)
-    rest, stderr = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert first and rest.endswith(b"\n")
-    assert b"interrupted" in stderr and b"Traceback" not in stderr
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in stderr
+
+
+def test_closed_streams(hf_folder):
+    command = f'"{sys.executable}" -m mlx_densesteer generate -m "{hf_folder}" -n 3 hello'
+    plain = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    for closed in ("<&-", "2>&-", "<&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (0, plain.stdout), closed
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "standard output is closed" in done.stderr
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >/dev/full"], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_a_huge_strength_is_still_json(run, hf_folder, vector_file):
+    arguments = (
+        "generate",
+        "-m",
+        hf_folder,
+        "-n",
+        2,
+        "-v",
+        vector_file,
+        "-s",
+        1e30,
+        "--json",
+        "hello",
+    )
+    found = json.loads(run(*arguments).stdout, parse_constant=lambda name: 1 / 0)
+    assert found["steering"]["relative_dose"]["2"] > 1e28
 
 
 def test_convert_prints_the_folder(run, hf_folder, tmp_path):
@@ -276,6 +348,11 @@ def test_vector_import(run, hf_folder, tmp_path):
     assert run("vector", "import", source, "-o", out, "-m", hf_folder, "--force").exit_code == 0
     meta = SteeringVector.load(out).meta
     assert (meta.model, meta.layer_count) == ("Tiny-Qwen2", 4)
+    for model in ("", "nonsense", "/no/such/folder"):
+        result = run("vector", "import", source, "-o", tmp_path / "n.npz", "-m", model)
+        assert result.exit_code == 2 and "neither a folder nor a Hub id" in result.stderr
+    result = run("vector", "import", source, "-o", tmp_path / "no" / "v.npz", "-m", "Qwen/X")
+    assert result.exit_code == 1 and "there is no folder" in result.stderr
     wide = pt_file(tmp_path / "w.pt", opcodes(), {"0": bytes(16)})
     result = run("vector", "import", wide, "-o", tmp_path / "w.npz", "-m", hf_folder)
     assert result.exit_code == 1 and "has hidden size 64" in result.stderr

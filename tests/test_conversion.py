@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -83,15 +84,75 @@ def test_the_name_says_what_it_is(hf_folder, tmp_path, monkeypatch):
 
 
 def test_an_existing_target_is_refused_and_kept_unless_forced(hf_folder, out):
-    out.mkdir(parents=True)
+    convert(hf_folder, out)
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(ConversionError, match="exists already.*--force"):
+    with pytest.raises(ConversionError, match=r"exists already.*--force"):
         convert(hf_folder, out)
     assert (out / "mine.txt").read_text() == "precious"
     convert(hf_folder, out, force=True)
     assert not (out / "mine.txt").exists()
     load(out)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_force_replaces_nothing_but_a_converted_model(hf_folder, source, tmp_path):
+    thesis = tmp_path / "papers" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    file = tmp_path / "weights.gguf"
+    file.write_text("")
+    inside = convert(hf_folder, tmp_path / "models" / "one")
+    for out, message in [
+        (thesis.parent, "is no model that densesteer converted"),
+        (file, "is no model that densesteer converted"),
+        (inside.parent, "is no model that densesteer converted"),
+        (source, "holds the source itself"),
+        (source.parent, "holds the source itself"),
+    ]:
+        with pytest.raises(ConversionError, match=message):
+            convert(source, out, force=True)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    with pytest.raises(ConversionError, match="or a link"):
+        convert(source, link, force=True)
+    assert thesis.exists() and file.exists() and (inside / "config.json").exists()
+    assert (source / "model.safetensors").exists()
+
+
+def test_a_target_that_appears_meanwhile_is_kept(hf_folder, out, monkeypatch):
+    finish = conversion._finish
+
+    def somebody_else_is_faster(*arguments):
+        finish(*arguments)
+        out.mkdir()
+        (out / "theirs").touch()
+
+    monkeypatch.setattr(conversion, "_finish", somebody_else_is_faster)
+    with pytest.raises(DiskError, match="made by somebody else meanwhile"):
+        convert(hf_folder, out)
+    assert [p.name for p in out.iterdir()] == ["theirs"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_places_that_cannot_be_written(hf_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match="cannot be written"):
+        convert(hf_folder, tmp_path / "file" / "out")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConversionError, match="or a link"):
+        convert(hf_folder, tmp_path / "dangling")
+    with pytest.raises(ConversionError, match="is no name of a folder"):
+        convert(hf_folder, ".", force=True)
+
+
+def test_a_model_that_brings_code_is_refused_and_the_code_not_run(source, out, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w').close()")
+    for action in (lambda: convert(source, out), lambda: load(source)):
+        with pytest.raises(UnsupportedModelError, match="brings model code of its own"):
+            action()
+    assert not (tmp_path / "witness").exists()
 
 
 def test_a_failed_replacement_keeps_the_old_model(hf_folder, source, out):
@@ -115,7 +176,8 @@ def test_an_interrupted_run_leaves_nothing(hf_folder, out, monkeypatch):
     assert list(out.parent.iterdir()) == []
 
 
-def test_ctrl_c_on_the_command_line(hf_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_on_the_command_line(hf_folder, tmp_path, number):
     """A real process, a real signal, while the checkpoint is being written."""
     slow = (
         "import time, mlx_lm, mlx_densesteer.cli as cli\n"
@@ -132,10 +194,11 @@ def test_ctrl_c_on_the_command_line(hf_folder, tmp_path):
     for line in process.stderr:
         if "WRITTEN" in line:
             break
-    assert [p.name for p in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
-    process.send_signal(2)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(f".out.partial-{process.pid}-")
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
+    assert (process.returncode, stdout) == (128 + number, "")
     assert "nothing half-done was left" in stderr and "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -144,9 +207,9 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(hf_folder, out):
     out.parent.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = out.parent / f".out.partial-{dead.pid}"
+    left = out.parent / f".out.partial-{dead.pid}-x"
     left.mkdir()
-    running = out.parent / f".out.partial-{os.getppid()}"
+    running = out.parent / f".out.partial-{os.getppid()}-x"
     running.mkdir()
     convert(hf_folder, out)
     assert not left.exists() and running.exists()
@@ -192,6 +255,8 @@ def test_sources_that_cannot_be_used(source, hf_folder, out, tmp_path):
 
     refused(tmp_path / "nowhere", "no such file or folder. Expected a Hub id")
     refused("nowhere", "no such file or folder. Expected a Hub id")
+    refused("models/qwen.gguf", "no such file or folder. Expected a Hub id")
+    refused(source, "is local, so it has no revision 'v1'", revision="v1")
     refused(tmp_path, "no config.json", ModelError)
     quantised = convert(hf_folder, tmp_path / "quantised")
     refused(quantised, "is quantised already")

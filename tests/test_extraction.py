@@ -22,8 +22,8 @@ def loaded(hf_folder):
 
 
 def test_the_vector_is_the_mean_difference_at_the_last_token(loaded):
-    model, tokenizer, info = loaded
-    vector = ds.extract(model, tokenizer, PAIRS, info)
+    model, tokenizer, _ = loaded
+    vector = ds.extract(model, tokenizer, PAIRS)
     assert list(vector.layers) == [0, 1, 2, 3]
     differences = []
     for pair in PAIRS:
@@ -40,7 +40,7 @@ def test_the_vector_is_the_mean_difference_at_the_last_token(loaded):
 
 def test_metadata_says_where_it_comes_from(loaded):
     model, tokenizer, info = loaded
-    meta = ds.extract(model, tokenizer, PAIRS, info, layers=[1]).meta
+    meta = ds.extract(model, tokenizer, PAIRS, layers=[1]).meta
     assert (meta.model, meta.fingerprint) == ("Tiny-Qwen2", info.fingerprint)
     assert (meta.hidden_size, meta.layer_count, meta.quantization) == (64, 4, "none")
     assert (meta.method, meta.token, meta.pair_count) == (
@@ -53,16 +53,22 @@ def test_metadata_says_where_it_comes_from(loaded):
 
 
 def test_swapping_the_responses_turns_the_vector_around(loaded):
-    model, tokenizer, info = loaded
+    model, tokenizer, _ = loaded
     swapped = [ds.Pair(p.prompt, p.negative, p.positive) for p in PAIRS]
-    there = ds.extract(model, tokenizer, PAIRS, info).layers[1]
-    back = ds.extract(model, tokenizer, swapped, info).layers[1]
+    there = ds.extract(model, tokenizer, PAIRS).layers[1]
+    back = ds.extract(model, tokenizer, swapped).layers[1]
     np.testing.assert_allclose(back, -there, rtol=0, atol=1e-5)
 
 
 def test_pairs_that_cannot_be_used(loaded):
-    model, tokenizer, info = loaded
+    model, tokenizer, _ = loaded
     with pytest.raises(InputError, match="no contrastive pairs"):
-        ds.extract(model, tokenizer, [], info)
-    with pytest.raises(InputError, match="pair 1 has an empty response"):
-        ds.extract(model, tokenizer, [PAIRS[0], ds.Pair("x", " ", "y")], info)
+        ds.extract(model, tokenizer, [])
+    with pytest.raises(InputError, match="pair 1 has a response of 0 tokens"):
+        ds.extract(model, tokenizer, [PAIRS[0], ds.Pair("x", " ", "y")])
+    with pytest.raises(InputError, match="token 0: expected a negative number"):
+        ds.extract(model, tokenizer, PAIRS, token=0)
+    with pytest.raises(InputError, match="pair 1 has a response of 2 tokens, expected at least 3"):
+        ds.extract(model, tokenizer, PAIRS, token=-3)
+    with pytest.raises(InputError, match="layers 99"):
+        ds.extract(model, tokenizer, PAIRS, layers=[99])

@@ -84,6 +84,27 @@ def test_text_is_held_back_only_while_it_could_become_a_stop():
     assert _held_back("abc", []) == 0
 
 
+def test_an_interruption_keeps_what_was_held_back(loaded):
+    text = ds.generate(*loaded, "hello", max_tokens=30).text
+    pieces = ds.stream(*loaded, "hello", max_tokens=30, stop=[text[8:] + "never"])
+    shown = ""
+    while len(shown) < 8:
+        shown += next(pieces)
+    pieces.close()
+    result = pieces.result
+    assert result.text.startswith(shown) and result.finish_reason == "interrupted"
+    assert loaded[1].decode(list(result.token_ids)).startswith(result.text)
+
+
+def test_two_streams_of_one_seed_do_not_meet(loaded):
+    def start():
+        return ds.stream(*loaded, "hello", max_tokens=8, sampling=ds.Sampling(temp=1.0, seed=1))
+
+    alone = list(start())
+    first, second = start(), start()
+    assert list(first) == alone == list(second)
+
+
 def test_stopping_early_keeps_what_was_said(loaded):
     pieces = ds.stream(*loaded, "hello", max_tokens=30)
     first = next(pieces)
@@ -131,6 +152,7 @@ def test_prompts(loaded):
         ({"prompt": []}, "no tokens"),
         ({"max_tokens": 0}, "max tokens 0"),
         ({"stop": [""]}, "a stop text is empty"),
+        ({"prompt": "caf\udce9"}, "not valid UTF-8"),
         ({"raw": True, "system": "x"}, "cannot go with raw"),
     ],
 )
@@ -141,7 +163,8 @@ def test_input_that_cannot_be_used(loaded, options, message):
 
 
 def test_sampling_options_that_cannot_be_used():
-    for options in ({"temp": -1}, {"temp": float("nan")}, {"top_p": 0}, {"top_p": 1.1}):
+    bad = [{"temp": -1}, {"temp": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}]
+    for options in [*bad, {"seed": 2**64}]:
         with pytest.raises(InputError, match="expected"):
             ds.Sampling(**options)
 

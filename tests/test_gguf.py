@@ -45,7 +45,9 @@ def vocabulary():
     return tokens, [*kinds, 3, 3, 3, 4, 5], ["h e", "he l"]
 
 
-def write_gguf(path, model, *, architecture="qwen2", quantised=False, leave_out=(), extra=()):
+def write_gguf(
+    path, model, *, architecture="qwen2", quantised=False, leave_out=(), extra=(), also=None
+):
     writer = gguf.GGUFWriter(path, architecture)
     args = model.args
     tokens, kinds, merges = vocabulary()
@@ -69,6 +71,8 @@ def write_gguf(path, model, *, architecture="qwen2", quantised=False, leave_out=
     for name, add in fields.items():
         if name not in leave_out:
             add()
+    if also:
+        also(writer)
     for name, array in [*tree_flatten(model.parameters()), *extra]:
         values = np.array(array)
         kind = gguf.GGMLQuantizationType.Q8_0
@@ -158,6 +162,30 @@ def test_another_architecture_is_refused_by_name(model, tmp_path):
         convert(path, tmp_path / "out")
 
 
+VARIANTS = {
+    "split.count": lambda w: w.add_uint16("split.count", 3),
+    "qwen2.rope.scaling.type": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+    "tokenizer.ggml.pre": lambda w: w.add_tokenizer_pre("deepseek-r1-qwen"),
+    "tokenizer.ggml.add_bos_token": lambda w: w.add_add_bos_token(True),
+}
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+def test_what_would_be_left_out_is_refused(model, tmp_path, key):
+    path = write_gguf(tmp_path / "tiny.gguf", model, also=VARIANTS[key])
+    with pytest.raises(ConversionError, match=f"{key} is .*, expected"):
+        convert(path, tmp_path / "out")
+
+
+def test_the_usual_values_are_accepted(model, tmp_path):
+    def usual(writer):
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_add_bos_token(False)
+        writer.add_uint16("split.count", 1)
+
+    convert(write_gguf(tmp_path / "tiny.gguf", model, also=usual), tmp_path / "out")
+
+
 @pytest.mark.parametrize("missing", ["rope", "tokens", "eos", "heads"])
 def test_a_missing_field_is_named(model, tmp_path, missing):
     path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[missing])
@@ -177,7 +205,9 @@ def test_damaged_files(model, tmp_path):
         data[:-1000],
     ):
         path.write_bytes(content)
-        with pytest.raises(ConversionError, match="no complete GGUF file"):
+        with pytest.raises(
+            ConversionError, match="no complete GGUF file|is no GGUF file, it begins with"
+        ):
             convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
 

@@ -10,12 +10,14 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.models.qwen2 import TransformerBlock
 
-from mlx_densesteer.errors import ModelError, SteeringError, VectorMismatchError
-from mlx_densesteer.patch import (
+from mlx_densesteer.cache import (
     SteeredBatchKVCache,
-    SteeredBlock,
     SteeredKVCache,
     SteeredQuantizedKVCache,
+)
+from mlx_densesteer.errors import ModelError, SteeringError, VectorMismatchError
+from mlx_densesteer.patch import (
+    SteeredBlock,
     decoder_blocks,
     make_cache,
     patch,
@@ -264,19 +266,66 @@ def test_a_row_taken_out_of_a_batch_keeps_its_steering(tiny, make_vector):
     assert close(both, mx.concatenate([expected[2], expected[1]]))
 
 
-def test_stock_caches_may_follow_ours_in_a_batch(tiny, make_vector):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("steered_first", [False, True])
+def test_rows_with_mlx_lms_default_cache_do_not_cost_others_their_steering(
+    tiny, make_vector, steered_first, late
+):
     steering = Steering(make_vector(), 3.0, layers=(1,))
-    prompts = [PROMPT, PROMPT]
-    caches = [make_cache(tiny, steering), make_prompt_cache(tiny)]
-    assert all(type(c) is KVCache for c in caches[1])
+    stock = greedy(tiny, PROMPT, 8, make_prompt_cache(tiny))
+    steered = greedy(patch(tiny), PROMPT, 8, make_cache(tiny, steering))
+    assert stock != steered
     batch = BatchGenerator(tiny, max_tokens=8)
-    uids = batch.insert(prompts, caches=caches)
-    found = {uid: [] for uid in uids}
+    found: dict[int, list[int]] = {}
+    uids = []
+    for number in (0, 1):
+        own = [make_cache(tiny, steering)] if (number == 0) == steered_first else None
+        uids += batch.insert([PROMPT], caches=own)  # None: what mlx-lm makes for the model
+        for _ in range(3 if late else 0):
+            for row in batch.next_generated():
+                found.setdefault(row.uid, []).append(row.token)
     for _ in range(20):
         for row in batch.next_generated():
-            found[row.uid].append(row.token)
-    assert found[uids[0]] == greedy(tiny, PROMPT, 8, make_cache(tiny, steering))
-    assert found[uids[1]] == greedy(tiny, PROMPT, 8, make_prompt_cache(tiny))
+            found.setdefault(row.uid, []).append(row.token)
+    expected = [steered, stock] if steered_first else [stock, steered]
+    assert [found[uid] for uid in uids] == expected
+
+
+def test_stock_caches_may_follow_ours(tiny, make_vector):
+    stock = make_prompt_cache(tiny)
+    assert all(type(c) is KVCache for c in stock)
+    ours = make_cache(tiny, Steering(make_vector(), layers=(1,)))
+    merged = [a.merge([a, b]) for a, b in zip(ours, stock, strict=True)]
+    both = tiny(mx.array([PROMPT, PROMPT]), merged)
+    assert not close(both[:1], both[1:], tolerance=0.01)
+    assert close(both[1:], tiny(mx.array([PROMPT])))
+
+
+def test_patching_changes_what_mlx_lm_makes_and_undo_gives_it_back(tiny):
+    assert all(type(c) is SteeredKVCache for c in make_prompt_cache(patch(tiny)))
+    assert len(make_prompt_cache(tiny)) == 4
+    assert all(type(c) is KVCache for c in make_prompt_cache(unpatch(unpatch(tiny))))
+
+
+def test_the_model_is_freed_with_its_last_reference(tiny):
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        model = patch(tiny_model())
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_saved_prompt_cache_is_refused_not_loaded_without_its_steering(tiny, make_vector):
+    cache = make_cache(tiny, Steering(make_vector()))
+    tiny(mx.array([PROMPT]), cache)
+    with pytest.raises(SteeringError, match="do not hold the steering"):
+        SteeredKVCache.from_state(cache[0].state)
 
 
 def test_works_after_quantisation_and_undo_gives_the_stock_quantised_model(make_vector):
@@ -356,6 +405,13 @@ def test_an_exception_leaves_nothing_behind(tiny, make_vector):
     with pytest.raises(ValueError):
         tiny(mx.array([[1, 2], [3, 4]])[:, :, None], cache)
     assert equal(tiny(mx.array([PROMPT])), before)
+    attention = tiny.model.layers[0].self_attn
+    rope, attention.rope = attention.rope, lambda *a, **k: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        tiny(mx.array([PROMPT]), cache)
+    attention.rope = rope
+    with pytest.raises(SteeringError, match="a block that does not steer"):
+        unpatch(tiny)(mx.array([PROMPT]), cache)
 
 
 def test_a_steered_cache_never_passes_unnoticed_through_stock_blocks(tiny, make_vector):

@@ -156,6 +156,33 @@ def test_infinity_is_refused(tmp_path):
         import_vector(path, model="x")
 
 
+def test_nothing_of_a_pickle_outlives_it(tmp_path):
+    """BUILD with a slot state sets attributes: once, and on stand-ins made for this file."""
+    from mlx_densesteer.interop import pt
+
+    text = b"X\x03\x00\x00\x00xyz"
+    for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nHalfStorage\n"):
+        body = b"\x80\x02" + target + b"}}" + text + b"K\x05s\x86b."
+        with pytest.raises(VectorFormatError):
+            import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+        twice = b"\x80\x02" + target + (b"}}" + text + b"K\x05s\x86b") * 2 + b"."
+        with pytest.raises(VectorFormatError, match="the operation BUILD"):
+            import_vector(pt_file(tmp_path / "v.pt", twice), model="x")
+    for stand_in in (*pt._GLOBALS.values(),):
+        assert not hasattr(stand_in, "xyz")
+
+
+def test_a_billion_laughs_are_not_spelled_out(tmp_path):
+    body = (
+        b"\x80\x02)"
+        + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+        + b"Q."
+    )
+    with pytest.raises(VectorFormatError, match="the persistent id") as error:
+        import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+    assert len(str(error.value)) < 1000
+
+
 def test_a_far_memo_slot_is_not_given_room(tmp_path):
     body = b"\x80\x02}r" + (2**32 - 1).to_bytes(4, "little") + b"."
     with pytest.raises(VectorFormatError, match="memo slot 4294967295"):

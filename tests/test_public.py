@@ -15,6 +15,7 @@ ROOMS = [
     {"archive", "atomic", "model_folder"},
     {"hub", "vector"},
     {"interop", "interop.pt", "interop.gguf_model", "steering"},
+    {"cache"},
     {"patch"},
     {"self_check", "model", "record", "prompt"},
     {"conversion", "doctor", "extraction", "generation"},
@@ -27,7 +28,7 @@ ROOMS = [
 
 def test_public_names():
     assert mlx_densesteer.__all__ == [
-        "DenseSteerError", "Generation", "Pair", "Sampling", "Steering", "SteeringVector", "convert",
+        "DenseSteerError", "Generation", "Pair", "Sampling", "Steering", "SteeringVector", "VectorMeta", "convert",
         "extract", "generate", "import_vector", "load", "make_cache", "stream",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:

@@ -46,6 +46,16 @@ def test_residual_norms_leave_the_first_token_out(tiny):
     assert residual_norms(tiny, [5], [0])[0] > 0
 
 
+def test_layers_that_the_model_does_not_have(tiny):
+    for layers, message in [([99], "layers 99: expected some of 0-3"), ([], "layers none")]:
+        with pytest.raises(InputError, match=message):
+            record(tiny, SEQUENCES, layers)
+        with pytest.raises(InputError, match=message):
+            residual_norms(tiny, [1, 2], layers)
+    with pytest.raises(InputError, match="no sequences"):
+        record(tiny, [], [0])
+
+
 def test_sequences_that_are_too_short(tiny):
     with pytest.raises(InputError, match="sequence 1 is empty"):
         record(tiny, [[1], []], [0])

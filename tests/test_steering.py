@@ -72,6 +72,8 @@ def test_unknown_positions_and_layers(make_vector):
 
 
 def test_a_steering_cannot_be_changed(make_vector):
+    with pytest.raises(ValueError, match="read-only"):
+        Steering(make_vector()).delta(1)[:] = 0
     with pytest.raises(AttributeError):
         Steering(make_vector()).strength = 2.0
 
@@ -90,7 +92,7 @@ def test_layer_options(texts, layers):
     assert parse_layers(texts, [0, 2]) == layers
 
 
-@pytest.mark.parametrize("text", ["", "-1", "5-3", "a", "1-", "1.5", "1-99999999", "³"])
+@pytest.mark.parametrize("text", ["", "-1", "5-3", "a", "1-", "1.5", "1-99999999", "9" * 5000, "³"])
 def test_layer_options_that_make_no_sense(text):
     with pytest.raises(SteeringError, match=r"expected a number \(14\), a range"):
         parse_layers([text], [0])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlx_densesteer.errors import VectorFormatError, VectorMismatchError
+from mlx_densesteer.errors import DiskError, VectorFormatError, VectorMismatchError
 from mlx_densesteer.vector import FORMAT_VERSION, SteeringVector, VectorMeta, format_layers
 
 META = VectorMeta(
@@ -120,6 +120,16 @@ def test_the_documented_bytes_are_the_bytes(tmp_path):
     assert list(memoryview(body).cast("f")) == list(range(8))
 
 
+def test_saving_where_there_is_no_folder(vector, tmp_path):
+    with pytest.raises(DiskError, match="there is no folder .*nowhere. Make it first"):
+        vector.save(tmp_path / "nowhere" / "v.npz")
+
+
+def test_norms_of_huge_vectors_are_finite():
+    vector = SteeringVector({0: np.full(8, 3e38)}, META)
+    assert vector.norms()[0] == pytest.approx(3e38 * 8**0.5)
+
+
 def test_saving_is_atomic_and_leaves_no_litter(vector, tmp_path, monkeypatch):
     file = vector.save(tmp_path / "v.npz")
     before = file.read_bytes()
@@ -213,6 +223,88 @@ class TestHostileFiles:
             return
         assert loaded.sha256() == good.sha256()
 
+    def test_any_flipped_bit(self, tmp_path):
+        """Every bit of a small file, one by one: an error of ours, or no difference."""
+        good = SteeringVector({1: np.arange(8, dtype=np.float32)}, META)
+        file = good.save(tmp_path / "v.npz")
+        content = file.read_bytes()
+        body = content.index(b"\x93NUMPY")
+        for at in [*range(body + 200), *range(content.index(b"PK\x01\x02"), len(content))]:
+            for bit in range(8):
+                damaged = bytearray(content)
+                damaged[at] ^= 1 << bit
+                file.write_bytes(damaged)
+                try:
+                    loaded = SteeringVector.load(file)
+                except VectorFormatError:
+                    continue
+                assert loaded.sha256() == good.sha256()
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -8), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999999), }",
+            "{'descr': '|V0', 'fortran_order': False, 'shape': (8,), }",
+            "{'descr': ('<f4',), 'fortran_order': False, 'shape': (8,), }",
+            "{'descr': 'f4,(', 'fortran_order': False, 'shape': (8,), }",
+            "{'descr': '<f4', 'fortran_order': True, 'shape': (8,), }",
+            "{[1]: 2}",
+            "(" * 100,
+            "-" * 100 + "4",
+            "__import__('os').system('true')",
+        ],
+    )
+    def test_headers_that_no_writer_of_ours_makes(self, file, header):
+        text = header.encode() + b"\n"
+        member = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(32)
+        rewrite(file, lambda members: members.update({"layer.0.npy": member}))
+        with pytest.raises(VectorFormatError, match="is not a .npy array of one dimension"):
+            SteeringVector.load(file)
+
+    def test_a_directory_that_lies_about_the_size_does_not_fill_the_memory(self, tmp_path):
+        """The member unpacks to 300 MiB, but says 100 bytes: no more than those are unpacked."""
+        import tracemalloc
+
+        file = tmp_path / "liar.npz"
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("meta.npy", bytes(300 * 2**20))
+        content = file.read_bytes()
+        true, lie = (300 * 2**20).to_bytes(4, "little"), (100).to_bytes(4, "little")
+        assert content.count(true) == 2
+        file.write_bytes(content.replace(true, lie))
+        tracemalloc.start()
+        with pytest.raises(VectorFormatError):
+            SteeringVector.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+        tracemalloc.stop()
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_other_compressions(self, tmp_path, method):
+        file = tmp_path / "v.npz"
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("meta.npy", bytes(100))
+        with pytest.raises(VectorFormatError, match="neither stored nor deflated"):
+            SteeringVector.load(file)
+
+    def test_what_is_no_file(self, tmp_path):
+        with pytest.raises(VectorFormatError, match="is no regular file"):
+            SteeringVector.load(tmp_path)
+        with pytest.raises(VectorFormatError, match="is no regular file"):
+            SteeringVector.load("/dev/zero")
+        with pytest.raises(FileNotFoundError):
+            SteeringVector.load(tmp_path / "nowhere.npz")
+
+    def test_a_number_of_a_million_digits(self, file):
+        def change(members):
+            document = np.load(io.BytesIO(members["meta.npy"])).tobytes()
+            document = document.replace(b'"hidden_size": 8', b'"hidden_size": ' + b"9" * 6000)
+            members["meta.npy"] = npy(np.frombuffer(document, dtype=np.uint8))
+
+        rewrite(file, change)
+        with pytest.raises(VectorFormatError, match="not UTF-8 JSON"):
+            SteeringVector.load(file)
+
     def test_zip_bomb_is_not_unpacked(self, tmp_path):
         file = tmp_path / "bomb.npz"
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -234,13 +326,13 @@ class TestHostileFiles:
         header += b" " * (118 - len(header) - 1) + b"\n"
         lie = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(32)
         rewrite(file, lambda members: members.update({"layer.0.npy": lie}))
-        with pytest.raises(VectorFormatError, match=r"claims shape \(1000000000000,\)"):
+        with pytest.raises(VectorFormatError, match="is not a .npy array of one dimension"):
             SteeringVector.load(file)
 
     def test_a_pickle_inside_is_not_read(self, file):
         objects = npy(np.array([{"a": 1}], dtype=object))
         rewrite(file, lambda members: members.update({"layer.0.npy": objects}))
-        with pytest.raises(VectorFormatError, match="pickled Python objects"):
+        with pytest.raises(VectorFormatError, match=r"is not a .npy array .*'\|O'"):
             SteeringVector.load(file)
 
     def test_the_same_name_twice(self, file):
@@ -268,7 +360,7 @@ class TestHostileFiles:
     def test_another_dtype(self, file, dtype):
         other = npy(np.zeros(8, dtype=dtype))
         rewrite(file, lambda members: members.update({"layer.0.npy": other}))
-        with pytest.raises(VectorFormatError, match="layer 0 is .*, expected float32"):
+        with pytest.raises(VectorFormatError, match=r"dtype <f4 \(float32\); it begins with"):
             SteeringVector.load(file)
 
     @pytest.mark.parametrize(
@@ -283,6 +375,7 @@ class TestHostileFiles:
             ({"hidden_size": True}, "`hidden_size` .* expected int"),
             ({"layer_count": 3}, r"layer 3 is outside 0\.\.2"),
             ({"layer_count": 0}, "layer count 0"),
+            ({"layer_count": 10**9}, r"layer count 1e\+09 are of no model"),
             ({"layers": [0, 0]}, "no list of layer numbers"),
             ({"layers": "all"}, "no list of layer numbers"),
             ({"layers": []}, "holds no layer|not part of the format"),

@@ -1,5 +1,12 @@
 """The command line. Modules here import click alone; the rest comes when a command runs."""
 
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
 import click
 
 from .._version import __version__
@@ -10,14 +17,66 @@ from .generate import generate
 from .vector import vector
 
 
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: like Ctrl-C, so that files are cleaned up and answers kept."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
 class _Commands(click.Group):
     """The one place where an error of ours becomes a message and an exit code."""
 
+    def main(self, *args: object, **kwargs: object) -> object:
+        _open_closed_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _signals():
+                return super().invoke(ctx)
         except DenseSteerError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # what the system refuses: no permission, disk full, ...
+            if error.errno in (None, errno.EPIPE):
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror}.") from error
+        except KeyboardInterrupt as error:
+            ctx.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def _open_closed_streams() -> None:
+    """Open a closed standard input or error on the null device, lest a file takes its number.
+
+    Without a standard output there is nowhere to put a result.
+    """
+    for number in (0, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.exit("densesteer: standard output is closed; there is nowhere to put a result.")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:  # under nohup it is ignored, and stays so
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

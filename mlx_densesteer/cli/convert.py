@@ -54,7 +54,7 @@ def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str
         )  # fmt: skip
     except KeyboardInterrupt:
         note("interrupted; nothing half-done was left. A download goes on where it stopped.")
-        sys.exit(130)
+        raise
     click.echo(folder)
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @click.command()
 @model_option
 @steering_options
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
+    help="Length of the response at most.",
+)  # fmt: skip
 @click.option(
     "--temp",
     type=click.FloatRange(min=0),
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Temperature; 0 is greedy.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=int, help="For a repeatable sample.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    help="Sample among the likeliest tokens of this total probability.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="For a repeatable sample.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
@@ -60,17 +66,19 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed), stop=stop,
     )  # fmt: skip
+    interrupt = None
     try:
         for piece in pieces:
             if not as_json:
                 click.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        pass  # what was said is kept; the finish reason tells
+    except KeyboardInterrupt as error:
+        interrupt = error  # what was said is kept
     result = pieces.result
-    click.echo(json.dumps(_to_json(result, doses), ensure_ascii=False) if as_json else "")
+    found = _to_json(result, doses)
+    click.echo(json.dumps(found, ensure_ascii=False, allow_nan=False) if as_json else "")
     note(_receipt(result))
-    if result.finish_reason == "interrupted":
-        sys.exit(130)
+    if interrupt:
+        raise interrupt
 
 
 _DOSE_TOKENS = 64  # enough for a mean norm; a fraction of the prompt's own time

@@ -65,7 +65,8 @@ def tell_dose(steering: "Steering", doses: dict[int, float]) -> None:
     from ..vector import format_layers
 
     total = sum(doses.values())
-    each = f", {max(doses.values()):.2g} at most in one layer" if len(doses) > 1 else ""
+    each = f" over {len(doses)} layers, at most {max(doses.values()):.2g} in one"
+    each = each if len(doses) > 1 else ""
     note(
         f"steering {steering.vector.name}: layer {format_layers(doses)}, strength "
         f"{steering.strength:g}, positions {steering.positions}, relative dose {total:.2g}{each}"

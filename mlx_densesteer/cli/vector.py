@@ -23,7 +23,7 @@ def vector() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, as_json: bool) -> None:
     """Print a vector's metadata and the norm of each layer."""
-    from ..vector import SteeringVector
+    from ..vector import SteeringVector, format_layers
 
     loaded = SteeringVector.load(file)
     document = loaded.describe()
@@ -32,6 +32,8 @@ def show(file: str, as_json: bool) -> None:
         click.echo(json.dumps(document | {"norms": norms, "sha256": loaded.sha256()}))
         return
     for key, value in document.items():
+        if key == "layers":
+            value = format_layers(loaded.layers)
         if value not in (None, [], ()):
             click.echo(f"{key:<22}{value}")
     click.echo(f"{'sha256':<22}{loaded.sha256()}\n\nlayer  norm")
@@ -59,13 +61,22 @@ def show(file: str, as_json: bool) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def import_(file: str, out: str, model: str, force: bool) -> None:
-    """Import a steering-vectors .pt file, without torch and without executing it."""
+    """Import a steering-vectors .pt file.
+
+    It is read without torch and without being executed. With a Hub id as MODEL nothing is
+    fetched: the vector is only labelled with it, and the layer count is taken from the file.
+    """
     from pathlib import Path
 
     from ..interop import import_vector
+    from ..model_folder import is_hub_id
 
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
+    if not (model and Path(model).expanduser().is_dir()) and not is_hub_id(model):
+        raise click.UsageError(
+            f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."
+        )
     loaded = import_vector(file, model=model)
     if Path(model).expanduser().is_dir():
         loaded = _fit_to_folder(loaded, Path(model).expanduser())

@@ -9,6 +9,7 @@ writes them for the architecture ``qwen2`` (no row permutation).
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,13 @@ def open_gguf(path: Path) -> "GGUFReader":
         raise ConversionError(
             f"{path}: reading GGUF files needs the extra: pip install 'mlx-densesteer[gguf]'."
         ) from error
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ConversionError(
+            f"{path}: is no GGUF file, it begins with {magic!r}. Expected a Hub id, a Hugging Face "
+            "folder, or a GGUF file."
+        )
     try:
         reader = GGUFReader(path)
     # What the reader raises on foreign, truncated or corrupt files; it has no class of its own.
@@ -74,7 +82,28 @@ def open_gguf(path: Path) -> "GGUFReader":
             f"{path}: is a GGUF of architecture {architecture!r}, but only the Qwen2 family "
             "(Qwen2, Qwen2.5; architecture qwen2) can be steered."
         )
+    _check_variant(reader, path)
     return reader
+
+
+def _check_variant(reader: "GGUFReader", path: Path) -> None:
+    """Refuse what a Qwen2 file can hold and this module would silently leave out."""
+    expected = {
+        "split.count": (1, "the parts must be joined first: gguf-split --merge"),
+        "qwen2.rope.scaling.type": ("none", "use the model's file without a stretched context"),
+        "tokenizer.ggml.model": ("gpt2", "use a Qwen2 or Qwen2.5 file"),
+        "tokenizer.ggml.pre": ("qwen2", "its tokenizer is not Qwen2's; convert from the Hub"),
+        "tokenizer.ggml.add_bos_token": (
+            False,
+            "its tokenizer is not Qwen2's; convert from the Hub",
+        ),
+    }
+    for key, (value, remedy) in expected.items():
+        field = reader.get_field(key)
+        if field is not None and field.contents() not in (value, 0 if value == 1 else value):
+            raise ConversionError(
+                f"{path}: {key} is {field.contents()!r}, expected {value!r}: {remedy}."
+            )
 
 
 def parameter_count(reader: "GGUFReader") -> int:
@@ -188,6 +217,8 @@ def read_config(reader: "GGUFReader", dtype: str) -> dict[str, object]:
         "tie_word_embeddings": "output.weight" not in names,
         "eos_token_id": int(_value(reader, "tokenizer.ggml.eos_token_id")),
         "torch_dtype": dtype,
+        # transformers takes a folder without it for an old one, and warns of its tokenizer
+        "transformers_version": metadata.version("transformers"),
     }
 
 

@@ -11,7 +11,9 @@ import hashlib
 import io
 import pickle
 import pickletools
+import reprlib
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,15 @@ def _rebuild_tensor(
     if not (isinstance(storage, np.ndarray) and isinstance(offset, int)):
         raise _Refused("a tensor without a float16 storage")
     if not (isinstance(size, tuple) and len(size) == 1 and stride == (1,)):
-        raise _Refused(f"a tensor of size {size!r} and stride {stride!r}, expected a plain vector")
+        raise _Refused(
+            f"a tensor of size {reprlib.repr(size)} and stride {reprlib.repr(stride)}, "
+            "expected a plain vector"
+        )
     width = size[0]
     if not (isinstance(width, int) and 0 <= offset <= offset + width <= len(storage)):
-        raise _Refused(f"a tensor of {width!r} values at {offset} in a storage of {len(storage)}")
+        raise _Refused(
+            f"a tensor of {reprlib.repr(width)} values at {offset} in a storage of {len(storage)}"
+        )
     return storage[offset : offset + width]
 
 
@@ -61,25 +68,44 @@ _GLOBALS = {
 }
 
 
+# What torch.save writes for such a vector (protocol 2). BUILD, which can set attributes, is
+# allowed once; the stand-ins are made anew for every file, so nothing outlives it.
+_OPCODES = {
+    "PROTO", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MARK", "STOP",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE",
+    "BININT", "BININT1", "BININT2", "NEWFALSE", "NEWTRUE", "NEWOBJ", "BUILD", "REDUCE", "BINPERSID",
+    # of other protocols: harmless, and a foreign global is then refused by its name
+    "PUT", "GET", "UNICODE",
+    "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "TUPLE2", "TUPLE3",
+}  # fmt: skip
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, storages: dict[str, bytes]):
         super().__init__(io.BytesIO(data))
         self._storages = storages
+        self._globals = dict(_GLOBALS)
+        self._globals["torch._utils", "_rebuild_tensor_v2"] = partial(_rebuild_tensor)
+        for stand_in in (_SteeringVectorState, _HalfStorage):
+            (key,) = (key for key, value in _GLOBALS.items() if value is stand_in)
+            self._globals[key] = type(stand_in.__name__, (stand_in,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _GLOBALS[module, name]
+            return self._globals[module, name]
         except KeyError:
             raise _Refused(f"the global {module}.{name}") from None
 
     def persistent_load(self, pid: object) -> np.ndarray:
         match pid:
-            case ("storage", kind, str(key), str(), int(count)) if kind is _HalfStorage:
+            case ("storage", type() as kind, str(key), str(), int(count)) if issubclass(
+                kind, _HalfStorage
+            ):
                 data = self._storages.get(key)
                 if data is None or len(data) != 2 * count:
                     raise _Refused(f"a storage {key!r} of {count} values that is not in the file")
                 return np.frombuffer(data, dtype="<f2")
-        raise _Refused(f"the persistent id {pid!r}")
+        raise _Refused(f"the persistent id {reprlib.repr(pid)}")
 
 
 def load_pt(path: str | Path, *, model: str) -> SteeringVector:
@@ -126,10 +152,7 @@ def _parts(path: Path, members: dict[str, bytes]) -> tuple[str, bytes, dict[str,
 
 def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # The unpickler makes room for the memo slot that a PUT names, however far out.
-            if opcode.name.endswith("PUT") and argument > len(data):
-                raise _Refused(f"memo slot {argument}")
+        _check_opcodes(data)
         return _Unpickler(data, storages).load()
     except _Refused as error:
         names = ", ".join(f"{module}.{name}" for module, name in _GLOBALS)
@@ -145,6 +168,17 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
         raise VectorFormatError(f"{path}: its pickle is damaged ({error}).") from error
 
 
+def _check_opcodes(data: bytes) -> None:
+    builds = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        builds += opcode.name == "BUILD"
+        if opcode.name not in _OPCODES or builds > 1:
+            raise _Refused(f"the operation {opcode.name}")
+        # The unpickler makes room for the memo slot that a PUT names, however far out.
+        if opcode.name.endswith("PUT") and argument > len(data):
+            raise _Refused(f"memo slot {argument}")
+
+
 def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
     state = found.state if isinstance(found, _SteeringVectorState) else None
     layers = state.get("layer_activations") if isinstance(state, dict) else None
@@ -153,9 +187,9 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
     kind = state.get("layer_type")
     if kind != "decoder_block":
         raise VectorFormatError(
-            f"{path}: layer type {kind!r}, expected 'decoder_block': it was read at another point."
+            f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block': it was read at another point."
         )
     for layer, array in layers.items():
         if type(layer) is not int or not isinstance(array, np.ndarray):
-            raise VectorFormatError(f"{path}: layer {layer!r} is no tensor.")
+            raise VectorFormatError(f"{path}: layer {reprlib.repr(layer)} is no tensor.")
     return layers
