@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,12 +275,11 @@ def test_closed_streams(hf_folder):
         ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and "standard output is closed" in done.stderr
-    done = subprocess.run(
-        ["sh", "-c", f"{command} >/dev/full"], capture_output=True, text=True, timeout=60
-    )
-    assert (
-        done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
-    )
+    if Path("/dev/full").exists():  # Linux only
+        command += " >/dev/full"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_huge_strength_is_still_json(run, hf_folder, vector_file):
