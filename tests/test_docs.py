@@ -54,6 +54,7 @@ def test_python_shown_runs(page, hf_folder, make_vector, tmp_path, monkeypatch, 
             "steering=steering)", "steering=steering, max_tokens=4)"
         )
         exec(compile(code, f"{page.name} (shown code)", "exec"), {})
+        assert ("print(" in code) == bool(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

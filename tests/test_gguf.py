@@ -183,7 +183,8 @@ def test_the_usual_values_are_accepted(model, tmp_path):
         writer.add_add_bos_token(False)
         writer.add_uint16("split.count", 1)
 
-    convert(write_gguf(tmp_path / "tiny.gguf", model, also=usual), tmp_path / "out")
+    folder = convert(write_gguf(tmp_path / "tiny.gguf", model, also=usual), tmp_path / "out")
+    assert load(folder)[1].encode("he") == [256]
 
 
 @pytest.mark.parametrize("missing", ["rope", "tokens", "eos", "heads"])
