@@ -171,4 +171,6 @@ def test_sampling_options_that_cannot_be_used():
 
 def test_peak_memory_is_of_this_response(loaded):
     mx.eval(mx.zeros((64, 2**20)))  # 256 MiB, gone again
-    assert ds.generate(*loaded, "hello", max_tokens=2).peak_memory_bytes < 2**28
+    before = mx.get_active_memory()  # other tests may hold a model
+    peak = ds.generate(*loaded, "hello", max_tokens=2).peak_memory_bytes
+    assert before < peak < before + 2**27
