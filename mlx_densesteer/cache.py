@@ -128,13 +128,6 @@ class _Carrier:
             )
         return super().update_and_fetch(keys, values)  # type: ignore[misc]
 
-    @classmethod
-    def from_state(cls, state: object) -> None:
-        raise SteeringError(
-            "mlx-lm's saved prompt caches do not hold the steering, so this one cannot be used. "
-            "Make a cache with make_cache(model, steering) and run the prompt again."
-        )
-
 
 class SteeredKVCache(_Carrier, KVCache):
     """mlx-lm's ``KVCache`` of one sequence at one layer, and the shift that filled it."""

@@ -102,12 +102,13 @@ def convert(
         ModelError, HubError: the source cannot be read.
     """
     target = _Target(bits, group_size, dtype)
+    out = None if out is None else Path(out).expanduser()
     if revision is not None and Path(source).expanduser().exists():
         raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
     if out is not None or bits is not None or dtype is not None:  # refuse before a download
-        _check_target(Path(out or target.folder(_name(source), str(dtype))), source, force)
+        _check_target(out or target.folder(_name(source), str(dtype)), source, force)
     found = _open_source(source, target, revision, progress)
-    folder = Path(out) if out is not None else target.folder(found.name, found.dtype)
+    folder = out if out is not None else target.folder(found.name, found.dtype)
     _check_target(folder, source, force)
     _check_groups(found, target)
     need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
@@ -115,7 +116,7 @@ def convert(
     with scratch_folder(folder) as work:
         hf_folder = found.prepare(work / "hf", progress)
         progress(f"converting to {folder.name}", 0, 0)
-        _run_mlx_lm(hf_folder, work / "mlx", target, found.dtype)
+        _run_mlx_lm(found.name, hf_folder, work / "mlx", target, found.dtype)
         progress("checking with one forward pass", 0, 0)
         _finish(work / "mlx", found, target)
         move_into_place(work / "mlx", folder, replace=force)
@@ -184,7 +185,10 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
 
     def prepare(work: Path, progress: Progress) -> Path:
         label = f"dequantising {path.name}"
-        gguf_model.write_hf_folder(reader, work, dtype, lambda done, n: progress(label, done, n))
+        with gguf_model.damage(path):
+            gguf_model.write_hf_folder(
+                reader, work, dtype, lambda done, n: progress(label, done, n)
+            )
         return work
 
     return _Source(
@@ -208,8 +212,9 @@ def _check_target(folder: Path, source: str | Path, force: bool) -> None:
         raise ConversionError(
             f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
         )
-    here, there = folder.resolve(), Path(source).expanduser().resolve()
-    if here == there or here in there.parents:
+    there = Path(source).expanduser().resolve()
+    # samefile: names alone do not tell on a disk that ignores case, as a Mac's does
+    if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
         raise ConversionError(f"{folder}: holds the source itself. Choose another name (-o).")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
         raise ConversionError(
@@ -231,7 +236,7 @@ def _check_groups(source: _Source, target: _Target) -> None:
             )
 
 
-def _run_mlx_lm(source: Path, out: Path, target: _Target, dtype: str) -> None:
+def _run_mlx_lm(name: str, source: Path, out: Path, target: _Target, dtype: str) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             mlx_lm.convert(
@@ -242,9 +247,9 @@ def _run_mlx_lm(source: Path, out: Path, target: _Target, dtype: str) -> None:
                 q_group_size=target.group_size if target.bits else None,
                 dtype=dtype,
             )
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError, OSError) as error:
         raise ConversionError(
-            f"{source}: mlx-lm cannot convert it ({type(error).__name__}: {error})."
+            f"{name}: mlx-lm cannot convert it ({type(error).__name__}: {error})."
         ) from error
 
 

@@ -93,7 +93,8 @@ def _self_check() -> Finding:
     except RuntimeError as failure:  # mx.compile without a C++ compiler, for one
         return Finding("steering", f"fails: {str(failure).splitlines()[0]}",
                        "on Linux install a C++ compiler (g++)", fatal=True)  # fmt: skip
-    if error > 1e-5:
+    # without the steering the logits are off by 4; some GPUs round products to TF32
+    if error > 1e-2:
         return Finding("steering", f"off by {error:.1e}", "mlx-lm changed under us; install "
                        "the version that this release names", fatal=True)  # fmt: skip
     return Finding("steering", f"exact on a tiny random model (largest error {error:.0e})")

@@ -69,7 +69,5 @@ def origin(path_or_repo: str | Path) -> str:
 def is_hub_id(text: str) -> bool:
     """Tell whether ``text`` can only be a Hub id (``ORG/NAME``), not a mistyped path."""
     path = Path(text)
-    is_path = (
-        text.startswith((".", "~", "/")) or path.parent.is_dir() or path.parts[:1] == ("converted",)
-    )
+    is_path = text.startswith((".", "~", "/")) or path.parts[:1] == ("converted",)
     return len(path.parts) == 2 and not is_path and path.suffix not in (".gguf", ".npz", ".pt")

@@ -43,7 +43,8 @@ def patch(model: nn.Module) -> nn.Module:
 
     No parameter, weight or output changes. Calling it again is harmless. mlx-lm's
     ``make_prompt_cache(model)`` then makes our (unsteered) caches, so that every row of a
-    batch carries its own steering; it no longer heeds ``max_kv_size``.
+    batch carries its own steering. It no longer heeds ``max_kv_size``, and mlx-lm's
+    ``load_prompt_cache`` does not know them (KeyError): ``unpatch`` for these.
 
     Raises:
         ModelError: a block of another class, or of a subclass that we do not know.

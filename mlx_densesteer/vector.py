@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -227,7 +228,8 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
     problems = []
     if not (0 < meta.hidden_size < 2**24 and 0 < meta.layer_count < 2**16):
         problems.append(
-            f"hidden size {meta.hidden_size:.3g} and layer count {meta.layer_count:.3g} are of no model"
+            f"hidden size {reprlib.repr(meta.hidden_size)} and layer count "
+            f"{reprlib.repr(meta.layer_count)} are of no model"
         )
     if meta.hook_point != HOOK_POINT:
         problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
@@ -247,12 +249,13 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
         raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
     try:
         document = json.loads(data.tobytes().decode("utf-8"))
+        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
     except (ValueError, RecursionError) as error:
         raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
     if not isinstance(document, dict):
         raise VectorFormatError(f"{path}: `meta` holds no JSON object.")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise VectorFormatError(
             f"{path}: format version {version!r}, but this is mlx-densesteer {__version__}, which "
             f"reads version {FORMAT_VERSION}. Upgrade with `pip install -U mlx-densesteer`."

@@ -2,7 +2,7 @@
 # Sets $python. Arguments: the extra to install (dev, gguf). POSIX sh; safe to run again.
 # shellcheck shell=sh
 
-cd "$(dirname "$0")/.." || exit 1
+CDPATH='' cd -- "$(dirname "$0")/.." || exit 1
 extra=$1
 
 say() { printf '%s\n' "$*" >&2; }
@@ -13,14 +13,15 @@ python=$venv/bin/python
 if [ ! -x "$python" ]; then
     base=
     for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3.14 python3.10 python3}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+            2>/dev/null; then
             base=$candidate
             break
         fi
     done
     if [ -z "$base" ]; then
-        say "No Python 3.10 or newer found. Install one (macOS: python.org or brew install python;"
-        say "Debian: apt-get install python3 python3-venv) or name it: PYTHON=/path/to/python $0"
+        say "No Python 3.10 or newer with venv found. Install one (macOS: python.org or brew install"
+        say "python; Debian: apt-get install python3 python3-venv) or name it: PYTHON=/path/to/it $0"
         exit 1
     fi
     say "Making $venv with $base ..."

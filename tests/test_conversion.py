@@ -111,6 +111,9 @@ def test_force_replaces_nothing_but_a_converted_model(hf_folder, source, tmp_pat
     ]:
         with pytest.raises(ConversionError, match=message):
             convert(source, out, force=True)
+    for spelling in (source.parent / "." / source.name, source / ".." / source.name):
+        with pytest.raises(ConversionError, match="holds the source itself"):
+            convert(source, spelling, force=True)
     link = tmp_path / "link"
     link.symlink_to(source)
     with pytest.raises(ConversionError, match="or a link"):
@@ -288,6 +291,11 @@ def test_options_that_do_not_fit(hf_folder, out, options, message):
     with pytest.raises(ConversionError, match=message):
         convert(hf_folder, out, **options)
     assert not out.exists()
+
+
+def test_a_home_folder_is_spelled_out(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(hf_folder, "~/models/tiny") == tmp_path / "models" / "tiny"
 
 
 def test_progress_is_told(hf_folder, out):

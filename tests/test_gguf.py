@@ -165,6 +165,7 @@ def test_another_architecture_is_refused_by_name(model, tmp_path):
 VARIANTS = {
     "split.count": lambda w: w.add_uint16("split.count", 3),
     "qwen2.rope.scaling.type": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+    "qwen2.rope.scaling.factor": lambda w: w.add_rope_scaling_factor(4.0),
     "tokenizer.ggml.pre": lambda w: w.add_tokenizer_pre("deepseek-r1-qwen"),
     "tokenizer.ggml.add_bos_token": lambda w: w.add_add_bos_token(True),
 }
@@ -174,6 +175,32 @@ VARIANTS = {
 def test_what_would_be_left_out_is_refused(model, tmp_path, key):
     path = write_gguf(tmp_path / "tiny.gguf", model, also=VARIANTS[key])
     with pytest.raises(ConversionError, match=f"{key} is .*, expected"):
+        convert(path, tmp_path / "out")
+
+
+UNTRUE = {
+    "eos": lambda w: w.add_eos_token_id(99999),
+    "pad": lambda w: w.add_pad_token_id(99999),
+    "kinds": lambda w: w.add_token_types([1, 1]),
+    "merges": lambda w: w.add_token_merges(["h e", "hz zz"]),
+    "heads": lambda w: w.add_head_count(0),
+}
+
+
+@pytest.mark.parametrize("field", UNTRUE)
+def test_fields_that_cannot_be_true(model, tmp_path, field):
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[field], also=UNTRUE[field])
+    with pytest.raises(ConversionError, match="no complete GGUF file|cannot convert it"):
+        convert(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_merge_of_one_part(model, tmp_path):
+    def also(writer):
+        writer.add_token_merges(["h e", "unknown"])
+
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=["merges"], also=also)
+    with pytest.raises(ConversionError, match="the merge .* is not of the vocabulary"):
         convert(path, tmp_path / "out")
 
 

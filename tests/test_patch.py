@@ -7,7 +7,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    KVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
 from mlx_lm.models.qwen2 import TransformerBlock
 
 from mlx_densesteer.cache import (
@@ -321,11 +327,17 @@ def test_the_model_is_freed_with_its_last_reference(tiny):
         gc.enable()
 
 
-def test_a_saved_prompt_cache_is_refused_not_loaded_without_its_steering(tiny, make_vector):
+def test_a_saved_prompt_cache_never_comes_back_without_its_steering(tiny, make_vector, tmp_path):
+    file = str(tmp_path / "cache.safetensors")
     cache = make_cache(tiny, Steering(make_vector()))
     tiny(mx.array([PROMPT]), cache)
-    with pytest.raises(SteeringError, match="do not hold the steering"):
-        SteeredKVCache.from_state(cache[0].state)
+    save_prompt_cache(file, cache)
+    with pytest.raises(KeyError, match="SteeredKVCache"):
+        load_prompt_cache(file)
+    stock = make_prompt_cache(unpatch(tiny))
+    tiny(mx.array([PROMPT]), stock)
+    save_prompt_cache(file, stock)
+    assert close(tiny(mx.array([[3]]), load_prompt_cache(file)), tiny(mx.array([[3]]), stock))
 
 
 def test_works_after_quantisation_and_undo_gives_the_stock_quantised_model(make_vector):

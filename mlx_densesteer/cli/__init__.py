@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import click
@@ -52,6 +53,8 @@ def _open_closed_streams() -> None:
 
     Without a standard output there is nowhere to put a result.
     """
+    if sys.stdout is None:
+        sys.exit("densesteer: standard output is closed; there is nowhere to put a result.")
     for number in (0, 2):
         try:
             os.fstat(number)
@@ -59,8 +62,6 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    if sys.stdout is None:
-        sys.exit("densesteer: standard output is closed; there is nowhere to put a result.")
 
 
 @contextlib.contextmanager
@@ -68,15 +69,18 @@ def _signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise _Ended(number)
 
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is signal.SIG_DFL:  # under nohup it is ignored, and stays so
-            signal.signal(number, end)
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        # under nohup SIGHUP is ignored, and stays so
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        taken = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

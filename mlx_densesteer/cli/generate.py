@@ -66,16 +66,19 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed), stop=stop,
     )  # fmt: skip
-    interrupt = None
+    interrupt, shown = None, 0
     try:
         for piece in pieces:
+            shown += len(piece)
             if not as_json:
                 click.echo(piece, nl=False)
     except KeyboardInterrupt as error:
         interrupt = error  # what was said is kept
     result = pieces.result
-    found = _to_json(result, doses)
-    click.echo(json.dumps(found, ensure_ascii=False, allow_nan=False) if as_json else "")
+    if as_json:
+        click.echo(json.dumps(_to_json(result, doses), ensure_ascii=False, allow_nan=False))
+    else:
+        click.echo(result.text[shown:])  # after an interruption, what was held back for a stop
     note(_receipt(result))
     if interrupt:
         raise interrupt

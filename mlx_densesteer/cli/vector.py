@@ -71,6 +71,7 @@ def import_(file: str, out: str, model: str, force: bool) -> None:
     from ..interop import import_vector
     from ..model_folder import is_hub_id
 
+    out = str(Path(out).expanduser())
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
     if not (model and Path(model).expanduser().is_dir()) and not is_hub_id(model):

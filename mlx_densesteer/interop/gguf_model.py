@@ -7,6 +7,7 @@ Format: the GGUF specification of ggml; tensor names as llama.cpp's ``convert_hf
 writes them for the architecture ``qwen2`` (no row permutation).
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -42,6 +43,19 @@ _SPLIT = (
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of the GGUF specification
 
 
+@contextlib.contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """What foreign, truncated or corrupt files raise; gguf has no class of its own for it."""
+    try:
+        yield
+    except (
+        ValueError, KeyError, IndexError, TypeError, OverflowError, ZeroDivisionError
+    ) as error:  # fmt: skip
+        raise ConversionError(
+            f"{path}: no complete GGUF file ({error}). Download it again."
+        ) from error
+
+
 def open_gguf(path: Path) -> "GGUFReader":
     """Open a GGUF file of the architecture ``qwen2``.
 
@@ -62,27 +76,17 @@ def open_gguf(path: Path) -> "GGUFReader":
             f"{path}: is no GGUF file, it begins with {magic!r}. Expected a Hub id, a Hugging Face "
             "folder, or a GGUF file."
         )
-    try:
+    with damage(path):
         reader = GGUFReader(path)
-    # What the reader raises on foreign, truncated or corrupt files; it has no class of its own.
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        UnicodeDecodeError,
-    ) as error:
-        raise ConversionError(
-            f"{path}: no complete GGUF file ({error}). Download it again."
-        ) from error
-    architecture = _value(reader, "general.architecture")
+        architecture = _value(reader, "general.architecture")
     if architecture != "qwen2":
         raise UnsupportedModelError(
             f"{path}: is a GGUF of architecture {architecture!r}, but only the Qwen2 family "
             "(Qwen2, Qwen2.5; architecture qwen2) can be steered."
         )
-    _check_variant(reader, path)
+    with damage(path):
+        _check_variant(reader, path)
+        read_config(reader, "bfloat16")
     return reader
 
 
@@ -97,6 +101,8 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
             False,
             "its tokenizer is not Qwen2's; convert from the Hub",
         ),
+        "qwen2.rope.scaling.factor": (1, "use the model's file without a stretched context"),
+        "qwen2.rope.scale_linear": (1, "use the model's file without a stretched context"),
     }
     for key, (value, remedy) in expected.items():
         field = reader.get_field(key)
@@ -240,6 +246,9 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     special = {i: t for i, t in enumerate(tokens) if kinds[i] in (_CONTROL, _USER_DEFINED)}
     plain = (i for i in range(len(tokens)) if i not in special and kinds[i] != _UNUSED)
     vocabulary = {tokens[i]: i for i in plain}
+    for merge in merges:  # the binding would raise a bare Exception
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise ValueError(f"the merge {merge!r} is not of the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -60,6 +60,8 @@ def _rebuild_tensor(
     return storage[offset : offset + width]
 
 
+MAX_PICKLE_BYTES = 2**20  # real ones have two or three thousand
+
 _GLOBALS = {
     ("steering_vectors.steering_vector", "SteeringVector"): _SteeringVectorState,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -169,9 +171,19 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
 
 
 def _check_opcodes(data: bytes) -> None:
-    builds = 0
+    if len(data) > MAX_PICKLE_BYTES:
+        raise _Refused(f"{len(data)} bytes of objects")
+    builds, slots, tuples, last = 0, 0, set(), ""
     for opcode, argument, _ in pickletools.genops(data):
         builds += opcode.name == "BUILD"
+        # Tuples of tuples, each twice: a few hundred bytes whose hash takes for ever.
+        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            if "TUPLE" in last:
+                tuples.add(slots if argument is None else argument)
+            slots += 1
+        elif opcode.name.endswith("GET") and argument in tuples:
+            raise _Refused("a tuple in two places")
+        last = opcode.name
         if opcode.name not in _OPCODES or builds > 1:
             raise _Refused(f"the operation {opcode.name}")
         # The unpickler makes room for the memo slot that a PUT names, however far out.
