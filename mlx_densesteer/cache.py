@@ -6,8 +6,7 @@ A KV cache is only valid for the steering under which it was filled, so the cach
 Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -110,18 +109,10 @@ class _Carrier:
     """What the steered caches share: the shift, and a guard against blocks that ignore it."""
 
     shift: Shift | None = None
-    _expected = False
-
-    @contextmanager
-    def expecting_update(self) -> Iterator[None]:
-        self._expected = True
-        try:
-            yield
-        finally:
-            self._expected = False
+    expecting = False  # an update, from a block that will add the shift
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
-        if self.shift is not None and not self._expected:
+        if self.shift is not None and not self.expecting:
             raise SteeringError(
                 "a steered cache was used by a block that does not steer: the model is not "
                 "patched, or was restored. Call make_cache(model, steering) for this model."

@@ -31,8 +31,11 @@ class SteeredBlock(TransformerBlock):
         if shift is None:
             return super().__call__(x, mask, cache)
         where = shift.where(cache.offset, x.shape[1])
-        with cache.expecting_update():
+        cache.expecting = True
+        try:
             r = self.self_attn(self.input_layernorm(x), mask, cache)
+        finally:
+            cache.expecting = False
         h = x + r
         r = self.mlp(self.post_attention_layernorm(h))
         return shift.add(h, r, where)
