@@ -1,15 +1,16 @@
 """Steered against stock mlx-lm on the same model: decode and prefill, paired in one process.
 
-    python benchmarks/decode.py MODEL [--tokens 24] [--pairs 9] [--layers 12] [--json]
+    python benchmarks/decode.py MODEL [--steps 60] [--prefills 12] [--layers all] [--json]
 
-Each pair runs once with mlx-lm's own blocks and caches (`unpatch`ed) and once steered, in
-alternating order, so that a machine whose speed drifts does not favour either side. The
-ratio is steered speed over stock speed, pair by pair: 1 is no cost. A null comparison, stock
-against stock, shows what the machine's noise alone looks like.
+Each pair is one step (or one prefill) with mlx-lm's own blocks and caches (`unpatch`ed) and
+one steered, a fraction of a second apart and in alternating order, so that a machine whose
+speed drifts favours neither side. The ratio is steered speed over stock speed, pair by pair:
+1 is no cost. A null comparison, stock against stock, shows what the noise alone looks like.
 """
 
 import argparse
 import datetime
+import io
 import json
 import platform
 import statistics
@@ -19,7 +20,6 @@ import time
 import mlx.core as mx
 import mlx_lm
 import numpy as np
-from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_densesteer import Steering, SteeringVector, load, make_cache
@@ -28,45 +28,46 @@ from mlx_densesteer.steering import parse_layers
 from mlx_densesteer.vector import VectorMeta
 
 
-def run(model, steering: Steering | None, prompt: list[int], tokens: int) -> tuple[float, float]:
-    """Return seconds of prefill and of ``tokens`` decoding steps."""
+def new_cache(model, steering: Steering | None, prompt: list[int]) -> list:
+    """Put the model into the side's state, and return an empty cache for it."""
     if steering is None:
-        unpatch(model)
-        cache = make_prompt_cache(model)
-    else:
-        patch(model)
-        cache = make_cache(model, steering, prompt_length=len(prompt))
+        return make_prompt_cache(unpatch(model))
+    return make_cache(model, steering, prompt_length=len(prompt))
+
+
+def forward(
+    model, steering: Steering | None, tokens: mx.array, cache: list
+) -> tuple[mx.array, float]:
+    """Run one forward pass; return the next token and the seconds that it took."""
+    (unpatch if steering is None else patch)(model)
     mx.synchronize()
     began = time.perf_counter()
-    steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1, prompt_cache=cache)
-    next(steps)  # the prompt, and the first token
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    ended = time.perf_counter()
-    mx.synchronize()  # mlx-lm leaves one step in flight
-    return first - began, ended - first
+    token = model(tokens, cache=cache)[:, -1].argmax(axis=-1, keepdims=True)
+    mx.eval(token, [c.state for c in cache])
+    return token, time.perf_counter() - began
 
 
-def paired(model, a, b, prompt, options) -> dict[str, list[float]]:
-    """Return the ratios time(b) / time(a) of each pair, and the times."""
+def paired(model, steering: Steering | None, prompt: list[int], options) -> dict[str, list[float]]:
+    """Return stock seconds, and the ratios stock / ``steering``, of prefills and of steps."""
+    sides = (None, steering)
     rows: dict[str, list[float]] = {
         "prefill": [],
         "decode": [],
         "stock_prefill": [],
         "stock_decode": [],
     }
-    sides = (a, b)
-    for number in range(options.pairs):
-        seconds = {}
+    for number in range(options.prefills + options.steps):
+        kind = "prefill" if number < options.prefills else "decode"
+        seconds = [0.0, 0.0]
+        if kind == "prefill":
+            caches = [new_cache(model, side, prompt) for side in sides]
+            tokens = [mx.array([prompt])] * 2
+            following = list(tokens)
         for side in (0, 1) if number % 2 == 0 else (1, 0):
-            seconds[side] = run(model, sides[side], prompt, options.tokens)
-        rows["prefill"].append(seconds[0][0] / seconds[1][0])
-        rows["decode"].append(seconds[0][1] / seconds[1][1])
-        rows["stock_prefill"].append(seconds[0][0])
-        rows["stock_decode"].append(seconds[0][1])
-        print(f"\rpair {number + 1}/{options.pairs}", end="", file=sys.stderr)
-    print(file=sys.stderr)
+            following[side], seconds[side] = forward(model, sides[side], tokens[side], caches[side])
+        tokens = following
+        rows[kind].append(seconds[0] / seconds[1])
+        rows[f"stock_{kind}"].append(seconds[0])
     return rows
 
 
@@ -82,9 +83,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def primitives(model, steering: Steering | None) -> int:
     """Count the operations of one decoding step's graph."""
-    import io
-
-    cache = make_prompt_cache(unpatch(model)) if steering is None else make_cache(model, steering)
+    cache = new_cache(model, steering, [1, 2, 3])
     model(mx.array([[1, 2, 3]]), cache=cache)
     mx.eval([c.state for c in cache])
     graph = io.StringIO()
@@ -97,8 +96,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--layers", default="all", help="steered layers; all is the worst case")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--prefills", type=int, default=12)
     parser.add_argument("--positions", default="all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -114,16 +113,16 @@ def main() -> None:
     prompt = [
         int(t) for t in rng.integers(0, min(model.args.vocab_size, 50_000), options.prompt_tokens)
     ]
-    run(model, None, prompt, 4), run(model, steering, prompt, 4)  # warm up
-    null = paired(model, None, None, prompt, options)
-    steered = paired(model, None, steering, prompt, options)
+    for side in (None, steering):  # warm up
+        forward(model, side, mx.array([prompt]), new_cache(model, side, prompt))
+    null = paired(model, None, prompt, options)
+    steered = paired(model, steering, prompt, options)
     result = {
         "decode_ratio": spread(steered["decode"]),
         "prefill_ratio": spread(steered["prefill"]),
         "null_decode_ratio": spread(null["decode"]),
         "null_prefill_ratio": spread(null["prefill"]),
-        "stock_decode_tokens_per_second": options.tokens
-        / statistics.median(steered["stock_decode"]),
+        "stock_decode_tokens_per_second": 1 / statistics.median(steered["stock_decode"]),
         "stock_prefill_tokens_per_second": options.prompt_tokens
         / statistics.median(steered["stock_prefill"]),
         "primitives": {"stock": primitives(model, None), "steered": primitives(model, steering)},
