@@ -8,7 +8,7 @@ Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -57,6 +57,11 @@ class Shift:
     start: mx.array
     stop: mx.array
 
+    @cached_property
+    def everywhere(self) -> bool:
+        """Whether every row is steered at every position: then no position is looked at."""
+        return all(span == EVERYWHERE for span in self.spans)
+
     @classmethod
     def of(cls, delta: mx.array, spans: Sequence[Span]) -> "Shift":
         start, stop = (
@@ -81,7 +86,7 @@ class Shift:
         ``offset`` is one number or ``(rows,)``. Call it before attention: in mlx-lm 0.31 the
         cache advances that array in place.
         """
-        if all(span == EVERYWHERE for span in self.spans):
+        if self.everywhere:
             return True
         if isinstance(offset, int) and len(self.spans) == 1:  # no mask where none is needed
             start, stop = self.spans[0]

@@ -14,10 +14,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ._version import __version__
 from .atomic import check_disk, file_sha256, move_into_place, scratch_folder
 from .errors import ConversionError
-from .hub import fetch_file, fetch_model, missing_bytes
+from .hub import fetch_config, fetch_model, missing_bytes
 from .interop import gguf_model
 from .model import fingerprint
-from .model_folder import RECORD, is_hub_id, origin, parse_config, read_config
+from .model_folder import RECORD, is_hub_id, origin, read_config
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -29,6 +29,10 @@ Progress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
 
 def _silent(what: str, done: int, total: int) -> None:
     return None
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class _Target:
 
     def bytes(self, parameters: int, dtype: str) -> int:
         """Estimate the converted weights; a scale and a bias of 16 bits for each group."""
-        plain = 4 if dtype == "float32" else 2
+        plain = _width(dtype)
         per_weight = self.bits / 8 + 2 * plain / self.group_size if self.bits else plain
         return int(parameters * per_weight * 1.02)
 
@@ -145,8 +149,7 @@ def _open_source(
             f"{repo}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a "
             "Hugging Face folder, or a GGUF file."
         )
-    # The family is known from one small file, before gigabytes are fetched.
-    parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
+    fetch_config(repo, revision=revision)
     need = missing_bytes(repo, revision=revision)
     check_disk(Path(HF_HUB_CACHE), need, "the download")
     progress(f"downloading {repo}", 0, 0)
@@ -182,12 +185,14 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
     reader = gguf_model.open_gguf(path)
     dtype = target.dtype or "bfloat16"
     parameters = gguf_model.parameter_count(reader)
+    with gguf_model.damage(path):
+        config = gguf_model.read_config(reader, dtype)
 
     def prepare(work: Path, progress: Progress) -> Path:
         label = f"dequantising {path.name}"
         with gguf_model.damage(path):
             gguf_model.write_hf_folder(
-                reader, work, dtype, lambda done, n: progress(label, done, n)
+                reader, work, config, lambda done, n: progress(label, done, n)
             )
         return work
 
@@ -195,9 +200,9 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
         name=_name(path),
         record={"source": path.stem, "gguf_sha256": file_sha256(path)},
         dtype=dtype,
-        config=gguf_model.read_config(reader, dtype),
+        config=config,
         parameters=parameters,
-        scratch_bytes=parameters * (4 if dtype == "float32" else 2),
+        scratch_bytes=parameters * _width(dtype),
         prepare=prepare,
     )
 

@@ -40,9 +40,10 @@ class Generation:
     """A response, whole or so far.
 
     ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a
-    stop text; ``steps`` and ``density`` as in ``density.py``. Times in seconds, ``tokens_per_second`` of decoding
-    alone, ``peak_memory_bytes`` as mlx counts it, weights included. ``finish_reason`` is
-    ``"stop"`` (end of turn or a stop text), ``"length"``, or ``"interrupted"``.
+    stop text; ``steps`` and ``density`` as in ``density.py``. Times in seconds,
+    ``tokens_per_second`` of decoding alone, ``peak_memory_bytes`` as mlx counts it, weights
+    included. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
+    ``"interrupted"``.
     """
 
     text: str

@@ -28,6 +28,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from .atomic import file_sha256
 from .errors import HubError
+from .model_folder import parse_config
 
 WEIGHT_FILES = "model*.safetensors"
 MODEL_FILES = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.txt", "*.jinja"]
@@ -55,6 +56,16 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
     return _ask(repo, revision, lambda: hf_hub_download(
         repo, name, revision=revision, local_files_only=not _answers(repo, revision)
     ))  # fmt: skip
+
+
+def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]:
+    """Return a model's ``config.json``: its family is known before gigabytes are fetched.
+
+    Raises:
+        HubError: see ``fetch_file``.
+        ModelError, UnsupportedModelError: see ``model_folder.read_config``.
+    """
+    return parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
 
 
 def missing_bytes(repo: str, *, revision: str | None = None) -> int:

@@ -10,8 +10,8 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import ModelError
-from .hub import fetch_file, fetch_model
-from .model_folder import is_hub_id, origin, parse_config, read_config
+from .hub import fetch_config, fetch_model
+from .model_folder import is_hub_id, origin, read_config
 from .patch import decoder_blocks, patch
 
 
@@ -69,8 +69,7 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
             f"{repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
             "such as Qwen/Qwen2.5-1.5B-Instruct."
         )
-    # The family is known from one small file, before gigabytes are fetched.
-    parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
+    fetch_config(repo, revision=revision)
     return fetch_model(repo, revision=revision)
 
 

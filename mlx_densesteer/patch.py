@@ -118,7 +118,7 @@ def make_cache(
         SteeringError: ``prompt_length`` is missing, or ``lambda * v`` overflows the stream's dtype.
     """
     blocks = decoder_blocks(patch(model))
-    caches = {layer: SteeredKVCache() for layer in blocks}
+    caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or not steering.strength:
         return list(caches.values())
     hidden_size, layer_count = model.args.hidden_size, model.args.num_hidden_layers

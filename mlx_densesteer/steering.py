@@ -18,6 +18,8 @@ Positions = Literal["all", "generated", "prompt"]
 # end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
 LARGE_DOSE = 0.5
 
+UNSTEERED = "unsteered"  # the fingerprint of no steering
+
 
 @dataclass(frozen=True)
 class Steering:
@@ -114,9 +116,6 @@ class Steering:
             "positions": self.positions,
             "fingerprint": self.fingerprint,
         }
-
-
-UNSTEERED = "unsteered"
 
 
 def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:

@@ -176,9 +176,10 @@ class SteeringVector:
             )
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
             raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
-        layers = {}
-        for entry, layer in expected.items():
-            layers[layer] = _parse_npy(path, entry, members[entry], "<f4")
+        layers = {
+            layer: _parse_npy(path, entry, members[entry], "<f4")
+            for entry, layer in expected.items()
+        }
         return cls(layers, meta, name=path.name)
 
 
@@ -263,10 +264,8 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
     return document
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "model": (str,), "hidden_size": (int,), "layer_count": (int,), "pair_count": (int,),
-    "tested": (list,),
-}  # fmt: skip
+# Every other key is text.
+_TYPES = {"hidden_size": int, "layer_count": int, "pair_count": int, "tested": list}
 
 
 def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta, list[int]]:
@@ -286,11 +285,11 @@ def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta,
         if key not in known:
             raise VectorFormatError(f"{path}: its metadata lacks `{key}`.")
     for key, value in known.items():
-        kinds = _TYPES.get(key, (str,))
+        kind = _TYPES.get(key, str)
         optional = value is None and key not in ("model", "hidden_size", "layer_count")
-        if not optional and (not isinstance(value, kinds) or isinstance(value, bool)):
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise VectorFormatError(
-                f"{path}: `{key}` in its metadata is {value!r}, expected {kinds[0].__name__}."
+                f"{path}: `{key}` in its metadata is {value!r}, expected {kind.__name__}."
             )
     known["tested"] = tuple(known.get("tested") or ())
     return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]

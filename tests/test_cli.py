@@ -66,6 +66,23 @@ def test_every_command_has_help(run, command):
     assert "Usage:" in result.stdout and len(result.stdout.splitlines()) > 5
 
 
+def test_choices_are_those_of_the_library():
+    """The command line cannot import them: its help must not load mlx."""
+    from typing import get_args
+
+    from mlx_densesteer.conversion import BITS, DTYPES, GROUP_SIZES
+    from mlx_densesteer.steering import Positions
+
+    def choices(command, name):
+        (found,) = (p.type.choices for p in main.commands[command].params if p.name == name)
+        return list(found)
+
+    assert choices("convert", "bits") == [*map(str, BITS), "none"]
+    assert choices("convert", "group_size") == [*map(str, GROUP_SIZES)]
+    assert choices("convert", "dtype") == list(DTYPES)
+    assert choices("generate", "positions") == list(get_args(Positions))
+
+
 def test_generate_streams_text_to_stdout_and_the_rest_to_stderr(run, hf_folder):
     result = run("generate", "-m", hf_folder, "--max-tokens", 8, "hello")
     expected = ds.generate(*ds.load(hf_folder), "hello", max_tokens=8)

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from .steer import note
+from .output import note
 
 
 @click.command()

@@ -4,6 +4,8 @@ import sys
 
 import click
 
+from .output import count
+
 
 @click.command()
 def doctor() -> None:
@@ -20,7 +22,5 @@ def doctor() -> None:
         if finding.remedy is not None:
             click.echo(f"    {'':<16}-> {finding.remedy}")
             wrong, fatal = wrong + 1, fatal + finding.fatal
-    click.echo(
-        f"\n{wrong} problem{'' if wrong == 1 else 's'} found" if wrong else "\nnothing wrong"
-    )
+    click.echo(f"\n{count(wrong, 'problem')} found" if wrong else "\nnothing wrong")
     sys.exit(1 if fatal else 0)

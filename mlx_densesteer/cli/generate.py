@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import model_option, steering_options
-from .steer import note, read_steering, tell_dose, tell_fit
+from .output import count, note
+from .steer import read_steering, tell_dose, tell_fit
 
 if TYPE_CHECKING:
     from ..generation import Generation
@@ -122,10 +123,6 @@ def _receipt(result: "Generation") -> str:
     }[result.finish_reason]  # fmt: skip
     density = f", density {result.density:.1f}" if result.density else ""
     return (
-        f"{result.tokens} token{_s(result.tokens)}, {result.steps} step{_s(result.steps)}{density}, first token after "
+        f"{count(result.tokens, 'token')}, {count(result.steps, 'step')}{density}, first token after "
         f"{result.time_to_first_token:.2f} s, then {result.tokens_per_second:.1f} tokens/s{ends}"
     )
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"

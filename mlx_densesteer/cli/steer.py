@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .output import note
+
 if TYPE_CHECKING:
     from ..model import ModelInfo
     from ..steering import Steering
@@ -28,13 +30,12 @@ def read_steering(
             f"{vector}: no such file. Make one, or `densesteer vector import` one."
         )
     loaded = SteeringVector.load(vector)
-    chosen = (
-        parse_layers(layers, loaded.layers)
-        if layers
-        else (default_layer(loaded.layers, loaded.meta.layer_count),)
-    )
-    if not layers and len(loaded.layers) > 1:
-        note(f"layer {chosen[0]} (the middle one of {loaded.meta.layer_count}); choose with -l")
+    if layers:
+        chosen = parse_layers(layers, loaded.layers)
+    else:
+        chosen = (default_layer(loaded.layers, loaded.meta.layer_count),)
+        if len(loaded.layers) > 1:
+            note(f"layer {chosen[0]} (the middle one of {loaded.meta.layer_count}); choose with -l")
     return Steering(
         loaded,
         strength=1.0 if strength is None else strength,
@@ -77,8 +78,3 @@ def tell_dose(steering: "Steering", doses: dict[int, float]) -> None:
             "1.9: the same words over and over, text without sense, or no text at all. Try a "
             "smaller --strength."
         )
-
-
-def note(message: str) -> None:
-    """Say something that is not the result."""
-    click.echo(f"densesteer: {message}", err=True)

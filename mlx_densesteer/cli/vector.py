@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .steer import note
+from .output import note
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,8 +6,6 @@ from ..errors import VectorFormatError
 from ..vector import SteeringVector
 from .pt import load_pt
 
-READERS = {".pt": load_pt}
-
 
 def import_vector(path: str | Path, *, model: str) -> SteeringVector:
     """Read another project's vector file; its ending says which project's.
@@ -17,9 +15,6 @@ def import_vector(path: str | Path, *, model: str) -> SteeringVector:
     Raises:
         VectorFormatError: an ending that is not known, or see the reader's own module.
     """
-    reader = READERS.get(Path(path).suffix.lower())
-    if reader is None:
-        raise VectorFormatError(
-            f"{path}: cannot tell what it is by its ending; known are {', '.join(READERS)}."
-        )
-    return reader(path, model=model)
+    if Path(path).suffix.lower() != ".pt":
+        raise VectorFormatError(f"{path}: cannot tell what it is by its ending; known are .pt.")
+    return load_pt(path, model=model)

@@ -86,29 +86,27 @@ def open_gguf(path: Path) -> "GGUFReader":
         )
     with damage(path):
         _check_variant(reader, path)
-        read_config(reader, "bfloat16")
     return reader
 
 
 def _check_variant(reader: "GGUFReader", path: Path) -> None:
     """Refuse what a Qwen2 file can hold and this module would silently leave out."""
-    expected = {
-        "split.count": (1, "the parts must be joined first: gguf-split --merge"),
-        "qwen2.rope.scaling.type": ("none", "use the model's file without a stretched context"),
-        "tokenizer.ggml.model": ("gpt2", "use a Qwen2 or Qwen2.5 file"),
-        "tokenizer.ggml.pre": ("qwen2", "its tokenizer is not Qwen2's; convert from the Hub"),
-        "tokenizer.ggml.add_bos_token": (
-            False,
-            "its tokenizer is not Qwen2's; convert from the Hub",
-        ),
-        "qwen2.rope.scaling.factor": (1, "use the model's file without a stretched context"),
-        "qwen2.rope.scale_linear": (1, "use the model's file without a stretched context"),
+    stretched = "use the model's file without a stretched context"
+    foreign = "its tokenizer is not Qwen2's; convert from the Hub"
+    expected = {  # the values that change nothing, the usual one first
+        "split.count": ((1, 0), "the parts must be joined first: gguf-split --merge"),
+        "qwen2.rope.scaling.type": (("none",), stretched),
+        "qwen2.rope.scaling.factor": ((1, 0), stretched),
+        "qwen2.rope.scale_linear": ((1, 0), stretched),
+        "tokenizer.ggml.model": (("gpt2",), "use a Qwen2 or Qwen2.5 file"),
+        "tokenizer.ggml.pre": (("qwen2",), foreign),
+        "tokenizer.ggml.add_bos_token": ((False,), foreign),
     }
-    for key, (value, remedy) in expected.items():
+    for key, (values, remedy) in expected.items():
         field = reader.get_field(key)
-        if field is not None and field.contents() not in (value, 0 if value == 1 else value):
+        if field is not None and field.contents() not in values:
             raise ConversionError(
-                f"{path}: {key} is {field.contents()!r}, expected {value!r}: {remedy}."
+                f"{path}: {key} is {field.contents()!r}, expected {values[0]!r}: {remedy}."
             )
 
 
@@ -120,18 +118,18 @@ def parameter_count(reader: "GGUFReader") -> int:
 def write_hf_folder(
     reader: "GGUFReader",
     folder: Path,
-    dtype: str,
+    config: dict[str, object],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the file as a Hugging Face folder: config, tokenizer, ``dtype`` weights.
+    """Write the file as a Hugging Face folder: tokenizer, weights, and ``config``.
 
-    ``progress`` receives the number of tensors done and in all.
+    ``config`` is that of ``read_config``; its ``torch_dtype`` is that of the weights. ``progress`` receives the number of tensors done and in all.
 
     Raises:
         ConversionError: a tensor or a metadata field that a Qwen2 file must have is missing,
             or a tensor has an unknown name or quantisation.
     """
-    config = read_config(reader, dtype)
+    dtype = getattr(mx, str(config["torch_dtype"]))
     tokenizer, tokenizer_config = _tokenizer(reader)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {
@@ -141,7 +139,7 @@ def write_hf_folder(
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
-    for number, shard in enumerate(_shards(reader, getattr(mx, dtype), progress)):
+    for number, shard in enumerate(_shards(reader, dtype, progress)):
         mx.save_safetensors(str(folder / f"model-{number:05d}.safetensors"), shard)
 
 

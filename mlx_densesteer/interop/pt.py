@@ -82,15 +82,19 @@ _OPCODES = {
 }  # fmt: skip
 
 
+def _fresh(stand_in: Any) -> Any:
+    if stand_in is OrderedDict:  # of the interpreter: it cannot be changed
+        return stand_in
+    if isinstance(stand_in, type):
+        return type(stand_in.__name__, (stand_in,), {})
+    return partial(stand_in)
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, storages: dict[str, bytes]):
         super().__init__(io.BytesIO(data))
         self._storages = storages
-        self._globals = dict(_GLOBALS)
-        self._globals["torch._utils", "_rebuild_tensor_v2"] = partial(_rebuild_tensor)
-        for stand_in in (_SteeringVectorState, _HalfStorage):
-            (key,) = (key for key, value in _GLOBALS.items() if value is stand_in)
-            self._globals[key] = type(stand_in.__name__, (stand_in,), {})
+        self._globals = {name: _fresh(stand_in) for name, stand_in in _GLOBALS.items()}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -114,7 +118,8 @@ def load_pt(path: str | Path, *, model: str) -> SteeringVector:
     """Read a ``.pt`` file of ``steering-vectors`` without torch and without executing it.
 
     ``model`` names the model that the vector was made for; the file does not say. The
-    model's layer count is taken to be that of the file. The float16 values of shape ``(hidden,)`` become float32 exactly.
+    model's layer count is taken to be that of the file. The float16 values of shape
+    ``(hidden,)`` become float32 exactly.
 
     Raises:
         VectorFormatError: not such a file, damaged, or its pickle names anything but the
