@@ -40,7 +40,10 @@ class Faults:
 
 
 class HubServer:
-    """Serve ``folders`` (by repository id) on 127.0.0.1; a context manager."""
+    """Serve ``folders`` on 127.0.0.1 by repository id, ``datasets/Org/Name`` for a data set.
+
+    A context manager.
+    """
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
@@ -103,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._cdn(match[1])
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self._api(*match.groups())
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
         else:
             self._answer(404)

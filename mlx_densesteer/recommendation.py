@@ -1,0 +1,250 @@
+"""Which setting of a sweep to use, if the evidence is there for one. numpy only.
+
+A sweep tries many settings, and the best of many looks good by chance alone. Every statement
+here is corrected for the number of settings, so that a sweep over settings that do nothing
+ends in a recommendation with a probability of at most 1 - confidence.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+from .intervals import mcnemar, paired_bootstrap, paired_difference, sign_flip
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one setting did on each problem, in the same order as the baseline's.
+
+    ``correct``: bool, shape ``(problems,)``. ``tokens``: whole numbers, shape ``(problems,)``.
+    ``layer`` is ``None`` for the baseline.
+    """
+
+    layer: int | None
+    strength: float
+    correct: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A setting, the reason for it, and a text with the figures for the user.
+
+    Without a reason ("none") the layer is ``None`` and the strength 0: the unsteered model.
+    """
+
+    layer: int | None
+    strength: float
+    reason: Literal["accuracy", "tokens", "none"]
+    text: str
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A setting against the baseline; ``gain`` and ``saving`` are means over the problems."""
+
+    outcome: Outcome
+    better: int
+    worse: int
+    p: float  # of McNemar's test, after Holm
+    gain: float
+    saving: float
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.outcome.layer} at strength {self.outcome.strength:g}"
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.outcome.correct.mean())
+
+    @property
+    def tokens(self) -> float:
+        return float(self.outcome.tokens.mean())
+
+
+def recommend(
+    baseline: Outcome,
+    others: Sequence[Outcome],
+    *,
+    confidence: float = 0.95,
+    margin: float = 0.02,
+) -> Recommendation:
+    """Return the setting that is better than the unsteered model beyond chance, or none.
+
+    1. accuracy: of the settings that solve more problems than the baseline with a p value of
+       at most 1 - confidence (McNemar, exact, two-sided, after Holm over all settings), the one
+       that solves most.
+    2. tokens: of the settings whose accuracy is less than ``margin`` below the baseline's at
+       worst (lower bound of Tango's interval) and that save tokens (interval of the paired
+       bootstrap above 0, and the sign-flip test agrees: the bootstrap alone is wrong too often
+       for few problems and responses that run to the limit), the one with the fewest tokens.
+       All at the confidence 1 - (1 - confidence) / settings (Bonferroni).
+    3. none.
+
+    ``others`` may hold strength 0; it is left out.
+
+    Raises:
+        ValueError: no problems, outcomes of different lengths, or a confidence or margin
+            outside (0, 1).
+    """
+    _check(baseline, others, confidence, margin)
+    comparisons = _compare(baseline, [o for o in others if o.strength != 0])
+    if not comparisons:
+        return Recommendation(None, 0.0, "none", "Nothing but strength 0 was tried.")
+    risk = 1 - confidence
+    supported = [c for c in comparisons if c.gain > 0 and c.p <= risk]
+    if supported:
+        best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
+        text = _say_accuracy(best, baseline, len(comparisons))
+        return Recommendation(best.outcome.layer, best.outcome.strength, "accuracy", text)
+    shorter = _shorter(comparisons, baseline, risk, margin)
+    if shorter is not None:
+        return shorter
+    text = _say_none(comparisons, baseline, risk, margin)
+    return Recommendation(None, 0.0, "none", text)
+
+
+def _shorter(
+    comparisons: Sequence[_Comparison], baseline: Outcome, risk: float, margin: float
+) -> Recommendation | None:
+    each = 1 - risk / len(comparisons)
+    for c in sorted(comparisons, key=lambda c: (-c.saving, abs(c.outcome.strength))):
+        loss = -paired_difference(c.better, c.worse, len(c.outcome.correct), each)[0]
+        if loss >= margin or c.saving <= 0:
+            continue
+        saving = _saving(c, baseline, each)
+        if saving is not None:
+            text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
+            return Recommendation(c.outcome.layer, c.outcome.strength, "tokens", text)
+    return None
+
+
+def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, margin: float) -> None:
+    count = len(baseline.correct)
+    if not count:
+        raise ValueError("no problem: expected results on at least one.")
+    for outcome in (baseline, *others):
+        if outcome.correct.shape != (count,) or outcome.tokens.shape != (count,):
+            raise ValueError(
+                f"layer {outcome.layer}, strength {outcome.strength:g}: results of shape "
+                f"{outcome.correct.shape} and {outcome.tokens.shape}, expected ({count},)."
+            )
+    if not (0 < confidence < 1 and 0 < margin < 1):
+        raise ValueError(f"confidence {confidence}, margin {margin}: expected 0 < both < 1.")
+
+
+def _compare(baseline: Outcome, others: Sequence[Outcome]) -> list[_Comparison]:
+    right = baseline.correct.astype(bool)
+    counts = [
+        (int((o.correct & ~right).sum()), int((~o.correct & right).sum()))
+        for o in (Outcome(o.layer, o.strength, o.correct.astype(bool), o.tokens) for o in others)
+    ]
+    adjusted = holm([mcnemar(better, worse) for better, worse in counts])
+    return [
+        _Comparison(
+            outcome, better, worse, p, (better - worse) / len(right),
+            float((baseline.tokens - outcome.tokens.astype(np.float64)).mean()),
+        )
+        for outcome, (better, worse), p in zip(others, counts, adjusted, strict=True)
+    ]  # fmt: skip
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for their number by Holm's step-down method, in the same order.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979), 65-70.
+    """
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _saving(c: _Comparison, baseline: Outcome, confidence: float) -> tuple[float, float] | None:
+    """Return the interval of the tokens saved, or ``None`` if the saving is not beyond chance."""
+    differences = baseline.tokens - c.outcome.tokens.astype(np.float64)
+    resamples = max(10_000, math.ceil(40 / (1 - confidence)))  # for the far percentiles
+    if sign_flip(differences, resamples=resamples) > 1 - confidence:
+        return None
+    low, high = paired_bootstrap(differences, resamples=resamples, confidence=confidence)[1:]
+    return (low, high) if low > 0 else None
+
+
+def _say_accuracy(best: _Comparison, baseline: Outcome, settings: int) -> str:
+    return (
+        f"{best.name.capitalize()} solves {_solved(best.outcome)}, the unsteered model "
+        f"{baseline.correct.mean():.1%}: {best.better} problems more and {best.worse} lost, p = "
+        f"{best.p:.2g} (exact McNemar test, {_corrected(settings, 'Holm')}). It writes "
+        f"{_tokens(best, baseline)}. The gain of the best of several settings is overestimated; "
+        "confirm it on other problems."
+    )
+
+
+def _say_tokens(
+    c: _Comparison, baseline: Outcome, settings: int, loss: float, saving: tuple[float, float],
+    margin: float,
+) -> str:  # fmt: skip
+    return (
+        f"No setting is more accurate than the unsteered model beyond chance. {c.name.capitalize()} "
+        f"writes {_tokens(c, baseline)} ({saving[0]:.1f} to {saving[1]:.1f} fewer) and solves "
+        f"{_solved(c.outcome)} instead of {baseline.correct.mean():.1%}: at worst {100 * loss:.1f} "
+        f"points lost, less than the {100 * margin:g} allowed (both intervals are "
+        f"{_corrected(settings, 'Bonferroni')})."
+    )
+
+
+def _say_none(
+    comparisons: Sequence[_Comparison], baseline: Outcome, risk: float, margin: float
+) -> str:
+    best = max(comparisons, key=lambda c: (c.accuracy, c.saving))
+    shortest = max(comparisons, key=lambda c: (c.saving, c.accuracy))
+    count, settings = len(baseline.correct), len(comparisons)
+    text = (
+        "No setting is recommended: none is more accurate than the unsteered model "
+        f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none "
+        f"shorter at an accuracy that is surely no more than {100 * margin:g} points lower. "
+        f"Most accurate was {best.name} with {best.accuracy:.1%} (p = {best.p:.2g}, "
+        f"{_corrected(settings, 'Holm')}); shortest {shortest.name} with {shortest.tokens:.1f} "
+        f"tokens and {shortest.accuracy:.1%}."
+    )
+    if count < (need := problems_needed(settings, risk, margin)):
+        text += (
+            f" {count} problems are too few to tell: with {_settings(settings)}, even one that "
+            f"changes no answer is known to lose less than {100 * margin:g} points only from "
+            f"{need} problems on. Use more problems or fewer settings."
+        )
+    return text
+
+
+def problems_needed(settings: int, risk: float = 0.05, margin: float = 0.02) -> int:
+    """Return how many problems it takes until a setting can be found no less accurate at all.
+
+    Tango's lower bound without a problem that tells the settings apart is -z^2 / (n + z^2):
+    n > z^2 (1 - margin) / margin. Settings that do change answers take more.
+    """
+    z = NormalDist().inv_cdf(1 - risk / settings / 2)
+    return math.floor(z * z * (1 - margin) / margin) + 1
+
+
+def _solved(outcome: Outcome) -> str:
+    return f"{outcome.correct.mean():.1%} of {len(outcome.correct)} problems"
+
+
+def _tokens(c: _Comparison, baseline: Outcome) -> str:
+    return f"{c.tokens:.1f} tokens a response instead of {baseline.tokens.mean():.1f}"
+
+
+def _corrected(settings: int, method: str) -> str:
+    return (
+        f"corrected for {_settings(settings)} by {method}'s method" if settings > 1 else "1 setting"
+    )
+
+
+def _settings(count: int) -> str:
+    return f"{count} setting" if count == 1 else f"{count} settings"
