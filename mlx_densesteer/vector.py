@@ -40,6 +40,8 @@ class VectorMeta:
     chat_template_sha256: str | None = None
     quantization: str | None = None
     tested: tuple[Mapping[str, object], ...] = ()
+    residual_norms: Mapping[str, float] | None = None
+    recommended: Mapping[str, object] | None = None
     source: str | None = None
     created_by: str = f"mlx-densesteer {__version__}"
     hook_point: str = HOOK_POINT
@@ -98,6 +100,12 @@ class SteeringVector:
     def norms(self) -> dict[int, float]:
         """Return the Euclidean norm of each layer's vector, ``||v_l||``."""
         return {k: float(np.linalg.norm(a.astype(np.float64))) for k, a in self.layers.items()}
+
+    @property
+    def residual_norms(self) -> dict[int, float] | None:
+        """The mean ``||h_l||`` of each layer that was recorded at extraction, if it was."""
+        stored = self.meta.residual_norms
+        return None if stored is None else {int(k): float(v) for k, v in stored.items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":
         """Return the same vector with only ``layers``.
@@ -236,7 +244,21 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
         problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
     if meta.operator != OPERATOR:
         problems.append(f"operator {meta.operator!r}, but this version knows only {OPERATOR!r}")
+    if not all(
+        key.isdecimal() and _is_number(value) and value > 0
+        for key, value in (meta.residual_norms or {}).items()
+    ):
+        problems.append("`residual_norms` does not give a positive number for each layer")
+    best = meta.recommended
+    if best is not None and not (
+        type(best.get("layer")) is int and _is_number(best.get("strength"))
+    ):
+        problems.append("`recommended` has no layer and strength")
     return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and bool(np.isfinite(value))
 
 
 def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
@@ -265,7 +287,10 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
 
 
 # Every other key is text.
-_TYPES = {"hidden_size": int, "layer_count": int, "pair_count": int, "tested": list}
+_TYPES = {
+    "hidden_size": int, "layer_count": int, "pair_count": int, "tested": list,
+    "residual_norms": dict, "recommended": dict,
+}  # fmt: skip
 
 
 def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta, list[int]]:

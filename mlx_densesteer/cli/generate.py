@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.argument("prompt", required=False)
 def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
-             positions: str, max_tokens: int, temp: float, top_p: float, seed: int | None,
+             positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float, seed: int | None,
              system: str | None, stop: tuple[str, ...], raw: bool, as_json: bool,
              prompt: str | None) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
@@ -48,7 +48,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     output as it is made, everything else to standard error.
     """
     text = _read_prompt(prompt)
-    steering = read_steering(vector, strength, layers, positions)
+    request = read_steering(vector, strength, layers, positions, relative)
 
     from ..generation import Sampling, stream
     from ..model import inspect, load
@@ -58,8 +58,10 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     loaded, tokenizer = load(model)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
     doses: dict[int, float] = {}
-    if steering is not None:
-        tell_fit(steering, inspect(loaded, model))
+    steering = None
+    if request is not None:
+        tell_fit(request.vector, inspect(loaded, model))
+        steering = request.for_model(loaded, tokenizer)
         norms = residual_norms(loaded, tokens[:_DOSE_TOKENS], steering.layers)
         doses = steering.relative_dose(norms)
         tell_dose(steering, doses)

@@ -12,22 +12,71 @@ def model_option(command: Command) -> Command:
     """Add ``-m/--model``."""
     return click.option(
         "-m", "--model", required=True, metavar="MODEL",
-        help="A folder that `densesteer convert` wrote, or a Hub id.",
+        help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
     )(command)  # fmt: skip
 
 
 def steering_options(command: Command) -> Command:
-    """Add ``-v -s -l --positions``; read them with ``cli.steer.read_steering``."""
+    """Add ``-v -s -l --positions --relative``; read them with ``cli.steer.read_steering``."""
     for option in reversed([
-        click.option("-v", "--vector", type=click.Path(dir_okay=False), metavar="FILE",
-                     help="Steering vector (.npz). Without it nothing is steered."),
+        vector_option("Without it nothing is steered."),
         click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
-                     help="Lambda; positive is towards dense, 0 is the unsteered model. [default: 1]"),
+                     help="Lambda; positive is towards dense, 0 is the unsteered model. "
+                          "[default: what a sweep recommended, else 1]"),
         click.option("-l", "--layer", "layers", multiple=True, metavar="LAYERS",
-                     help="0-based: 14, 10-14, 10,12 or all; may be repeated. "
-                          "[default: the vector's only layer, else the middle one]"),
-        click.option("--positions", type=click.Choice(["all", "generated", "prompt"]),
-                     default="all", show_default=True, help="At which tokens to steer."),
+                     help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: what a "
+                          "sweep recommended, the vector's only layer, else the middle one]"),
+        positions_option,
+        relative_option("NUMBER is a fraction"),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def vector_option(remark: str, *, required: bool = False) -> Command:
+    """Make ``-v/--vector``."""
+    return click.option(
+        "-v", "--vector", metavar="FILE", required=required,
+        help=f"Steering vector (.npz), or demo (embedded). {remark}".strip(),
+    )  # fmt: skip
+
+
+positions_option = click.option(
+    "--positions", type=click.Choice(["all", "generated", "prompt"]),
+    help="At which tokens to steer. [default: all]",
+)  # fmt: skip
+
+
+def relative_option(what: str) -> Command:
+    """Make ``--relative``."""
+    return click.option(
+        "--relative", is_flag=True,
+        help=f"{what} of the mean norm of the residual stream: 0.1 is a mild dose, 0.5 a large one.",
+    )  # fmt: skip
+
+
+def task_options(command: Command) -> Command:
+    """Add ``--split --skip --limit --revision``: which problems of a task."""
+    for option in reversed([
+        click.option("--split", metavar="NAME", help="Of the task: test or train. [default: test]"),
+        click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N",
+                     help="Leave out the first N problems."),
+        click.option("--limit", type=click.IntRange(min=1), metavar="N",
+                     help="Take at most N problems."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of the data set."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def run_options(command: Command) -> Command:
+    """Add ``-n --rows --system``: how problems are answered."""
+    for option in reversed([
+        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048,
+                     show_default=True, help="Length of a response at most."),
+        click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True,
+                     help="Responses that are generated together; more need more memory."),
+        click.option("--system", metavar="TEXT", help="System message."),
     ]):  # fmt: skip
         command = option(command)
     return command

@@ -1,5 +1,6 @@
 """From the shared options to a ``Steering``, and what the user is told about its dose."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,40 +9,87 @@ import click
 from .output import note
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from ..model import ModelInfo
     from ..steering import Steering
+    from ..vector import SteeringVector
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the steering options ask for; a relative strength needs the model."""
+
+    vector: "SteeringVector"
+    number: float
+    layers: tuple[int, ...]
+    positions: str
+    relative: bool
+
+    def steering(self, strength: float) -> "Steering":
+        from ..steering import Steering
+
+        return Steering(self.vector, strength, self.layers, self.positions)  # type: ignore[arg-type]
+
+    def for_model(self, model: "nn.Module", tokenizer: "TokenizerWrapper") -> "Steering":
+        """Return the steering; the vector must fit the model (``tell_fit``)."""
+        if not self.relative:
+            return self.steering(self.number)
+        from ..dose import mean_norms, strength_for
+
+        norms = mean_norms(model, tokenizer, self.vector, self.layers)
+        return self.steering(strength_for(self.vector, norms, self.number))
+
+
+def read_vector(name: str) -> "SteeringVector":
+    """Return the vector of a file, or the embedded one for ``demo``."""
+    from .. import demo
+    from ..vector import SteeringVector
+
+    path = demo.VECTOR if name == demo.NAME else Path(name)
+    if not path.is_file():
+        raise click.UsageError(
+            f"{name}: no such file. Make one with `densesteer extract`, or import one with "
+            "`densesteer vector import`."
+        )
+    return SteeringVector.load(path)
 
 
 def read_steering(
-    vector: str | None, strength: float | None, layers: tuple[str, ...], positions: str
-) -> "Steering | None":
-    """Return the steering that the options ask for, ``None`` without a vector."""
+    vector: str | None,
+    strength: float | None,
+    layers: tuple[str, ...],
+    positions: str | None,
+    relative: bool = False,
+) -> Request | None:
+    """Return what the options ask for, ``None`` without a vector; wrong ones are refused here."""
     if vector is None:
-        if strength is not None or layers or positions != "all":
+        if strength is not None or layers or positions or relative:
             raise click.UsageError(
-                "--strength, --layer and --positions need a vector: add -v FILE."
+                "--strength, --layer, --positions and --relative need a vector: add -v FILE."
             )
         return None
-    from ..steering import Steering, parse_layers
-    from ..vector import SteeringVector
+    from ..steering import parse_layers
 
-    if not Path(vector).is_file():
-        raise click.UsageError(
-            f"{vector}: no such file. Make one, or `densesteer vector import` one."
-        )
-    loaded = SteeringVector.load(vector)
-    if layers:
-        chosen = parse_layers(layers, loaded.layers)
-    else:
+    if relative and strength is None:
+        raise click.UsageError("--relative needs a --strength, for example -s 0.1.")
+    loaded = read_vector(vector)
+    best = loaded.meta.recommended or {}
+    chosen = parse_layers(layers, loaded.layers) if layers else None
+    if best and chosen in (None, (best["layer"],)):
+        chosen = (best["layer"],)
+        if strength is None:
+            strength, positions = best["strength"], positions or best.get("positions")
+            note(f"layer {chosen[0]}, strength {strength:g}: what a sweep recommended")
+    if chosen is None:
         chosen = (default_layer(loaded.layers, loaded.meta.layer_count),)
         if len(loaded.layers) > 1:
             note(f"layer {chosen[0]} (the middle one of {loaded.meta.layer_count}); choose with -l")
-    return Steering(
-        loaded,
-        strength=1.0 if strength is None else strength,
-        layers=chosen,
-        positions=positions,  # type: ignore[arg-type]
-    )
+    number = 1.0 if strength is None else strength
+    request = Request(loaded, number, chosen, positions or "all", relative)
+    request.steering(number)  # refuses what can never be applied, before a model is loaded
+    return request
 
 
 def default_layer(available, layer_count: int) -> int:
@@ -49,9 +97,8 @@ def default_layer(available, layer_count: int) -> int:
     return min(available, key=lambda layer: (abs(layer - layer_count // 2), layer))
 
 
-def tell_fit(steering: "Steering", info: "ModelInfo") -> None:
+def tell_fit(vector: "SteeringVector", info: "ModelInfo") -> None:
     """Raise if the vector does not fit the model; warn if it was made for other weights."""
-    vector = steering.vector
     vector.check_fits(hidden_size=info.hidden_size, layer_count=info.layer_count, model=info.name)
     if vector.meta.fingerprint and vector.meta.fingerprint != info.fingerprint:
         note(
