@@ -3,20 +3,18 @@
 python scripts/demo_vector.py MODEL OUT.npz
 """
 
-import json
 import sys
 from pathlib import Path
 
 from mlx_densesteer import Pair, SteeringVector, extract, load
 from mlx_densesteer.errors import VectorError
-from mlx_densesteer.extraction import pairs_sha256
 from mlx_densesteer.model_folder import recorded
+from mlx_densesteer.pairs import pairs_sha256, read_pairs
 
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    lines = (Path(__file__).parent / "demo-pairs.jsonl").read_text("utf-8").splitlines()
-    pairs = [Pair(**json.loads(line)) for line in lines]
+    pairs = read_pairs(Path(__file__).parent / "demo-pairs.jsonl")
     if is_current(out, pairs, recorded(folder).get("fingerprint")):
         print(f"demo: using {out}", file=sys.stderr)
         return

@@ -12,6 +12,7 @@ import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer.model import fingerprint, inspect
+from mlx_densesteer.pairs import read_pairs
 from mlx_densesteer.prompt import encode_prompt
 from mlx_densesteer.vector import VectorMeta
 
@@ -188,3 +189,43 @@ def test_a_filter_that_closes_its_end_early_is_no_error(checkpoint):
     )
     assert len(done.stdout) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def extracted():
+    """Vectors that steering-vectors made of the demo's first pairs (scripts/make-extraction-fixture)."""
+    with np.load(PARITY.with_name("extraction.npz")) as arrays:
+        fixture = dict(arrays)
+    fixture["record"] = json.loads(fixture["record"].tobytes())
+    return fixture
+
+
+def largest_difference(vector, extracted, method):
+    """Of each layer's vector from the reference's, relative to its length."""
+    errors = []
+    for layer, array in vector.layers.items():
+        expected = extracted[f"{method}.{layer}"].astype(np.float64)
+        if method == "pca":  # theirs has length 1
+            array = array / np.linalg.norm(array)
+        errors.append(np.linalg.norm(array - expected) / np.linalg.norm(expected))
+    print(f"\n{method}: largest relative difference {max(errors):.1e}")
+    return max(errors)
+
+
+def test_extraction_agrees_with_steering_vectors_at_every_layer(
+    real_model, checkpoint, extracted, tmp_path
+):
+    model, tokenizer = real_model
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "v.npz"
+    lines = (Path(__file__).parents[1] / "scripts/demo-pairs.jsonl").read_text("utf-8").splitlines()
+    record = extracted["record"]
+    file.write_text("\n".join(lines[: record["pair_count"]]), "utf-8")
+    assert fingerprint(model) == record["model"], "the fixture was made from other weights"
+    done = densesteer("extract", "-m", checkpoint, file, "-o", out)
+    assert done.returncode == 0, done.stderr
+    mean = ds.SteeringVector.load(out)
+    assert mean.meta.pairs_sha256 == record["pairs_sha256"]
+    assert list(mean.layers) == list(range(24))
+    assert largest_difference(mean, extracted, "mean") < 1e-4
+    component = ds.extract(model, tokenizer, read_pairs(file), layers=range(8), method="pca")
+    assert largest_difference(component, extracted, "pca") < 1e-4

@@ -1,0 +1,124 @@
+"""``densesteer extract``."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import model_option
+from .output import count, note
+from .progress import Live
+from .tables import aligned
+
+if TYPE_CHECKING:
+    from ..extraction import Extraction
+
+
+@click.command()
+@model_option
+@click.argument("pairs", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE.npz",
+    help="File to write.",
+)  # fmt: skip
+@click.option(
+    "--token", default="-1", show_default=True, metavar="WHERE",
+    help="Read-out: -N, counted from the end of the response; mean-response; or first-N, the "
+         "mean of its first N tokens.",
+)  # fmt: skip
+@click.option(
+    "--method", type=click.Choice(["mean", "pca"]), default="mean", show_default=True,
+    help="Mean difference, or first principal component of the differences.",
+)  # fmt: skip
+@click.option(
+    "--layers", "layers", multiple=True, metavar="LAYERS",
+    help="0-based: 14, 10-14, 10,12 or all; may be repeated. Nothing above the last one is "
+         "computed. [default: all]",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def extract(model: str, pairs: str, out: str, token: str, method: str, layers: tuple[str, ...],
+            force: bool, as_json: bool) -> None:  # fmt: skip
+    """Extract a steering vector from contrastive pairs.
+
+    PAIRS is a JSONL file of `densesteer pairs`. The name of the vector's file goes to standard
+    output, what was found in each layer to standard error.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and not force:
+        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+    if not path.parent.is_dir():
+        raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
+
+    from ..extraction import ReadOut, extract_with_report
+    from ..model import load
+    from ..pairs import read_pairs
+    from ..steering import parse_layers
+
+    read = read_pairs(pairs)
+    ReadOut.of(token)  # before the model is loaded
+    loaded, tokenizer = load(model)
+    chosen = parse_layers(layers, range(loaded.args.num_hidden_layers)) if layers else None
+    live = Live()
+    try:
+        found = extract_with_report(
+            loaded,
+            tokenizer,
+            read,
+            layers=chosen,
+            token=token,
+            method=method,
+            progress=lambda done, total: live.show(f"reading pairs: {done}/{total}"),
+        )
+        found.vector.save(path)
+    except KeyboardInterrupt:
+        note("interrupted; nothing was written.")
+        raise
+    finally:
+        live.clear()
+    _tell(found, len(read))
+    click.echo(json.dumps(_to_json(found, path), allow_nan=False) if as_json else path)
+
+
+def _tell(found: "Extraction", pairs: int) -> None:
+    """Say how large and how stable the vector is, on standard error."""
+    if found.identical:
+        numbers = ", ".join(map(str, found.identical[:5])) + (
+            ", ..." if found.identical[5:] else ""
+        )
+        note(
+            f"warning: in {count(len(found.identical), 'pair')} (from 0: {numbers}) the two "
+            "responses are the same; they only make the vector shorter."
+        )
+    note(
+        f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
+        f"would be {found.tokens_apart:,}"
+    )
+    rows = [["layer", "norm", "residual", "relative", "halves", "noise"]]
+    for layer, row in found.layers.items():
+        cosines = ["-" if x is None else f"{x:.2f}" for x in (row.agreement, row.noise)]
+        sizes = [f"{row.norm:.4f}", f"{row.residual_norm:.2f}", f"{row.relative_norm:.4f}"]
+        rows.append([str(layer), *sizes, *cosines])
+    click.echo("\n".join(aligned(rows)), err=True)
+    click.echo(
+        "norm: ||v||; residual: mean ||h|| over the responses; relative: norm / residual, the dose of"
+        "\nstrength 1; halves: cosine between the vectors of two random halves of the pairs, 1 is"
+        "\nstable; noise: the size of that cosine if dense and sparse were swapped at random.",
+        err=True,
+    )
+
+
+def _to_json(found: "Extraction", path: Path) -> dict[str, object]:
+    return {
+        "vector": str(path),
+        "sha256": found.vector.sha256(),
+        "meta": found.vector.describe(),
+        "layers": {
+            layer: vars(row) | {"relative_norm": row.relative_norm}
+            for layer, row in found.layers.items()
+        },
+        "identical": list(found.identical),
+        "tokens": found.tokens,
+        "tokens_apart": found.tokens_apart,
+    }

@@ -1,0 +1,129 @@
+"""From the differences of many pairs to one direction, and how stable it is. numpy only.
+
+Stability: the pairs are split into two random halves, and the cosine between the directions
+of the halves tells whether more of the same pairs would still change it. What the cosine is
+without any contrast is measured on the same differences with random signs.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+SPLITS = 16  # random halves, and as many with random signs
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A vector float32 ``(hidden,)``, and the stability of its direction.
+
+    ``agreement`` is the mean cosine between the vectors of two random halves of the pairs,
+    ``noise`` the root mean square of that cosine with random signs; ``None`` for one pair.
+    """
+
+    vector: np.ndarray
+    agreement: float | None
+    noise: float | None
+
+
+class Method(Protocol):
+    """Takes the differences of one layer's pairs, batch by batch, in any order."""
+
+    def add(self, pairs: list[int], differences: np.ndarray) -> None:
+        """Take float32 ``(pairs, hidden)``: positive minus negative of the pairs numbered."""
+
+    def direction(self) -> Direction:
+        """Return what all differences together say."""
+
+
+class Halves:
+    """The random halves of ``count`` pairs, the same for every layer and every run.
+
+    ``weights`` is float64 ``(2, SPLITS * 2, count)``: a pair counts 1 in its half and 0 in the
+    other one; in the second ``SPLITS`` rows the ones have random signs.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        rng = np.random.default_rng(0)
+        first = np.array([rng.permutation(count) < (count + 1) // 2 for _ in range(2 * SPLITS)])
+        signs = rng.choice([-1.0, 1.0], (2 * SPLITS, count))
+        signs[:SPLITS] = 1.0
+        self.weights = np.stack([first, ~first]) * signs
+
+    def compare(self, first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None]:
+        """Return agreement and noise of the halves' vectors, ``(SPLITS * 2, hidden)`` each."""
+        if self.count < 2:
+            return None, None
+        dot = (first * second).sum(axis=-1)
+        size = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+        cosines = np.divide(dot, size, out=np.zeros_like(dot), where=size > 0)
+        noise = np.sqrt(np.mean(cosines[SPLITS:] ** 2))
+        return float(cosines[:SPLITS].mean()), float(noise)
+
+
+class MeanDifference:
+    """The paper's: ``v = mean_i d_i``. Keeps running sums, whatever the number of pairs.
+
+    Source: arXiv 2605.29247, section 3.
+    """
+
+    name = "mean difference"
+
+    def __init__(self, halves: Halves):
+        self._halves = halves
+        self._sums: np.ndarray | float = 0.0  # (2, SPLITS * 2, hidden) float64
+
+    def add(self, pairs: list[int], differences: np.ndarray) -> None:
+        weights = self._halves.weights[..., pairs]
+        self._sums = self._sums + weights @ differences.astype(np.float64)
+
+    def direction(self) -> Direction:
+        mean = (self._sums[0, 0] + self._sums[1, 0]) / self._halves.count
+        return Direction(mean.astype(np.float32), *self._halves.compare(*self._sums))
+
+
+class PrincipalComponent:
+    """The first principal component of the differences, not centred.
+
+        v = u (u . mean_i d_i),     u = argmax over unit vectors of sum_i (u . d_i)^2
+
+    Centring would take out what all pairs share, and that is what is wanted. The length is
+    the mean of the pairs' components along u, so a strength means what it means for the mean
+    difference, and the sign is that of positive minus negative. Keeps every difference,
+    float32 ``(pairs, hidden)``.
+    """
+
+    name = "first principal component"
+
+    def __init__(self, halves: Halves):
+        self._halves = halves
+        self._rows: np.ndarray | None = None
+
+    def add(self, pairs: list[int], differences: np.ndarray) -> None:
+        if self._rows is None:
+            self._rows = np.zeros((self._halves.count, differences.shape[1]), np.float32)
+        self._rows[pairs] = differences
+
+    def direction(self) -> Direction:
+        rows = self._rows.astype(np.float64)
+        gram = rows @ rows.T
+        vector = _component(np.ones(len(rows)), gram) @ rows
+        halves = [[_component(w, gram) @ rows for w in half] for half in self._halves.weights]
+        return Direction(vector.astype(np.float32), *self._halves.compare(*map(np.array, halves)))
+
+
+def _component(weights: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Return c ``(pairs,)`` such that ``c @ rows`` is v of the n rows with a weight of 1 or -1.
+
+    With the rows' Gram matrix R R^T, its first eigenvector a and eigenvalue s^2: u = R^T a / s,
+    the components R u are s a, and v = R^T a mean(a).
+    """
+    c = np.zeros_like(weights)
+    chosen = np.flatnonzero(weights)
+    signs = weights[chosen]
+    values, vectors = np.linalg.eigh(gram[np.ix_(chosen, chosen)] * np.outer(signs, signs))
+    if len(chosen) and values[-1] > 0:
+        a = vectors[:, -1]
+        c[chosen] = signs * a * a.mean()
+    return c
