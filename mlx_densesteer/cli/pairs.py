@@ -1,0 +1,202 @@
+"""``densesteer pairs``."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import model_option, run_options, task_options
+from .output import count, note
+from .progress import Live
+from .tables import aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..pair_files import Files, Summary
+    from ..rewriting import Rewriter
+    from ..solving import Progress
+
+
+@click.command()
+@model_option
+@task_options
+@run_options
+@click.option(
+    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE.jsonl",
+    help="Pairs; the rejected ones and the journals of the work stand beside it.",
+)  # fmt: skip
+@click.option(
+    "--rewriter", "spec", default="rules", show_default=True, metavar="REWRITER",
+    help="rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
+         "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl.",
+)  # fmt: skip
+@click.option("--count", "wanted", type=click.IntRange(min=1), metavar="N",
+              help="Stop once N pairs are accepted. [default: take every problem]")  # fmt: skip
+@click.option(
+    "--nll-margin", type=click.FloatRange(min=0), metavar="NATS",
+    help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
+)  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0,
+              show_default=True, metavar="SECONDS", help="Of a request to an endpoint.")  # fmt: skip
+@click.option("--attempts", type=click.IntRange(min=1), default=6, show_default=True,
+              help="Of a request to an endpoint.")  # fmt: skip
+@click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True,
+              help="Requests to an endpoint that run at the same time.")  # fmt: skip
+@click.option("--requests-per-minute", type=click.FloatRange(min=0), default=0.0, metavar="N",
+              help="To an endpoint, at most. [default: no limit]")  # fmt: skip
+@click.option(
+    "--rewriter-fields", metavar="JSON",
+    help="More fields of a request to an endpoint, such as '{\"temperature\": 0}'.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@click.argument("problems")
+def pairs(model: str, split: str | None, skip: int, limit: int | None, revision: str | None,
+          max_tokens: int, rows: int, system: str | None, out: str, spec: str,
+          wanted: int | None, nll_margin: float | None, timeout: float, attempts: int,
+          at_once: int, requests_per_minute: float, rewriter_fields: str | None, as_json: bool,
+          problems: str) -> None:  # fmt: skip
+    """Make contrastive pairs: solve problems, make the solutions denser, check both.
+
+    PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a
+    local JSONL file with the fields of one of these. It should hold no problem of the
+    evaluation, so gsm8k and demo are taken from their split train unless --split says
+    otherwise. A run that was cut off goes on where it was: start the same command again.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in ("rules", "mlx", "openai", "file") or (kind == "rules") == bool(rest):
+        raise click.UsageError(
+            f"--rewriter {spec}: expected rules, mlx:MODEL, openai:URL#MODEL or file:FILE.jsonl."
+        )
+    if kind == "openai":
+        rewriter = _endpoint(rest, timeout, attempts, at_once, requests_per_minute, rewriter_fields)
+    else:
+        rewriter = _without_model(kind, rest)
+
+    from ..pair_files import Files
+    from ..tasks import load_task
+
+    files = Files(Path(out))
+    files.check()
+    if split is None and problems in ("gsm8k", "demo"):
+        split = "train"
+    loaded_problems = load_task(problems, split=split, skip=skip, limit=limit, revision=revision)
+
+    from ..model import load
+    from ..solving import make_pairs
+    from ..verification import NLL_MARGIN
+
+    loaded, tokenizer = load(model)
+    if rewriter is None:
+        rewriter = _local(rest, model, loaded, tokenizer, rows)
+    live = Live()
+    try:
+        summary = make_pairs(
+            loaded, tokenizer, loaded_problems, rewriter, out, count=wanted,
+            nll_margin=NLL_MARGIN if nll_margin is None else nll_margin, system=system,
+            max_tokens=max_tokens, rows=rows, progress=_progress(live, wanted),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        live.clear()
+        note(
+            f"interrupted; every answer is in {files.solved}, every rewrite in {files.rewrites}. "
+            "The same command goes on from there."
+        )
+        raise
+    live.clear()
+    _tell(summary, files, wanted)
+    if as_json:
+        click.echo(json.dumps(
+            {"pairs": str(files.pairs), "rejected_pairs": str(files.rejected),
+             "rewriter": rewriter.name, **summary.describe()},
+            ensure_ascii=False, allow_nan=False,
+        ))  # fmt: skip
+    else:
+        click.echo(files.pairs)
+
+
+def _without_model(kind: str, rest: str) -> "Rewriter | None":
+    if kind == "file":
+        from ..rewriting.file import FileRewriter
+
+        return FileRewriter(rest)
+    if kind == "rules":
+        from ..rewriting.rules import RulesRewriter
+
+        return RulesRewriter()
+    return None
+
+
+def _endpoint(
+    address: str, timeout: float, attempts: int, at_once: int, per_minute: float,
+    fields: str | None,
+) -> "Rewriter":  # fmt: skip
+    from ..rewriting.openai import KEY, Limits, OpenAIRewriter
+
+    try:
+        more = json.loads(fields) if fields else {}
+    except ValueError as error:
+        raise click.UsageError(f"--rewriter-fields is not JSON ({error}).") from error
+    if not isinstance(more, dict):
+        raise click.UsageError("--rewriter-fields: expected a JSON object.")
+    return OpenAIRewriter(
+        address, key=os.environ.get(KEY), fields=more, warn=note,
+        limits=Limits(timeout=timeout, attempts=attempts, at_once=at_once, per_minute=per_minute),
+    )  # fmt: skip
+
+
+def _local(name: str, target: str, loaded, tokenizer, rows: int) -> "Rewriter":
+    """Load the rewriting model, unless it is the target."""
+    from ..model import find, inspect, load
+    from ..rewriting.model import ModelRewriter
+
+    path = find(name)
+    if path.resolve() != find(target).resolve():
+        loaded, tokenizer = load(path)
+    return ModelRewriter(loaded, tokenizer, inspect(loaded, name).name, rows=rows)
+
+
+def _progress(live: Live, wanted: int | None) -> "Callable[[Progress], None]":
+    import time
+
+    began = time.monotonic()
+
+    def show(state: "Progress") -> None:
+        seconds = time.monotonic() - began
+        rate = f", {state.tokens / seconds:.0f} tokens/s" if state.tokens and seconds > 1 else ""
+        goal = f" of {wanted}" if wanted else ""
+        live.show(
+            f"{state.solved}/{state.problems} solved, {state.correct} right; "
+            f"{state.rewritten} rewritten, {state.checked} checked, {state.accepted}{goal} accepted{rate}"
+        )
+
+    return show
+
+
+def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
+    from ..verification import REASONS
+
+    note(
+        f"{count(summary.problems, 'problem')}: {summary.accepted} accepted, "
+        f"{sum(summary.rejected.values())} rejected, {summary.wrong} solved wrongly, "
+        f"{summary.truncated} cut off"
+    )
+    for reason in REASONS:
+        if number := summary.rejected.get(reason):
+            note(f"  {number} {reason}: {REASONS[reason]}")
+    if summary.accepted:
+        rows = [["  mean of the accepted", "steps", "tokens", "density", "NLL"]]
+        for name, means in (("original", summary.before), ("rewrite", summary.after)):
+            digits = {"steps": 1, "tokens": 1, "density": 1, "nll": 3}
+            cells = (
+                f"{means[k]:.{d}f}" if means[k] is not None else "-" for k, d in digits.items()
+            )
+            rows.append([f"  {name}", *cells])
+        for line in aligned(rows):
+            note(line)
+    if summary.rejected:
+        note(f"rejected ones with all figures: {files.rejected}")
+    if wanted and summary.accepted < wanted:
+        note(f"only {summary.accepted} of {wanted} pairs: the problems are used up.")

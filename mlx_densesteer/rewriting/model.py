@@ -1,0 +1,42 @@
+"""Rewriting with a local MLX model; the target itself may be the one."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..batch import ROWS, generate_batch
+from ..density import split_steps
+from ..model import fingerprint
+from .draft import Draft, Rewrite
+from .instruction import SYSTEM, VERSION, read_answer, request
+
+
+class ModelRewriter:
+    """Asks a model, greedily and many drafts at once.
+
+    A denser solution is no longer than the draft: a rewrite is cut off at a quarter more and
+    64 tokens, which ends a model that has fallen into a loop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        name: str,
+        *,
+        rows: int = ROWS,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self._model, self._tokenizer = model, tokenizer
+        self._rows, self._progress = rows, progress
+        self.name = f"mlx:{name} {fingerprint(model)} instruction {VERSION}"
+
+    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite]]:
+        requests = [request(draft, len(split_steps(draft.response))) for draft in drafts]
+        for index, made in generate_batch(
+            self._model, self._tokenizer, requests, system=SYSTEM, rows=self._rows,
+            max_tokens=[draft.tokens + draft.tokens // 4 + 64 for draft in drafts],
+            progress=self._progress,
+        ):  # fmt: skip
+            yield index, Rewrite(read_answer(made.text), made.finish_reason == "length")
