@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .batch import generate_batch as generate_batch
     from .conversion import convert as convert
     from .errors import DenseSteerError as DenseSteerError
-    from .extraction import Pair as Pair
+    from .evaluation import evaluate as evaluate
     from .extraction import extract as extract
     from .generation import Generation as Generation
     from .generation import Sampling as Sampling
     from .generation import generate as generate
     from .generation import stream as stream
+    from .grid import sweep as sweep
     from .interop import import_vector as import_vector
     from .model import load as load
+    from .pairs import Pair as Pair
     from .patch import make_cache as make_cache
     from .steering import Steering as Steering
     from .vector import SteeringVector as SteeringVector
@@ -30,18 +33,21 @@ if TYPE_CHECKING:
 _HOMES = {
     "DenseSteerError": "errors",
     "Generation": "generation",
-    "Pair": "extraction",
+    "Pair": "pairs",
     "Sampling": "generation",
     "Steering": "steering",
     "SteeringVector": "vector",
     "VectorMeta": "vector",
     "convert": "conversion",
+    "evaluate": "evaluation",
     "extract": "extraction",
     "generate": "generation",
+    "generate_batch": "batch",
     "import_vector": "interop",
     "load": "model",
     "make_cache": "patch",
     "stream": "generation",
+    "sweep": "grid",
 }
 
 __all__ = sorted(_HOMES)

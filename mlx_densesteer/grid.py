@@ -127,12 +127,14 @@ def sweep(
     max_tokens: int = 2048,
     rows: int = ROWS,
     with_nll: bool = True,
+    margin: float = 0.02,
     progress: Progress = lambda answers, tokens: None,
 ) -> Sweep:
     """Run all ``settings`` (``settings_of``) on all problems and return the table.
 
     Every row equals the same setting run alone in greedy decoding. With a journal the run can
-    be killed and goes on where it was (``answering.answer``).
+    be killed and goes on where it was (``answering.answer``). ``margin`` is how much accuracy a
+    recommendation that saves tokens may cost at most (``recommendation.recommend``).
 
     Raises:
         InputError: no setting beside strength 0.
@@ -143,7 +145,7 @@ def sweep(
         model, tokenizer, problems, [setting.steering for setting in settings], journal,
         system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll, progress=progress,
     )  # fmt: skip
-    return Sweep(tuple(table(settings, answers)), _recommend(settings, answers))
+    return Sweep(tuple(table(settings, answers)), _recommend(settings, answers, margin))
 
 
 def table(settings: Sequence[Setting], answers: Iterable[Answer]) -> list[GridRow]:
@@ -157,7 +159,9 @@ def table(settings: Sequence[Setting], answers: Iterable[Answer]) -> list[GridRo
     ]
 
 
-def _recommend(settings: Sequence[Setting], answers: Sequence[Answer]) -> Recommendation:
+def _recommend(
+    settings: Sequence[Setting], answers: Sequence[Answer], margin: float
+) -> Recommendation:
     groups = by_steering(answers)
     order = list(groups[UNSTEERED])
 
@@ -165,11 +169,11 @@ def _recommend(settings: Sequence[Setting], answers: Sequence[Answer]) -> Recomm
         rows = [groups[setting.fingerprint][name] for name in order]
         correct = np.array([row.correct for row in rows])
         tokens = np.array([row.tokens for row in rows])
-        layer = -1 if setting.layer is None else setting.layer
-        return Outcome(layer, setting.strength, correct, tokens)
+        return Outcome(setting.layer, setting.strength, correct, tokens)
 
     steered = [setting for setting in settings if setting.steering]
-    return recommend(outcome(Setting(None, 0.0)), [outcome(setting) for setting in steered])
+    others = [outcome(setting) for setting in steered]
+    return recommend(outcome(Setting(None, 0.0)), others, margin=margin)
 
 
 def with_recommendation(

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import demo
 from .errors import ModelError
 from .hub import fetch_config, fetch_model
 from .model_folder import is_hub_id, origin, read_config
@@ -35,7 +36,9 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Return a patched model and its tokenizer, from a folder or a Hub id.
 
-    Until a cache carries a steering (``make_cache``), the model is the stock model.
+    ``"demo"`` is the embedded demo model; it comes in bfloat16, which mlx's CPU backend does
+    slowly, so there it is computed in float32. Until a cache carries a steering
+    (``make_cache``), the model is the stock model.
 
     Raises:
         UnsupportedModelError: not of the Qwen2 family.
@@ -50,11 +53,18 @@ def load(
         raise ModelError(
             f"{path}: cannot be loaded ({error}). Convert or download it again."
         ) from error
+    if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
     return patch(model), tokenizer
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local folder of a model, from the Hub if it is no folder here."""
+    """Return the local folder of a model, from the Hub if it is no folder here.
+
+    ``demo`` is the embedded model; a folder of that name is ``./demo``.
+    """
+    if str(path_or_repo) == demo.NAME:
+        return demo.MODEL
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path

@@ -11,17 +11,56 @@ PACKAGE = Path(mlx_densesteer.__file__).parent
 
 # Rooms from the ground up: a file imports only from lines above its own.
 ROOMS = [
-    {"_version", "errors", "density"},
-    {"archive", "atomic", "model_folder"},
-    {"hub", "vector"},
-    {"interop", "interop.pt", "interop.gguf_model", "steering"},
+    {
+        "_version",
+        "errors",
+        "density",
+        "intervals",
+        "quantities",
+        "demo",
+        "demo.problems",
+        "demo.settings",
+        "directions",
+        "rewriting.draft",
+    },
+    {
+        "archive",
+        "atomic",
+        "model_folder",
+        "journal",
+        "jsonl",
+        "token_tree",
+        "data_hub",
+        "equivalence",
+        "recommendation",
+        "scoring",
+        "rewriting",
+        "rewriting.instruction",
+    },
+    {"grading"},
+    {"hub", "vector", "pairs", "tasks", "plot"},
+    {"interop", "interop.pt", "interop.gguf_model", "steering", "verification"},
     {"cache"},
     {"patch"},
-    {"self_check", "model", "record", "prompt"},
-    {"conversion", "doctor", "extraction", "generation"},
-    {"cli.options", "cli.output"},
-    {"cli.steer"},
-    {"cli.convert", "cli.doctor", "cli.generate", "cli.vector"},
+    {"self_check", "model", "record", "prompt", "likelihood", "steered_likelihood"},
+    {"conversion", "doctor", "dose", "extraction", "generation"},
+    {"batch"},
+    {"answering", "rewriting.file", "rewriting.model", "rewriting.openai", "rewriting.rules"},
+    {"evaluation", "grid", "pair_files"},
+    {"solving", "harness"},
+    {"cli.options", "cli.output", "cli.tables"},
+    {"cli.progress", "cli.steer"},
+    {
+        "cli.convert",
+        "cli.demo",
+        "cli.doctor",
+        "cli.eval",
+        "cli.extract",
+        "cli.generate",
+        "cli.pairs",
+        "cli.vector",
+    },
+    {"cli.sweep"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -30,7 +69,7 @@ ROOMS = [
 def test_public_names():
     assert mlx_densesteer.__all__ == [
         "DenseSteerError", "Generation", "Pair", "Sampling", "Steering", "SteeringVector", "VectorMeta", "convert",
-        "extract", "generate", "import_vector", "load", "make_cache", "stream",
+        "evaluate", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:
         assert getattr(mlx_densesteer, name).__name__ == name
@@ -44,6 +83,7 @@ def test_no_module_hides_a_function_whatever_is_used_first(first):
     code = (
         f"import mlx_densesteer as ds, types; ds.{first}\n"
         "import mlx_densesteer.generation, mlx_densesteer.conversion, mlx_densesteer.extraction\n"
+        "import mlx_densesteer.evaluation, mlx_densesteer.grid, mlx_densesteer.batch\n"
         "assert not any(isinstance(getattr(ds, n), types.ModuleType) for n in ds.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

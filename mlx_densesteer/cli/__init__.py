@@ -13,8 +13,13 @@ import click
 from .._version import __version__
 from ..errors import DenseSteerError
 from .convert import convert
+from .demo import demo
 from .doctor import doctor
+from .eval import evaluate
+from .extract import extract
 from .generate import generate
+from .pairs import pairs
+from .sweep import sweep
 from .vector import vector
 
 
@@ -93,5 +98,5 @@ def main() -> None:
     """
 
 
-for command in (convert, generate, vector, doctor):
+for command in (demo, convert, generate, pairs, extract, evaluate, sweep, vector, doctor):
     main.add_command(command)

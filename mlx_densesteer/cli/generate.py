@@ -55,6 +55,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     from ..prompt import encode_prompt
     from ..record import residual_norms
 
+    _tell_demo(model, text)
     loaded, tokenizer = load(model)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
     doses: dict[int, float] = {}
@@ -99,6 +100,18 @@ def _read_prompt(prompt: str | None) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"standard input is not UTF-8 text ({error}).") from error
+
+
+def _tell_demo(model: str, prompt: str) -> None:
+    """Say what the embedded model is when it is asked something that it cannot know."""
+    from .. import demo
+    from ..demo.problems import held_out, is_familiar
+
+    if model == demo.NAME and not is_familiar(prompt):
+        note(
+            "the demo model is a toy that was trained on one kind of arithmetic story and on nothing "
+            f'else, so do not expect sense. Ask it this: "{held_out(1)[0].question}"'
+        )
 
 
 def _to_json(result: "Generation", doses: dict[int, float]) -> dict[str, object]:

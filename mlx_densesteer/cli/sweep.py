@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 @click.option(
     "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each response."
 )
+@click.option("--margin", type=click.FloatRange(0, 1), default=0.02, show_default=True,
+              help="Accuracy that a recommended saving of tokens may cost at most.")  # fmt: skip
 @click.option("--write", is_flag=True,
               help="Store figures and recommendation in the vector's file; `generate` and `eval` "
                    "then use that layer and strength by default.")  # fmt: skip
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, relative: bool,
           positions: str | None, split: str | None, skip: int, limit: int | None,
           revision: str | None, max_tokens: int, rows: int, system: str | None, out: str,
-          no_nll: bool, write: bool, as_json: bool, task: str) -> None:  # fmt: skip
+          no_nll: bool, margin: float, write: bool, as_json: bool, task: str) -> None:  # fmt: skip
     """Try a grid of layers and strengths in one pass, and recommend a setting, or none.
 
     TASK as for `densesteer eval`; use problems that you will not evaluate on. All settings share
@@ -98,7 +100,7 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
         try:
             result = run(
                 loaded, tokenizer, problems, settings, journal, system=system,
-                max_tokens=max_tokens, rows=rows, with_nll=not no_nll,
+                max_tokens=max_tokens, rows=rows, with_nll=not no_nll, margin=margin,
                 progress=_progress(live, settings, len(problems)),
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -1,0 +1,11 @@
+"""The embedded demo model: a toy Qwen2 of 2.5 million parameters, its vector, its problems.
+
+Made by ``scripts/train-demo-model``: real weights, trained on synthetic word problems, and a
+vector from the model's own solutions. It shows the pipeline and is no evidence about Qwen2.5.
+"""
+
+from pathlib import Path
+
+NAME = "demo"  # in place of a model's folder or a vector's file
+MODEL = Path(__file__).parent / "model"
+VECTOR = Path(__file__).parent / "dense.npz"
