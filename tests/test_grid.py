@@ -1,5 +1,6 @@
 """Answering, evaluation and the grid: on a tiny model, and their resuming."""
 
+import contextlib
 import json
 
 import pytest
@@ -85,10 +86,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, 
 
     path = tmp_path / "a.jsonl"
     with keep(loaded, path) as journal:
-        try:
+        with contextlib.suppress(Stop):
             answer(model, tokenizer, PROBLEMS, steerings, journal, progress=stop, **options)
-        except Stop:
-            pass
     before = path.read_text().splitlines()
     with keep(loaded, path) as journal:
         kept = len(journal.records)
