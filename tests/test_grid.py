@@ -85,9 +85,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, 
             raise Stop
 
     path = tmp_path / "a.jsonl"
-    with keep(loaded, path) as journal:
-        with contextlib.suppress(Stop):
-            answer(model, tokenizer, PROBLEMS, steerings, journal, progress=stop, **options)
+    with keep(loaded, path) as journal, contextlib.suppress(Stop):
+        answer(model, tokenizer, PROBLEMS, steerings, journal, progress=stop, **options)
     before = path.read_text().splitlines()
     with keep(loaded, path) as journal:
         kept = len(journal.records)
