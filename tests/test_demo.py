@@ -113,7 +113,9 @@ def test_the_vector_comes_out_again_from_the_models_own_solutions(vector, tmp_pa
     ])  # fmt: skip
     assert made.exit_code == 0, made.output
     file = tmp_path / "v.npz"
-    made = runner.invoke(main, ["extract", "-m", "demo", str(pairs), "-o", str(file)])
+    made = runner.invoke(
+        main, ["extract", "-m", "demo", str(pairs), "--token", "mean-response", "-o", str(file)]
+    )
     assert made.exit_code == 0, made.output
     again = ds.SteeringVector.load(file)
     for layer in (4, 5):

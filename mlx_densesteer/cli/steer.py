@@ -70,11 +70,18 @@ def read_steering(
                 "--strength, --layer, --positions and --relative need a vector: add -v FILE."
             )
         return None
+    from .. import demo
+    from ..demo.settings import DOSES, LAYER
     from ..steering import parse_layers
 
     if relative and strength is None:
         raise click.UsageError("--relative needs a --strength, for example -s 0.1.")
     loaded = read_vector(vector)
+    if vector == demo.NAME and not layers:
+        layers = (str(LAYER),)
+        if strength is None:
+            strength, relative = DOSES[-2], True
+        note(f"layer {LAYER}, where `densesteer demo` shows it; choose with -l and -s")
     best = loaded.meta.recommended or {}
     chosen = parse_layers(layers, loaded.layers) if layers else None
     if best and chosen in (None, (best["layer"],)):
