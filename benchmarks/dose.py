@@ -16,8 +16,8 @@ from mlx_lm.generate import BatchGenerator
 
 from mlx_densesteer import Steering, SteeringVector, load, make_cache
 from mlx_densesteer.density import density, split_steps
+from mlx_densesteer.dose import mean_norms
 from mlx_densesteer.prompt import encode_prompt
-from mlx_densesteer.record import residual_norms
 from mlx_densesteer.steering import parse_layers
 
 PROMPT = (
@@ -47,7 +47,7 @@ def main() -> None:
     vector = SteeringVector.load(options.vector)
     layers = parse_layers([options.layers], vector.layers)
     prompt = encode_prompt(tokenizer, options.prompt)
-    residual, norms = residual_norms(model, prompt, layers), vector.norms()
+    residual, norms = mean_norms(model, tokenizer, vector, layers), vector.norms()
     grid: list[tuple[int | None, float]] = [(None, 0.0)]
     grid += [(layer, float(dose)) for layer in layers for dose in options.doses.split(",")]
     batch = BatchGenerator(

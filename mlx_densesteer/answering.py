@@ -9,11 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .batch import ROWS, generate_batch
+from .errors import InputError, ModelError
 from .generation import Generation
 from .grading import grade
 from .journal import Journal
@@ -145,6 +147,11 @@ def _add_likelihoods(
         keys = todo[first : first + LIKELIHOODS]
         prompts = [encode_prompt(tokenizer, problems[k[0]].prompt, system=system) for k in keys]
         values = nll(model, prompts, [found[key].token_ids for key in keys])
+        if bad := [key for key, value in zip(keys, values, strict=True) if not isfinite(value)]:
+            raise ModelError(
+                f"the NLL of the response to {bad[0][0]} is not finite: the model overflows its "
+                "dtype. Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+            )
         for key, value in zip(keys, values, strict=True):
             found[key] = replace(found[key], nll=value)
             if journal:
@@ -166,14 +173,20 @@ def _graded(problem: Problem, key: tuple, generation: Generation) -> Answer:
 def _read(journal: Journal) -> dict[tuple, Answer]:
     """Return the journal's answers by (problem, content, steering)."""
     answers: dict[tuple, Answer] = {}
-    for record in journal.records:
-        if "nll_of" in record:
-            key = tuple(record["nll_of"])
-            if key in answers:
-                answers[key] = replace(answers[key], nll=record["nll"])
-        else:
-            made = Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
-            answers[made.problem, made.content, made.steering] = made
+    for number, record in enumerate(journal.records, 2):
+        try:
+            if "nll_of" in record:
+                key = tuple(record["nll_of"])
+                if key in answers:
+                    answers[key] = replace(answers[key], nll=float(record["nll"]))
+            else:
+                made = Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
+                answers[made.problem, made.content, made.steering] = made
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{journal.path}: line {number} is no answer ({error!r}): damaged. Remove the line, "
+                "or move the file away and start again."
+            ) from error
     return answers
 
 

@@ -1,39 +1,43 @@
-"""What a relative strength is relative to: the mean norm of the residual stream."""
+"""What a relative strength is relative to: the mean norm of the residual stream in a solution."""
 
+import random
 from collections.abc import Iterable
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .demo.problems import calibration
+from .demo.problems import calibration, draw_solution
 from .model import fingerprint
 from .prompt import encode_prompt
 from .record import residual_norms
 from .vector import SteeringVector
 
-QUESTIONS = 8
+SOLUTIONS = 3
 
 
 def mean_norms(
     model: nn.Module, tokenizer: TokenizerWrapper, vector: SteeringVector, layers: Iterable[int]
 ) -> dict[int, float]:
-    """Return the mean ``||h_l||`` of some layers, unsteered.
+    """Return the mean ``||h_l||`` over the tokens of solutions, unsteered, at some layers.
 
-    As the vector's file records it from its extraction, if that was from these weights; else
-    measured on eight fixed questions in the chat template. Either way it is the same in every
-    run, so a relative strength always means the same.
+    As the vector's file records it from the responses of its pairs, if these were read from
+    these weights; else measured on three fixed solutions of arithmetic stories. The prompt's
+    tokens are left out: the norms of a chat template's tokens are several times those of text.
+    Either way it is the same in every run, so a relative strength always means the same.
     """
     layers = sorted(set(layers))
     stored = vector.residual_norms or {}
     if vector.meta.fingerprint == fingerprint(model) and set(layers) <= set(stored):
         return {layer: stored[layer] for layer in layers}
     totals = dict.fromkeys(layers, 0.0)
-    for problem in calibration(QUESTIONS):
-        tokens = encode_prompt(
-            tokenizer, problem.question, raw=not tokenizer.has_chat_template
-        )  # fmt: skip
-        for layer, norm in residual_norms(model, tokens, layers).items():
-            totals[layer] += norm / QUESTIONS
+    for problem in calibration(SOLUTIONS):
+        raw = not tokenizer.has_chat_template
+        prompt = encode_prompt(tokenizer, problem.question, raw=raw)
+        text = draw_solution(problem, random.Random(problem.id))
+        tokens = [*prompt, *tokenizer.encode(text, add_special_tokens=False)]
+        norms = residual_norms(model, tokens, layers, first=len(prompt))
+        for layer, norm in norms.items():
+            totals[layer] += norm / SOLUTIONS
     return totals
 
 

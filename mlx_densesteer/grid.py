@@ -137,8 +137,10 @@ def sweep(
     recommendation that saves tokens may cost at most (``recommendation.recommend``).
 
     Raises:
-        InputError: no setting beside strength 0.
+        InputError: no setting beside strength 0, or a margin that is not between 0 and 1.
     """
+    if not 0 < margin < 1:
+        raise InputError(f"margin {margin}: expected a number between 0 and 1, such as 0.02.")
     if not any(setting.steering for setting in settings):
         raise InputError("nothing to sweep: expected at least one strength other than 0.")
     answers = answer(

@@ -64,8 +64,7 @@ class Journal:
             ) from error
 
     def _write(self, record: dict) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        self._file.write(line.encode("utf-8", "backslashreplace"))
+        self._file.write(_line(record))
         self._file.flush()
 
     def _read(self, header: dict) -> list[dict]:
@@ -74,7 +73,7 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         lines = [self._parse(n, line) for n, line in enumerate(data[:whole].splitlines(), 1)]
         if not lines:
-            if data and not json.dumps(header).encode().startswith(data[:1]):
+            if not _line(header).startswith(data):  # what a killed run left of this very line
                 raise InputError(f"{self.path}: is not a journal of ours. Name another file.")
             self._file.truncate(0)
             self._write(header)
@@ -95,7 +94,7 @@ class Journal:
     def _parse(self, number: int, line: bytes) -> dict:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{self.path}: line {number} is not JSON ({error}): damaged, or not a journal of "
                 "ours. Move it away and start again."
@@ -103,6 +102,11 @@ class Journal:
         if not isinstance(record, dict):
             raise InputError(f"{self.path}: line {number} is no JSON object. Name another file.")
         return record
+
+
+def _line(record: dict) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _brief(values: dict) -> str:

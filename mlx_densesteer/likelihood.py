@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_attention_mask
 from .errors import InputError
 from .patch import decoder_blocks
 
-BATCH_TOKENS = 4096  # of padded responses, and of padded prompts, in one batch
+BATCH_TOKENS = 4096  # padded, that go through the blocks at a time; of prompts, of responses
 LOGITS = 2**24  # in memory at a time: 64 MiB, 110 positions of Qwen2.5's vocabulary
 
 
@@ -43,9 +43,9 @@ def nll(
     for batch in _batches(prompts, responses):
         h = _predictions(model, [prompts[i] for i in batch], [responses[i] for i in batch])
         lengths = [len(responses[i]) for i in batch]
-        losses = _losses(model, h, [token for i in batch for token in responses[i]])
+        scores, _ = token_log_likelihoods(model, h, [t for i in batch for t in responses[i]])
         starts = np.cumsum([0, *lengths[:-1]])
-        sums = np.add.reduceat(losses, starts)
+        sums = -np.add.reduceat(scores, starts)
         means |= zip(batch, (sums / lengths).tolist(), strict=True)
         mx.clear_cache()  # batches differ in shape: the buffers of one are no use to the next
     return [means[i] for i in range(len(responses))]
@@ -109,8 +109,8 @@ def _predictions(
     place = {prompt: row for row, prompt in enumerate(distinct)}
     rows = mx.array([place[tuple(prompt)] for prompt in prompts])
     lengths = mx.array([len(prompt) for prompt in prompts])
-    p = model.model.embed_tokens(_pad(list(distinct)))
-    r = model.model.embed_tokens(_pad([response[:-1] for response in responses]))
+    p = model.model.embed_tokens(pad(list(distinct)))
+    r = model.model.embed_tokens(pad([response[:-1] for response in responses]))
     causal = create_attention_mask(p)
     mask = _response_mask(lengths, p.shape[1], r.shape[1])
     for block in decoder_blocks(model).values():
@@ -127,13 +127,6 @@ def _predictions(
     return model.model.norm(h.reshape(-1, h.shape[-1])[mx.array(kept)])
 
 
-def _pad(sequences: Sequence[Sequence[int]]) -> mx.array:
-    width = max(len(sequence) for sequence in sequences)
-    return mx.array(
-        [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences], mx.int32
-    )
-
-
 def _response_mask(lengths: mx.array, prompt_width: int, width: int) -> mx.array:
     """Return ``(rows, 1, width, prompt_width + width)``: the prompt's tokens, then causal."""
     prompt = mx.arange(prompt_width)[None, None, None] < lengths[:, None, None, None]
@@ -145,18 +138,44 @@ def _response_mask(lengths: mx.array, prompt_width: int, width: int) -> mx.array
     ], axis=-1)  # fmt: skip
 
 
-def _losses(model: nn.Module, h: mx.array, tokens: Sequence[int]) -> np.ndarray:
-    """Return ``-log p(tokens[i])`` in nats; the head sees a slice of positions at a time."""
+def pad(sequences: Sequence[Sequence[int]]) -> mx.array:
+    """Return token ids padded on the right, int32 ``(sequences, tokens)``.
+
+    A causal mask keeps the padding out of the tokens before it.
+    """
+    width = max(len(sequence) for sequence in sequences)
+    return mx.array(
+        [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences], mx.int32
+    )
+
+
+def token_log_likelihoods(
+    model: nn.Module, h: mx.array, tokens: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log p of each token, and whether greedy decoding would have chosen it.
+
+        log p_i = z_i[tokens[i]] - log sum_v exp z_i[v],    z_i = head(h_i)
+
+    The head sees a slice of positions at a time.
+
+    Args:
+        h: the normed stream that predicts each token, ``(tokens, hidden)``.
+
+    Returns:
+        float64 ``(tokens,)`` in nats, of logits in float32; bool ``(tokens,)``.
+    """
     tied = model.args.tie_word_embeddings
     head = model.model.embed_tokens.as_linear if tied else model.lm_head
     step = max(1, LOGITS // model.args.vocab_size)
-    found = []
+    scores, greedy = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
     for start in range(0, len(tokens), step):
-        logits = head(h[start : start + step]).astype(mx.float32)
-        target = mx.array(tokens[start : start + step])[:, None]
-        loss = _log_sum_exp(logits) - mx.take_along_axis(logits, target, axis=-1)[:, 0]
-        found.append(np.array(loss, dtype=np.float64))
-    return np.concatenate(found)
+        part = slice(start, start + step)
+        logits, targets = head(h[part]).astype(mx.float32), mx.array(tokens[part])
+        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        score, best = picked - _log_sum_exp(logits), mx.argmax(logits, axis=-1) == targets
+        mx.eval(score, best)
+        scores[part], greedy[part] = np.array(score), np.array(best)
+    return scores, greedy
 
 
 def _log_sum_exp(logits: mx.array) -> mx.array:

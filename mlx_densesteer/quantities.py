@@ -4,7 +4,8 @@ import re
 from decimal import Decimal
 
 _NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\?%|percent\b)")
+# begins where digits begin: from inside a long number it would be tried again and again
+_PERCENT = re.compile(r"((?<![0-9])[0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\?%|percent\b)")
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\!|,\\!)(?=[0-9]{3})")
 _LABEL = re.compile(
     r"^[ \t]*(?:[#>*-]+[ \t]*)?(?:\*\*)?(?:step[ \t]+)?[0-9]+[.):](?:\*\*)?[ \t]", re.I | re.M

@@ -57,22 +57,25 @@ def record_pairs(
         root = {layer: own for layer, _, own in _stream(model, tree.root, layers[-1])}
     for batch in tree.batches:
         yield from _read(model, batch, len(tree.root), root, layers, weigh)
+        mx.clear_cache()  # batches differ in shape: the buffers of one are no use to the next
 
 
 def residual_norms(
-    model: nn.Module, tokens: Sequence[int], layers: Iterable[int]
+    model: nn.Module, tokens: Sequence[int], layers: Iterable[int], *, first: int = 1
 ) -> dict[int, float]:
-    """Return the mean over tokens of ``||h_l||`` at each layer, unsteered.
+    """Return the mean of ``||h_l||`` over the tokens from ``first`` on, at each layer, unsteered.
 
-    The first token is left out where there are others: it is the attention sink, and its
-    norm is orders of magnitude above the rest.
+    The first token of all is better left out: it is the attention sink, and its norm is orders
+    of magnitude above the rest; those of a chat template's tokens are large too.
     """
+    if not 0 <= first < len(tokens):
+        raise InputError(f"first token {first} of {len(tokens)}: expected one that is there.")
     layers = _check_layers(model, layers)
     norms = {}
     for layer, h, _ in _stream(model, tokens, layers[-1]):
         if layer in layers:
             lengths = _norms(h)[0]
-            norms[layer] = float(mx.mean(lengths[1:] if len(tokens) > 1 else lengths))
+            norms[layer] = float(mx.mean(lengths[first:]))
     return norms
 
 

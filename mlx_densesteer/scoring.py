@@ -1,8 +1,9 @@
 """From graded answers to figures with intervals, and the comparison with strength 0. No mlx.
 
 Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is
-compared with the unsteered model on the problems that both answered: McNemar's exact test for
-accuracy, paired bootstrap for the rest. All intervals are at 95 %.
+compared with the unsteered model on the problems that both answered: McNemar's exact test and
+Tango's interval for accuracy, paired bootstrap for the rest. All intervals are at 95 %; those of
+the bootstrap are too narrow below some 20 problems.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .intervals import mcnemar, mean_interval, paired_bootstrap, wilson
+from .intervals import mcnemar, mean_interval, paired_bootstrap, paired_difference, wilson
 
 if TYPE_CHECKING:
     from .answering import Answer
@@ -57,6 +58,7 @@ class Score:
     tokens: Estimate
     density: float | None
     nll: Estimate | None
+    nll_count: int  # responses with an NLL: an empty one has none
     truncated: int
     disagreements: int
     seconds: float
@@ -90,6 +92,7 @@ def score(answers: Mapping[str, "Answer"], baseline: Mapping[str, "Answer"] | No
         tokens=_mean([row.tokens for row in rows]),
         density=sum(row.tokens for row in rows) / steps if steps else None,
         nll=_mean(likely) if likely else None,
+        nll_count=len(likely),
         truncated=sum(row.truncated for row in rows),
         disagreements=sum(
             row.by_math_verify not in (None, row.by_reference) for row in rows
@@ -109,7 +112,9 @@ def _compare(steered: Sequence, unsteered: Sequence) -> Comparison:
         better=better,
         worse=worse,
         p=mcnemar(better, worse),
-        accuracy=_paired([int(s.correct) - int(u.correct) for s, u in pairs]),
+        accuracy=Estimate(
+            (better - worse) / len(pairs), *paired_difference(better, worse, len(pairs))
+        ),
         steps=_paired([s.steps - u.steps for s, u in pairs]),
         tokens=_paired([s.tokens - u.tokens for s, u in pairs]),
         nll=_paired(likely) if likely else None,

@@ -25,7 +25,7 @@ from .pair_files import Case, Files, Summary, summarise, write
 from .prompt import encode_prompt
 from .rewriting import Draft, Rewrite, Rewriter
 from .tasks import Problem
-from .verification import NLL_MARGIN, Response, verify
+from .verification import NLL_MARGIN, Response, is_unlikely, most_tokens, verify
 
 FORMAT = "mlx-densesteer rewrites 1"  # of the second journal
 
@@ -68,12 +68,14 @@ def make_pairs(
     ``out``, a run goes on where it was.
 
     Raises:
-        InputError: no problems, ``out`` or its journals belong to something else, or the
-            rewriter gave up.
+        InputError: no problems, a margin that is no number, ``out`` or its journals belong to
+            something else, or the rewriter gave up.
         DiskError: ``out`` cannot be written, or another process is writing it.
     """
     if not problems:
         raise InputError("no problems to solve; expected at least one.")
+    if np.isnan(nll_margin):
+        raise InputError("an NLL margin of nan; expected nats per token, such as 0.5.")
     files = Files(Path(out))
     files.check()
     header = journal_header(model, tokenizer, max_tokens, system)
@@ -133,6 +135,7 @@ class _Run:
         self.system, self.margin = system, nll_margin
         self.state = Progress(0)
         self._losses = {r["nll_of"]: r["nll"] for r in rewrites.records if "nll_of" in r}
+        self._widest = max(map(len, tokenizer.get_vocab()))  # characters of one token
 
     def solve(
         self, problems: Sequence[Problem], *, max_tokens: int, rows: int,
@@ -183,7 +186,7 @@ class _Run:
             self.state = replace(self.state, rewritten=self.state.rewritten + 1)
             progress(self.state)
         return [
-            self._case(problem, text, key, made.get(key), progress)
+            self._case(problem, text, made.get(key), progress)
             for (problem, text), key in zip(todo, keys, strict=True)
         ]
 
@@ -194,16 +197,22 @@ class _Run:
         }  # fmt: skip
 
     def _case(
-        self, problem: Problem, text: str, key: str, rewrite: Rewrite | None,
+        self, problem: Problem, text: str, rewrite: Rewrite | None,
         progress: Callable[[Progress], None],
     ) -> Case:  # fmt: skip
+        prompt = encode_prompt(self.tokenizer, problem.prompt, system=self.system)
         original, made = self._response(text), None
+        room = self.model.args.max_position_embeddings - len(prompt)
+        longest = max(0, min(most_tokens(original.tokens), room))
         if rewrite is not None:
-            made = self._response(rewrite.text.strip(), rewrite.truncated)
-            if made.tokens and original.tokens:
-                losses = self._likelihoods(problem, key, original.text, made.text)
-                original, made = replace(original, nll=losses[0]), replace(made, nll=losses[1])
-        reasons = verify(problem, original, made, nll_margin=self.margin)
+            # more characters than so many tokens can have are not read, whatever they are
+            kept = rewrite.text.strip()[: longest * self._widest + 1]
+            made = self._response(kept, rewrite.truncated)
+        reasons = verify(problem, original, made, longest=longest)
+        if made is not None and not reasons:
+            losses = self._likelihoods(problem, prompt, original.text, made.text)
+            original, made = replace(original, nll=losses[0]), replace(made, nll=losses[1])
+            reasons = ("unlikely",) if is_unlikely(*losses, self.margin) else ()
         self.state = replace(
             self.state, checked=self.state.checked + 1,
             accepted=self.state.accepted + (not reasons),
@@ -217,18 +226,19 @@ class _Run:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _likelihoods(self, problem: Problem, key: str, *texts: str) -> list[float]:
+    def _likelihoods(self, problem: Problem, prompt: list[int], *texts: str) -> list[float]:
         """Return both NLLs, from the journal if they are there.
 
         Always these two rows together: another batch would round otherwise, and a run that
         was cut off has to write the very bytes of one that was not.
         """
+        key = _digest(problem.prompt, *texts)  # whoever wrote them
         if key in self._losses:
             return self._losses[key]
-        prompt = encode_prompt(self.tokenizer, problem.prompt, system=self.system)
         values = nll(self.model, [prompt] * 2, [self._encode(text) for text in texts])
         values = [round(value, 5) for value in values]
         if np.isfinite(values).all():
+            self._losses[key] = values
             self.rewrites.append({"nll_of": key, "nll": values})
         return values
 

@@ -12,11 +12,9 @@ import mlx.nn as nn
 
 from .cache import SteeredBatchKVCache
 from .errors import InputError
+from .likelihood import BATCH_TOKENS, pad, token_log_likelihoods
 from .patch import make_cache
 from .steering import Steering
-
-BATCH_TOKENS = 4096  # that go through the blocks at a time
-LOGITS = 2**24  # in memory at a time: 64 MiB, 110 positions of Qwen2.5's vocabulary
 
 
 def log_likelihoods(
@@ -74,7 +72,7 @@ def _fill(
         return caches
     for cache in caches:
         cache.prepare(lengths=lengths, right_padding=[width - length for length in lengths])
-    for part in _slices(_pad([context[:-1] for context in contexts])):
+    for part in _slices(pad([context[:-1] for context in contexts])):
         model.model(part, cache=caches)
         mx.eval([(cache.keys, cache.values) for cache in caches])
     for cache in caches:
@@ -98,36 +96,20 @@ def _score(
     inputs = [[last, *tokens[:-1]] for (_, last), tokens in zip(after, continuations, strict=True)]
     totals, greedy = [0.0] * len(after), [True] * len(after)
     start = 0
-    for part in _slices(_pad(inputs)):
+    for part in _slices(pad(inputs)):
         h = model.model(part, cache=caches)
         stop = start + part.shape[1]
         places = [(row, t) for row, tokens in enumerate(continuations)
                   for t in range(start, min(stop, len(tokens)))]  # fmt: skip
-        for chosen in _chunks(places, max(1, LOGITS // model.args.vocab_size)):
-            at = mx.array([(row, t - start) for row, t in chosen])
-            targets = mx.array([continuations[row][t] for row, t in chosen])
-            scores, best = _predict(model, h[at[:, 0], at[:, 1]], targets)
-            for (row, _), score, is_best in zip(chosen, scores, best, strict=True):
-                totals[row] += score
-                greedy[row] = greedy[row] and is_best
+        if places:
+            at = mx.array([(row, t - start) for row, t in places])
+            targets = [continuations[row][t] for row, t in places]
+            found = token_log_likelihoods(model, h[at[:, 0], at[:, 1]], targets)
+            for (row, _), score, best in zip(places, *found, strict=True):
+                totals[row] += float(score)
+                greedy[row] = greedy[row] and bool(best)
         start = stop
     return list(zip(totals, greedy, strict=True))
-
-
-def _predict(model: nn.Module, h: mx.array, targets: mx.array) -> tuple[list[float], list[bool]]:
-    """Return log p of each target under ``h`` ``(tokens, hidden)``, and whether it is the choice."""
-    tied = model.args.tie_word_embeddings
-    logits = (model.model.embed_tokens.as_linear if tied else model.lm_head)(h)
-    best = mx.argmax(logits, axis=-1) == targets
-    logits = logits.astype(mx.float32)
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return (picked - mx.logsumexp(logits, axis=-1)).tolist(), best.tolist()
-
-
-def _pad(sequences: Sequence[Sequence[int]]) -> mx.array:
-    """Pad on the right: causal masks, and ``finalize``, keep the padding out."""
-    width = max(len(sequence) for sequence in sequences)
-    return mx.array([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
 
 
 def _slices(tokens: mx.array) -> Iterator[mx.array]:

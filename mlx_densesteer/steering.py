@@ -14,9 +14,9 @@ from .vector import SteeringVector, format_layers
 
 Positions = Literal["all", "generated", "prompt"]
 
-# Relative dose from which on we warn. At 0.6 our 0.5B test checkpoint repeats itself without
+# Relative dose from which on we warn. At about 1 our 0.5B test checkpoint repeats itself without
 # end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
-LARGE_DOSE = 0.5
+LARGE_DOSE = 0.8
 
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 

@@ -12,11 +12,21 @@ if TYPE_CHECKING:
 
 NLL_MARGIN = 0.5  # nats per token; docs/pairs.md says where it comes from
 
+
+def most_tokens(original: int) -> int:
+    """Return how long a rewrite of so many tokens may be: a quarter more and 64.
+
+    A denser form of the same reasoning is not longer at all; beyond this it is something else.
+    """
+    return original + original // 4 + 64
+
+
 # In the order in which they are checked; a rejection is counted under the first that holds.
 REASONS = {
     "single step": "the original has one step; there is nothing to merge",
     "no rewrite": "the rewriter gave none",
     "empty": "the rewrite has no text",
+    "too long": "it has over a quarter and 64 tokens more than the original, or leaves the context",
     "truncated": "the rewrite was cut off before its end",
     "other answer": "its final answer is not that of the original",
     "new number": "it has a number that is neither in the original nor in the question",
@@ -31,7 +41,8 @@ class Response:
     """A response and its figures under the target model.
 
     ``tokens`` counts those of the text without the end of turn; ``nll`` is the mean negative
-    log-likelihood in nats per token, unsteered, ``None`` where it was not computed.
+    log-likelihood in nats per token, unsteered, ``None`` where it was not computed: it takes a
+    pass of the model, and only a rewrite without any other fault is worth one.
     """
 
     text: str
@@ -53,13 +64,13 @@ def verify(
     original: Response,
     rewrite: Response | None,
     *,
-    nll_margin: float = NLL_MARGIN,
+    longest: int | None = None,
 ) -> tuple[str, ...]:
     """Return why ``rewrite`` does not make a pair with ``original``: keys of ``REASONS``.
 
-    None of them is an accepted pair. ``original`` has been graded correct, so that a correct
-    rewrite has the same answer. ``nll_margin`` is in nats per token: rejected is
-    ``nll(rewrite) > nll(original) + nll_margin``.
+    None of them is an accepted pair, if ``is_unlikely`` says no as well. ``original`` has been
+    graded correct, so that a correct rewrite has the same answer. ``longest`` is in tokens,
+    by default ``most_tokens``; what is longer is not read.
     """
     if original.steps < 2:
         return ("single step",)
@@ -67,23 +78,26 @@ def verify(
         return ("no rewrite",)
     if not rewrite.text.strip():
         return ("empty",)
+    if rewrite.tokens > (most_tokens(original.tokens) if longest is None else longest):
+        return ("too long",)
     found = {
         "truncated": rewrite.truncated,
         "other answer": not grade(problem, rewrite.text).correct,
         "new number": bool(new_numbers(problem, original.text, rewrite.text)),
         "not fewer steps": rewrite.steps >= original.steps,
         "not denser": (rewrite.density or 0.0) <= (original.density or 0.0),
-        "unlikely": _is_unlikely(original.nll, rewrite.nll, nll_margin),
     }
     return tuple(reason for reason in REASONS if found.get(reason))
+
+
+def is_unlikely(original: float, rewrite: float, margin: float = NLL_MARGIN) -> bool:
+    """Tell whether ``nll(rewrite) > nll(original) + margin``, in nats per token.
+
+    It is where either is not a number.
+    """
+    return not rewrite <= original + margin
 
 
 def new_numbers(problem: "Problem", original: str, rewrite: str) -> list[str]:
     """Return the numbers in ``rewrite`` that neither the original nor the question gives."""
     return sorted(map(str, written(rewrite) - given(original) - given(problem.prompt)))
-
-
-def _is_unlikely(original: float | None, rewrite: float | None, margin: float) -> bool:
-    if original is None or rewrite is None:
-        return False
-    return not rewrite <= original + margin  # so that a NaN is rejected

@@ -2,7 +2,10 @@
 
 Everything comes from the seed: block i of batches is drawn from (seed, i), so an interrupted run that goes
 on trains on the same data in the same order. The problems of ``demo.problems`` that evaluation
-and calibration use are left out, and that is checked for every example.
+and calibration use are left out, for the tokenizer too, and that is checked for every example.
+
+Training goes on from the state file of the last stage that has one. That of a later stage is there before
+its first step, and the checkpoint is written when all stages are done.
 """
 
 import json
@@ -23,7 +26,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from mlx_densesteer.atomic import move_into_place, scratch_folder
 from mlx_densesteer.demo import MODEL
-from mlx_densesteer.demo.problems import draw_problem, draw_solution, reserved_questions
+from mlx_densesteer.demo.problems import (
+    Problem,
+    draw_problem,
+    draw_solution,
+    reserved_questions,
+)
 from mlx_densesteer.model_folder import RECORD
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -54,9 +62,9 @@ STAGES = ((1700, 1.0), (900, 0.5))  # steps, and by how much the learning rates 
 def make_tokenizer(seed: int) -> Tokenizer:
     """Train a byte-level BPE of 576 entries with Qwen2's split pattern."""
     rng = random.Random(f"{seed}-tokenizer")
-    texts = []
+    reserved, texts = reserved_questions(), []
     for _ in range(4000):
-        problem = draw_problem(rng)
+        problem = draw_unreserved(rng, reserved)
         texts += [
             problem.question,
             draw_solution(problem, rng),
@@ -81,13 +89,19 @@ def make_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
+def draw_unreserved(rng: random.Random, reserved: frozenset[str]) -> Problem:
+    """Return a problem that neither evaluation nor calibration uses."""
+    problem = draw_problem(rng)
+    while problem.question in reserved:
+        problem = draw_problem(rng)
+    return problem
+
+
 def draw_example(tokenizer: Tokenizer, rng: random.Random, reserved: frozenset[str]) -> tuple:
     """Return token ids of one chat and, for each token, whether it is trained on."""
     ids, trained = [], []
     for _ in range(1 + (rng.random() < TWO_TURNS)):
-        problem = draw_problem(rng)
-        while problem.question in reserved:
-            problem = draw_problem(rng)
+        problem = draw_unreserved(rng, reserved)
         prompt = f"<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n"
         asked = tokenizer.encode(prompt).ids
         said = tokenizer.encode(draw_solution(problem, rng) + "<|im_end|>").ids
@@ -139,11 +153,8 @@ def is_matrix(name: str, weight: mx.array) -> bool:
     return weight.ndim == 2 and "embed" not in name
 
 
-def train(
-    model: Model, tokenizer: Tokenizer, stage: int, steps: int, seed: int, state_file: Path
-) -> float:
-    """Train one stage in place; return the seconds it took, those of earlier runs included."""
-    factor, offset = STAGES[stage][1], sum(count for count, _ in STAGES[:stage])
+def make_optimizer(model: Model, stage: int) -> optim.MultiOptimizer:
+    steps, factor = STAGES[stage]
     optimizer = optim.MultiOptimizer(
         [
             optim.Muon(schedule(0.02 * factor, steps), weight_decay=0.0),
@@ -152,6 +163,13 @@ def train(
         [is_matrix],
     )
     optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file: Path) -> float:
+    """Train one stage in place; return the seconds it took, those of earlier runs included."""
+    steps, offset = STAGES[stage][0], sum(count for count, _ in STAGES[:stage])
+    optimizer = make_optimizer(model, stage)
     reserved, first, spent = reserved_questions(), 0, 0.0
     if state_file.exists():
         arrays, info = mx.load(str(state_file), return_metadata=True)
@@ -159,7 +177,9 @@ def train(
         parts = tree_unflatten(list(arrays.items()))
         model.update(parts["model"])
         optimizer.state = parts["optimizer"]
-        say(f"going on after step {first}")
+        say(f"going on with stage {stage + 1} after step {first}")
+    elif stage:
+        save_state(state_file, model, optimizer, 0, 0.0)
     loss_and_gradients = nn.value_and_grad(model, response_loss)
     began, losses = time.perf_counter() - spent, []
     for step in range(first, steps):
@@ -223,27 +243,29 @@ def say(message: str) -> None:
 @click.command()
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=MODEL, help="Folder to write.")
-@click.option("--first-stage", type=click.IntRange(1, len(STAGES)), default=1, show_default=True,
-              help="Go on from the model in the folder, which is what the stage before wrote.")  # fmt: skip
-def main(seed: int, out: Path, first_stage: int) -> None:
-    """Train the demo model. Interrupted, the same command goes on."""
+def main(seed: int, out: Path) -> None:
+    """Train the demo model. Interrupted or killed, the same command goes on."""
     mx.random.seed(seed)
     model = Model(ModelArgs.from_dict(CONFIG))
     tokenizer = make_tokenizer(seed)
+    states = [
+        out.with_name(f"{out.name}-{seed}-{stage + 1}.training.safetensors")
+        for stage in range(len(STAGES))
+    ]
+    begun = [stage for stage, file in enumerate(states) if file.exists()]
     spent = 0.0
-    for stage in range(first_stage - 1, len(STAGES)):
-        if stage:  # from the rounded weights that the stage before wrote
-            model.load_weights(str(out / "model.safetensors"))
+    for stage in range(max(begun, default=0), len(STAGES)):
+        if stage:  # from rounded weights, as the checkpoint holds them
+            model.set_dtype(mx.bfloat16)
             model.set_dtype(mx.float32)
-        state_file = out.with_name(f"{out.name}-{seed}-{stage + 1}.training.safetensors")
         try:
-            spent += train(model, tokenizer, stage, STAGES[stage][0], seed, state_file)
+            spent += train(model, tokenizer, stage, seed, states[stage])
         except KeyboardInterrupt:
-            remedy = f"--first-stage {stage + 1}"
-            say(f"interrupted; state in {state_file}; to go on run the same command with {remedy}")
+            say(f"interrupted; the same command goes on from {states[stage]}")
             raise SystemExit(130) from None
-        save(out, model, tokenizer, seed, sum(count for count, _ in STAGES[: stage + 1]))
-        state_file.unlink(missing_ok=True)
+    save(out, model, tokenizer, seed, sum(count for count, _ in STAGES))
+    for file in states:
+        file.unlink(missing_ok=True)
     say(f"{spent / 60:.1f} minutes")
     print(out)
 

@@ -1,5 +1,6 @@
 """A chat-completions endpoint on this machine, with the faults that real ones have."""
 
+import contextlib
 import json
 import threading
 import time
@@ -11,8 +12,8 @@ class ChatServer:
     """Answer ``POST /v1/chat/completions``; a context manager.
 
     ``plan`` holds what happens to the next requests, one entry each: a status, "hang", "drop",
-    "garbage", "huge" or "redirect", or ``(status, headers)``. Then every request is answered
-    with ``reply(user message)``.
+    "garbage", "huge", "drip", "drip body" (a byte now and then) or "redirect", or ``(status, headers)`` with a
+    body or without. Then every request is answered with ``reply(user message)``.
     """
 
     def __init__(self, reply: Callable[[str], str] = lambda text: "One step."):
@@ -64,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, chat: ChatServer, body: dict, fate) -> None:
         if chat.slow:
             time.sleep(chat.slow)
-        status, headers = fate if isinstance(fate, tuple) else (fate, {})
+        status, headers, *said = fate if isinstance(fate, tuple) else (fate, {})
         if self.path.partition("?")[0] != "/v1/chat/completions":
             status = 404
         if status == "hang":
@@ -75,6 +76,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b'{"choices": [', {})
         elif status == "huge":
             self._send(200, b" " * (9 * 2**20), {})
+        elif status in ("drip", "drip body"):
+            head = b"HTTP/1.0 200 OK\r\n" + (b"X-Slow: " if status == "drip" else b"\r\n")
+            with contextlib.suppress(OSError):  # the caller has given up
+                self.connection.sendall(head)
+                while not chat.ending.wait(0.05):
+                    self.connection.sendall(b" ")
         elif status == "redirect":
             self._send(307, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"})
         elif status == 200:
@@ -84,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             key = self.headers.get("Authorization", "")
             error = {"error": {"message": f"no luck, {key}", "type": "test"}}
-            self._send(status, json.dumps(error).encode(), headers)
+            self._send(status, said[0] if said else json.dumps(error).encode(), headers)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

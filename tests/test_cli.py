@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -335,7 +336,7 @@ def test_vector_show(run, make_vector, tmp_path):
     file = vector.save(tmp_path / "v.npz")
     result = run("vector", "show", file)
     assert result.exit_code == 0
-    table = result.stdout.split("layer  norm\n")[1].splitlines()
+    table = re.split(r"layer +norm\n", result.stdout)[1].splitlines()
     assert [line.split()[:2] for line in table] == [
         [str(layer), f"{norm:.4f}"] for layer, norm in vector.norms().items()
     ]

@@ -19,7 +19,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for page in PAGES for block in blocks(page, "sh")
+             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
     return [line for line in lines if line.startswith("densesteer ") and "COMMAND" not in line]
 
 

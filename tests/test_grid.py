@@ -7,7 +7,7 @@ import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer.answering import answer, by_steering, journal_header
-from mlx_densesteer.errors import InputError, VectorMismatchError
+from mlx_densesteer.errors import InputError, ModelError, VectorMismatchError
 from mlx_densesteer.evaluation import evaluate
 from mlx_densesteer.grid import settings_of, sweep, table, with_recommendation
 from mlx_densesteer.journal import Journal
@@ -171,3 +171,29 @@ def test_a_sweep_has_rows_a_recommendation_and_stores_both(loaded, vector, tmp_p
     assert [row["strength"] for row in again.meta.tested] == [0, -3, 3, -3, 3]
     with pytest.raises(InputError, match="nothing to sweep"):
         sweep(model, tokenizer, PROBLEMS, settings_of(vector, [1], [0]))
+
+
+def test_damaged_records_and_margins_that_mean_nothing_are_refused(loaded, vector, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with keep(loaded, path) as journal:
+        journal.append({"problem": "p-0"})
+        with pytest.raises(InputError, match=r"a\.jsonl: line 2 is no answer"):
+            answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    for margin in (0, 1, float("nan")):
+        with pytest.raises(InputError, match="margin"):
+            sweep(*loaded, PROBLEMS, settings_of(vector, [1], [1.0]), margin=margin)
+
+
+def test_a_likelihood_that_overflows_is_told_and_the_answers_are_kept(
+    loaded, tmp_path, monkeypatch
+):
+    from mlx_densesteer import answering
+
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr(answering, "nll", lambda model, prompts, responses: [float("nan")] * 4)
+    with keep(loaded, path) as journal, pytest.raises(ModelError, match="overflows its dtype"):
+        answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    with keep(loaded, path) as journal:
+        assert len(journal.records) == 4
+        again = answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS, with_nll=False)
+    assert len(again) == 4

@@ -72,7 +72,17 @@ def test_another_run_is_refused_by_what_differs_and_nothing_is_lost(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"hello", b'[1]\n{"a": 1}\n', b"\xff\xfe\x00\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello\n",
+        b"hello",
+        b'{"a": 1}',
+        b'{"format": "other"}',
+        b'[1]\n{"a": 1}\n',
+        b"\xff\xfe\x00\n",
+    ],
+)
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)

@@ -138,6 +138,17 @@ def test_memory_does_not_grow_with_pairs_or_layers(tiny, monkeypatch):
     assert one < 1.2 * peak(10, [3])
 
 
+def test_no_buffers_are_kept_from_batch_to_batch(tiny, monkeypatch):
+    monkeypatch.setattr("mlx_densesteer.token_tree.BATCH_TOKENS", 100)
+    pairs = [TokenPair([n], [1] * 30 * n, [2] * 30 * n) for n in range(1, 6)]  # of other shapes
+    tree = TokenTree.of(pairs)
+    assert len(tree.batches) > 3 and not tree.root
+    mx.clear_cache()
+    for _ in record_pairs(tiny, tree, [3], WEIGHS["last"]):
+        assert mx.get_cache_memory() > 0  # something to give back
+    assert mx.get_cache_memory() == 0
+
+
 def test_residual_norms_leave_the_first_token_out(tiny):
     tokens = [7, 7, 7, 7, 8, 9, 1]
     norms = [float(mx.linalg.norm(h[0, 1:], axis=-1).mean()) for h in streams(tiny, tokens)]

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import time
 
@@ -157,6 +158,31 @@ def test_a_file_that_cannot_be_used(tmp_path, lines, message):
         FileRewriter(tmp_path / "r.jsonl")
 
 
+def test_a_files_name_is_that_of_its_rewrites(tmp_path):
+    lines = [{"id": "t-1", "rewrite": "a"}, {"id": "t-2", "rewrite": "b"}]
+    names = []
+    for folder, kept in (("0", lines), ("1", lines[::-1]), ("2", lines[:1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.jsonl").write_text("\n".join(map(json.dumps, kept)))
+        names.append(FileRewriter(tmp_path / folder / "r.jsonl").name)
+    assert names[0] == names[1] != names[2] and names[0].startswith("file:r.jsonl ")
+
+
+def test_half_a_surrogate_pair_in_a_file_is_refused(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "t-1", "rewrite": "abc \ud83d"}))
+    with pytest.raises(InputError, match="line 1: is not JSON .*surrogates"):
+        FileRewriter(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("abc \ud83d = 3", "abc \ufffd = 3"), ("\udc00\ud800", "\ufffd\ufffd"),
+     ("\ud83d\ude00", "\U0001f600"), ("\ufeffä \U0001f600", "\ufeffä \U0001f600"), ("", "")],
+)  # fmt: skip
+def test_a_rewrite_has_whole_characters(text, whole):
+    assert Rewrite(text).text == whole
+
+
 # a model
 
 
@@ -198,6 +224,25 @@ def test_a_local_model_is_asked_for_every_draft(hf_folder):
         assert found[index] == Rewrite(read_answer(alone.text), alone.finish_reason == "length")
 
 
+def test_each_precision_of_a_model_is_another_rewriter(hf_folder):
+    import mlx.nn as nn
+
+    from mlx_densesteer.model import load
+    from mlx_densesteer.rewriting.model import ModelRewriter
+
+    model, tokenizer = load(hf_folder)
+    names = []
+    for dtype in (mx.float32, mx.bfloat16):
+        model.set_dtype(dtype)
+        names.append(ModelRewriter(model, tokenizer, "tiny").name)
+    for bits in (8, 4):
+        model, tokenizer = load(hf_folder)
+        nn.quantize(model, group_size=32, bits=bits)
+        names.append(ModelRewriter(model, tokenizer, "tiny").name)
+    assert len(set(names)) == 4 and len({name.split()[1] for name in names}) == 1
+    assert "float32" in names[0] and "4-bit" in names[3]
+
+
 # an endpoint
 
 QUICK = Limits(timeout=5, attempts=4, pause=0.01, at_once=1)
@@ -236,6 +281,45 @@ def test_a_server_that_hangs_is_given_up_and_asked_again():
     with ChatServer() as server:
         server.plan = ["hang"]
         assert ask(server, limits=Limits(timeout=0.2, pause=0.01)) == [(0, Rewrite("One step."))]
+
+
+@pytest.mark.parametrize("fate", ["drip", "drip body"])
+def test_a_server_that_drips_is_given_up_and_asked_again(fate):
+    with ChatServer() as server:
+        server.plan = [fate]
+        assert ask(server, limits=Limits(timeout=0.4, pause=0.01)) == [(0, Rewrite("One step."))]
+        assert len(server.bodies) == 2
+        server.plan = [fate]
+        with pytest.raises(InputError, match="timed out"):
+            ask(server, limits=Limits(timeout=0.4, attempts=1))
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_repaired():
+    with ChatServer(lambda text: "abc \ud83d = 3") as server:
+        assert ask(server) == [(0, Rewrite("abc \ufffd = 3"))]
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [(b"[" * 60000, r"\[\[\["), (b'{"error": {"message": null}}', "None"), (b"[1]", r"\[1\]"),
+     (b'{"error": "half \\ud83d"}', "half \ufffd"), (b"", "400")],
+)  # fmt: skip
+def test_whatever_an_error_says_it_is_told(body, shown):
+    with ChatServer() as server:
+        server.plan = [(400, {}, body)]
+        with pytest.raises(InputError, match=f"refuses: 400.*{shown}"):
+            ask(server)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"timeout": math.inf}, {"timeout": math.nan}, {"timeout": 0}, {"timeout": 1e10},
+     {"per_minute": math.inf}, {"per_minute": math.nan}, {"per_minute": 1e-300}, {"per_minute": -1},
+     {"pause": math.inf}, {"attempts": 0}, {"at_once": 0}],
+)  # fmt: skip
+def test_limits_that_cannot_be(limits):
+    with pytest.raises(InputError, match="expected"):
+        Limits(**limits)
 
 
 def test_the_last_attempt_tells_what_happened():
@@ -305,11 +389,23 @@ def test_a_limit_of_requests_per_minute():
 @pytest.mark.parametrize(
     "address",
     ["x", "http://host/v1", "ftp://host/v1#m", "http://u:p@host/v1#m", "http://a b/v1#m",
-     "http://host:port/v1#m", "#m"],
+     "http://host:port/v1#m", "#m", "http://host/v1?key=sk-query", "http://h/v1?key=sk-query \x7f#m",
+     "http://h:port/?key=sk-query#m", "http://host/ä?key=sk-query#m", "ftp://h/v1?key=sk-query#m"],
 )  # fmt: skip
 def test_addresses_that_cannot_be(address):
-    with pytest.raises(InputError, match="^openai:"):
+    with pytest.raises(InputError, match="^openai:") as caught:
         OpenAIRewriter(address)
+    assert "sk-query" not in str(caught.value)
+
+
+def test_a_refusal_hides_the_query():
+    with ChatServer() as server:
+        rewriter = OpenAIRewriter(f"{server.url}?key=sk-query#m", limits=QUICK)
+        for body in (b"", b"no such page: /v1/chat/completions?key=sk-query"):
+            server.plan = [(404, {}, body)]
+            with pytest.raises(InputError, match=f"the model: openai:{server.url}") as caught:
+                list(rewriter.rewrite(drafts(1)))
+            assert "sk-query" not in str(caught.value)
 
 
 def test_a_key_over_plain_http_to_another_host_is_warned_of():
@@ -332,4 +428,11 @@ def test_names_tell_rewriters_apart_and_hide_the_query():
     name = OpenAIRewriter("https://host/v1/?api-key=x#m").name
     assert name.startswith("openai:https://host/v1/chat/completions#m") and "api-key" not in name
     other = OpenAIRewriter("https://host/v1#m", fields={"temperature": 1}).name
-    assert len({name, other, RulesRewriter.name}) == 3
+    colder = OpenAIRewriter("https://host/v1#m", fields={"temperature": 0}).name
+    assert len({name, other, colder, RulesRewriter.name}) == 4
+
+
+def test_a_name_has_no_value_of_a_field():
+    fields = {"api_key": "sk-field", "extra": {"token": "sk-inner"}}
+    name = OpenAIRewriter("https://host/v1#m", fields=fields).name
+    assert "api_key,extra" in name and "sk-" not in name

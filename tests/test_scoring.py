@@ -65,3 +65,10 @@ def test_everything_can_be_written_as_json():
     rows = answers([True, False], [1, 2], [1, 1], [0.1, np.float64(0.3)])
     document = json.dumps(score(rows, dict(rows)).describe(), allow_nan=False)
     assert json.loads(document)["against_unsteered"]["p"] == 1.0
+
+
+def test_no_differing_answer_is_no_certainty():
+    rows = answers([True, False, True, True, False, True], [9] * 6, [1] * 6)
+    compared = score(dict(rows), rows).against_unsteered
+    assert (compared.accuracy.value, compared.p) == (0, 1)
+    assert compared.accuracy.low < -0.3 and compared.accuracy.high > 0.3

@@ -3,7 +3,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_densesteer import steered_likelihood
+from mlx_densesteer import likelihood, steered_likelihood
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.likelihood import nll
 from mlx_densesteer.patch import make_cache
@@ -64,7 +64,7 @@ def test_small_slices_change_nothing(tiny, make_vector, monkeypatch):
     contexts, continuations = requests(1)
     whole = scores(tiny, contexts, continuations, steering=steering, rows=4)
     monkeypatch.setattr(steered_likelihood, "BATCH_TOKENS", 8)  # two tokens a row
-    monkeypatch.setattr(steered_likelihood, "LOGITS", 3 * 128)
+    monkeypatch.setattr(likelihood, "LOGITS", 3 * 128)
     sliced = scores(tiny, contexts, continuations, steering=steering, rows=4)
     assert [g for _, g in sliced] == [g for _, g in whole]
     assert [s for s, _ in sliced] == pytest.approx([s for s, _ in whole], abs=2e-5)
@@ -90,6 +90,23 @@ def test_unsteered_it_is_the_nll(tiny):
     found = scores(tiny, contexts, continuations)
     means = [-score / len(c) for (score, _), c in zip(found, continuations, strict=True)]
     assert means == pytest.approx(nll(tiny, contexts, continuations), abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_as_large_as_qwens_is_summed_up_without_bias(tiny, tied):
+    from mlx_lm.models.qwen2 import Model, ModelArgs
+
+    size = {"vocab_size": 151936, "hidden_size": 32, "num_hidden_layers": 1,
+            "tie_word_embeddings": tied}  # fmt: skip
+    model = Model(ModelArgs(**{**vars(tiny.args), **size}))
+    head = model.model.embed_tokens if tied else model.lm_head
+    head.weight = mx.array(np.random.default_rng(0).normal(size=(151936, 32)) * 0.45, mx.float32)
+    tokens = np.random.default_rng(1).integers(0, 151936, 40).tolist()
+    ((_, found, _),) = log_likelihoods(model, [tokens[:1]], [tokens[1:]])
+    logits = np.array(model(mx.array([tokens]))[0, :-1], np.float64)
+    assert 2 < logits.std() < 3  # as peaked as a real model's
+    scores = logits[range(39), tokens[1:]] - np.log(np.exp(logits).sum(axis=-1))
+    assert found == pytest.approx(scores.sum(), abs=39 * 1e-5)
 
 
 def test_a_shared_context_is_computed_once(tiny, monkeypatch):

@@ -50,10 +50,10 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     text = _read_prompt(prompt)
     request = read_steering(vector, strength, layers, positions, relative)
 
+    from ..dose import mean_norms
     from ..generation import Sampling, stream
     from ..model import inspect, load
     from ..prompt import encode_prompt
-    from ..record import residual_norms
 
     _tell_demo(model, text)
     loaded, tokenizer = load(model)
@@ -63,7 +63,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     if request is not None:
         tell_fit(request.vector, inspect(loaded, model))
         steering = request.for_model(loaded, tokenizer)
-        norms = residual_norms(loaded, tokens[:_DOSE_TOKENS], steering.layers)
+        norms = mean_norms(loaded, tokenizer, steering.vector, steering.layers)
         doses = steering.relative_dose(norms)
         tell_dose(steering, doses)
     pieces = stream(
@@ -86,9 +86,6 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     note(_receipt(result))
     if interrupt:
         raise interrupt
-
-
-_DOSE_TOKENS = 64  # enough for a mean norm; a fraction of the prompt's own time
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -51,14 +51,14 @@ def relative_option(what: str) -> Command:
     """Make ``--relative``."""
     return click.option(
         "--relative", is_flag=True,
-        help=f"{what} of the mean norm of the residual stream: 0.1 is a mild dose, 0.5 a large one.",
+        help=f"{what} of the mean norm of the residual stream: 0.1 is a mild dose, 0.8 a large one.",
     )  # fmt: skip
 
 
 def task_options(command: Command) -> Command:
     """Add ``--split --skip --limit --revision``: which problems of a task."""
     for option in reversed([
-        click.option("--split", metavar="NAME", help="Of the task: test or train. [default: test]"),
+        click.option("--split", metavar="NAME", help="Of the task: test, or train where there is one."),
         click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N",
                      help="Leave out the first N problems."),
         click.option("--limit", type=click.IntRange(min=1), metavar="N",

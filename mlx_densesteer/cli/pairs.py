@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
 )  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0,
-              show_default=True, metavar="SECONDS", help="Of a request to an endpoint.")  # fmt: skip
+              show_default=True, metavar="SECONDS", help="For the whole answer of an endpoint.")  # fmt: skip
 @click.option("--attempts", type=click.IntRange(min=1), default=6, show_default=True,
               help="Of a request to an endpoint.")  # fmt: skip
 @click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True,
@@ -137,7 +137,7 @@ def _endpoint(
 
     try:
         more = json.loads(fields) if fields else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--rewriter-fields is not JSON ({error}).") from error
     if not isinstance(more, dict):
         raise click.UsageError("--rewriter-fields: expected a JSON object.")
@@ -149,13 +149,13 @@ def _endpoint(
 
 def _local(name: str, target: str, loaded, tokenizer, rows: int) -> "Rewriter":
     """Load the rewriting model, unless it is the target."""
-    from ..model import find, inspect, load
+    from ..model import find, load
     from ..rewriting.model import ModelRewriter
 
     path = find(name)
     if path.resolve() != find(target).resolve():
         loaded, tokenizer = load(path)
-    return ModelRewriter(loaded, tokenizer, inspect(loaded, name).name, rows=rows)
+    return ModelRewriter(loaded, tokenizer, name, rows=rows)
 
 
 def _progress(live: Live, wanted: int | None) -> "Callable[[Progress], None]":

@@ -128,7 +128,7 @@ def tell_dose(steering: "Steering", doses: dict[int, float]) -> None:
     )
     if total >= LARGE_DOSE:
         note(
-            "warning: a large dose. Our 0.5B test model collapsed at 0.6, others' models at about "
+            "warning: a large dose. Our 0.5B test model collapsed at about 1, others' models at about "
             "1.9: the same words over and over, text without sense, or no text at all. Try a "
             "smaller --strength."
         )

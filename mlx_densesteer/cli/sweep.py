@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..answering import Answer
     from ..grid import GridRow, Setting, Sweep
+    from ..vector import SteeringVector
 
 
 @click.command()
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each response."
 )
-@click.option("--margin", type=click.FloatRange(0, 1), default=0.02, show_default=True,
+@click.option("--margin", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.02, show_default=True,
               help="Accuracy that a recommended saving of tokens may cost at most.")  # fmt: skip
 @click.option("--write", is_flag=True,
               help="Store figures and recommendation in the vector's file; `generate` and `eval` "
@@ -83,7 +84,13 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
     from ..model import inspect, load
 
     loaded, tokenizer = load(model)
-    tell_fit(steering_vector, inspect(loaded, model))
+    info = inspect(loaded, model)
+    tell_fit(steering_vector, info)
+    if write and steering_vector.meta.fingerprint not in (None, info.fingerprint):
+        raise click.ClickException(
+            "--write: the vector was extracted from other weights; what is good for this model would "
+            "be taken for those. Leave --write out, or extract a vector from this model."
+        )
     where = positions or "all"
     settings = settings_of(
         steering_vector, chosen, numbers, positions=where, relative=relative,  # type: ignore[arg-type]
@@ -111,13 +118,22 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
     document = _save(folder, result, task=task, model=model, vector=steering_vector.name)
     _draw(folder, result)
     if write:
-        updated = with_recommendation(steering_vector, result, task=task, positions=where)  # type: ignore[arg-type]
-        updated.save(vector)
-        note(f"stored in {vector}")
+        _write(vector, with_recommendation(steering_vector, result, task=task, positions=where))  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         click.echo("\n".join([*_table(result.rows), "", result.recommendation.text]))
+
+
+def _write(file: str, updated: "SteeringVector") -> None:
+    """Store the metadata, unless the file holds another vector by now."""
+    if read_vector(file).sha256() != updated.sha256():
+        raise click.ClickException(
+            f"{file}: holds another vector than when the sweep began; nothing is stored. The table "
+            "is kept: run the same command again for the new one."
+        )
+    updated.save(file)
+    note(f"stored in {file}")
 
 
 def _layers(texts: tuple[str, ...], vector) -> tuple[int, ...]:

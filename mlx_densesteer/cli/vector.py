@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .output import note
+from .output import count, note
+from .tables import aligned
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ..vector import SteeringVector
@@ -19,27 +21,59 @@ def vector() -> None:
 
 
 @vector.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, as_json: bool) -> None:
-    """Print a vector's metadata and the norm of each layer."""
-    from ..vector import SteeringVector, format_layers
+    """Print a vector's metadata and the norm of each layer. FILE may be demo (embedded)."""
+    from ..vector import format_layers
+    from .steer import read_vector
 
-    loaded = SteeringVector.load(file)
+    loaded = read_vector(file)
     document = loaded.describe()
-    norms = loaded.norms()
     if as_json:
-        click.echo(json.dumps(document | {"norms": norms, "sha256": loaded.sha256()}))
+        click.echo(json.dumps(document | {"norms": loaded.norms(), "sha256": loaded.sha256()}))
         return
-    for key, value in document.items():
-        if key == "layers":
-            value = format_layers(loaded.layers)
+    shown = document | {
+        "layers": format_layers(loaded.layers),
+        "tested": count(len(loaded.meta.tested), "setting") if loaded.meta.tested else None,
+        "recommended": _recommended(loaded.meta.recommended),
+        "residual_norms": None,  # these two are columns of the table
+        "stability": None,
+    }
+    for key, value in shown.items():
         if value not in (None, [], ()):
             click.echo(f"{key:<22}{value}")
-    click.echo(f"{'sha256':<22}{loaded.sha256()}\n\nlayer  norm")
+    click.echo(f"{'sha256':<22}{loaded.sha256()}\n")
+    click.echo("\n".join(_layer_table(loaded)))
+
+
+def _recommended(best: "Mapping[str, object] | None") -> str | None:
+    if best is None:
+        return None
+    return f"layer {best['layer']}, strength {best['strength']:g}. {best.get('text', '')}".strip()
+
+
+def _layer_table(vector: "SteeringVector") -> list[str]:
+    """Return a line for each layer; columns that the file knows nothing of are left out."""
+    norms, residual = vector.norms(), vector.residual_norms or {}
+    stability = vector.meta.extra.get("stability")
+    stability = stability if isinstance(stability, dict) else {}
     longest = max(norms.values()) or 1.0
+    rows = [["layer", "norm", "residual", "relative", "halves", "noise", ""]]
     for layer, norm in norms.items():
-        click.echo(f"{layer:>5}  {norm:>8.4f}  {'#' * round(40 * norm / longest)}".rstrip())
+        mean, halves = residual.get(layer), stability.get(str(layer))
+        halves = halves if isinstance(halves, dict) else {}
+        figures = [halves.get(key) for key in ("agreement", "noise")]
+        rows.append([
+            str(layer), f"{norm:.4f}", f"{mean:.2f}" if mean else "",
+            f"{norm / mean:.4f}" if mean else "",
+            *(f"{x:.2f}" if isinstance(x, float) else "" for x in figures),
+            "#" * round(30 * norm / longest),
+        ])  # fmt: skip
+    kept = [i for i in range(6) if any(row[i] for row in rows[1:])]
+    bars = [row[-1] for row in rows]
+    lines = aligned([[row[i] for i in kept] for row in rows])
+    return [f"{line}  {bar}".rstrip() for line, bar in zip(lines, bars, strict=True)]
 
 
 @vector.command("import")
@@ -68,12 +102,14 @@ def import_(file: str, out: str, model: str, force: bool) -> None:
     """
     from pathlib import Path
 
+    from .. import demo
     from ..interop import import_vector
     from ..model_folder import is_hub_id
 
     out = str(Path(out).expanduser())
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
+    model = str(demo.MODEL) if model == demo.NAME else model
     if not (model and Path(model).expanduser().is_dir()) and not is_hub_id(model):
         raise click.UsageError(
             f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."

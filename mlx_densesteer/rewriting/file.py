@@ -1,12 +1,14 @@
 """Rewrites that were made elsewhere, in a JSONL file."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import InputError
 from ..jsonl import read_jsonl
 from ..pairs import text_of
-from .draft import Draft, Rewrite
+from .draft import Draft, Rewrite, whole_characters
 
 _REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
 
@@ -15,7 +17,8 @@ class FileRewriter:
     """Looks rewrites up by problem id, then by the text of the question.
 
     A line has ``id`` or ``question`` (``prompt`` and ``doc.question`` will do), and the
-    rewrite as ``rewrite``, ``positive``, ``pos_response`` or ``resp_after``.
+    rewrite as ``rewrite``, ``positive``, ``pos_response`` or ``resp_after``. The name has the
+    SHA-256 (first 12 digits) of all rewrites, so that those of a corrected file are taken anew.
 
     Raises:
         InputError: an unreadable line, or two different rewrites of one problem.
@@ -23,7 +26,6 @@ class FileRewriter:
 
     def __init__(self, path: str | Path):
         path = Path(path).expanduser()
-        self.name = f"file:{path.name}"
         self._rewrites: dict[tuple[str, str], str] = {}
         for number, fields in read_jsonl(path):
             place = f"{path}: line {number}"
@@ -34,6 +36,9 @@ class FileRewriter:
                         f"{place}: another rewrite of the problem with {key[0]} {key[1][:60]!r} "
                         "stands above. Keep one of them."
                     )
+        held = json.dumps(sorted([*key, text] for key, text in self._rewrites.items()))
+        digest = hashlib.sha256(held.encode()).hexdigest()[:12]
+        self.name = f"file:{whole_characters(path.name)} {digest}"
 
     def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite | None]]:
         for index, draft in enumerate(drafts):

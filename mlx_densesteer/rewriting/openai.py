@@ -7,8 +7,10 @@ with the server's own message. Redirects are not followed: they would carry the 
 
 import contextlib
 import email.utils
+import hashlib
 import http.client
 import json
+import math
 import queue
 import random
 import threading
@@ -21,13 +23,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..density import split_steps
 from ..errors import InputError
-from .draft import Draft, Rewrite
+from .draft import Draft, Rewrite, whole_characters
 from .instruction import SYSTEM, VERSION, read_answer, request
+from .transport import Http, Https, NoRedirect
 
 KEY = "OPENAI_API_KEY"
 _PASSING = (408, 409, 425, 429)
 _LARGEST_ANSWER = 8 * 2**20  # bytes
 _LONGEST_PAUSE = 600.0  # seconds; a server that asks for more has run out of something
+_DAY = 86400.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -35,8 +39,11 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class Limits:
     """How an endpoint is asked. ``timeout`` and ``pause`` in seconds.
 
-    ``pause`` comes before the first repetition and doubles with each; ``per_minute`` 0 is no
-    limit.
+    ``timeout`` is for the whole answer, however slowly it comes. ``pause`` comes before the
+    first repetition and doubles with each; ``per_minute`` 0 is no limit.
+
+    Raises:
+        InputError: a value that is not finite or of no use.
     """
 
     timeout: float = 120.0
@@ -45,6 +52,21 @@ class Limits:
     at_once: int = 4
     per_minute: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= _DAY:
+            raise InputError(
+                f"a time-out of {self.timeout} s; expected more than 0, a day at most."
+            )
+        if not 0 <= self.pause <= _DAY:
+            raise InputError(f"a pause of {self.pause} s; expected 0 to a day.")
+        if min(self.attempts, self.at_once) < 1:
+            raise InputError("expected at least one attempt and one request at once.")
+        if self.per_minute and not 60 / _DAY <= self.per_minute < math.inf:
+            raise InputError(
+                f"{self.per_minute} requests per minute; expected 0 for no limit, or at least "
+                "one a day."
+            )
+
 
 class OpenAIRewriter:
     """Asks ``URL/chat/completions`` for each draft.
@@ -52,7 +74,8 @@ class OpenAIRewriter:
     Args:
         address: ``URL#model``, such as ``http://127.0.0.1:8080/v1#qwen``.
         key: sent as a bearer token where there is one; never written or printed.
-        fields: more fields of the request, such as ``{"temperature": 0}``.
+        fields: more fields of the request, such as ``{"temperature": 0}``; of these, files and
+            messages have the names and a digest only.
         warn: called with what the user should know.
 
     Raises:
@@ -75,11 +98,13 @@ class OpenAIRewriter:
         if self._key and host not in _LOOPBACK and self._url.startswith("http:"):
             warn(f"{KEY} is sent to {host} over plain http; everyone on the way can read it.")
         self._host = host
-        settings = json.dumps(self._fields, sort_keys=True) if self._fields else ""
-        shown = self._url.partition("?")[0]
-        self.name = f"openai:{shown}#{self._model} instruction {VERSION} {settings}".strip()
+        shown, _, query = self._url.partition("?")
+        self._shown = f"openai:{shown}#{self._model}"
+        self._secrets = {self._key: f"[{KEY}]", query: "[query]"}
+        name = f"{self._shown} instruction {VERSION} {_described(self._fields)}"
+        self.name = whole_characters(name.strip())
         self._gate = _Gate(limits.per_minute)
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        handlers: list[urllib.request.BaseHandler] = [NoRedirect(), Http(), Https()]
         if host in _LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
@@ -188,7 +213,7 @@ class OpenAIRewriter:
         text = ""
         with contextlib.suppress(OSError, http.client.HTTPException):
             text = error.read(2**16).decode("utf-8", "replace").strip()
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             said = json.loads(text)
             said = said.get("error", said.get("message", said.get("detail", text)))
             text = said.get("message", text) if isinstance(said, dict) else str(said)
@@ -199,21 +224,18 @@ class OpenAIRewriter:
         remedy = {
             401: f"Set the right key in the environment: export {KEY}=...",
             403: f"The key in {KEY} may not use this model.",
-            404: f"Check the address and the model: openai:{self._url}#{self._model}.",
+            404: f"Check the address and the model: {self._shown}.",
         }.get(code, "Check the address, the model and --rewriter-fields.")
         return f"{self._host} refuses: {problem}. {remedy}"
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._key, f"[{KEY}]") if self._key else text
+        for secret, shown in self._secrets.items():
+            text = text.replace(secret, shown) if secret else text
+        return whole_characters(text)
 
 
 class _Garbage(Exception):
     """An answer that is no chat completion."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        return None  # urllib then raises HTTPError with the code
 
 
 class _Gate:
@@ -244,23 +266,32 @@ class _Gate:
 
 def _parse(address: str) -> tuple[str, str, str]:
     url, _, model = address.partition("#")
+    shown = url.partition("?")[0]  # a key may stand in the query
     try:
         parts = urlsplit(url)
         host, _port = parts.hostname, parts.port
     except ValueError as error:
-        raise InputError(f"openai:{url}: no valid URL ({error}).") from error
+        raise InputError(f"openai:{shown}: no valid URL ({error}).") from error
     if parts.username is not None or parts.password is not None:
         raise InputError(f"openai: leave user and password out of the URL; a key goes into {KEY}.")
-    if any(character <= " " for character in url):
-        raise InputError(f"openai:{url!r}: no valid URL; it has a blank in it.")
+    if not all("!" <= character <= "~" for character in url):
+        raise InputError(f"openai:{shown!r}: no valid URL; it has a blank or no ASCII in it.")
     if parts.scheme not in ("http", "https") or not host or not model:
         raise InputError(
-            f"openai:{address}: expected openai:URL#model, such as "
+            f"openai:{shown}: expected openai:URL#model, such as "
             "openai:http://127.0.0.1:8080/v1#qwen."
         )
     path = parts.path.rstrip("/")
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
     return urlunsplit(parts._replace(path=path)), model, host
+
+
+def _described(fields: Mapping[str, object]) -> str:
+    """Return the names and a digest of the fields: a value may be a secret."""
+    if not fields:
+        return ""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    return f"fields {','.join(sorted(fields))} {digest}"
 
 
 def _read(data: bytes) -> Rewrite:
@@ -282,6 +313,6 @@ def _retry_after(headers) -> float | None:
         return None
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
