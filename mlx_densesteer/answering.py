@@ -96,15 +96,15 @@ def answer(
 ) -> list[Answer]:
     """Return the greedy responses to all problems under all steerings, problem by problem.
 
-    What the journal holds already is taken from there, the rest is added to it. Rows are ordered by problem, so that
+    What the journal holds already is taken from there and graded anew, the rest is added to it. Rows are ordered by problem, so that
     an interrupted run has whole problems, on which settings can be compared.
     """
     prints = [steering.fingerprint if steering else UNSTEERED for steering in steerings]
     wanted = {(p.id, _content(p), print_): None for p in problems for print_ in prints}
     there = _read(journal) if journal else {}
-    found = {key: there[key] for key in wanted if key in there}
     by_print = dict(zip(prints, steerings, strict=True))
     by_id = {problem.id: problem for problem in problems}
+    found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
     missing = [key for key in wanted if key not in found]
     generated = 0
 
@@ -167,6 +167,15 @@ def _graded(problem: Problem, key: tuple, generation: Generation) -> Answer:
         *key, generation.text, generation.token_ids, generation.steps, generation.finish_reason,
         verdict.correct, verdict.found, verdict.by_reference, verdict.by_math_verify,
         round(seconds, 3),
+    )  # fmt: skip
+
+
+def _regraded(problem: Problem, kept: Answer) -> Answer:
+    """Grade a kept answer again: the grader may have been another one (the extra ``eval``)."""
+    verdict = grade(problem, kept.text)
+    return replace(
+        kept, correct=verdict.correct, found=verdict.found, by_reference=verdict.by_reference,
+        by_math_verify=verdict.by_math_verify,
     )  # fmt: skip
 
 

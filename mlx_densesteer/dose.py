@@ -7,10 +7,12 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .demo.problems import calibration, draw_solution
+from .errors import InputError
 from .model import fingerprint
 from .prompt import encode_prompt
 from .record import residual_norms
-from .vector import SteeringVector
+from .steering import SMALLEST
+from .vector import SteeringVector, format_layers
 
 SOLUTIONS = 3
 
@@ -44,8 +46,16 @@ def mean_norms(
 def strength_for(vector: SteeringVector, norms: dict[int, float], dose: float) -> float:
     """Return the strength at which the relative dose is ``dose``, the mean over ``norms``' layers.
 
-    lambda = a / mean_l( ||v_l|| / mean ||h_l|| )
+        lambda = a / mean_l( ||v_l|| / mean ||h_l|| )
+
+    Raises:
+        InputError: the vector is zero there, or no larger than float32's rounding.
     """
     sizes = vector.norms()
     unit = sum(sizes[layer] / norm for layer, norm in norms.items()) / len(norms)
-    return dose / unit if unit else 0.0
+    if unit < SMALLEST:
+        raise InputError(
+            f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no more "
+            "than rounding, so a relative strength means nothing there. Choose another layer."
+        )
+    return dose / unit

@@ -15,6 +15,7 @@ from .model import chat_template_sha256, inspect
 from .pairs import Pair, pairs_sha256
 from .prompt import encode_prompt
 from .record import record_pairs
+from .steering import SMALLEST
 from .token_tree import TokenPair, TokenTree
 from .vector import SteeringVector, VectorMeta
 
@@ -160,6 +161,11 @@ def extract_with_report(
     tree = TokenTree.of(token_pairs)
     kind = {"mean": MeanDifference, "pca": PrincipalComponent}[method]
     arrays, report = _read_layers(model, tree, chosen, readout, kind, len(pairs), progress)
+    if all(row.relative_norm < SMALLEST for row in report.values()):
+        raise InputError(
+            f"read at {readout.name} the two responses of the pairs do not differ: every layer's "
+            "vector is zero. They begin with the same words, or end so; choose another token."
+        )
     meta = VectorMeta(
         model=info.name,
         hidden_size=info.hidden_size,

@@ -13,10 +13,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .answering import Answer, Progress, answer, by_steering
 from .batch import ROWS
+from .dose import strength_for
 from .errors import InputError
 from .journal import Journal
 from .recommendation import Outcome, Recommendation, recommend
-from .scoring import Score, score
+from .scoring import Estimate, Score, score
 from .steering import UNSTEERED, Positions, Steering
 from .tasks import Problem
 from .vector import SteeringVector
@@ -58,14 +59,19 @@ class GridRow:
             "accuracy": s.accuracy.value,
             "accuracy_low": s.accuracy.low,
             "accuracy_high": s.accuracy.high,
-            "steps": s.steps.value,
-            "tokens": s.tokens.value,
+            **_with_bounds("steps", s.steps),
+            **_with_bounds("tokens", s.tokens),
             "density": s.density,
-            "nll": s.nll.value if s.nll else None,
+            **_with_bounds("nll", s.nll),
             "truncated": s.truncated,
-            "p": s.against_unsteered.p if s.against_unsteered else None,
+            "p": s.against_unsteered.p if s.against_unsteered else None,  # not corrected
             "fingerprint": setting.fingerprint,
         }
+
+
+def _with_bounds(name: str, one: Estimate | None) -> dict[str, float | None]:
+    values = (one.value, one.low, one.high) if one else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def settings_of(
     ``lambda = a * mean ||h_l|| / ||v_l||``.
 
     Raises:
-        InputError: relative strengths without norms, or at a layer whose vector is zero.
+        InputError: relative strengths without norms, or where the vector is as good as zero.
         SteeringError, VectorMismatchError: a strength or layer that the vector cannot give.
     """
     norms, settings = vector.norms(), [Setting(None, 0.0, 0.0)]
@@ -102,14 +108,11 @@ def settings_of(
         unit = None  # the relative dose of strength 1
         if residual_norms is not None and layer in residual_norms:
             unit = norms[layer] / residual_norms[layer]
-        if relative and not unit:
-            raise InputError(
-                f"layer {layer}: relative strengths need a vector and a mean norm there that are "
-                "not zero. Choose another layer, or raw strengths."
-            )
         for number in sorted({float(strength) for strength in strengths}):
             if number:
-                strength = number / unit if relative else number
+                strength = number
+                if relative:
+                    strength = strength_for(vector, {layer: residual_norms[layer]}, number)
                 steering = Steering(vector, strength, (layer,), positions)
                 dose = None if unit is None else strength * unit
                 settings.append(Setting(layer, steering.strength, dose, steering))
@@ -179,11 +182,12 @@ def _recommend(
 
 
 def with_recommendation(
-    vector: SteeringVector, result: Sweep, *, task: str, positions: Positions
+    vector: SteeringVector, result: Sweep, *, task: Mapping[str, object], positions: Positions
 ) -> SteeringVector:
     """Return the vector with the grid's figures and recommendation in its metadata.
 
-    Without a recommendation an older one is removed: it was not confirmed.
+    ``task`` says which problems these were. Without a recommendation an older one is removed:
+    it was not confirmed.
     """
     tested = []
     for row in result.rows:

@@ -78,6 +78,8 @@ class Journal:
             self._file.truncate(0)
             self._write(header)
             return []
+        if lines[0].get("format") != header.get("format"):
+            raise InputError(f"{self.path}: is not a journal of ours. Name another file (-o).")
         if differing := sorted(
             key for key in {*header, *lines[0]} if header.get(key) != lines[0].get(key)
         ):
@@ -85,7 +87,7 @@ class Journal:
             wanted = {key: header.get(key) for key in differing}
             raise InputError(
                 f"{self.path}: belongs to another run: it has {_brief(there)}, this one "
-                f"{_brief(wanted)}. Use the same settings to go on, or name another file."
+                f"{_brief(wanted)}. Use the same settings to go on, or name another place (-o)."
             )
         if whole < len(data):
             os.truncate(self.path, whole)

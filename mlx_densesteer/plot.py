@@ -38,7 +38,7 @@ _PANELS = (
     _Panel("accuracy", "Accuracy (%)", 1, scale=100.0),
     _Panel("steps", "Steps per response", 1),
     _Panel("tokens", "Tokens per response", 0),
-    _Panel("nll", "NLL, unsteered (nats per token)", 2),
+    _Panel("nll", "NLL, unsteered (nats per token)", 3),
 )
 # Okabe and Ito's colours, which the colour-blind tell apart; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -207,10 +207,10 @@ def _say_none(
     count, settings = len(baseline.correct), len(comparisons)
     text = (
         "No setting is recommended: none is more accurate than the unsteered model "
-        f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none "
-        f"shorter at an accuracy that is surely no more than {100 * margin:g} points lower. "
+        f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none is "
+        f"shorter beyond chance and surely no more than {100 * margin:g} points less accurate. "
         f"Most accurate was {best.name} with {best.accuracy:.1%} (p = {best.p:.2g}, "
-        f"{_corrected(settings, 'Holm')}); shortest {shortest.name} with {shortest.tokens:.1f} "
+        f"{_corrected(settings, 'Holm')}); fewest tokens {shortest.name} with {shortest.tokens:.1f} "
         f"tokens and {shortest.accuracy:.1%}."
     )
     if count < (need := problems_needed(settings, risk, margin)):

@@ -18,6 +18,8 @@ Positions = Literal["all", "generated", "prompt"]
 # end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
 LARGE_DOSE = 0.8
 
+SMALLEST = 1e-5  # of ||v_l|| / mean ||h_l||: below, a vector is nothing but float32's rounding
+
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 
 

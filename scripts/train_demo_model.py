@@ -4,8 +4,8 @@ Everything comes from the seed: block i of batches is drawn from (seed, i), so a
 on trains on the same data in the same order. The problems of ``demo.problems`` that evaluation
 and calibration use are left out, for the tokenizer too, and that is checked for every example.
 
-Training goes on from the state file of the last stage that has one. That of a later stage is there before
-its first step, and the checkpoint is written when all stages are done.
+Each stage keeps its state in a file until all stages are done, and only then is the checkpoint written: the
+same command goes on in the stage where it was, Ctrl-C or kill -9.
 """
 
 import json
@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from mlx_densesteer.atomic import move_into_place, scratch_folder
 from mlx_densesteer.demo import MODEL
 from mlx_densesteer.demo.problems import (
-    Problem,
+    DemoProblem,
     draw_problem,
     draw_solution,
     reserved_questions,
@@ -89,7 +89,7 @@ def make_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def draw_unreserved(rng: random.Random, reserved: frozenset[str]) -> Problem:
+def draw_unreserved(rng: random.Random, reserved: frozenset[str]) -> DemoProblem:
     """Return a problem that neither evaluation nor calibration uses."""
     problem = draw_problem(rng)
     while problem.question in reserved:
@@ -178,8 +178,6 @@ def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file:
         model.update(parts["model"])
         optimizer.state = parts["optimizer"]
         say(f"going on with stage {stage + 1} after step {first}")
-    elif stage:
-        save_state(state_file, model, optimizer, 0, 0.0)
     loss_and_gradients = nn.value_and_grad(model, response_loss)
     began, losses = time.perf_counter() - spent, []
     for step in range(first, steps):
@@ -198,7 +196,7 @@ def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file:
                 f"stage {stage + 1}, step {done}/{steps}, loss {np.mean(losses[-50:]):.4f}, {spent / 60:.1f} min, "
                 f"about {left / 60:.0f} min left"
             )
-        if done % SAVE_EVERY == 0:
+        if done % SAVE_EVERY == 0 or done == steps:
             save_state(state_file, model, optimizer, done, spent)
     return spent
 
@@ -252,16 +250,16 @@ def main(seed: int, out: Path) -> None:
         out.with_name(f"{out.name}-{seed}-{stage + 1}.training.safetensors")
         for stage in range(len(STAGES))
     ]
-    begun = [stage for stage, file in enumerate(states) if file.exists()]
+    say(f"the state is kept every {SAVE_EVERY} steps; interrupted, the same command goes on")
     spent = 0.0
-    for stage in range(max(begun, default=0), len(STAGES)):
-        if stage:  # from rounded weights, as the checkpoint holds them
+    for stage, state_file in enumerate(states):
+        if stage:  # from rounded weights, as the checkpoint would hold them
             model.set_dtype(mx.bfloat16)
             model.set_dtype(mx.float32)
         try:
-            spent += train(model, tokenizer, stage, seed, states[stage])
+            spent += train(model, tokenizer, stage, seed, state_file)
         except KeyboardInterrupt:
-            say(f"interrupted; the same command goes on from {states[stage]}")
+            say("interrupted; the same command goes on")
             raise SystemExit(130) from None
     save(out, model, tokenizer, seed, sum(count for count, _ in STAGES))
     for file in states:

@@ -116,7 +116,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
 
     assert applied() == ([4], 3.5, "generated")
     assert applied("-l", "4") == ([4], 3.5, "generated")
-    assert applied("-s", "1") == ([4], 1.0, "all")
+    assert applied("-s", "1") == ([4], 1.0, "generated")
     assert applied("-l", "5") == ([5], 1.0, "all")
     assert applied("--positions", "prompt") == ([4], 3.5, "prompt")
     assert "layer 4, strength 3.5. because" in run("vector", "show", file).stdout

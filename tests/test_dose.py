@@ -5,6 +5,7 @@ import pytest
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.dose import mean_norms, strength_for
+from mlx_densesteer.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +42,9 @@ def test_a_dose_becomes_the_strength_that_has_it(vector):
     strength = strength_for(vector, norms, -0.2)
     doses = ds.Steering(vector, strength, (4, 5)).relative_dose(norms)
     assert sum(doses.values()) / 2 == pytest.approx(0.2) and strength < 0
+
+
+def test_a_vector_that_is_only_rounding_has_no_relative_strength(vector):
+    tiny = {5: vector.layers[5] * 1e-6}
+    with pytest.raises(InputError, match="no more than rounding"):
+        strength_for(ds.SteeringVector(tiny, vector.meta), {5: 2000.0}, 0.2)

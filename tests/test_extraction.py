@@ -270,3 +270,24 @@ def test_the_command_with_layers_that_are_not_there(run, tmp_path):
     result = run("--layers", "4")
     assert result.exit_code == 1 and "layers 4: expected some of 0-3" in result.stderr
     assert not (tmp_path / "v.npz").exists()
+
+
+def test_a_read_out_where_nothing_differs_is_refused(loaded_demo):
+    pairs = [ds.Pair("How many?", "Tom has 4. He has 5.", "Tom has 4.\n\nHe has 5.")]
+    with pytest.raises(InputError, match="every layer's vector is zero"):
+        ds.extract(*loaded_demo, pairs, token="first-3")
+
+
+@pytest.fixture(scope="module")
+def loaded_demo():
+    return ds.load("demo")
+
+
+def test_the_command_never_overwrites_its_own_pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "positive": "b", "negative": "c"}\n')
+    before = file.read_bytes()
+    words = ["extract", "-m", "demo", str(file), "-o", str(file), "--force"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and "is the file of the pairs" in result.stderr
+    assert file.read_bytes() == before

@@ -165,7 +165,7 @@ def test_a_sweep_has_rows_a_recommendation_and_stores_both(loaded, vector, tmp_p
     rows = [row.describe() for row in result.rows]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert rows[0]["p"] is None and all(row["p"] == 1 for row in rows[1:])
-    stored = with_recommendation(vector, result, task="tiny", positions="all")
+    stored = with_recommendation(vector, result, task={"task": "tiny"}, positions="all")
     again = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
     assert again.meta.recommended is None
     assert [row["strength"] for row in again.meta.tested] == [0, -3, 3, -3, 3]

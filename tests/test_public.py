@@ -36,6 +36,7 @@ ROOMS = [
         "scoring",
         "rewriting",
         "rewriting.instruction",
+        "rewriting.transport",
     },
     {"grading"},
     {"hub", "vector", "pairs", "tasks", "plot"},

@@ -17,14 +17,19 @@ from mlx.utils import tree_flatten
 from mlx_densesteer.cli import main
 from mlx_densesteer.density import split_steps
 from mlx_densesteer.errors import DenseSteerError, InputError
+from mlx_densesteer.generation import generate
 from mlx_densesteer.likelihood import nll
 from mlx_densesteer.model import load
 from mlx_densesteer.pairs import read_pairs
 from mlx_densesteer.prompt import encode_prompt
-from mlx_densesteer.rewriting import Rewrite
+from mlx_densesteer.rewriting import Draft, Rewrite
+from mlx_densesteer.rewriting.file import FileRewriter
+from mlx_densesteer.rewriting.instruction import SYSTEM, read_answer, request
+from mlx_densesteer.rewriting.model import ModelRewriter
 from mlx_densesteer.rewriting.rules import RulesRewriter, merge_steps
 from mlx_densesteer.solving import Progress, make_pairs
 from mlx_densesteer.tasks import load_task
+from mlx_densesteer.verification import most_tokens
 
 SOLUTIONS = [
     "8+1=9.\n\nThat makes 9.\n\n9*2=18.\n#### 18",
@@ -250,11 +255,28 @@ def test_the_command(solver, problems, tmp_path):
     assert "only 5 of 9 pairs" in result.stderr
 
 
-def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path):
+def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("mlx_densesteer.model.load", lambda path: loaded.append(path) or load(path))
     result = call(solver, problems, tmp_path / "p.jsonl", "--rewriter", f"mlx:{solver}", "--json")
+    assert len(loaded) == 1  # the target is not loaded a second time
     document = json.loads(result.stdout)
-    assert document["rewriter"].startswith("mlx:")
-    assert document["accepted"] + sum(document["rejected"].values()) == 6
+    model, tokenizer = load(solver)
+    assert document["rewriter"] == ModelRewriter(model, tokenizer, str(solver)).name
+    assert document["rejected"].pop("single step") == 1
+    assert document["accepted"] + sum(document["rejected"].values()) == 5
+    made = {r["problem"]: r for r in lines(tmp_path / "p.jsonl.rewrites.jsonl") if "key" in r}
+    for i, problem in enumerate(load_task(problems)):
+        if i in (3, WRONG):
+            assert problem.id not in made
+            continue
+        draft = Draft(problem.id, problem.question, SOLUTIONS[i], 0)
+        alone = generate(
+            model, tokenizer, request(draft, len(split_steps(SOLUTIONS[i]))), system=SYSTEM,
+            max_tokens=most_tokens(len(tokenizer.encode(SOLUTIONS[i]))),
+        )  # fmt: skip
+        assert made[problem.id]["text"] == read_answer(alone.text) != ""
+        assert made[problem.id]["truncated"] == (alone.finish_reason == "length")
 
 
 def test_rewrites_from_a_file(solver, problems, tmp_path):
@@ -272,6 +294,120 @@ def test_rewrites_from_a_file(solver, problems, tmp_path):
     assert json.loads(result.stdout)["accepted"] == 2
 
 
+def test_a_corrected_file_is_read_and_another_of_its_name_does_not_mix_in(
+    solver, problems, tmp_path, monkeypatch
+):
+    def once(folder, text):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rewrites = tmp_path / folder / "r.jsonl"
+        rewrites.write_text(json.dumps({"question": "A?", "rewrite": text}))
+        run(solver, problems, tmp_path / "p.jsonl", FileRewriter(rewrites))
+        return [
+            record["positive"]
+            for file in ("p.jsonl", "p.rejected.jsonl") for record in lines(tmp_path / file)
+            if record["positive"]
+        ]  # fmt: skip
+
+    right = merge_steps(SOLUTIONS[0])
+    assert once("a", "wrong: 19") == ["wrong: 19"]
+    assert once("a", right) == [right]
+    assert once("b", "wrong: 20") == ["wrong: 20"]
+    monkeypatch.setattr("mlx_densesteer.solving.nll", None)
+    assert once("a", right) == [right]  # its NLL is known
+
+
+HOSTILE = ["1 2 " * 6000, "9" * 100_000, "8+1=9. " * 300 + "9*2=18.\n#### 18"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("most", [5000, 700])
+def test_a_rewrite_that_is_too_long_costs_nothing(
+    solver, problems, tmp_path, monkeypatch, text, most
+):
+    """Neither a pass of the model nor, beyond what could be accepted, a tokenizer."""
+    model, tokenizer = load(solver)
+    model.args.max_position_embeddings = most
+    measured = []
+    monkeypatch.setattr(
+        "mlx_densesteer.solving.nll",
+        lambda model, prompts, responses: measured.extend(map(len, responses)) or [1.0, 1.0],
+    )
+    rewriter = Asked()
+    rewriter.rewrite = lambda drafts: ((i, Rewrite(text)) for i, _ in enumerate(drafts))
+    for _ in range(2):  # the second time from the journal
+        summary = make_pairs(
+            model, tokenizer, load_task(problems), rewriter, tmp_path / "p.jsonl", max_tokens=80
+        )
+        assert summary.rejected == {"too long": 5, "single step": 1}
+    assert not measured
+    for record in lines(tmp_path / "p.rejected.jsonl"):
+        if record["positive"]:
+            assert text.startswith(record["positive"])
+            assert record["figures"]["positive"]["tokens"] > most_tokens(
+                record["figures"]["negative"]["tokens"]
+            )
+
+
+def test_a_rewrite_has_room_in_the_context(solver, problems, tmp_path):
+    model, tokenizer = load(solver)
+    problem = load_task(problems)[0]
+    dense = len(tokenizer.encode(merge_steps(SOLUTIONS[0])))
+    for room, accepted in ((dense, 1), (dense - 1, 0)):
+        prompt = encode_prompt(tokenizer, problem.prompt)
+        model.args.max_position_embeddings = len(prompt) + room
+        summary = make_pairs(
+            model, tokenizer, [problem], RulesRewriter(), tmp_path / f"{room}.jsonl",
+            max_tokens=80, nll_margin=50.0,
+        )  # fmt: skip
+        assert summary.accepted == accepted
+        assert summary.rejected == ({} if accepted else {"too long": 1})
+
+
+def test_only_a_rewrite_without_another_fault_is_measured(solver, problems, tmp_path):
+    rewriter = Asked()
+    rewriter.rewrite = lambda drafts: (
+        (i, Rewrite("No answer." if i else merge_steps(draft.response)))
+        for i, draft in enumerate(drafts)
+    )
+    summary = run(solver, problems, tmp_path / "p.jsonl", rewriter)
+    assert summary.accepted == 1 and summary.rejected["other answer"] == 4
+    journal = lines(tmp_path / "p.jsonl.rewrites.jsonl")
+    assert sum("nll_of" in record for record in journal) == 1
+    for record in lines(tmp_path / "p.rejected.jsonl"):
+        assert record["figures"]["negative"]["nll"] is None
+
+
+def test_half_a_surrogate_pair_in_a_rewrite_or_in_the_journal_is_repaired(
+    solver, problems, tmp_path
+):
+    out, journal = tmp_path / "p.jsonl", tmp_path / "p.jsonl.rewrites.jsonl"
+    with ChatServer(lambda text: "abc \ud83d = 3") as server:
+        options = ("--rewriter", f"openai:{server.url}#m", "--json")
+        for _ in range(2):
+            result = call(solver, problems, out, *options)
+            assert json.loads(result.stdout)["rejected"]["other answer"] == 5
+            texts = {r["positive"] for r in lines(tmp_path / "p.rejected.jsonl")}
+            assert texts == {None, "abc \ufffd = 3"}
+            # as an earlier version wrote it
+            journal.write_text(journal.read_text().replace("\ufffd", r"\ud83d"))
+            assert r"\ud83d" in journal.read_text()
+        assert len(server.bodies) == 5
+
+
+def test_what_endpoint_fields_hold_is_in_no_file(solver, problems, tmp_path):
+    with ChatServer(dense_reply) as server:
+        result = call(
+            solver, problems, tmp_path / "p.jsonl", "--rewriter",
+            f"openai:{server.url}?key=sk-query#m", "--rewriter-fields", '{"api_key": "sk-field"}',
+            "--json",
+        )  # fmt: skip
+        assert server.bodies[0]["api_key"] == "sk-field"
+    assert json.loads(result.stdout)["accepted"] == 5
+    for text in (result.output, *(path.read_text() for path in tmp_path.glob("p.*"))):
+        assert "sk-field" not in text and "sk-query" not in text
+    assert "fields api_key" in (tmp_path / "p.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -279,6 +415,11 @@ def test_rewrites_from_a_file(solver, problems, tmp_path):
         (["--rewriter", "mlx:"], "expected rules, mlx:MODEL"),
         (["--rewriter", "openai:nowhere"], "expected openai:URL#model"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "["], "is not JSON"),
+        (["--rewriter", "openai:http://x#m", "--rewriter-fields", "[" * 99999], "is not JSON"),
+        (["--rewriter", "openai:http://x#m", "--timeout", "inf"], "a time-out of inf s"),
+        (["--rewriter", "openai:http://x#m", "--timeout", "nan"], "a time-out of nan s"),
+        (["--rewriter", "openai:http://x#m", "--requests-per-minute", "nan"], "nan requests"),
+        (["--nll-margin", "nan"], "an NLL margin of nan"),
         (["--rewriter", "file:/nowhere"], "cannot be read"),
     ],
 )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WHAT_IT_IS = """\
 A toy shows the whole of it: a Qwen2 model of 2.5 million parameters, trained for this purpose by
 scripts/train-demo-model on synthetic word problems, and a steering vector extracted from its own
-solutions. Real weights, real generation, nothing prepared. It is no evidence about Qwen2.5, nor
+solutions (50 pairs, the mean over the response, at its last layer). Real weights, real generation, nothing prepared. It is no evidence about Qwen2.5, nor
 that density makes answers better: here it does not."""
 
 
@@ -71,8 +71,8 @@ def demo(problems: int, as_json: bool) -> None:
         f"\n{count(len(chosen), 'problem')} that the model never saw, layer {LAYER}, greedy:\n"
     )
     click.echo("\n".join(_lines(rows)))
-    note("every command takes -m demo and -v demo; try: densesteer generate -m demo -v demo "
-         f"-s {rows[-2].setting.strength:.3g} \"...\" with the problem above")  # fmt: skip
+    note("every command takes -m demo and -v demo; try:\n"
+         f'densesteer generate -m demo -v demo -s {rows[-2].setting.strength:.3g} "{chosen[0].question}"')  # fmt: skip
 
 
 def _remark(strength: float, rows: "list[GridRow]") -> str:

@@ -9,15 +9,16 @@ import click
 from .options import model_option, run_options, steering_options, task_options
 from .output import count, note
 from .progress import Live
-from .steer import read_steering, tell_fit
+from .steer import read_steering, tell_dose, tell_fit
 from .tables import aligned, estimate, percent, share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..answering import Answer
     from ..journal import Journal
     from ..scoring import Score
+    from ..tasks import Problem
 
 
 @click.command("eval")
@@ -54,6 +55,7 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     problems = load_task(task, split=split, skip=skip, limit=limit, revision=revision)
 
     from ..answering import by_steering, journal_header
+    from ..dose import mean_norms
     from ..evaluation import evaluate as run
     from ..journal import Journal
     from ..model import inspect, load
@@ -63,7 +65,11 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     if request is not None:
         tell_fit(request.vector, info)
         steering = request.for_model(loaded, tokenizer)
-        note(f"steering {steering.vector.name}: {_described(steering)}")
+        norms = mean_norms(loaded, tokenizer, steering.vector, steering.layers)
+        tell_dose(steering, steering.relative_dose(norms))
+        if not steering.strength:
+            note("strength 0 is the unsteered model: there is nothing to compare")
+    tell_grader(problems)
     path = Path(out or f"eval-{Path(task).stem}-{Path(info.name).name}.jsonl")
     live = Live()
     expected = len(problems) * (2 if steering and steering.strength and not no_baseline else 1)
@@ -81,26 +87,36 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
             raise
     live.clear()
     if as_json:
-        document = {
-            "task": task, "model": info.name, "fingerprint": info.fingerprint,
+        about = which_problems(task, problems, split=split, skip=skip, revision=revision)
+        document = about | {
+            "model": info.name, "fingerprint": info.fingerprint,
             "steering": steering.describe() if steering else None, "max_tokens": max_tokens,
             "answers": str(path), "scores": {name: s.describe() for name, s in scores.items()},
         }  # fmt: skip
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         click.echo("\n".join(_table(scores)))
-    for setting in by_steering(answers).values():
-        tell_disagreements(list(setting.values()))
+    for name, setting in zip(scores, by_steering(answers).values(), strict=True):
+        tell_disagreements(name, list(setting.values()))
     note(f"every response is in {path}")
 
 
-def _described(steering) -> str:
-    from ..vector import format_layers
+def tell_grader(problems: "Sequence[Problem]") -> None:
+    """Say that boxed answers are graded by the string rule alone, if they are."""
+    from ..equivalence import installed
 
-    return (
-        f"layer {format_layers(steering.layers)}, strength {steering.strength:g}, positions "
-        f"{steering.positions}"
-    )
+    if any(problem.rule == "boxed" for problem in problems) and not installed():
+        note("boxed answers are graded by the string rule alone; for math-verify, which accepts more "
+             "forms of an answer: pip install 'mlx-densesteer[eval]'")  # fmt: skip
+
+
+def which_problems(task: str, problems: "Sequence[Problem]", **choice: object) -> dict[str, object]:
+    """Return what identifies the problems of a run, for its results."""
+    import hashlib
+
+    ids = "\n".join(f"{p.id} {p.prompt}" for p in problems)
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return {"task": task, **choice, "problems": len(problems), "problems_sha256": digest}
 
 
 def tell_kept(journal: "Journal") -> None:
@@ -128,26 +144,26 @@ def progress(live: Live, expected: int) -> "Callable[[list[Answer], int], None]"
             minutes = seconds / (done - first[0]) * (expected - done) / 60
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
         if done == expected:
-            rate = left = ", working out the NLL"[: 21 * (not left)]
+            rate, left = ", working out the NLL", ""
         live.show(f"{done}/{expected} answers, {right} right{rate}{left}")
 
     return show
 
 
-def tell_disagreements(answers: "list[Answer]") -> None:
+def tell_disagreements(name: str, answers: "list[Answer]") -> None:
     """Show where math-verify, which counts, and the reference's string rule differ."""
     differing = [a for a in answers if a.by_math_verify not in (None, a.by_reference)]
     for one in differing[:5]:
         verdict = (
             "right by math-verify, wrong" if one.by_math_verify else "wrong by math-verify, right"
         )
-        note(f"{one.problem}: {one.found!r} is {verdict} by the reference's string rule")
+        note(f"{name}, {one.problem}: {one.found!r} is {verdict} by the reference's string rule")
     if len(differing) > 5:
         note(f"... and {len(differing) - 5} more (by_math_verify, by_reference in the file)")
 
 
 def _table(scores: "dict[str, Score]") -> list[str]:
-    header = ["", "accuracy", "steps", "tokens", "density", "NLL", "truncated", "s/answer"]
+    header = ["", "accuracy", "steps", "tokens", "density", "NLL", "truncated", "latency s"]
     rows = [header]
     for name, s in scores.items():
         density = f"{s.density:.1f}" if s.density is not None else "-"

@@ -46,6 +46,8 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
     output, what was found in each layer to standard error.
     """
     path = Path(out).expanduser()
+    if path.exists() and path.samefile(pairs):
+        raise click.ClickException(f"{path}: is the file of the pairs. Choose another name (-o).")
     if path.exists() and not force:
         raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
     if not path.parent.is_dir():
@@ -95,6 +97,15 @@ def _tell(found: "Extraction", pairs: int) -> None:
         f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
         f"would be {found.tokens_apart:,}"
     )
+    from ..steering import SMALLEST
+    from ..vector import format_layers
+
+    nothing = [layer for layer, row in found.layers.items() if row.relative_norm < SMALLEST]
+    if nothing:
+        note(
+            f"warning: at layer {format_layers(nothing)} the vector is nothing but rounding: the two "
+            "responses have the same tokens there up to the read-out. Do not steer at these layers."
+        )
     rows = [["layer", "norm", "residual", "relative", "halves", "noise"]]
     for layer, row in found.layers.items():
         cosines = ["-" if x is None else f"{x:.2f}" for x in (row.agreement, row.noise)]

@@ -53,7 +53,10 @@ def read_vector(name: str) -> "SteeringVector":
             f"{name}: no such file. Make one with `densesteer extract`, or import one with "
             "`densesteer vector import`."
         )
-    return SteeringVector.load(path)
+    loaded = SteeringVector.load(path)
+    if name == demo.NAME:
+        loaded.name = demo.NAME
+    return loaded
 
 
 def read_steering(
@@ -85,9 +88,9 @@ def read_steering(
     best = loaded.meta.recommended or {}
     chosen = parse_layers(layers, loaded.layers) if layers else None
     if best and chosen in (None, (best["layer"],)):
-        chosen = (best["layer"],)
+        chosen, positions = (best["layer"],), positions or best.get("positions")
         if strength is None:
-            strength, positions = best["strength"], positions or best.get("positions")
+            strength = best["strength"]
             note(f"layer {chosen[0]}, strength {strength:g}: what a sweep recommended")
     if chosen is None:
         chosen = (default_layer(loaded.layers, loaded.meta.layer_count),)

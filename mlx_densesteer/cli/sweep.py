@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .eval import tell_kept
+from .eval import tell_grader, tell_kept, which_problems
 from .options import (
     model_option,
     positions_option,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @model_option
 @vector_option("", required=True)
 @click.option("-l", "--layers", multiple=True, metavar="LAYERS",
-              help="0-based: 8,12-16 or all; may be repeated. [default: five around the middle]")  # fmt: skip
+              help="0-based: 8,12-16 or all; may be repeated. [default: five around the middle, or all of six]")  # fmt: skip
 @click.option("-s", "--strengths", required=True, metavar="NUMBERS",
               help="Separated by commas: --strengths=-2,-1,1,2,4. 0 is always there.")  # fmt: skip
 @relative_option("NUMBERS are fractions")
@@ -59,8 +59,8 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
           no_nll: bool, margin: float, write: bool, as_json: bool, task: str) -> None:  # fmt: skip
     """Try a grid of layers and strengths in one pass, and recommend a setting, or none.
 
-    TASK as for `densesteer eval`; use problems that you will not evaluate on. All settings share
-    their batches. The recommendation is the most accurate setting whose gain over strength 0 the
+    TASK as for `densesteer eval`; use problems that you will not evaluate on: gsm8k and demo are
+    taken from their split train. All settings share their batches. The recommendation is the most accurate setting whose gain over strength 0 the
     paired test supports, else the one with the fewest tokens at an accuracy that is no worse,
     else none.
     """
@@ -70,10 +70,13 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
     if write and vector == demo.NAME:
         raise click.UsageError("--write: the embedded vector cannot be changed; extract your own.")
     chosen = _layers(layers, steering_vector)
+    steering_vector.select(chosen)  # refuses layers that it does not hold
     numbers = _numbers(strengths)
 
     from ..tasks import load_task
 
+    if split is None and task in ("gsm8k", demo.NAME):
+        split = "train"  # what chooses a setting must not be what it is judged by
     problems = load_task(task, split=split, skip=skip, limit=limit, revision=revision)
 
     from ..answering import journal_header
@@ -96,6 +99,9 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
         steering_vector, chosen, numbers, positions=where, relative=relative,  # type: ignore[arg-type]
         residual_norms=mean_norms(loaded, tokenizer, steering_vector, chosen),
     )  # fmt: skip
+    if len(settings) == 1:
+        raise click.ClickException("nothing to sweep: name at least one strength other than 0.")
+    tell_grader(problems)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     note(
@@ -115,14 +121,29 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
             note(f"interrupted; what is done is in {journal_path}, the same command goes on.")
             raise
     live.clear()
-    document = _save(folder, result, task=task, model=model, vector=steering_vector.name)
+    about = which_problems(task, problems, split=split, skip=skip, revision=revision)
+    document = _save(
+        folder, result, about | {
+            "model": info.name, "fingerprint": info.fingerprint, "vector": steering_vector.name,
+            "vector_sha256": steering_vector.sha256(), "positions": where, "system": system,
+            "max_tokens": max_tokens, "margin": margin,
+        },
+    )  # fmt: skip
     _draw(folder, result)
     if write:
-        _write(vector, with_recommendation(steering_vector, result, task=task, positions=where))  # type: ignore[arg-type]
+        if steering_vector.meta.recommended and result.recommendation.layer is None:
+            note("this sweep recommends nothing; the vector's older recommendation is removed")
+        _write(vector, with_recommendation(steering_vector, result, task=about, positions=where))  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
-        click.echo("\n".join([*_table(result.rows), "", result.recommendation.text]))
+        click.echo("\n".join([*_table(result.rows), _LEGEND, "", result.recommendation.text]))
+
+
+_LEGEND = (
+    "dose: relative dose; 95%: interval of the accuracy (others in table.json); p: exact McNemar test\n"
+    "against strength 0, not corrected for the number of settings (the recommendation is)"
+)
 
 
 def _write(file: str, updated: "SteeringVector") -> None:
@@ -141,6 +162,8 @@ def _layers(texts: tuple[str, ...], vector) -> tuple[int, ...]:
 
     if texts:
         return parse_layers(texts, vector.layers)
+    if len(vector.layers) <= 6:
+        return tuple(vector.layers)
     wanted = [vector.meta.layer_count * k // 8 for k in (2, 3, 4, 5, 6)]
     near = {min(vector.layers, key=lambda have: (abs(have - want), have)) for want in wanted}
     return tuple(sorted(near))
@@ -211,7 +234,7 @@ def _table(rows: "Sequence[GridRow]") -> list[str]:
     return aligned(lines)
 
 
-def _save(folder: Path, result: "Sweep", **about: str) -> dict[str, object]:
+def _save(folder: Path, result: "Sweep", about: dict[str, object]) -> dict[str, object]:
     from dataclasses import asdict
 
     from ..atomic import atomic_file
