@@ -134,8 +134,8 @@ def summarise(cases: Sequence[Case], answers: Sequence["Answer"]) -> Summary:
     accepted = [case for case in cases if not case.reasons]
     return Summary(
         problems=len(answers),
-        wrong=sum(not one.correct for one in answers),
-        truncated=sum(one.correct and one.truncated for one in answers),
+        wrong=sum(not one.correct and not one.truncated for one in answers),
+        truncated=sum(one.truncated for one in answers),
         accepted=len(accepted),
         rejected=dict(Counter(case.reasons[0] for case in cases if case.reasons)),
         before=_means([_figures(case.original) for case in accepted]),

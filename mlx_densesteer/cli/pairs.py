@@ -115,6 +115,11 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
         ))  # fmt: skip
     else:
         click.echo(files.pairs)
+    if not summary.accepted:
+        raise click.ClickException(
+            f"no pair was accepted; every solution is in {files.solved}, every rejection and its "
+            f"reasons in {files.rejected}."
+        )
 
 
 def _without_model(kind: str, rest: str) -> "Rewriter | None":
@@ -196,6 +201,8 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
             rows.append([f"  {name}", *cells])
         for line in aligned(rows):
             note(line)
+    if summary.truncated > summary.problems // 4:
+        note("many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)")
     if summary.rejected:
         note(f"rejected ones with all figures: {files.rejected}")
     if wanted and summary.accepted < wanted:
