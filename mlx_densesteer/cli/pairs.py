@@ -202,7 +202,9 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
         for line in aligned(rows):
             note(line)
     if summary.truncated > summary.problems // 4:
-        note("many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)")
+        note(
+            "many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)"
+        )
     if summary.rejected:
         note(f"rejected ones with all figures: {files.rejected}")
     if wanted and summary.accepted < wanted:
