@@ -149,12 +149,20 @@ def test_no_buffers_are_kept_from_batch_to_batch(tiny, monkeypatch):
     assert mx.get_cache_memory() == 0
 
 
-def test_residual_norms_leave_the_first_token_out(tiny):
+@pytest.mark.parametrize("first", [0, 1, 4, 6])
+def test_residual_norms_are_means_from_the_first_token_on(tiny, first):
     tokens = [7, 7, 7, 7, 8, 9, 1]
-    norms = [float(mx.linalg.norm(h[0, 1:], axis=-1).mean()) for h in streams(tiny, tokens)]
-    found = residual_norms(tiny, tokens, range(4))
+    norms = [float(mx.linalg.norm(h[0, first:], axis=-1).mean()) for h in streams(tiny, tokens)]
+    found = residual_norms(tiny, tokens, range(4), first=first)
     assert found == {layer: pytest.approx(norm, rel=1e-5) for layer, norm in enumerate(norms)}
-    assert residual_norms(tiny, [5], [0])[0] > 0
+    if first == 1:
+        assert residual_norms(tiny, tokens, range(4)) == found
+
+
+@pytest.mark.parametrize(("tokens", "first"), [([5], 1), ([5, 6], 2), ([5, 6], -1)])
+def test_residual_norms_of_no_tokens(tiny, tokens, first):
+    with pytest.raises(InputError, match=f"first token {first} of {len(tokens)}"):
+        residual_norms(tiny, tokens, [0], first=first)
 
 
 def test_layers_that_the_model_does_not_have(tiny):
