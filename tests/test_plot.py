@@ -93,7 +93,7 @@ def test_every_value_is_written_into_its_cell(matplotlib, monkeypatch, tmp_path)
     assert [t.get_text() for t in accuracy.get_yticklabels()] == ["4", "12"]
     assert {t.get_text() for t in steps.texts} == {"5.5", "5.0", "4.9", "3.0"}
     assert {t.get_text() for t in tokens.texts} == {"82", "80", "72"}
-    assert {t.get_text() for t in nll.texts} == {"0.14", "0.10", "0.74"}
+    assert {t.get_text() for t in nll.texts} == {"0.140", "0.100", "0.103", "0.740"}
 
 
 def test_the_unsteered_value_has_the_neutral_colour(matplotlib, monkeypatch, tmp_path):
