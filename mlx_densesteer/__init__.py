@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .batch import Batch as Batch
     from .batch import generate_batch as generate_batch
+    from .brake import Brake as Brake
     from .conversion import convert as convert
     from .errors import DenseSteerError as DenseSteerError
     from .evaluation import evaluate as evaluate
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from .model import load as load
     from .pairs import Pair as Pair
     from .patch import make_cache as make_cache
+    from .session import Session as Session
+    from .speculation import Draft as Draft
     from .steering import Steering as Steering
     from .vector import SteeringVector as SteeringVector
     from .vector import VectorMeta as VectorMeta
@@ -31,10 +35,14 @@ if TYPE_CHECKING:
 # Imported on first use (PEP 562): mlx-lm takes seconds to import, a vector file needs numpy
 # alone. No module has the name of a function here: importing it would hide the function.
 _HOMES = {
+    "Batch": "batch",
+    "Brake": "brake",
     "DenseSteerError": "errors",
+    "Draft": "speculation",
     "Generation": "generation",
     "Pair": "pairs",
     "Sampling": "generation",
+    "Session": "session",
     "Steering": "steering",
     "SteeringVector": "vector",
     "VectorMeta": "vector",

@@ -27,12 +27,18 @@ class Span(NamedTuple):
 
 
 EVERYWHERE = Span()
+NOWHERE = Span(0, 0)
 
 
 @partial(mx.compile, shapeless=True)
 def _add(h: mx.array, r: mx.array, delta: mx.array) -> mx.array:
     total = h.astype(mx.float32) + r.astype(mx.float32) + delta
     return total.astype(h.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _add_alone(h: mx.array, delta: mx.array) -> mx.array:
+    return (h.astype(mx.float32) + delta).astype(h.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -96,6 +102,21 @@ class Shift:
                 return False
         at = mx.array(offset).reshape(-1, 1, 1)
         return at if length == 1 else at + mx.arange(length)[None, :, None]
+
+    def within(self, span: Span) -> "Shift":
+        """Return the same shift of one row at other positions."""
+        return self if self.spans == (span,) else Shift.of(self.delta, [span])
+
+    def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
+        """Return ``h``, and ``+ delta`` at the steered positions; shapes as in ``add``.
+
+        In float32 bit for bit what ``add`` gives for an ``h`` that was summed before.
+        """
+        if where is True:
+            return _add_alone(h, self.delta)
+        if where is False:
+            return h
+        return _add_within(h, mx.zeros((), h.dtype), self.delta, where, self.start, self.stop)
 
     def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h + r``, and ``+ delta`` at the steered positions.

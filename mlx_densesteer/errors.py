@@ -10,7 +10,9 @@
     ├── HubError             the model hub did not give us the files
     ├── ConversionError      a conversion that cannot start or did not pass its check
     ├── DiskError            not enough room
+    ├── SessionError         a step that a conversation cannot take, or a file that is no session
     └── InputError           a prompt or pair that cannot be used
+        └── ContextError         a conversation that does not fit the model's context
 
 A message says what was found, what was expected and the remedy. Whatever is not a
 ``DenseSteerError`` is a bug and keeps its traceback.
@@ -59,3 +61,11 @@ class DiskError(DenseSteerError):
 
 class InputError(DenseSteerError):
     """A prompt or a contrastive pair that cannot be used."""
+
+
+class ContextError(InputError):
+    """A conversation that does not fit the model's context."""
+
+
+class SessionError(DenseSteerError):
+    """A step that a conversation cannot take, or a file that is no saved session."""

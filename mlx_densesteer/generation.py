@@ -3,19 +3,25 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .brake import Brake, Braked
+from .chunks import Chunk
 from .density import density, split_steps
 from .errors import InputError
-from .patch import make_cache
+from .partial_answer import PartialAnswer
+from .patch import deltas
+from .prefix import Prefix
 from .prompt import encode_prompt
+from .speculation import Draft
 from .steering import Steering
+from .stopping import Pending, check_limits
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class Sampling:
             raise InputError(f"top-p {self.top_p}: expected a number above 0, at most 1.")
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Generation:
     """A response, whole or so far.
@@ -43,7 +52,9 @@ class Generation:
     stop text; ``steps`` and ``density`` as in ``density.py``. Times in seconds,
     ``tokens_per_second`` of decoding alone, ``peak_memory_bytes`` as mlx counts it, weights
     included. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
-    ``"interrupted"``.
+    ``"interrupted"``. ``steering`` is the one in force at the end. With a draft model,
+    ``draft_accepted`` of the ``draft_proposed`` tokens were the target's choice too. ``brakes``
+    tells where repetition was cut off and the strength lowered.
     """
 
     text: str
@@ -54,6 +65,9 @@ class Generation:
     peak_memory_bytes: int
     finish_reason: str
     steering: Steering | None = None
+    draft_accepted: int | None = None
+    draft_proposed: int | None = None
+    brakes: tuple[Braked, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -72,39 +86,48 @@ class Stream(Iterator[str]):
     """Iterate over the pieces of a response; ``result`` is what there is of it so far.
 
     Stopping early (``break``, Ctrl-C) loses nothing: ``result`` then ends with
-    ``finish_reason="interrupted"``.
+    ``finish_reason="interrupted"``. The prompt is read when the first piece is asked for.
+
+    Args:
+        prefix: the caches to use; what they hold of the prompt is not read again.
+        chunks: the prompt, its last token left out.
+        last: that token.
+        draft_prefix: the draft's caches, where there is a draft.
     """
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
-        prompt: Sequence[int],
+        prefix: Prefix,
+        chunks: Sequence[Chunk],
+        last: int,
         *,
         steering: Steering | None,
         max_tokens: int,
         sampling: Sampling,
         stop: Sequence[str],
+        draft: Draft | None = None,
+        draft_prefix: Prefix | None = None,
+        brake: Brake | None = None,
     ):
-        if max_tokens < 1:
-            raise InputError(f"max tokens {max_tokens}: expected at least 1.")
-        if any(not text for text in stop):
-            raise InputError("a stop text is empty; expected at least one character.")
-        self._prompt, self._steering = list(prompt), steering
-        self._eos = tokenizer.eos_token_ids
-        self._text, self._pending, self._finish = "", "", "interrupted"
-        self._ids: list[int] = []
+        check_limits(max_tokens, stop)
+        deltas(model, steering)  # refuses what does not fit
+        if draft is not None:
+            draft.check(tokenizer)
+            draft_prefix = draft_prefix or Prefix(draft.model)
+        self._model, self._tokenizer = model, tokenizer
+        self._prefix, self._draft_prefix = prefix, draft_prefix
+        self._chunks, self._last = list(chunks), last
+        self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
+        self._draft, self._brake = draft, brake
+        self._said, self._finish = Pending(stop), "interrupted"
+        self._answer = PartialAnswer(tokenizer, brake if steering and steering.strength else None)
         self._first: float | None = None
         self._rate, self._peak = 0.0, 0
-        responses = stream_generate(
-            model,
-            tokenizer,
-            self._prompt,
-            max_tokens=max_tokens,
-            sampler=make_sampler(temp=sampling.temp, top_p=sampling.top_p),
-            prompt_cache=make_cache(model, steering, prompt_length=len(self._prompt)),
-        )
-        self._pieces = self._until_stop(responses, tuple(stop), sampling.seed)
+        self._accepted = self._rounds = 0
+        self._brakes: list[Braked] = []
+        self._pieces = self._generate()
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -115,58 +138,93 @@ class Stream(Iterator[str]):
 
     @property
     def result(self) -> Generation:
+        text = self._said.text
+        if self._finish == "interrupted":
+            text += self._said.held + self._answer.held
+        drafted = self._draft is not None
         return Generation(
-            text=self._text + (self._pending if self._finish == "interrupted" else ""),
-            token_ids=tuple(self._ids),
-            prompt_tokens=len(self._prompt),
+            text=text,
+            token_ids=tuple(self._answer.ids),
+            prompt_tokens=sum(len(chunk.tokens) for chunk in self._chunks) + 1,
             tokens_per_second=self._rate,
             time_to_first_token=self._first or 0.0,
             peak_memory_bytes=self._peak,
             finish_reason=self._finish,
             steering=self._steering,
+            draft_accepted=self._accepted if drafted else None,
+            draft_proposed=self._rounds * self._draft.tokens if drafted else None,
+            brakes=tuple(self._brakes),
         )
 
-    def _until_stop(
-        self, responses: Generator, stops: tuple[str, ...], seed: int | None
-    ) -> Generator[str, None, None]:
-        """Yield text as soon as it cannot be the beginning of a stop text."""
-        if seed is not None:
-            mx.random.seed(seed)
+    def _generate(self) -> Generator[str, None, None]:
+        """Yield text that will not be taken back and cannot be the beginning of a stop text."""
+        if self._sampling.seed is not None:
+            mx.random.seed(self._sampling.seed)
         mx.reset_peak_memory()
         began = time.perf_counter()
-        with contextlib.closing(responses):
-            for response in responses:
-                if self._first is None:
-                    self._first = time.perf_counter() - began
-                if response.token not in self._eos:
-                    self._ids.append(response.token)
-                self._rate, self._peak = response.generation_tps, mx.get_peak_memory()
-                self._pending += response.text
-                found = [at for at in map(self._pending.find, stops) if at >= 0]
-                if found:
-                    self._pending, self._finish = self._pending[: min(found)], "stop"
-                    break
-                if response.finish_reason:
-                    self._finish = response.finish_reason
-                    break
-                if ready := len(self._pending) - _held_back(self._pending, stops):
-                    yield self._release(ready)
-        if self._pending:
-            yield self._release(len(self._pending))
+        while self._finish == "interrupted":
+            with contextlib.closing(self._responses()) as responses:
+                for response in responses:
+                    if self._first is None:
+                        self._first = time.perf_counter() - began
+                    self._take(response)
+                    if self._answer.loop_start is not None:
+                        break
+                    if piece := self._said.feed(self._answer.show()):
+                        yield piece
+                    if self._said.stopped:
+                        self._finish = "stop"
+                    elif response.finish_reason:
+                        self._finish = response.finish_reason
+                    if self._finish != "interrupted":
+                        break
+            if self._finish == "interrupted":
+                self._slow_down()
+        if piece := self._said.feed(self._answer.show(everything=True)) + self._said.finish():
+            yield piece
 
-    def _release(self, length: int) -> str:
-        piece, self._pending = self._pending[:length], self._pending[length:]
-        self._text += piece
-        return piece
+    def _responses(self) -> Generator:
+        """Read what is not read yet, and return mlx-lm's stream of what follows."""
+        read = [*self._chunks]
+        ids = self._answer.ids
+        if ids:  # after a brake: the kept beginning of the answer
+            read.append(Chunk((self._last, *ids[:-1]), answer=True))
+        self._prefix.fill(read, self._steering)
+        caches = list(self._prefix.caches)
+        options = {}
+        if self._draft is not None:
+            self._draft_prefix.fill(read, self._draft.steering(self._steering))
+            caches += self._draft_prefix.caches
+            options = {"draft_model": self._draft.model, "num_draft_tokens": self._draft.tokens}
+        return stream_generate(
+            self._model,
+            self._tokenizer,
+            [ids[-1] if ids else self._last],
+            max_tokens=self._max_tokens - len(ids),
+            sampler=make_sampler(temp=self._sampling.temp, top_p=self._sampling.top_p),
+            prompt_cache=caches,
+            **options,
+        )
 
+    def _take(self, response: GenerationResponse) -> None:
+        if response.token not in self._tokenizer.eos_token_ids:
+            self._answer.add(response.token)
+        if response.finish_reason:
+            self._answer.finalize()
+        self._rate, self._peak = response.generation_tps, mx.get_peak_memory()
+        self._accepted += response.from_draft
+        self._rounds += not response.from_draft
 
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Return how many last characters of ``text`` could begin one of ``stops``."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+    def _slow_down(self) -> None:
+        """Cut the answer to before the loop, and lower the strength."""
+        before = self._steering.strength
+        number = len(self._brakes) + 1
+        after = before * self._brake.factor if number < self._brake.tries else 0.0
+        found = len(self._answer.ids)
+        self._answer = self._answer.before_the_loop(watch=bool(after))
+        kept = len(self._answer.ids)
+        self._brakes.append(Braked(kept, found - kept, before, after))
+        self._steering = replace(self._steering, strength=after)
 
 
 def stream(
@@ -178,8 +236,10 @@ def stream(
     system: str | None = None,
     raw: bool = False,
     max_tokens: int = 2048,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
+    draft: Draft | None = None,
+    brake: Brake | None = None,
 ) -> Stream:
     """Return an iterator over the response, piece by piece.
 
@@ -187,6 +247,9 @@ def stream(
         prompt: a user message (chat template), plain text (``raw``), or token ids.
         steering: what to add to the residual stream; ``None`` is the stock model.
         stop: texts that end the response; they are not part of it.
+        draft: speculative decoding; the text stays the same in greedy decoding.
+        brake: cut off degenerate repetition, lower the strength and go on. The text then comes
+            a few tokens later, so that nothing is taken back; ``None`` lets it repeat.
 
     Raises:
         InputError, SteeringError, VectorMismatchError: before anything is generated.
@@ -197,9 +260,10 @@ def stream(
         tokens = prompt
     if not len(tokens):
         raise InputError("the prompt has no tokens; expected at least one.")
+    *rest, last = (int(token) for token in tokens)
     return Stream(
-        model, tokenizer, tokens,
-        steering=steering, max_tokens=max_tokens, sampling=sampling, stop=stop,
+        model, tokenizer, Prefix(model), [Chunk(tuple(rest))], last,
+        steering=steering, max_tokens=max_tokens, sampling=sampling, stop=stop, draft=draft, brake=brake,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import demo
@@ -109,6 +110,19 @@ def fingerprint(model: nn.Module) -> str:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             digest.update(_bfloat16_bytes(norm.weight))
     digest.update(_bfloat16_bytes(model.model.norm.weight))
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Identify the weights exactly, adapters and precision included: SHA-256, first 16 digits.
+
+    Over each parameter's name, shape, dtype and the sum of its bit patterns as integers.
+    """
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        total = array.reshape(-1).view(words[array.dtype.size]).astype(mx.uint64).sum().item()
+        digest.update(f"{name} {array.shape} {array.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -121,24 +121,41 @@ def make_cache(
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or not steering.strength:
         return list(caches.values())
+    span = _span(steering, prompt_length)
+    for layer, delta in deltas(model, steering).items():
+        caches[layer].shift = Shift.of(delta, [span])
+    shifts = [cache.shift for cache in caches.values() if cache.shift]
+    mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here: mlx needs this thread's stream
+    return list(caches.values())
+
+
+def deltas(model: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
+    """Return ``lambda * v`` of each steered layer, float32 ``(1, 1, hidden)``; empty at strength 0.
+
+    Raises:
+        VectorMismatchError: the vector does not fit the model.
+        SteeringError: ``lambda * v`` overflows the stream's dtype.
+    """
+    if steering is None:
+        return {}
     hidden_size, layer_count = model.args.hidden_size, model.args.num_hidden_layers
-    dtype = model.model.norm.weight.dtype
-    limit = float(mx.finfo(dtype).max)
     steering.vector.select(steering.layers).check_fits(
         hidden_size=hidden_size, layer_count=layer_count, model="the model"
     )
-    span = _span(steering, prompt_length)
-    for layer in set(steering.layers) & set(caches):
+    if not steering.strength:
+        return {}
+    dtype = model.model.norm.weight.dtype
+    limit = float(mx.finfo(dtype).max)
+    made = {}
+    for layer in sorted(set(steering.layers) & set(decoder_blocks(model))):
         delta = steering.delta(layer)
         if abs(delta).max() > limit:
             raise SteeringError(
                 f"strength {steering.strength:g} at layer {layer}: lambda * v overflows the "
                 f"model's {dtype}. Choose a smaller strength."
             )
-        caches[layer].shift = Shift.of(mx.array(delta).reshape(1, 1, hidden_size), [span])
-    shifts = [cache.shift for cache in caches.values() if cache.shift]
-    mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here: mlx needs this thread's stream
-    return list(caches.values())
+        made[layer] = mx.array(delta).reshape(1, 1, hidden_size)
+    return made
 
 
 def _span(steering: Steering, prompt_length: int | None) -> Span:

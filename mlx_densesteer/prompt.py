@@ -17,18 +17,25 @@ def encode_prompt(
         InputError: an empty prompt, a system message without a template, or a tokenizer
             that has no template.
     """
+    check_prompt(tokenizer, prompt, system=system, raw=raw)
+    if raw:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def check_prompt(
+    tokenizer: TokenizerWrapper, prompt: str, *, system: str | None = None, raw: bool = False
+) -> None:
+    """Raise ``InputError`` for what ``encode_prompt`` cannot encode."""
     for text in (prompt, system or ""):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first.")
     if not prompt.strip():
         raise InputError("the prompt is empty; give it as an argument or on standard input.")
-    if raw:
-        if system is not None:
-            raise InputError("a system message needs the chat template; it cannot go with raw.")
-        return tokenizer.encode(prompt)
-    if not tokenizer.has_chat_template:
+    if raw and system is not None:
+        raise InputError("a system message needs the chat template; it cannot go with raw.")
+    if not raw and not tokenizer.has_chat_template:
         raise InputError("the model has no chat template; use --raw (raw=True) for plain text.")
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))

@@ -4,8 +4,9 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 import mlx_densesteer as ds
+from mlx_densesteer import demo
+from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.errors import InputError
-from mlx_densesteer.generation import _held_back
 from mlx_densesteer.prompt import encode_prompt
 
 
@@ -74,14 +75,6 @@ def test_a_stop_text_ends_the_response_and_is_left_out(loaded, length):
 def test_a_stop_text_that_never_comes_changes_nothing(loaded):
     text = ds.generate(*loaded, "hello", max_tokens=20).text
     assert ds.generate(*loaded, "hello", max_tokens=20, stop=[text[-1] + "\0"]).text == text
-
-
-def test_text_is_held_back_only_while_it_could_become_a_stop():
-    assert _held_back("abc", ["cde"]) == 1
-    assert _held_back("abcd", ["cde"]) == 2
-    assert _held_back("abcd", ["xyz"]) == 0
-    assert _held_back("aaaa", ["aaab"]) == 3
-    assert _held_back("abc", []) == 0
 
 
 def test_an_interruption_keeps_what_was_held_back(loaded):
@@ -174,3 +167,74 @@ def test_peak_memory_is_of_this_response(loaded):
     before = mx.get_active_memory()  # other tests may hold a model
     peak = ds.generate(*loaded, "hello", max_tokens=2).peak_memory_bytes
     assert before < peak < before + 2**27
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return ds.load("demo")
+
+
+@pytest.fixture(scope="module")
+def overdose():
+    """Four times what collapses the demo model."""
+    return ds.Steering(ds.SteeringVector.load(demo.VECTOR), 35.0, (5,))
+
+
+def test_the_brake_cuts_a_loop_off_and_goes_on_at_a_lower_strength(toy, overdose):
+    for problem in held_out(4):
+        looping = ds.generate(*toy, problem.question, steering=overdose, max_tokens=160)
+        assert looping.finish_reason == "length" and not looping.brakes
+        pieces = ds.stream(
+            *toy, problem.question, steering=overdose, max_tokens=160, brake=ds.Brake()
+        )
+        text, result = "".join(pieces), pieces.result
+        assert text == result.text  # nothing that was said is taken back
+        strengths = [overdose.strength, *(one.strength_after for one in result.brakes)]
+        assert strengths == [35.0 / 2**n for n in range(len(strengths))] and len(strengths) > 1
+        assert result.steering.strength == strengths[-1]
+        assert result.tokens <= 160 and result.text != looping.text
+        for one in result.brakes:
+            assert one.dropped > 0 and one.strength_before > one.strength_after
+
+
+def test_what_follows_a_brake_is_what_the_lower_strength_says(toy, overdose):
+    """The whole sequence is read again under the new strength, the question too."""
+    question = held_out(1)[0].question
+    braked = ds.generate(*toy, question, steering=overdose, max_tokens=120, brake=ds.Brake())
+    kept = braked.brakes[-1].at_token
+    prompt = [*encode_prompt(toy[1], question), *braked.token_ids[:kept]]
+    again = ds.generate(*toy, prompt, steering=braked.steering, max_tokens=120 - kept)
+    assert braked.token_ids[kept:] == again.token_ids
+
+
+def test_the_last_try_switches_the_steering_off(toy, overdose):
+    brake = ds.Brake(factor=0.95, tries=2)
+    result = ds.generate(
+        *toy, held_out(1)[0].question, steering=overdose, max_tokens=300, brake=brake
+    )
+    assert [one.strength_after for one in result.brakes] == [0.95 * 35.0, 0.0]
+    assert result.steering.strength == 0 and result.steering.vector is overdose.vector
+
+
+def test_a_brake_changes_nothing_where_nothing_repeats(toy, overdose):
+    mild = ds.Steering(overdose.vector, 2.4, (5,))
+    for steering in (mild, None):
+        for problem in held_out(3):
+            plain = ds.generate(*toy, problem.question, steering=steering, max_tokens=90)
+            pieces = ds.stream(
+                *toy, problem.question, steering=steering, max_tokens=90, brake=ds.Brake()
+            )
+            assert "".join(pieces) == plain.text
+            assert pieces.result.token_ids == plain.token_ids and not pieces.result.brakes
+
+
+def test_an_interruption_keeps_what_the_brake_held_back(toy, overdose):
+    pieces = ds.stream(
+        *toy, held_out(1)[0].question, steering=ds.Steering(overdose.vector, 2.4, (5,)),
+        max_tokens=90, brake=ds.Brake(),
+    )  # fmt: skip
+    shown = next(pieces)
+    pieces.close()
+    result = pieces.result
+    assert result.text.startswith(shown) and len(result.text) > len(shown)
+    assert toy[1].decode(list(result.token_ids)) == result.text

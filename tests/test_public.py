@@ -69,7 +69,7 @@ ROOMS = [
 
 def test_public_names():
     assert mlx_densesteer.__all__ == [
-        "DenseSteerError", "Generation", "Pair", "Sampling", "Steering", "SteeringVector", "VectorMeta", "convert",
+        "Batch", "Brake", "DenseSteerError", "Draft", "Generation", "Pair", "Sampling", "Session", "Steering", "SteeringVector", "VectorMeta", "convert",
         "evaluate", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:

@@ -1,0 +1,27 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_densesteer as ds
+from mlx_densesteer.combination import combine
+from mlx_densesteer.errors import VectorMismatchError
+
+
+def test_the_sum_is_both_at_once(tiny, make_vector):
+    a, b = make_vector((1, 2)), make_vector((2, 3), seed=1)
+    both = combine([(a, 1.0), (b, -0.5)])
+    np.testing.assert_allclose(both.layers[1], a.layers[1])
+    np.testing.assert_allclose(both.layers[2], a.layers[2] - 0.5 * b.layers[2], rtol=1e-6)
+    np.testing.assert_allclose(both.layers[3], -0.5 * b.layers[3])
+    assert both.name == "1 vector + -0.5 vector" and both.meta.method.startswith("combined")
+    tokens = mx.array([[1, 2, 3]])
+    zero = combine([(a, 1.0), (a, -1.0)])
+    steered = tiny(tokens, cache=ds.make_cache(tiny, ds.Steering(zero, 4.0)))
+    assert mx.array_equal(steered, tiny(tokens, cache=ds.make_cache(tiny)))
+
+
+def test_vectors_of_other_models_are_refused(make_vector):
+    with pytest.raises(VectorMismatchError, match="width 32"):
+        combine([(make_vector(), 1.0), (make_vector(hidden=32), 1.0)])
+    with pytest.raises(VectorMismatchError, match="no vectors"):
+        combine([])
