@@ -119,7 +119,7 @@ def test_generate_json_has_every_field(run, hf_folder, vector_file):
     found = json.loads(result.stdout)
     assert set(found) == {
         "text", "tokens", "steps", "density", "prompt_tokens", "tokens_per_second",
-        "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering",
+        "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering", "draft", "brakes",
     }  # fmt: skip
     assert (found["tokens"], found["finish_reason"]) == (6, "length")
     assert found["density"] == found["tokens"] / found["steps"]
@@ -420,3 +420,37 @@ def test_a_bug_keeps_its_traceback(run, hf_folder, monkeypatch):
 
 def test_the_installed_command_and_the_module_are_the_same():
     assert process("--version").stdout == f"densesteer, version {ds.__version__}\n"
+
+
+def test_generate_with_a_draft_and_with_the_brake(run):
+    from mlx_densesteer.demo.problems import held_out
+
+    question = held_out(1)[0].question
+    plain = run("generate", "-m", "demo", "-v", "demo", "-n", "90", question)
+    options = ["--draft-model", "demo", "--draft-vector", "demo", "--draft-tokens", "4"]
+    drafted = run("generate", "-m", "demo", "-v", "demo", "-n", "90", *options, question)
+    assert drafted.stdout == plain.stdout
+    assert (
+        "tokens accepted (" in drafted.stderr
+        and "draft steered by demo: layer 5, 1 times" in drafted.stderr
+    )
+    overdose = ["generate", "-m", "demo", "-v", "demo", "-s", "1.5", "--relative", "-n", "150"]
+    braked = json.loads(run(*overdose, "--json", question).stdout)
+    assert braked["brakes"][0]["dropped"] > 0
+    assert braked["steering"]["strength"] == braked["brakes"][-1]["strength_after"]
+    assert braked["steering"]["relative_dose"]["5"] < 1.5
+    assert "brake: the answer repeated itself" in run(*overdose, question).stderr
+    off = json.loads(run(*overdose, "--json", "--no-brake", question).stdout)
+    assert off["brakes"] == [] and off["draft"] is None and off["tokens"] == 150
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-v", "demo", "--draft-vector", "demo"], "needs a --draft-model"),
+        (["--draft-model", "demo", "--draft-vector", "demo"], "add -v FILE"),
+    ],
+)
+def test_draft_options_that_cannot_go_together(run, options, message):
+    result = run("generate", "-m", "demo", *options, "hello")
+    assert result.exit_code == 2 and message in result.stderr

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import model_option, steering_options
+from .options import decoding_options, model_option, steering_options
 from .output import count, note
-from .steer import read_steering, tell_dose, tell_fit
+from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
+from .steer import read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..generation import Generation
@@ -36,12 +37,13 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
+@decoding_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.argument("prompt", required=False)
 def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
              positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float, seed: int | None,
-             system: str | None, stop: tuple[str, ...], raw: bool, as_json: bool,
-             prompt: str | None) -> None:  # fmt: skip
+             system: str | None, stop: tuple[str, ...], raw: bool, draft_model: str | None,
+             draft_vector: str | None, draft_tokens: int, no_brake: bool, as_json: bool, prompt: str | None) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
 
     PROMPT is read from standard input where it is missing or "-". The text goes to standard
@@ -49,26 +51,21 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     """
     text = _read_prompt(prompt)
     request = read_steering(vector, strength, layers, positions, relative)
+    check_draft_options(draft_model, draft_vector, request is not None)
 
-    from ..dose import mean_norms
+    from ..brake import Brake
     from ..generation import Sampling, stream
-    from ..model import inspect, load
+    from ..model import load
     from ..prompt import encode_prompt
 
     _tell_demo(model, text)
     loaded, tokenizer = load(model)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
-    doses: dict[int, float] = {}
-    steering = None
-    if request is not None:
-        tell_fit(request.vector, inspect(loaded, model))
-        steering = request.for_model(loaded, tokenizer)
-        norms = mean_norms(loaded, tokenizer, steering.vector, steering.layers)
-        doses = steering.relative_dose(norms)
-        tell_dose(steering, doses)
+    steering, norms = steering_for(request, loaded, tokenizer, model)
     pieces = stream(
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
-        sampling=Sampling(temp, top_p, seed), stop=stop,
+        sampling=Sampling(temp, top_p, seed), stop=stop, brake=None if no_brake else Brake(),
+        draft=load_draft(draft_model, draft_vector, draft_tokens, loaded, tokenizer, steering),
     )  # fmt: skip
     interrupt, shown = None, 0
     try:
@@ -80,9 +77,10 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
         interrupt = error  # what was said is kept
     result = pieces.result
     if as_json:
-        click.echo(json.dumps(_to_json(result, doses), ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(_to_json(result, norms), ensure_ascii=False, allow_nan=False))
     else:
         click.echo(result.text[shown:])  # after an interruption, what was held back for a stop
+    tell_brakes(result)
     note(_receipt(result))
     if interrupt:
         raise interrupt
@@ -111,9 +109,10 @@ def _tell_demo(model: str, prompt: str) -> None:
         )
 
 
-def _to_json(result: "Generation", doses: dict[int, float]) -> dict[str, object]:
+def _to_json(result: "Generation", norms: dict[int, float]) -> dict[str, object]:
     steering = result.steering.describe() if result.steering else None
-    if steering is not None:
+    if result.steering and steering is not None:
+        doses = result.steering.relative_dose(norms)
         steering["relative_dose"] = {str(layer): round(dose, 4) for layer, dose in doses.items()}
     return {
         "text": result.text,
@@ -125,8 +124,11 @@ def _to_json(result: "Generation", doses: dict[int, float]) -> dict[str, object]
         "time_to_first_token": result.time_to_first_token,
         "peak_memory_bytes": result.peak_memory_bytes,
         "finish_reason": result.finish_reason,
+        "draft": {"accepted": result.draft_accepted, "proposed": result.draft_proposed}
+        if result.draft_proposed is not None else None,
+        "brakes": [one.describe() for one in result.brakes],
         "steering": steering,
-    }
+    }  # fmt: skip
 
 
 def _receipt(result: "Generation") -> str:
@@ -136,5 +138,5 @@ def _receipt(result: "Generation") -> str:
     density = f", density {result.density:.1f}" if result.density else ""
     return (
         f"{count(result.tokens, 'token')}, {count(result.steps, 'step')}{density}, first token after "
-        f"{result.time_to_first_token:.2f} s, then {result.tokens_per_second:.1f} tokens/s{ends}"
+        f"{result.time_to_first_token:.2f} s, then {result.tokens_per_second:.1f} tokens/s{tell_draft(result)}{ends}"
     )

@@ -55,6 +55,24 @@ def relative_option(what: str) -> Command:
     )  # fmt: skip
 
 
+def decoding_options(command: Command) -> Command:
+    """Add ``--draft-model --draft-vector --draft-tokens --no-brake``: how an answer is decoded."""
+    for option in reversed([
+        click.option("--draft-model", metavar="MODEL",
+                     help="Speculative decoding: a smaller model of the same family proposes tokens. "
+                          "The text stays the same at temperature 0."),
+        click.option("--draft-vector", metavar="FILE",
+                     help="Steer the draft as well, at the same relative dose."),
+        click.option("--draft-tokens", type=click.IntRange(1, 16), default=3, show_default=True,
+                     help="How many tokens it proposes at a time."),
+        click.option("--no-brake", is_flag=True,
+                     help="Let an overdosed model repeat itself, instead of cutting that off and "
+                          "lowering the strength."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def task_options(command: Command) -> Command:
     """Add ``--split --skip --limit --revision``: which problems of a task."""
     for option in reversed([

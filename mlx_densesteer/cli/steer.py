@@ -42,6 +42,25 @@ class Request:
         return self.steering(strength_for(self.vector, norms, self.number))
 
 
+def steering_for(
+    request: Request | None, model: "nn.Module", tokenizer: "TokenizerWrapper", name: str
+) -> "tuple[Steering | None, dict[int, float]]":
+    """Return the steering for a loaded model, and the mean norms that its dose is relative to.
+
+    Raises if the vector does not fit; the user is told the dose.
+    """
+    if request is None:
+        return None, {}
+    from ..dose import mean_norms
+    from ..model import inspect
+
+    tell_fit(request.vector, inspect(model, name))
+    steering = request.for_model(model, tokenizer)
+    norms = mean_norms(model, tokenizer, steering.vector, steering.layers)
+    tell_dose(steering, steering.relative_dose(norms))
+    return steering, norms
+
+
 def read_vector(name: str) -> "SteeringVector":
     """Return the vector of a file, or the embedded one for ``demo``."""
     from .. import demo
