@@ -25,7 +25,7 @@ from .errors import InputError
 _GRAM = 4  # tokens: shorter ones come again in any list of equations
 _TIMES = 3  # one copy of a passage, and a second, are no loop
 _FALL = 2  # of the score: a loop is two thirds stale
-_HOLD_FALL = 4  # of the quicker score: ordinary text is shown again soon
+_HOLD_FALL = 3  # of the quicker score: ordinary text is shown again soon
 _LAG = 8  # tokens always held back: the first turn of a loop of five tokens or fewer goes too
 
 

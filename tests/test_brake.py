@@ -6,16 +6,17 @@ import pytest
 from mlx_densesteer.brake import Brake, Braked, Repetition
 from mlx_densesteer.errors import InputError
 
-WORDS = "we first then add take the number of shells boxes and each so it is now left".split()
+WORDS = ["we", "first", "then", "add", "take", "number", "shells", "boxes", "and", "each", "left"]
+DEFAULT = Brake()
 
 
 def tokens(text: str) -> list[int]:
     """Words, digits and signs as tokens: like Qwen's tokenizer, a digit at a time."""
     spaced = "".join(c if c.isalpha() else f" {c} " for c in text.replace("\n", " ~ "))
-    return [hash_of(word) for word in spaced.split()]
+    return [token_of(word) for word in spaced.split()]
 
 
-def hash_of(word: str) -> int:
+def token_of(word: str) -> int:
     return int.from_bytes(word.encode()[:6], "big")
 
 
@@ -24,7 +25,7 @@ def prose(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(1000, 3000), k=length)
 
 
-def watch(ids: list[int], brake: Brake = Brake()) -> tuple[Repetition, list[int]]:
+def watch(ids: list[int], brake: Brake = DEFAULT) -> tuple[Repetition, list[int]]:
     """Feed ``ids`` and return the watch and ``safe`` after each token."""
     repetition, safe = Repetition(brake), []
     for token in ids:
@@ -84,7 +85,9 @@ def test_a_period_beyond_a_third_of_the_window_is_no_loop():
 
 
 def legitimate() -> dict[str, str]:
-    equations = "\n".join(f"{a} + {b} = {a + b}, {a} * {b} = {a * b};" for a in range(2, 12) for b in range(2, 9))
+    equations = "\n".join(
+        f"{a} + {b} = {a + b}, {a} * {b} = {a * b};" for a in range(2, 12) for b in range(2, 9)
+    )
     rows = "\n".join(f"| day {n} | {n * 7 % 31} apples | ${n * n % 97}.50 |" for n in range(1, 40))
     code = "\n".join(
         f"def test_{name}(self):\n    value = {name}({n}, {n * 13 % 11})\n    self.assertEqual(value, {n * 17 % 23})"
@@ -126,7 +129,7 @@ def test_what_comes_again_is_held_back_and_shown_when_it_is_new_again():
     _, safe = watch(passage + between + passage + rest)
     assert safe[53] == 50 - 4  # the fourth token of the copy was read: lag decides
     assert safe[57] == safe[79] == 50  # the copy waits, whole
-    assert safe[80 + 7] == 80  # 27 up, 4 down each: 7 new tokens
+    assert safe[80 + 8] == 81  # 27 up, 3 down each: shown again after 9 new tokens
     assert safe[-1] == 110 - 8
 
 
@@ -198,4 +201,9 @@ def test_the_values_are_checked():
 
 def test_a_brake_describes_itself():
     described = json.loads(json.dumps(Braked(12, 80, 2.0, 1.0).describe()))
-    assert described == {"at_token": 12, "dropped": 80, "strength_before": 2.0, "strength_after": 1.0}
+    assert described == {
+        "at_token": 12,
+        "dropped": 80,
+        "strength_before": 2.0,
+        "strength_after": 1.0,
+    }

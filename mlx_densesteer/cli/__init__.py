@@ -12,6 +12,8 @@ import click
 
 from .._version import __version__
 from ..errors import DenseSteerError
+from .bench import bench
+from .chat import chat
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -98,5 +100,7 @@ def main() -> None:
     """
 
 
-for command in (demo, convert, generate, pairs, extract, evaluate, sweep, vector, doctor):
+for command in (
+    demo, convert, generate, chat, pairs, extract, evaluate, sweep, vector, bench, doctor,
+):  # fmt: skip
     main.add_command(command)

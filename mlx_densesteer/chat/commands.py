@@ -1,0 +1,128 @@
+"""The commands of the chat: one table for parsing, ``/help``, completion and the documentation."""
+
+import difflib
+import textwrap
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: ``/name arguments``. ``completes`` says what its argument can be completed to."""
+
+    name: str
+    arguments: str
+    help: str
+    completes: str = ""
+
+    @property
+    def usage(self) -> str:
+        return f"/{self.name} {self.arguments}".strip()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command that was typed, with its argument."""
+
+    command: Command
+    argument: str
+
+
+COMMANDS = (
+    Command("strength", "NUMBER", "turn the dial: 1.5, -2, 0; or a relative dose: 10% of the "
+            "residual stream"),
+    Command("layer", "LAYERS", "steer these layers: 14, 10-14, 10,12 or all"),
+    Command("vector", "FILE", "steer with this vector (.npz), demo, or off", "vector"),
+    Command("positions", "WHERE", "steer all, generated or prompt tokens", "positions"),
+    Command("compare", "[TEXT]", "the same question unsteered and steered, as two rows of one "
+            "batch; without TEXT the last question. It does not join the conversation"),
+    Command("sweep", "[STRENGTHS]", "the last question at five strengths, one line each; or at "
+            "those named: 0 1 2.5 20%"),
+    Command("stats", "", "the density receipt of the last answer, beside the unsteered model's"),
+    Command("retry", "", "answer the last question again, under the settings in force"),
+    Command("undo", "", "take back the last question and its answer"),
+    Command("drop", "[N|all]", "forget the oldest question and answer, or N, or all of them"),
+    Command("save", "FILE", "save the conversation and its settings", "file"),
+    Command("load", "FILE", "go on with a saved conversation", "file"),
+    Command("system", "[TEXT|off]", "set the system message; without TEXT show it"),
+    Command("help", "", "this list"),
+    Command("quit", "", "leave; so does Ctrl-D"),
+)  # fmt: skip
+BY_NAME = {command.name: command for command in COMMANDS}
+
+KEYS = (
+    ("Enter", "sends"),
+    ("Alt-Enter, or \\ and Enter", "begins a new line"),
+    ("Ctrl-C", "stops an answer and keeps what was said; at the prompt it clears the line"),
+    ("Up, Down, Ctrl-R", "earlier questions, and a search in them"),
+    ("Tab", "completes a command or a file name"),
+    ("//text", "sends a text that begins with a slash"),
+)
+
+
+def parse(text: str) -> Call | str:
+    """Return the command in ``text``, or the text to send.
+
+    Raises:
+        InputError: it begins with a slash and is no command; names the nearest ones.
+    """
+    text = text.strip()
+    if text.startswith("//"):
+        return text[1:]
+    if not text.startswith("/"):
+        return text
+    name, *rest = text[1:].split(maxsplit=1) if text[1:].strip() else [""]
+    command = BY_NAME.get(name.lower())
+    if command is None:
+        raise InputError(_unknown(name))
+    return Call(command, rest[0].strip() if rest else "")
+
+
+def _unknown(name: str) -> str:
+    near = nearest(name.lower())
+    meant = f"Did you mean {' or '.join('/' + one for one in near)}? " if near else ""
+    return (
+        f"/{name}: no such command, so nothing was sent. {meant}/help lists them; a text that "
+        "begins with a slash is sent with two."
+    )
+
+
+def nearest(name: str) -> list[str]:
+    """Return the commands that a mistyped name may stand for, the likeliest first."""
+    begun = [known for known in BY_NAME if name and known.startswith(name)]
+    alike = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.5)
+    return list(dict.fromkeys([*begun, *alike]))[:3]
+
+
+def help_lines(width: int) -> list[str]:
+    """Return the list of commands and keys for a screen of ``width`` columns."""
+    pairs = [(command.usage, command.help) for command in COMMANDS]
+    lines = []
+    for group in (pairs, KEYS):
+        lines += [*_two_columns(group, width), ""]
+    return lines[:-1]
+
+
+def _two_columns(pairs, width: int) -> list[str]:
+    left = max(len(name) for name, _ in pairs) + 2
+    if width < left + 24:  # too narrow: the explanation goes below
+        left = 4
+    lines = []
+    for name, text in pairs:
+        wrapped = textwrap.wrap(text, max(width - left - 1, 16))
+        if len(name) + 2 > left:
+            lines += [name, *(" " * left + line for line in wrapped)]
+        else:
+            lines.append(name.ljust(left) + wrapped[0])
+            lines += [" " * left + line for line in wrapped[1:]]
+    return lines
+
+
+def markdown_table() -> str:
+    """Return the table of commands in ``docs/chat.md``."""
+    rows = [("command", "what it does"), ("---", "---")]
+    rows += [(f"`{command.usage}`", command.help) for command in COMMANDS]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
+    )

@@ -1,0 +1,124 @@
+"""Questions from a terminal, edited with prompt_toolkit: several lines, history, completion."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from .commands import BY_NAME, COMMANDS
+from .keyboard import Keyboard
+from .printable import printable
+from .state import history_file
+from .status import Status
+
+MENU = 6  # rows kept free for the list of completions
+
+
+class TerminalKeyboard(Keyboard):
+    """Read questions with editing, a history that is kept, and a toolbar with the settings."""
+
+    interactive = True
+
+    def __init__(self) -> None:
+        self._given_back = ""
+        self._prompt: PromptSession[str] = PromptSession(
+            multiline=True,
+            key_bindings=_bindings(),
+            history=_history(),
+            completer=_Commands(),
+            complete_while_typing=Condition(_is_command),
+            reserve_space_for_menu=MENU,
+            enable_suspend=True,
+            style=Style.from_dict({"prompt": "bold"}),
+        )
+
+    def read(self, status: Callable[[], Status]) -> str:
+        """Return the next question.
+
+        Raises:
+            EOFError: Ctrl-D on an empty line.
+            KeyboardInterrupt: Ctrl-C; the line is gone.
+        """
+        now = status()
+        text, self._given_back = self._given_back, ""
+        prompt = printable(now.prompt)
+        return self._prompt.prompt(
+            [("", "\n"), ("class:prompt", prompt)],
+            default=text,
+            bottom_toolbar=lambda: "\n".join(now.lines(get_app().output.get_size().columns)),
+            prompt_continuation=lambda width, number, wrapped: " " * width,
+        )
+
+    def give_back(self, text: str) -> None:
+        self._given_back = text
+
+
+class _Commands(Completer):
+    """Complete the name of a command, and what it takes."""
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        name, space, argument = text[1:].partition(" ")
+        if not space:
+            for command in COMMANDS:
+                if command.name.startswith(name.lower()):
+                    yield Completion(
+                        command.name, start_position=-len(name), display=command.usage,
+                        display_meta=command.help.partition(":")[0][:44],
+                    )  # fmt: skip
+            return
+        kind = BY_NAME[name].completes if name in BY_NAME else ""
+        words = {"positions": ("all", "generated", "prompt"), "vector": ("demo", "off")}
+        for word in words.get(kind, ()):
+            if word.startswith(argument):
+                yield Completion(word, start_position=-len(argument))
+        if kind in ("file", "vector"):
+            inner = Document(argument, len(argument))
+            yield from PathCompleter(expanduser=True).get_completions(inner, event)
+
+
+class _History(FileHistory):
+    """The history in a file; a disk that is full costs the history, not the chat."""
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string.encode("utf-8", "replace").decode("utf-8"))
+        except OSError:
+            return
+
+
+def _history() -> History:
+    path: Path | None = history_file()
+    return InMemoryHistory() if path is None else _History(str(path))
+
+
+def _is_command() -> bool:
+    return get_app().current_buffer.text.startswith("/")
+
+
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.char_before_cursor == "\\" and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def begin_a_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings

@@ -1,0 +1,119 @@
+"""``densesteer chat``."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+
+from .options import decoding_options, model_option, steering_options
+from .output import count, note
+from .speculate import check_draft_options, load_draft
+from .steer import read_steering, steering_for
+
+if TYPE_CHECKING:
+    from ..chat.keyboard import Keyboard
+    from ..chat.screen import Screen
+
+
+@click.command()
+@model_option
+@steering_options
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
+              help="Length of an answer at most.")  # fmt: skip
+@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Temperature; 0 is greedy.")  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+              help="Sample among the likeliest tokens of this total probability.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="For a repeatable sample.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@decoding_options
+@click.option("--load", "saved", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Go on with a conversation that /save wrote, under its settings where you give no "
+                   "others.")  # fmt: skip
+@click.option("--plain", is_flag=True, help="Text as it comes: no Markdown, no colours.")
+def chat(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
+         positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float,
+         seed: int | None, system: str | None, draft_model: str | None, draft_vector: str | None,
+         draft_tokens: int, no_brake: bool, saved: str | None, plain: bool) -> None:  # fmt: skip
+    """Talk with a model, steered if a vector is given, and turn the dial while you talk.
+
+    In a terminal: several lines (Alt-Enter), history, Markdown; /help lists the commands, among
+    them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
+    the answers go to standard output.
+    """
+    request = read_steering(vector, strength, layers, positions, relative)
+    check_draft_options(draft_model, draft_vector, request is not None)
+    keyboard, screen = _faces(plain)
+
+    from ..brake import Brake
+    from ..chat.loop import Chat
+    from ..generation import Sampling
+    from ..model import inspect, load
+    from ..session import Session
+
+    loaded, tokenizer = load(model)
+    steering, _ = steering_for(request, loaded, tokenizer, model)
+    options = {
+        "brake": None if no_brake else Brake(),
+        "draft": load_draft(draft_model, draft_vector, draft_tokens, loaded, tokenizer, steering),
+    }
+    if saved is None:
+        session = Session(
+            loaded, tokenizer, steering, system=system, max_tokens=max_tokens,
+            sampling=Sampling(temp, top_p, seed), **options,
+        )  # fmt: skip
+    else:
+        session = Session.load(saved, loaded, tokenizer, **options)
+        if steering is not None:
+            session.steer(steering)
+        if _given("system"):
+            session.system = system
+        if _given("max_tokens"):
+            session.max_tokens = max_tokens
+        if _given("temp", "top_p", "seed"):
+            session.sampling = Sampling(temp, top_p, seed)
+        note(f"loaded {count(len(session.turns), 'turn')} from {saved}")
+    _greet(model, keyboard.interactive)
+    failures = Chat(session, inspect(loaded, model), keyboard, screen).run()
+    if failures and not keyboard.interactive:
+        sys.exit(1)
+
+
+def _given(*options: str) -> bool:
+    """Tell whether the user gave any of these options."""
+    source = click.get_current_context().get_parameter_source
+    return any(source(option) is not ParameterSource.DEFAULT for option in options)
+
+
+def _faces(plain: bool) -> "tuple[Keyboard, Screen]":
+    """Return what reads and what shows: the better ones on a terminal, with the extra."""
+    from importlib.util import find_spec
+
+    from ..chat.keyboard import Keyboard
+    from ..chat.screen import Screen
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+        return Keyboard(), Screen()
+    if any(find_spec(name) is None for name in ("prompt_toolkit", "rich")):
+        note("plain lines; for editing, history and Markdown: pip install 'mlx-densesteer[chat]'")
+        return Keyboard(), Screen()
+    from ..chat.terminal_keyboard import TerminalKeyboard
+    from ..chat.terminal_screen import TerminalScreen
+
+    return TerminalKeyboard(), Screen() if plain else TerminalScreen()
+
+
+def _greet(model: str, interactive: bool) -> None:
+    """Say how to begin; of the demo model also what it can be asked."""
+    from .. import demo
+    from ..demo.problems import held_out
+
+    if interactive:
+        note("/help lists the commands, Ctrl-D leaves")
+    if interactive and model == demo.NAME:
+        note(
+            "the demo model is a toy that knows one kind of story. Ask it this:\n"
+            f"{held_out(1)[0].question}"
+        )
