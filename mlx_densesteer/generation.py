@@ -126,6 +126,7 @@ class Stream(Iterator[str]):
         self._first: float | None = None
         self._rate, self._peak = 0.0, 0
         self._accepted = self._rounds = 0
+        self._new_round = True
         self._brakes: list[Braked] = []
         self._pieces = self._generate()
 
@@ -190,7 +191,7 @@ class Stream(Iterator[str]):
         if ids:  # after a brake: the kept beginning of the answer
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         self._prefix.fill(read, self._steering)
-        caches = list(self._prefix.caches)
+        caches, self._new_round = list(self._prefix.caches), True
         options = {}
         if self._draft is not None:
             self._draft_prefix.fill(read, self._draft.steering(self._steering))
@@ -213,7 +214,8 @@ class Stream(Iterator[str]):
             self._answer.finalize()
         self._rate, self._peak = response.generation_tps, mx.get_peak_memory()
         self._accepted += response.from_draft
-        self._rounds += not response.from_draft
+        self._rounds += self._new_round
+        self._new_round = not response.from_draft  # the target's own token ends a round
 
     def _slow_down(self) -> None:
         """Cut the answer to before the loop, and lower the strength."""

@@ -148,7 +148,7 @@ def test_a_process_that_fails_gives_its_own_last_words():
     failing = startup._Process([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
     with pytest.raises(subprocess.CalledProcessError) as caught:
         failing.first_token()
-    assert "exit code 1: no such thing" in suite.reason(caught.value)
+    assert "exit code 1: no such thing" in report.reason(caught.value)
 
 
 def test_the_rule_that_mlx_lm_prints_first_is_no_token():

@@ -88,3 +88,10 @@ def test_drafts_that_cannot_be(loaded, hf_folder, make_vector):
         Draft(*loaded, 0)
     with pytest.raises(VectorMismatchError):
         Draft(*loaded, 3, make_vector())
+
+
+@pytest.mark.parametrize("limit", [1, 5, 24])
+def test_no_more_is_accepted_than_was_proposed(loaded, limit):
+    itself = Draft(*loaded, 4)
+    result = ds.generate(*loaded, held_out(1)[0].question, max_tokens=limit, draft=itself)
+    assert 0 < result.draft_accepted <= result.draft_proposed

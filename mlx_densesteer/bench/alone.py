@@ -10,8 +10,7 @@ import sys
 from importlib import import_module
 
 from ..cli.progress import Live
-from ..errors import DenseSteerError
-from .report import header, heading, lines
+from .report import REFUSALS, header, heading, lines, reason
 
 
 def main(name: str) -> None:
@@ -27,8 +26,8 @@ def main(name: str) -> None:
         subject = Subject.load(model)
         head = header(subject, command)
         result = module.run(subject, tell=live.show, **options)
-    except DenseSteerError as error:
-        sys.exit(f"error: {error}")
+    except REFUSALS as error:
+        sys.exit(f"error: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     live.clear()

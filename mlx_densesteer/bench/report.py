@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._version import __version__
+from ..errors import DenseSteerError
 
 if TYPE_CHECKING:
     from .subject import Subject
+
+
+# what a benchmark may meet on somebody's machine; anything else is a bug of ours
+REFUSALS = (DenseSteerError, OSError, subprocess.SubprocessError, RuntimeError, ImportError)
 
 
 class Row(NamedTuple):
@@ -90,6 +95,16 @@ def heading(head: Mapping[str, object]) -> list[str]:
         f"mlx-densesteer {head['mlx-densesteer']}, {head['date']}",
         f"$ {head['command']}",
     ]
+
+
+def reason(error: BaseException) -> str:
+    """Say in a line why a benchmark could not run."""
+    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    said = said if isinstance(said, str) else said.decode("utf-8", "replace")
+    last = said.strip().splitlines()[-1]
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{' '.join(error.cmd[1:4])}: exit code {error.returncode}: {last}"
+    return last
 
 
 def _device(mx) -> str:

@@ -1,13 +1,12 @@
 """All benchmarks one after the other, and what they found as one object and one table."""
 
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from ..errors import DenseSteerError, InputError
+from ..errors import InputError
 from . import batch, decode, extract, generation, resteer, speculative, startup, sweep
-from .report import Row
+from .report import REFUSALS, Row, reason
 from .subject import Subject
 from .timing import Tell, quiet
 
@@ -15,9 +14,6 @@ BENCHMARKS = MappingProxyType({
     "decode": decode, "generation": generation, "startup": startup, "batch": batch,
     "resteer": resteer, "speculative": speculative, "extract": extract, "sweep": sweep,
 })  # fmt: skip
-
-# what a benchmark may meet on somebody's machine; anything else is a bug of ours
-REFUSALS = (DenseSteerError, OSError, subprocess.SubprocessError, RuntimeError, ImportError)
 
 Finding = tuple[str, dict[str, object]]
 
@@ -84,13 +80,3 @@ def _rows(name: str, result: dict) -> list[Row]:
     if "reason" in result["details"]:
         return [Row("not measured", "-", remark=str(result["details"]["reason"]))]
     return BENCHMARKS[name].rows(result)
-
-
-def reason(error: BaseException) -> str:
-    """Say in a line why a benchmark could not run."""
-    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    said = said if isinstance(said, str) else said.decode("utf-8", "replace")
-    last = said.strip().splitlines()[-1]
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"{' '.join(error.cmd[1:4])}: exit code {error.returncode}: {last}"
-    return last

@@ -1,6 +1,7 @@
 """The commands of the chat: one table for parsing, ``/help``, completion and the documentation."""
 
 import difflib
+import re
 import textwrap
 from dataclasses import dataclass
 
@@ -72,11 +73,11 @@ def parse(text: str) -> Call | str:
         return text[1:]
     if not text.startswith("/"):
         return text
-    name, *rest = text[1:].split(maxsplit=1) if text[1:].strip() else [""]
+    name, argument = re.fullmatch(r"/(\S*)(.*)", text, re.DOTALL).groups()
     command = BY_NAME.get(name.lower())
     if command is None:
         raise InputError(_unknown(name))
-    return Call(command, rest[0].strip() if rest else "")
+    return Call(command, argument.strip())
 
 
 def _unknown(name: str) -> str:
