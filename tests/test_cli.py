@@ -238,11 +238,11 @@ def test_a_signal_keeps_what_was_said(hf_folder, number, as_json):
     """A real process and a real signal, in the middle of a long answer."""
     options = ["--json", "--stop", "no such text"] if as_json else []
     code = (
-        "import mlx_densesteer.generation as g, sys\n"
-        "release = g.Stream._release\n"
-        "def told(self, length):\n"
-        "    sys.stderr.write('PIECE\\n'); sys.stderr.flush(); return release(self, length)\n"
-        "g.Stream._release = told\n"
+        "import mlx_densesteer.stopping as s, sys\n"
+        "feed = s.Pending.feed\n"
+        "def told(self, text):\n"
+        "    sys.stderr.write('PIECE\\n'); sys.stderr.flush(); return feed(self, text)\n"
+        "s.Pending.feed = told\n"
         "from mlx_densesteer.cli import main; main()"
     )
     child = subprocess.Popen(

@@ -41,7 +41,7 @@ def ratio(figure: str, of: Mapping[str, float], null: Mapping[str, float] | None
 
 
 def _range(of: Mapping[str, float]) -> str:
-    return f"{of['low']:.3f}-{of['high']:.3f}"
+    return f"{of['low']:.3f}-{of['high']:.3f}" if of["count"] > 1 else "one round"
 
 
 HEAD = ("", "value", "quartiles", "the same twice")

@@ -28,7 +28,7 @@ def bench(model: str, quick: bool, draft: str | None, pairs: str | None, oracle:
     """Measure what steering costs and saves on this machine, against stock mlx-lm.
 
     NAME is one of decode, generation, startup, batch, resteer, speculative, extract, sweep; without
-    one all of them run: one to two minutes for demo, about ten for a model of half a billion parameters
+    one all of them run: about two minutes for demo, twelve for a model of half a billion parameters
     on two cores. Figures are ratios within one run. Ctrl-C prints what was measured so far.
     """
     from ..bench.report import header, heading, lines
