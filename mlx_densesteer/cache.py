@@ -32,8 +32,7 @@ NOWHERE = Span(0, 0)
 
 @partial(mx.compile, shapeless=True)
 def _add(h: mx.array, r: mx.array, delta: mx.array) -> mx.array:
-    total = h.astype(mx.float32) + r.astype(mx.float32) + delta
-    return total.astype(h.dtype)
+    return ((h + r).astype(mx.float32) + delta).astype(h.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -46,8 +45,7 @@ def _add_within(
     h: mx.array, r: mx.array, delta: mx.array, at: mx.array, start: mx.array, stop: mx.array
 ) -> mx.array:
     within = mx.logical_and(at >= start, at < stop)
-    total = h.astype(mx.float32) + r.astype(mx.float32) + mx.where(within, delta, 0.0)
-    return total.astype(h.dtype)
+    return ((h + r).astype(mx.float32) + mx.where(within, delta, 0.0)).astype(h.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Shift:
     def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h``, and ``+ delta`` at the steered positions; shapes as in ``add``.
 
-        In float32 bit for bit what ``add`` gives for an ``h`` that was summed before.
+        Bit for bit what ``add`` gives, for an ``h`` that was summed before.
         """
         if where is True:
             return _add_alone(h, self.delta)
@@ -122,7 +120,8 @@ class Shift:
         """Return ``h + r``, and ``+ delta`` at the steered positions.
 
         ``h`` and ``r`` are ``(rows, tokens, hidden)``, and so is the result, in the dtype of
-        ``h``; the sum is made in float32.
+        ``h``. ``h + r`` is what the stock block puts out, in that dtype; ``delta`` is added to it
+        in float32. So a residual stream that was kept can be steered later, exactly.
         """
         if where is True:
             return _add(h, r, self.delta)

@@ -4,15 +4,18 @@ An answer stays the tokens that were generated, whatever its text would be encod
 between the answers is the chat template's, encoded piece by piece.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chunks import Chunk
+from .errors import ContextError
 from .generation import Generation
 from .prompt import check_prompt
+
+KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
 
 Exchange = tuple[str, Sequence[int]]  # a question, and the tokens of its answer
 
@@ -55,6 +58,44 @@ def lay_out(
         *rest, last = tokenizer.encode(piece, add_special_tokens=False)
         chunks.append(Chunk(tuple(rest)))
     return chunks, last
+
+
+def fit(
+    lay_out: Callable[[Sequence[Turn]], tuple[list[Chunk], int]],
+    turns: Sequence[Turn],
+    context: int,
+    *,
+    drop: bool,
+) -> tuple[int, list[Chunk], int, int]:
+    """Lay out as much of a conversation as leaves room for an answer.
+
+    With ``drop`` the oldest turns may be left out. What is left is then read again, so once a
+    turn must go, room is made for more than this question.
+
+    Args:
+        lay_out: returns the chunks and the last token of the given turns and a next question.
+        context: tokens that the conversation may have.
+
+    Returns:
+        How many turns are left out; the chunks; the last token; the number of tokens.
+
+    Raises:
+        ContextError: no room.
+    """
+    limit = context - 1
+    for dropped in range(len(turns) + 1):
+        chunks, last = lay_out(turns[dropped:])
+        length = sum(len(chunk.tokens) for chunk in chunks) + 1
+        if length <= limit or (length < context and len(turns) - dropped <= 1):
+            return dropped, chunks, last, length
+        if not drop:
+            break
+        limit = int(context * KEPT_WHEN_FULL)
+    raise ContextError(
+        f"the conversation has {length} tokens, and the context {context}: no room for an answer. "
+        "Shorten the question, drop the oldest turns (drop, or drop_oldest=True), or begin anew "
+        "(reset)."
+    )
 
 
 def _between(

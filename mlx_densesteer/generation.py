@@ -21,7 +21,7 @@ from .prefix import Prefix
 from .prompt import encode_prompt
 from .speculation import Draft
 from .steering import Steering
-from .stopping import Pending, check_limits
+from .stopping import check_limits
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ class Stream(Iterator[str]):
         self._chunks, self._last = list(chunks), last
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
-        self._said, self._finish = Pending(stop), "interrupted"
-        self._answer = PartialAnswer(tokenizer, brake if steering and steering.strength else None)
+        self._finish = "interrupted"
+        watched = steering is not None and steering.strength != 0
+        self._answer = PartialAnswer(tokenizer, brake if watched else None, tuple(stop))
         self._first: float | None = None
         self._rate, self._peak = 0.0, 0
         self._accepted = self._rounds = 0
@@ -139,12 +140,9 @@ class Stream(Iterator[str]):
 
     @property
     def result(self) -> Generation:
-        text = self._said.text
-        if self._finish == "interrupted":
-            text += self._said.held + self._answer.held
         drafted = self._draft is not None
         return Generation(
-            text=text,
+            text=self._answer.text,
             token_ids=tuple(self._answer.ids),
             prompt_tokens=sum(len(chunk.tokens) for chunk in self._chunks) + 1,
             tokens_per_second=self._rate,
@@ -169,19 +167,19 @@ class Stream(Iterator[str]):
                     if self._first is None:
                         self._first = time.perf_counter() - began
                     self._take(response)
+                    if self._answer.stopped:
+                        self._finish = "stop"
+                        break
                     if self._answer.loop_start is not None:
                         break
-                    if piece := self._said.feed(self._answer.show()):
-                        yield piece
-                    if self._said.stopped:
-                        self._finish = "stop"
-                    elif response.finish_reason:
+                    if response.finish_reason:
                         self._finish = response.finish_reason
-                    if self._finish != "interrupted":
                         break
+                    if piece := self._answer.show():
+                        yield piece
             if self._finish == "interrupted":
                 self._slow_down()
-        if piece := self._said.feed(self._answer.show(everything=True)) + self._said.finish():
+        if piece := self._answer.show_rest():
             yield piece
 
     def _responses(self) -> Generator:
@@ -190,11 +188,12 @@ class Stream(Iterator[str]):
         ids = self._answer.ids
         if ids:  # after a brake: the kept beginning of the answer
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
-        self._prefix.fill(read, self._steering)
+        self._prefix.fill(read, self._steering, answering=bool(ids))
         caches, self._new_round = list(self._prefix.caches), True
         options = {}
         if self._draft is not None:
-            self._draft_prefix.fill(read, self._draft.steering(self._steering))
+            drafting = self._draft.steering(self._steering)
+            self._draft_prefix.fill(read, drafting, answering=bool(ids))
             caches += self._draft_prefix.caches
             options = {"draft_model": self._draft.model, "num_draft_tokens": self._draft.tokens}
         return stream_generate(

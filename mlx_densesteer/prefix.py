@@ -80,12 +80,15 @@ class Prefix:
         self._captured: int | None = None  # the layer whose output is kept
         self._residual: list[list[mx.array]] = []  # of the first chunks, (1, tokens, hidden) each
 
-    def fill(self, chunks: Sequence[Chunk], steering: Steering | None) -> Work:
+    def fill(
+        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+    ) -> Work:
         """Make the caches those of ``chunks`` under ``steering``, with as little work as it takes.
 
         What follows, one token at a time, is an answer: its first token is the last of the
-        prompt, so leave that one out of ``chunks``. Tokens that were added to the caches since are
-        cut off again by the next call. An exception, Ctrl-C too, leaves the prefix empty.
+        prompt, so leave that one out of ``chunks``. ``answering``: the last chunk is the beginning
+        of that answer. Tokens that were added to the caches since are cut off again by the next
+        call. An exception, Ctrl-C too, leaves the prefix empty.
 
         Raises:
             VectorMismatchError, SteeringError: before anything is changed.
@@ -107,11 +110,16 @@ class Prefix:
             work = self._read_above(again)
             for chunk in wanted[len(self._chunks) :]:
                 work += self._read(chunk)
-            self._aim(answer=True)
+            begun = len(wanted[-1].tokens) if answering and wanted else 0
+            self._aim(answer=True, start=self.length - begun)
         except BaseException:
             self.reset()
             raise
         return Work(work, sum(len(chunk.tokens) for chunk in again))
+
+    def cut(self, chunks: Sequence[Chunk]) -> None:
+        """Forget all that does not belong to ``chunks``."""
+        self._cut(common_beginning(self._chunks, [chunk for chunk in chunks if chunk.tokens]))
 
     def fork(self) -> "Prefix":
         """Return a prefix that shares what is computed; filling either leaves the other alone."""
@@ -156,10 +164,12 @@ class Prefix:
             self._add(Chunk(tuple(chunk[0]), chunk[1]))
         for cache, keys, values in zip(self.caches, state["keys"], state["values"], strict=True):
             cache.keys, cache.values, cache.offset = keys, values, self.length
-        self._captured = identity["captured"]
-        self._residual = [
-            state["residual"][f"chunk{i}"] for i in range(len(state.get("residual", {})))
-        ]
+        self._captured = identity["captured"] if self._keep_bytes else None
+        for i in range(len(state.get("residual", {}))):
+            kept = state["residual"][f"chunk{i}"]
+            if self.residual_bytes + sum(h.nbytes for h in kept) > self._keep_bytes:
+                break
+            self._residual.append(kept)
         for name, positions in identity["positions"].items():
             layer, delta = int(name.removeprefix("layer")), state["delta"][name]
             self._plan[layer] = positions, bytes(memoryview(delta))
@@ -195,8 +205,8 @@ class Prefix:
             self._carry(layer)
         self._carry(self._captured)
         for chunk, kept in zip(chunks, self._residual, strict=True):
-            self._aim(answer=chunk.answer)
             start = self.length
+            self._aim(answer=chunk.answer, start=start)
             for h in kept:
                 h = self._steer(self._captured, h, start)
                 start += h.shape[1]
@@ -208,7 +218,7 @@ class Prefix:
         """Send a chunk through all blocks, and keep the residual stream if there is room."""
         for layer in range(len(self._blocks)):
             self._carry(layer)
-        self._aim(answer=chunk.answer)
+        self._aim(answer=chunk.answer, start=self.length)
         keep = self._captured is not None and len(self._residual) == len(self._chunks)
         kept = []
         for tokens in pieces(chunk.tokens):
@@ -254,10 +264,10 @@ class Prefix:
     def _carry(self, layer: int) -> None:
         self.caches[layer].shift = self._shifts[layer][0] if layer in self._shifts else None
 
-    def _aim(self, *, answer: bool) -> None:
-        """Steer the positions of a chunk, or of an answer, that begins after the last one."""
+    def _aim(self, *, answer: bool, start: int) -> None:
+        """Steer the positions of a chunk, or of an answer, that begins at ``start``."""
         for layer, (shift, positions) in self._shifts.items():
-            aimed = shift.within(steered_span(positions, answer, self.length))
+            aimed = shift.within(steered_span(positions, answer, start))
             mx.eval(aimed.delta, aimed.start, aimed.stop)  # on the thread that made them
             self.caches[layer].shift = aimed
 

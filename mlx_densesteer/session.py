@@ -10,6 +10,7 @@ session on the thread that loaded the model.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.nn as nn
@@ -18,8 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .brake import Brake
 from .chunks import Chunk
-from .conversation import Turn, lay_out
-from .errors import ContextError, SessionError
+from .conversation import Turn, fit, lay_out
+from .errors import SessionError
 from .generation import GREEDY, Sampling, Stream
 from .model import chat_template_sha256, fingerprint
 from .patch import deltas
@@ -50,7 +51,8 @@ class Session:
         keep_bytes: how much of the residual stream to keep for re-steering; 0 keeps nothing.
         kv_bits: quantise keys and values to 4 or 8 bits.
         context: tokens that the conversation may have, by default as many as the model allows.
-        drop_oldest: forget the oldest turns when the context is full, instead of an error.
+        drop_oldest: forget the oldest turns when the context is full, instead of an error; so many
+            that a quarter of it is free, because the others are then read again.
 
     Raises:
         VectorMismatchError, SteeringError, InputError: as in ``stream``.
@@ -154,13 +156,13 @@ class Session:
 
     def set_strength(self, strength: float) -> None:
         """Turn the dial. 0 is the unsteered model, bit for bit."""
-        self.steer(replace(self._need_steering("strength"), strength=strength))
+        self._change("strength", strength=strength)
 
     def set_layers(self, layers: Sequence[int]) -> None:
-        self.steer(replace(self._need_steering("layer"), layers=tuple(layers)))
+        self._change("layer", layers=tuple(layers))
 
     def set_positions(self, positions: Positions) -> None:
-        self.steer(replace(self._need_steering("positions"), positions=positions))
+        self._change("positions", positions=positions)
 
     def set_vector(
         self, vector: SteeringVector | None, layers: Sequence[int] | None = None
@@ -179,7 +181,7 @@ class Session:
         if now is None:
             self.steer(Steering(vector, layers=chosen))
         else:
-            self.steer(replace(now, vector=vector, layers=chosen))
+            self._change("vector", vector=vector, layers=chosen)
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of the whole conversation with ``text`` as its next question."""
@@ -210,13 +212,15 @@ class Session:
         """
         self._end_live()
         path = Path(path)
+        held = self.prefix.fork()
+        held.cut(self._lay_out(self._turns, "?")[0])  # no turns that were taken back or dropped
         saved = SavedSession(
             fingerprint(self.model), chat_template_sha256(self.tokenizer), self.system, self.sampling,
             self.max_tokens, self.stop, self._steering, self.turns,
         )  # fmt: skip
         write_session(path, saved)
-        if cache and self.prefix.length:
-            digest = save_prefix(self.prefix, cache_path(path))
+        if cache and held.length:
+            digest = save_prefix(held, cache_path(path))
             write_session(path, replace(saved, cache_sha256=digest))
         return path
 
@@ -255,19 +259,9 @@ class Session:
 
     def _start(self, text: str, before: Turn | None) -> Reply:
         """Begin an answer; ``before`` is the turn that it replaces."""
-        dropped = 0
-        while True:
-            chunks, last = self._lay_out(self._turns[dropped:], text)
-            length = sum(len(chunk.tokens) for chunk in chunks) + 1
-            if length < self.context:
-                break
-            if not self.drop_oldest or dropped == len(self._turns):
-                raise ContextError(
-                    f"the conversation has {length} tokens, and the context {self.context}: no room "
-                    "for an answer. Shorten the question, drop the oldest turns (drop, or "
-                    "drop_oldest=True), or begin anew (reset)."
-                )
-            dropped += 1
+        dropped, chunks, last, length = fit(
+            partial(self._lay_out, text=text), self._turns, self.context, drop=self.drop_oldest
+        )
         stream = Stream(
             self.model, self.tokenizer, self.prefix, chunks, last,
             steering=self._steering, max_tokens=min(self.max_tokens, self.context - length),
@@ -296,6 +290,12 @@ class Session:
         self._turns.append(Turn(reply.user, result))
         if result.brakes:
             self._steering = result.steering
+
+    def _change(self, what: str, **settings: object) -> None:
+        """Replace some of the steering's settings."""
+        deltas(self.model, replace(self._need_steering(what), **settings))  # refused: nothing ends
+        self._end_live()  # a brake of that answer may have lowered the strength
+        self._steering = replace(self._need_steering(what), **settings)
 
     def _last_turn(self, what: str) -> Turn:
         if not self._turns:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ._version import __version__
-from .atomic import atomic_file
+from .atomic import atomic_file, file_sha256
 from .brake import Braked
 from .conversation import Turn
 from .errors import DenseSteerError, SessionError
@@ -53,12 +53,13 @@ def cache_path(path: Path) -> Path:
 def write_session(path: Path, saved: SavedSession) -> None:
     """Write a session file; it takes its name when it is whole.
 
+    Caches that were saved with the session that it replaces are removed.
+
     Raises:
         SessionError: the file that is there is no session of ours; it stays.
         DiskError: it cannot be written.
     """
-    if path.exists():
-        _parse(path)
+    before = _parse(path).get("cache_sha256") if path.exists() else None
     vectors: dict[str, dict[str, str]] = {}
     document = {
         "format": FORMAT,
@@ -77,6 +78,10 @@ def write_session(path: Path, saved: SavedSession) -> None:
     }
     with atomic_file(path) as file:
         file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
+    caches = cache_path(path)
+    replaced = before not in (None, saved.cache_sha256)
+    if replaced and caches.is_file() and file_sha256(caches) == before:
+        caches.unlink()
 
 
 def read_session(path: Path) -> SavedSession:

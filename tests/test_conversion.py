@@ -183,7 +183,8 @@ def test_an_interrupted_run_leaves_nothing(hf_folder, out, monkeypatch):
 def test_signals_on_the_command_line(hf_folder, tmp_path, number):
     """A real process, a real signal, while the checkpoint is being written."""
     slow = (
-        "import time, mlx_lm, mlx_densesteer.cli as cli\n"
+        "import signal, time, mlx_lm, mlx_densesteer.cli as cli\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # a test run under nohup ignores it
         "real = mlx_lm.convert\n"
         "def slow(*a, **k):\n"
         "    real(*a, **k); print('WRITTEN', flush=True); time.sleep(60)\n"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import mlx.core as mx
 import pytest
 from mlx_lm import generate as mlx_lm_generate
@@ -197,14 +199,81 @@ def test_the_brake_cuts_a_loop_off_and_goes_on_at_a_lower_strength(toy, overdose
             assert one.dropped > 0 and one.strength_before > one.strength_after
 
 
-def test_what_follows_a_brake_is_what_the_lower_strength_says(toy, overdose):
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_what_follows_a_brake_is_what_the_lower_strength_says(toy, overdose, positions):
     """The whole sequence is read again under the new strength, the question too."""
     question = held_out(1)[0].question
+    overdose = dataclasses.replace(overdose, positions=positions)
     braked = ds.generate(*toy, question, steering=overdose, max_tokens=120, brake=ds.Brake())
     kept = braked.brakes[-1].at_token
     prompt = [*encode_prompt(toy[1], question), *braked.token_ids[:kept]]
     again = ds.generate(*toy, prompt, steering=braked.steering, max_tokens=120 - kept)
     assert braked.token_ids[kept:] == again.token_ids
+
+
+def by_hand(model, tokens, steering, prompt_length, count) -> tuple[int, ...]:
+    """Greedy decoding with nothing but a cache."""
+    cache, said = ds.make_cache(model, steering, prompt_length=prompt_length), []
+    while len(said) < count:
+        logits = model(mx.array([tokens]), cache=cache)[0, -1]
+        tokens = [mx.argmax(logits).item()]
+        said += tokens
+    return tuple(said)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_after_a_brake_the_same_positions_are_steered(toy, overdose, positions):
+    checked = 0
+    for text, strength, factor in [(".\n\n" * 6 + ".", 8.0, 0.8), (".\n\n" * 7, 8.0, 0.6)]:
+        prompt = toy[1].encode(text, add_special_tokens=False)
+        steering = ds.Steering(overdose.vector, strength, positions=positions)
+        braked = ds.generate(
+            *toy, prompt, steering=steering, max_tokens=120,
+            brake=ds.Brake(limit=4, window=64, factor=factor, tries=9),
+        )  # fmt: skip
+        kept = braked.brakes[-1].at_token if braked.brakes else 0
+        tokens, rest = [*prompt, *braked.token_ids[:kept]], braked.token_ids[kept:]
+        assert by_hand(toy[0], tokens, braked.steering, len(prompt), len(rest)) == rest
+        checked += bool(kept and rest and braked.steering.strength)
+    assert checked
+
+
+def test_a_stop_text_ends_the_answer_where_it_would_without_a_brake(toy, overdose):
+    question = held_out(1)[0].question
+    for strength in (2.4, 35.0, -16.0):
+        steering = dataclasses.replace(overdose, strength=strength)
+        whole = ds.generate(*toy, question, steering=steering, max_tokens=60).text
+        for at in range(0, len(whole) - 5, 11):
+            for stop in (whole[at : at + 2], whole[at : at + 5]):
+                ended = ds.generate(*toy, question, steering=steering, max_tokens=60, stop=(stop,))
+                pieces = ds.stream(
+                    *toy, question, steering=steering, max_tokens=60, stop=(stop,), brake=ds.Brake()
+                )
+                shown, braked = "".join(pieces), pieces.result
+                assert shown == braked.text == ended.text == whole[: whole.index(stop)]
+                assert braked.token_ids == ended.token_ids and not braked.brakes
+                assert braked.finish_reason == ended.finish_reason == "stop"
+
+
+def test_a_stop_text_after_a_brake(toy, overdose):
+    question = held_out(1)[0].question
+    plain = ds.generate(*toy, question, steering=overdose, max_tokens=160, brake=ds.Brake())
+    shown_before = len(toy[1].decode(list(plain.token_ids[: plain.brakes[-1].at_token])))
+    stop = plain.text[shown_before + 9 : shown_before + 12]
+    pieces = ds.stream(
+        *toy, question, steering=overdose, max_tokens=160, brake=ds.Brake(), stop=(stop,)
+    )
+    shown, result = "".join(pieces), pieces.result
+    assert shown == result.text == plain.text[: plain.text.index(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_who_stops_at_the_last_piece_has_the_whole_answer(loaded):
+    pieces = ds.stream(*loaded, "hello", max_tokens=3)
+    while len(pieces.result.token_ids) < 3:
+        next(pieces)
+    pieces.close()
+    assert pieces.result.finish_reason == "length"
 
 
 def test_the_last_try_switches_the_steering_off(toy, overdose):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import mlx.core as mx
 import pytest
 
@@ -139,6 +141,34 @@ def test_bfloat16_is_right_bit_for_bit_too(tiny, steering):
     prefix.fill(CHUNKS, other)
     assert same(prefix, filled(tiny, other, keep_bytes=2**20))
     assert prefix.caches[3].keys.dtype == mx.bfloat16
+
+
+def test_in_bfloat16_neither_the_kept_stream_nor_the_past_changes_a_bit(tiny, make_vector):
+    tiny.set_dtype(mx.bfloat16)
+    vector = make_vector((1, 2, 3), size=2.0)
+    wanted = ds.Steering(vector, 1.0, (3,))
+    expected = filled(tiny, wanted)
+    for before in (None, ds.Steering(vector, 2.0, (1, 3)), ds.Steering(vector, 2.0, (3,))):
+        for keep_bytes in (0, 2**20):
+            prefix = filled(tiny, before, keep_bytes=keep_bytes)
+            prefix.fill(CHUNKS, wanted)
+            assert same(prefix, expected)
+            logits = [tiny(mx.array([[5]]), cache=p.fork().caches) for p in (prefix, expected)]
+            assert mx.array_equal(*logits)
+
+
+def test_the_beginning_of_an_answer_leaves_its_start_where_it_was(tiny, steering):
+    """Steered at the prompt only: what is read of an answer is not its question."""
+    at_prompt = dataclasses.replace(steering, positions="prompt")
+    cache = ds.make_cache(tiny, at_prompt, prompt_length=3)
+    prefix = Prefix(tiny)
+    prefix.fill([Chunk((1, 2)), Chunk((3, 4, 5), answer=True)], at_prompt, answering=True)
+    tiny(mx.array([[1, 2, 3, 4, 5]]), cache=cache)
+    got, expected = (tiny(mx.array([[6]]), cache=c) for c in (prefix.caches, cache))
+    assert mx.allclose(got, expected, atol=1e-4)
+    question = Prefix(tiny)
+    question.fill([Chunk((1, 2)), Chunk((3, 4, 5), answer=True)], at_prompt)
+    assert not mx.allclose(tiny(mx.array([[6]]), cache=question.caches), expected, atol=1e-4)
 
 
 def test_spans_and_common_beginnings():

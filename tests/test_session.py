@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 
@@ -265,6 +266,41 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_turns(loaded):
     assert len(session.turns) == 2
 
 
+def test_dropping_the_oldest_turns_makes_room_for_more_than_one_question(loaded):
+    """Else the whole history would be read again in every turn from then on."""
+    session = Session(*loaded, max_tokens=6, drop_oldest=True)
+    session.context = len(session.prompt("q")) * 6
+    kept = []
+    for _ in range(12):
+        reply = session.send("q")
+        kept.append(len(session.turns))
+        say(reply)
+    drops = [before + 1 - after for before, after in itertools.pairwise(kept) if after <= before]
+    assert len(drops) >= 2 and min(drops) >= 2, kept
+    look(session)
+
+
+def test_a_brake_that_came_while_the_dial_was_turned_stays(loaded, steering, make_vector):
+    session = Session(*loaded, steering, max_tokens=300, brake=ds.Brake(limit=4, window=64))
+    for change in (
+        lambda: session.set_positions("generated"),
+        lambda: session.set_layers((1,)),
+        lambda: session.set_vector(make_vector(seed=1)),
+    ):
+        session.reset()
+        session.set_strength(40.0)
+        reply = session.send("aaaa")
+        while not reply.result.brakes:
+            next(reply)
+        change()
+        assert session.strength == session.turns[0].reply.steering.strength < 40
+    reply = session.send("aaaa")
+    next(reply)
+    with pytest.raises(VectorMismatchError):
+        session.set_vector(make_vector(hidden=32))
+    assert len(session.turns) == 1 and next(reply, None) is not None  # a refusal ends nothing
+
+
 def test_an_answer_ends_where_the_context_does(loaded):
     session = Session(*loaded, max_tokens=500, context=60)
     length = len(session.prompt("hello"))
@@ -361,7 +397,10 @@ def test_the_cache_is_saved_too_and_used_by_the_same_weights_only(loaded, steeri
     chunks, _ = back._lay_out(back.turns, "x")
     assert back.prefix.fill(chunks, back.steering).resteered > 0
     look(back)
-    assert Session.load(path, *loaded, keep_bytes=0).prefix.length > 0
+    without = Session.load(path, *loaded, keep_bytes=0)
+    assert without.prefix.length > 0 and without.prefix.residual_bytes == 0
+    look(without)
+    assert without.prefix.residual_bytes == 0
     other, tokenizer = loaded[0], loaded[1]
     weight = other.model.layers[0].mlp.up_proj.weight
     try:  # an adapter, say: the same fingerprint, other weights
@@ -373,6 +412,28 @@ def test_the_cache_is_saved_too_and_used_by_the_same_weights_only(loaded, steeri
         other.model.layers[0].mlp.up_proj.weight = weight
     (tmp_path / "talk.json.cache").write_bytes(b"something else")
     assert Session.load(path, *loaded).prefix.length == 0
+
+
+def test_no_cache_of_what_was_taken_back_is_saved(loaded, steering, tmp_path):
+    session = Session(*loaded, steering, max_tokens=7)
+    say(session.send("hello"))
+    one = session.prefix.length
+    say(session.send("a secret"))
+    session.undo()
+    path, cache = tmp_path / "talk.json", tmp_path / "talk.json.cache"
+    session.save(path, cache=True)
+    back = Session.load(path, *loaded)
+    assert one <= back.prefix.length < session.prefix.length
+    say(back.send("hello"))
+    session.save(path)
+    assert not cache.exists()  # it was of the file that was replaced
+    session.save(path, cache=True)
+    session.reset()
+    session.save(path, cache=True)
+    assert session.prefix.length == 0 or not cache.exists()
+    cache.write_bytes(b"not ours")
+    session.save(path)
+    assert cache.read_bytes() == b"not ours"
 
 
 def test_files_that_are_no_sessions(loaded, tmp_path):
