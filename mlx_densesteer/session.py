@@ -1,7 +1,7 @@
 """``Session``: one conversation, whose steering can be changed between its turns.
 
-The next token is always that of a new session with the same history and settings, in float32 bit
-for bit: ``prefix.py`` sees to that, by reading every part of the conversation in the same chunks.
+The next token is always that of a new session with the same history and settings, bit for bit, in
+float32 and bfloat16: ``prefix.py`` sees to that, by reading every part in the same chunks.
 An answer is therefore read once more, as a whole, when the next question comes.
 
 Not covered: several conversations at once (``batch.Batch``), tools, and more than one thread: use a

@@ -312,7 +312,7 @@ def test_ctrl_c_while_the_question_is_read_gives_it_back(demo, monkeypatch, caps
 
     fill = Prefix.fill
 
-    def interrupted(*args):
+    def interrupted(*_, **__):
         monkeypatch.setattr(Prefix, "fill", fill)
         raise KeyboardInterrupt
 

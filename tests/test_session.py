@@ -113,12 +113,19 @@ def look(session: Session) -> None:
     assert mx.array_equal(next_logits(session, "?"), expected).item()
 
 
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def either(request, hf_folder):
+    model, tokenizer = ds.load(hf_folder)
+    model.set_dtype(getattr(mx, request.param))
+    return model, tokenizer
+
+
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(operations=OPERATIONS, keep=st.sampled_from([0, 9_000, 2**20]))
-def test_random_operations_leave_the_cache_right_bit_for_bit(loaded, make_vector, operations, keep):
+def test_random_operations_leave_the_cache_right_bit_for_bit(either, make_vector, operations, keep):
     vectors = [make_vector(size=2.0), make_vector((1, 2, 3), seed=1, size=2.0)]
     start = ds.Steering(vectors[0], 1.0, layers=(1,))
-    session = Session(*loaded, start, max_tokens=5, keep_bytes=keep)
+    session = Session(*either, start, max_tokens=5, keep_bytes=keep)
     for name, value in operations:
         apply(session, vectors, name, value)
     look(session)
