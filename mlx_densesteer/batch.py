@@ -20,7 +20,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .batch_row import Row, make_row_sampler, own_caches
+from .batch_row import Row, TokenLogprob, make_row_sampler, own_caches
 from .errors import InputError
 from .generation import Generation, Sampling
 from .patch import make_cache
@@ -41,11 +41,15 @@ PREFILL_BESIDE = 256
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of one row that can be said now; ``result`` comes with the row's last piece."""
+    """Text of one row that can be said now; ``result`` comes with the row's last piece.
+
+    ``logprobs`` are those of the tokens since the row's last piece, where they were asked for.
+    """
 
     row: int
     text: str
     result: Generation | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Batch:
@@ -102,6 +106,7 @@ class Batch:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         cache: Sequence[KVCache] | None = None,
+        logprobs: int | None = None,
     ) -> int:
         """Let a row join, and return its number.
 
@@ -112,6 +117,7 @@ class Batch:
             cache: filled caches, one for each block, of what precedes ``prompt``. They hold their
                 steering, so ``steering`` is then only recorded. They are not changed, and may be
                 used further. ``Generation.prompt_tokens`` counts their tokens too.
+            logprobs: tell each token's log-probability, and so many of the likeliest tokens.
 
         Raises:
             InputError, SteeringError, VectorMismatchError: the row does not join.
@@ -127,7 +133,7 @@ class Batch:
             caches = own_caches(self._model, cache)
         row = Row(
             self._count, list(prompt), caches, steering, max_tokens, make_row_sampler(sampling),
-            Pending(stop), self._tokenizer.detokenizer,
+            Pending(stop), self._tokenizer.detokenizer, logprobs,
         )  # fmt: skip
         self._count += 1
         self._rows[row.number] = row
@@ -156,7 +162,8 @@ class Batch:
             self._admit()
             _, responses = self._generator.next()
             pieces = [
-                self._take(self._inside[one.uid], one.token, one.finish_reason) for one in responses
+                self._take(self._inside[one.uid], one.token, one.finish_reason, one.logprobs)
+                for one in responses
             ]
             half_done.pop_all()
         return [piece for piece in pieces if piece.text or piece.result]
@@ -184,13 +191,13 @@ class Batch:
         alone = arriving == len(self._inside)
         self._generator.prefill_step_size = PREFILL if alone else shared
 
-    def _take(self, row: Row, token: int, ended: str | None) -> Piece:
+    def _take(self, row: Row, token: int, ended: str | None, logprobs: mx.array) -> Piece:
         self.tokens += 1
-        text = row.take(token, ended, self._eos)
+        text = row.take(token, ended, self._eos, logprobs)
         if row.reason is None:
-            return Piece(row.number, text)
+            return Piece(row.number, text, logprobs=row.tell() if text else ())
         self._drop(row, known=ended is not None)
-        return Piece(row.number, text, row.result())
+        return Piece(row.number, text, row.result(), row.tell())
 
     def _drop(self, row: Row, *, known: bool = False) -> None:
         """Forget a row; mlx-lm is told unless it has ended the row itself (``known``)."""

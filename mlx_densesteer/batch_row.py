@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,14 @@ from .steering import Steering
 from .stopping import Pending
 
 
+class TokenLogprob(NamedTuple):
+    """A generated token with its log-probability, and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(eq=False)
 class Row:
     """One row: what goes in, and what has come out so far."""
@@ -31,6 +40,7 @@ class Row:
     sampler: Callable[[mx.array], mx.array]
     pending: Pending
     detokenizer: StreamingDetokenizer
+    alternatives: int | None = None  # how many to tell of each token; None: no log-probabilities
     uid: int | None = None
     first: float = 0.0
     reason: str | None = None
@@ -38,14 +48,20 @@ class Row:
     def __post_init__(self) -> None:
         self.prompt_tokens = self.caches[0].offset + len(self.prompt)
         self.ids: list[int] = []
+        self.untold: list[TokenLogprob] = []
         self.began = time.perf_counter()
 
-    def take(self, token: int, ended: str | None, eos: set[int]) -> str:
-        """Add one token, return what can be said; ``ended`` is set when it was the row's last."""
+    def take(self, token: int, ended: str | None, eos: set[int], logprobs: mx.array) -> str:
+        """Add one token, return what can be said; ``ended`` is set when it was the row's last.
+
+        ``logprobs`` are those of the whole vocabulary, ``(vocabulary,)``.
+        """
         self.first = self.first or time.perf_counter()
         if token not in eos:
             self.ids.append(token)
             self.detokenizer.add_token(token)
+            if self.alternatives is not None:
+                self.untold.append(_logprob(token, logprobs, self.alternatives))
         if ended:
             self.detokenizer.finalize()
         text = self.pending.feed(self.detokenizer.last_segment)
@@ -55,6 +71,11 @@ class Row:
             self.reason = ended
             text += self.pending.finish()
         return text
+
+    def tell(self) -> tuple[TokenLogprob, ...]:
+        """Return the log-probabilities that were not told yet."""
+        told, self.untold = tuple(self.untold), []
+        return told
 
     def result(self) -> Generation:
         seconds = time.perf_counter() - self.first
@@ -68,6 +89,17 @@ class Row:
             finish_reason=self.reason or "interrupted",
             steering=self.steering,
         )
+
+
+def _logprob(token: int, logprobs: mx.array, alternatives: int) -> TokenLogprob:
+    logprobs = logprobs.astype(mx.float32)
+    alternatives = min(alternatives, logprobs.size)
+    likeliest: list[int] = []
+    if alternatives:
+        found = mx.argpartition(-logprobs, kth=alternatives - 1)[:alternatives]
+        likeliest = found[mx.argsort(-logprobs[found])].tolist()
+    values = logprobs[mx.array([token, *likeliest])].tolist()
+    return TokenLogprob(token, values[0], tuple(zip(likeliest, values[1:], strict=True)))
 
 
 def own_caches(model: nn.Module, caches: Sequence[KVCache]) -> list[KVCache]:

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from .errors import SteeringError
@@ -200,3 +201,15 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         extracted = SteeredKVCache(self._rows[idx])
         extracted.__dict__.update(super().extract(idx).__dict__)
         return extracted
+
+
+def twin_of(cache: KVCache) -> KVCache:
+    """Return a cache with the same content, stock or quantised; filling either leaves the other alone."""
+    twin = object.__new__(type(cache))
+    twin.__dict__.update(cache.__dict__)
+    if cache.keys is not None:
+        # mlx writes into an array object in place: a twin needs objects of its own
+        twin.keys, twin.values = tree_map(
+            lambda a: a[..., : cache.offset, :], (cache.keys, cache.values)
+        )
+    return twin

@@ -12,7 +12,7 @@ Not covered: rotating caches, which cannot be cut back, and pipeline parallelism
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
-from .cache import EVERYWHERE, Shift, SteeredKVCache, SteeredQuantizedKVCache
+from .cache import EVERYWHERE, Shift, SteeredKVCache, SteeredQuantizedKVCache, twin_of
 from .chunks import Chunk, common_beginning, pieces, steered_span
 from .errors import SteeringError
 from .patch import decoder_blocks, deltas, patch
@@ -67,6 +67,16 @@ class Prefix:
         return sum(h.nbytes for kept in self._residual for h in kept)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, the values and the kept residual stream."""
+        return self.residual_bytes + sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def captured(self) -> int | None:
+        """The layer whose output is kept, before anything is added to it."""
+        return self._captured if self._residual else None
+
+    @property
     def chunks(self) -> tuple[Chunk, ...]:
         return tuple(self._chunks)
 
@@ -93,6 +103,20 @@ class Prefix:
         Raises:
             VectorMismatchError, SteeringError: before anything is changed.
         """
+        filling = self.filling(chunks, steering, answering=answering)
+        while True:
+            try:
+                next(filling)
+            except StopIteration as end:
+                return end.value
+
+    def filling(
+        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+    ) -> Generator[None, None, Work]:
+        """Fill as ``fill`` does, one chunk at a time, so that others can work in between.
+
+        Closing the iterator leaves the prefix empty.
+        """
         made = deltas(self.model, steering)
         positions = steering.positions if steering else "all"
         plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
@@ -107,9 +131,13 @@ class Prefix:
             self._shifts = {k: (Shift.of(made[k], [EVERYWHERE]), positions) for k in made}
             if not self._chunks and not again and self._keep_bytes:
                 self._captured = min(steering.layers) if steering and steering.layers else None
-            work = self._read_above(again)
+            work = 0
+            for done in self._read_above(again):
+                work += done
+                yield
             for chunk in wanted[len(self._chunks) :]:
                 work += self._read(chunk)
+                yield
             begun = len(wanted[-1].tokens) if answering and wanted else 0
             self._aim(answer=True, start=self.length - begun)
         except BaseException:
@@ -125,7 +153,7 @@ class Prefix:
         """Return a prefix that shares what is computed; filling either leaves the other alone."""
         twin = object.__new__(Prefix)
         twin.__dict__.update(self.__dict__)
-        twin.caches = [_copy(cache) for cache in self.caches]
+        twin.caches = [twin_of(cache) for cache in self.caches]
         twin._chunks, twin._ends = list(self._chunks), list(self._ends)
         twin._residual = list(self._residual)
         return twin
@@ -196,10 +224,10 @@ class Prefix:
             self.caches[layer] = self._new_cache()
         return again
 
-    def _read_above(self, chunks: Sequence[Chunk]) -> int:
-        """Send the kept residual stream through the blocks above it."""
+    def _read_above(self, chunks: Sequence[Chunk]) -> Iterator[int]:
+        """Send the kept residual stream through the blocks above it; yield the work of each chunk."""
         if not chunks:
-            return 0
+            return
         first = self._captured + 1
         for layer in range(first, len(self._blocks)):
             self._carry(layer)
@@ -212,7 +240,7 @@ class Prefix:
                 start += h.shape[1]
                 self._blocks_from(first, h)
             self._add(chunk)
-        return self.length * (len(self._blocks) - first)
+            yield len(chunk.tokens) * (len(self._blocks) - first)
 
     def _read(self, chunk: Chunk) -> int:
         """Send a chunk through all blocks, and keep the residual stream if there is room."""
@@ -276,17 +304,6 @@ class Prefix:
             return SteeredKVCache()
         group_size, bits = self._quantization
         return SteeredQuantizedKVCache(group_size=group_size, bits=bits)
-
-
-def _copy(cache: KVCache) -> KVCache:
-    twin = object.__new__(type(cache))
-    twin.__dict__.update(cache.__dict__)
-    if cache.keys is not None:
-        # mlx writes into an array object in place: a twin needs objects of its own
-        twin.keys, twin.values = tree_map(
-            lambda a: a[..., : cache.offset, :], (cache.keys, cache.values)
-        )
-    return twin
 
 
 def _quantization(model: nn.Module, bits: int | None) -> tuple[int, int] | None:

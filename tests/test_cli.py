@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import mlx_densesteer as ds
 from mlx_densesteer.cli import main
-from mlx_densesteer.cli.steer import default_layer
+from mlx_densesteer.defaults import default_layer
 from mlx_densesteer.vector import SteeringVector, VectorMeta
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cli.output import count
-from ..cli.steer import default_layer, read_steering, read_vector, tell_dose, tell_fit
+from ..cli.steer import read_steering, read_vector, tell_dose, tell_fit
 from ..cli.tables import signed
+from ..defaults import default_layer
 from ..errors import InputError, SessionError
 from .commands import Call, help_lines
 from .dial import Doses, read_strength, sweep_strengths

@@ -21,6 +21,7 @@ from .eval import evaluate
 from .extract import extract
 from .generate import generate
 from .pairs import pairs
+from .serve import serve
 from .sweep import sweep
 from .vector import vector
 
@@ -101,6 +102,6 @@ def main() -> None:
 
 
 for command in (
-    demo, convert, generate, chat, pairs, extract, evaluate, sweep, vector, bench, doctor,
+    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bench, doctor,
 ):  # fmt: skip
     main.add_command(command)

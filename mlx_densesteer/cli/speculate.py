@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .output import note
-from .steer import default_layer, read_vector, tell_fit
+from .steer import read_vector, tell_fit
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -59,6 +59,7 @@ def load_draft(
 def _layer(vector: "SteeringVector", name: str) -> int:
     """Return the layer of the demo, of a recommendation, or the middle one."""
     from .. import demo
+    from ..defaults import default_layer
     from ..demo.settings import LAYER
 
     if name == demo.NAME:

@@ -93,6 +93,7 @@ def read_steering(
             )
         return None
     from .. import demo
+    from ..defaults import default_for
     from ..demo.settings import DOSES, LAYER
     from ..steering import parse_layers
 
@@ -104,26 +105,20 @@ def read_steering(
         if strength is None:
             strength, relative = DOSES[-2], True
         note(f"layer {LAYER}, where `densesteer demo` shows it; choose with -l and -s")
-    best = loaded.meta.recommended or {}
-    chosen = parse_layers(layers, loaded.layers) if layers else None
-    if best and chosen in (None, (best["layer"],)):
-        chosen, positions = (best["layer"],), positions or best.get("positions")
+    default = default_for(loaded, parse_layers(layers, loaded.layers) if layers else None)
+    if default.recommended:
+        positions = positions or default.positions
         if strength is None:
-            strength = best["strength"]
-            note(f"layer {chosen[0]}, strength {strength:g}: what a sweep recommended")
-    if chosen is None:
-        chosen = (default_layer(loaded.layers, loaded.meta.layer_count),)
-        if len(loaded.layers) > 1:
-            note(f"layer {chosen[0]} (the middle one of {loaded.meta.layer_count}); choose with -l")
+            strength = default.strength
+            note(f"layer {default.layers[0]}, strength {strength:g}: what a sweep recommended")
+    elif not layers and len(loaded.layers) > 1:
+        note(
+            f"layer {default.layers[0]} (the middle one of {loaded.meta.layer_count}); choose with -l"
+        )
     number = 1.0 if strength is None else strength
-    request = Request(loaded, number, chosen, positions or "all", relative)
+    request = Request(loaded, number, default.layers, positions or "all", relative)
     request.steering(number)  # refuses what can never be applied, before a model is loaded
     return request
-
-
-def default_layer(available, layer_count: int) -> int:
-    """Return the layer nearest the middle: there the paper saw steps and tokens both move."""
-    return min(available, key=lambda layer: (abs(layer - layer_count // 2), layer))
 
 
 def tell_fit(vector: "SteeringVector", info: "ModelInfo") -> None:

@@ -1,0 +1,191 @@
+"""``densesteer serve``."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import model_option, positions_option, relative_option
+from .output import count, note
+from .steer import Request, read_steering, tell_dose, tell_fit
+
+if TYPE_CHECKING:
+    from ..server.settings import Access
+    from ..server.starting import Server
+
+KEY_VARIABLE = "DENSESTEER_API_KEY"
+MIN_KEY = 16
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+
+
+@click.command()
+@model_option
+@click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE",
+              help="A vector that requests may name, by its file's name; may be repeated. -m demo has "
+                   "the embedded one, dense.")  # fmt: skip
+@click.option("--vectors", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              metavar="DIR", help="A folder of vectors (NAME.npz) that requests may name.")  # fmt: skip
+@click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
+              help="Of a vector of -v where a request names none. [default: what a sweep recommended, "
+                   "else 1]")  # fmt: skip
+@click.option("-l", "--layer", "layers", multiple=True, metavar="LAYERS",
+              help="Likewise. [default: what a sweep recommended, else the middle one]")  # fmt: skip
+@positions_option
+@relative_option("NUMBER is a fraction")
+@click.option(
+    "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
+)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+              help="Where to listen; anything but this machine itself needs an API key.")  # fmt: skip
+@click.option("-p", "--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
+              help="0 is any free one.")  # fmt: skip
+@click.option("--api-key-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help=f"The API key; or in the environment, {KEY_VARIABLE}.")  # fmt: skip
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+              help="A host name under which this server is reached; may be repeated.")  # fmt: skip
+@click.option("--allow-origin", "origins", multiple=True, metavar="ORIGIN",
+              help="A web page that may ask, as https://app.example; may be repeated.")  # fmt: skip
+@click.option("--rows", type=click.IntRange(1, 256), default=16, show_default=True,
+              help="Answers that are generated together.")  # fmt: skip
+@click.option("--queue", type=click.IntRange(0, 4096), default=64, show_default=True,
+              help="Answers that may wait; then clients are told to come again (429).")  # fmt: skip
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
+              help="Length of an answer at most.")  # fmt: skip
+@click.option("--prompt-cache", type=click.IntRange(min=0), default=1024, show_default=True, metavar="MIB",
+              help="Memory for prompts that were read, 0 for none.")  # fmt: skip
+@click.option("--grace", type=click.IntRange(0, 3600), default=10, show_default=True, metavar="SECONDS",
+              help="What answers that run are given when the server ends.")  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
+def serve(model: str, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
+          layers: tuple[str, ...], positions: str | None, relative: bool, name: str | None, host: str,
+          port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
+          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, verbose: bool) -> None:  # fmt: skip
+    """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
+
+    A request steers with the field `steering`, or with the model's name: NAME@VECTOR=STRENGTH. The
+    bare name is the stock model. Ctrl-C ends.
+    """
+    _check_extra()
+    requests = _read_vectors(model, vectors, strength, layers, positions, relative)
+    access = _access(host, _read_key(api_key_file), hosts, origins)
+    _set_up_logs(verbose)
+
+    from ..server.listening import listen, open_socket
+    from ..server.settings import Limits, Settings
+    from ..server.starting import model_id, start
+    from ..server.wanted import Wanted
+
+    limits = Limits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
+    settings = Settings(model_id(model, name), limits, access, folder)
+    listener = open_socket(host, port)
+    given = {
+        name: Wanted(one.vector, one.number, one.layers, one.positions, one.relative)  # type: ignore[arg-type]
+        for name, one in requests.items()
+    }
+    server = start(model, given, settings, cache_bytes=prompt_cache * 2**20)
+    _tell_vectors(server, set(given))
+    address = f"[{host}]" if ":" in host else host
+    note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
+    listen(server.application, listener, server.engine, limits)
+
+
+def _check_extra() -> None:
+    from importlib.util import find_spec
+
+    if any(find_spec(name) is None for name in ("pydantic", "starlette", "uvicorn")):
+        raise click.ClickException("the server needs an extra: pip install 'mlx-densesteer[serve]'")
+
+
+def _read_vectors(
+    model: str, vectors: tuple[str, ...], strength: float | None, layers: tuple[str, ...],
+    positions: str | None, relative: bool,
+) -> "dict[str, Request]":  # fmt: skip
+    """Return the vectors of ``-v`` by name, with the settings that stand beside them."""
+    from .. import demo
+
+    if not vectors and model == demo.NAME:
+        vectors = (demo.NAME,)
+    if not vectors:
+        read_steering(
+            None, strength, layers, positions, relative
+        )  # refuses settings without a vector
+    found: dict[str, Request] = {}
+    for vector in vectors:
+        name = demo.VECTOR.stem if vector == demo.NAME else Path(vector).stem
+        if name in found:
+            raise click.UsageError(f"two vectors have the name {name}: rename one of the files.")
+        request = read_steering(vector, strength, layers, positions, relative)
+        if request is not None:
+            request.vector.name = name
+            found[name] = request
+    return found
+
+
+def _read_key(file: Path | None) -> bytes | None:
+    """Return the API key; never from an option, which every user of the machine could see."""
+    text = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(errors="replace")
+    if text is None:
+        return None
+    key = text.strip()
+    if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise click.UsageError(
+            f"the API key of {file or KEY_VARIABLE}: expected at least {MIN_KEY} characters of ASCII without "
+            "spaces, for example from `openssl rand -hex 24`."
+        )
+    return key.encode()
+
+
+def _access(
+    host: str, key: bytes | None, hosts: tuple[str, ...], origins: tuple[str, ...]
+) -> "Access":
+    from ..server.settings import LOOPBACK, Access
+
+    local = host in LOOPBACK
+    if not local and key is None:
+        raise click.UsageError(
+            f"--host {host} opens the server to other machines: give it an API key "
+            f"(--api-key-file FILE or {KEY_VARIABLE})."
+        )
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise click.UsageError(
+                f"--allow-origin {origin}: expected one origin, as https://app.example or "
+                "http://localhost:3000."
+            )
+    names = {name.casefold() for name in hosts} | set(LOOPBACK)
+    return Access(key, frozenset(names), not local, frozenset(origins))
+
+
+def _set_up_logs(verbose: bool) -> None:
+    """Send what the server logs to standard error; tracebacks and requests only if asked for."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("densesteer: %(message)s") if verbose else _Brief())
+    for name, level in (("mlx_densesteer.server", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level if verbose else logging.WARNING)
+
+
+class _Brief(logging.Formatter):
+    """One line a record: a traceback shows paths, and may show what was asked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"densesteer: {record.getMessage().splitlines()[0]}"
+
+
+def _tell_vectors(server: "Server", given: set[str]) -> None:
+    """Say what can be steered, and warn of a vector that was made for other weights."""
+    for one in server.shelf.all():
+        if one.name in given:
+            tell_fit(one.vector, server.info)
+            norms = server.engine.norms.known(one.vector) or {}
+            steering = one.steering
+            tell_dose(steering, steering.relative_dose(norms))
+    names = [one.name for one in server.shelf.all()]
+    if names:
+        note(f"{count(len(names), 'vector')} by name: {', '.join(names)}")
+    else:
+        note("no vectors: nothing can be steered (-v FILE, --vectors DIR)")

@@ -1,0 +1,7 @@
+"""An OpenAI-compatible server on this machine, steered per request, and its page (docs/server.md).
+
+    guard -> app -> answers -> engine -> worker: prompt_cache, batch
+
+HTTP lives on an asyncio loop, the model on one thread of its own (``engine``). Needs the extra
+``serve`` (Starlette, uvicorn, pydantic).
+"""

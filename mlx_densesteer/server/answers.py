@@ -1,0 +1,190 @@
+"""From a checked request to its answer, whole or streamed."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from ..generation import Sampling
+from .encoding import Encoder
+from .engine import Engine
+from .faults import Fault
+from .job import Failed, Job, Said, Started
+from .model_name import format_model_name, parse_model_name
+from .replies import Reply
+from .settings import Settings
+from .shelf import Shelf
+from .wanted import wanted
+from .wire import ChatRequest, CompletionRequest, check_extra
+
+IGNORED = "X-DenseSteer-Ignored"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What an answer is made of."""
+
+    settings: Settings
+    engine: Engine
+    encoder: Encoder
+    shelf: Shelf
+    context: int
+    fingerprint: str
+
+    async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+        """Answer a request.
+
+        Raises:
+            Fault: it is refused, or no answer can be finished.
+        """
+        ignored = check_extra(asked)
+        jobs = await self._jobs(asked)
+        reply = Reply(
+            chat=isinstance(asked, ChatRequest), model=self.settings.name,
+            fingerprint=self.fingerprint, choices=sum(job.n for job in jobs), n=asked.n or 1,
+            token_bytes=self.encoder.token_bytes,
+        )  # fmt: skip
+        headers = (
+            {IGNORED: ", ".join(_header_safe(name) for name in ignored[:20])} if ignored else {}
+        )
+        with ExitStack() as held:
+            inbox = held.enter_context(self.engine.holding(jobs))
+            async with _Watch(request) as watch:
+                early = await self._await_start(reply, jobs, inbox, watch)
+                if not asked.stream:
+                    for event in early:
+                        self._take(reply, event)
+                    while not reply.complete:
+                        self._take(reply, await watch.first(inbox.get()))
+                    body = reply.whole(asked.alternatives is not None)
+                    return JSONResponse(body, headers=headers)
+            lines = self._stream(reply, early, inbox, asked.wants_usage, held.pop_all())
+            return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
+
+    async def _jobs(self, asked: ChatRequest | CompletionRequest) -> list[Job]:
+        name = self.settings.name
+        named = parse_model_name(asked.model, name) if asked.model else None
+        steering = wanted(named, asked.steering, self.shelf)
+        sampling = Sampling(
+            asked.temperature or 0.0, asked.top_p or 1.0,
+            None if asked.seed is None else asked.seed % 2**64,
+        )  # fmt: skip
+        limit = min(asked.limit or self.settings.limits.max_tokens, self.settings.limits.max_tokens)
+        n = asked.n or 1
+        return [
+            Job(
+                tokens, steering, max(1, min(limit, self.context - len(tokens))), sampling,
+                asked.stops, n, asked.alternatives, number * n,
+            )
+            for number, tokens in enumerate(await self.encoder.encode(asked))
+        ]  # fmt: skip
+
+    async def _await_start(
+        self, reply: Reply, jobs: list[Job], inbox: asyncio.Queue, watch: "_Watch"
+    ) -> list[tuple[Job, Said]]:
+        """Wait until the model's thread has taken the jobs: what it refuses is an error, not a stream.
+
+        Return what was said meanwhile.
+        """
+        started, early = 0, []
+        while started < len(jobs):
+            event = await watch.first(inbox.get())
+            if isinstance(event[1], Said):
+                early.append(event)
+                continue
+            self._take(reply, event)
+            started += 1
+        if reply.steering and "+" not in str(reply.steering["vector"]):
+            vector, strength = reply.steering["vector"], reply.steering["strength"]
+            reply.model = format_model_name(self.settings.name, str(vector), float(strength))
+        return early
+
+    def _take(self, reply: Reply, event: tuple[Job, Started | Said | Failed]) -> None:
+        _, what = event
+        if isinstance(what, Failed):
+            raise what.fault
+        if isinstance(what, Started):
+            reply.steering = what.steering
+        else:
+            reply.cached_tokens = what.cached_tokens
+            reply.add(what.choice, what.piece)
+
+    async def _stream(
+        self,
+        reply: Reply,
+        early: list[tuple[Job, Said]],
+        inbox: asyncio.Queue,
+        with_usage: bool,
+        held: ExitStack,
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events; leaving cancels what still runs."""
+        with held:
+            for chunk in reply.opening():
+                yield _event(chunk)
+            while not reply.complete:
+                try:
+                    wait = self.settings.limits.ping
+                    event = early.pop(0) if early else await asyncio.wait_for(inbox.get(), wait)
+                except asyncio.TimeoutError:
+                    yield b": still at work\n\n"
+                    continue
+                try:
+                    self._take(reply, event)
+                except Fault as fault:
+                    yield _event(fault.body)
+                    return
+                if isinstance(event[1], Said):
+                    yield _event(reply.chunk(event[1].choice, event[1].piece))
+            if with_usage:
+                yield _event(reply.last())
+            yield b"data: [DONE]\n\n"
+
+
+class _Watch:
+    """Notices that the client went away while nothing is sent to it."""
+
+    def __init__(self, request: Request):
+        self._request = request
+
+    async def __aenter__(self) -> "_Watch":
+        self._gone = asyncio.ensure_future(self._disconnect())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gone.cancel()
+        await asyncio.wait([self._gone])
+
+    async def first(self, waiting):
+        """Return what ``waiting`` gives.
+
+        Raises:
+            Fault: the client went away before.
+        """
+        task = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Fault(499, "the client went away.")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _disconnect(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _event(body: dict[str, object]) -> bytes:
+    return (
+        b"data: "
+        + json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        + b"\n\n"
+    )
+
+
+def _header_safe(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:40])

@@ -1,0 +1,103 @@
+"""Read a request's body within bounds, and make what it says of it."""
+
+import asyncio
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from .faults import Fault, bad
+
+Model = TypeVar("Model", bound=BaseModel)
+
+SHOWN = 5  # problems that are told at once
+
+
+async def read_json(request: Request, kind: type[Model], *, limit: int, seconds: float) -> Model:
+    """Return the body as ``kind``.
+
+    Raises:
+        Fault: 400, 408, 413 or 415.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise Fault(
+            415, "expected JSON: send the header `Content-Type: application/json`.",
+            code="unsupported_media_type",
+        )  # fmt: skip
+    raw = await _read(request, limit, seconds)
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _fault(error) from None
+    except (RecursionError, UnicodeError) as error:
+        raise bad("the body is no JSON that can be read.") from error
+
+
+async def _read(request: Request, limit: int, seconds: float) -> bytes:
+    too_large = Fault(413, f"the body is too large: this server takes {limit} bytes.")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and len(length) < 20 and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        # one bound for the whole body: a client that drips is not kept
+        async with _within(seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except asyncio.TimeoutError:
+        raise Fault(408, f"the body did not come within {seconds:g} seconds.") from None
+    except ClientDisconnect:
+        raise bad("the client went away.") from None
+    return bytes(body)
+
+
+class _within:
+    """``asyncio.timeout`` of Python 3.11, for 3.10."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._late = seconds, False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._late and kind is asyncio.CancelledError:
+            raise asyncio.TimeoutError
+
+    def _end(self) -> None:
+        self._late = True
+        self._task.cancel()
+
+
+def _fault(error: ValidationError) -> Fault:
+    """Say what is wrong, without what was sent: it may be a prompt."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    told, param = [], None
+    for problem in problems[:SHOWN]:
+        if problem["type"] == "json_invalid":
+            return bad(
+                f"the body is no valid JSON: {problem['msg'].partition(': ')[2] or 'not JSON'}."
+            )
+        where = _place(problem["loc"])
+        param = param or where
+        told.append(f"{where}: {problem['msg'][:200]}" if where else problem["msg"][:200])
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return bad("; ".join(told) + more + ".", param)
+
+
+def _place(loc: tuple[int | str, ...]) -> str | None:
+    """Return ``messages[0].content`` for pydantic's location, without the names of its types."""
+    place = ""
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in ("ours", "easysteer") or not part.replace("_", "").isalnum():
+            continue
+        elif part not in ("str", "int", "float") and not part.startswith(("list", "constrained")):
+            place += f".{part[:64]}" if place else part[:64]
+    return place or None

@@ -1,0 +1,107 @@
+"""From messages or text to token ids, and from token ids to what log-probabilities call them."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .faults import bad
+from .wire import ChatRequest, CompletionRequest, Message
+
+
+class Encoder:
+    """Encode on a thread of its own: a long prompt does not hold up the loop or the model.
+
+    ``limit`` is how many tokens a prompt may have.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, *, vocabulary: int, limit: int):
+        self._tokenizer, self._vocabulary, self.limit = tokenizer, vocabulary, limit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+
+    async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt of a request.
+
+        Raises:
+            Fault: nothing to answer, a prompt that is too long, or a token that there is not.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._encode, request)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token; of a byte-level vocabulary exactly, else of its text."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is not None and all(c in self._byte_of for c in name):
+            return bytes(self._byte_of[c] for c in name)
+        return self._tokenizer.decode([token]).encode()
+
+    def _encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        if isinstance(request, ChatRequest):
+            return [self._check(self._chat(request.messages), "messages")]
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            prompts = [self._text(prompt)]
+        elif isinstance(prompt[0], str):
+            prompts = [self._text(one) for one in prompt]
+        else:
+            if max(prompt) >= self._vocabulary:
+                raise bad(
+                    f"a token id is too large: expected less than {self._vocabulary}.", "prompt"
+                )
+            prompts = [list(prompt)]
+        return [self._check(tokens, "prompt") for tokens in prompts]
+
+    def _text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text) if text else []
+
+    def _chat(self, messages: Sequence[Message]) -> list[int]:
+        if not self._tokenizer.has_chat_template:
+            raise bad("this model has no chat template: use /v1/completions.", "messages")
+        if not any(one.role == "user" and one.text.strip() for one in messages):
+            raise bad("no message of the user with text: expected at least one.", "messages")
+        plain = [
+            {"role": "system" if one.role == "developer" else one.role, "content": one.text}
+            for one in messages
+        ]
+        try:
+            return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True))
+        except TemplateError as error:
+            raise bad(
+                "the model's chat template refuses this order of roles.", "messages"
+            ) from error
+
+    def _check(self, tokens: list[int], param: str) -> list[int]:
+        if not tokens:
+            raise bad("the prompt is empty: expected at least one token.", param)
+        if len(tokens) > self.limit:
+            raise bad(
+                f"the prompt has {len(tokens)} tokens, this server takes {self.limit}. Shorten it.",
+                param, "context_length_exceeded",
+            )  # fmt: skip
+        return tokens
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """The bytes that the characters of a byte-level vocabulary stand for (GPT-2's table).
+
+        Printable Latin-1 stands for itself, the other bytes for U+0100 and on, in order.
+        """
+        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in plain]
+        return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Return the special token with which a message begins, if the chat template has one."""
+    if not tokenizer.has_chat_template:
+        return frozenset()
+    first = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], add_generation_prompt=True
+    )[0]
+    return frozenset([first]) & frozenset(tokenizer.all_special_ids)

@@ -1,0 +1,159 @@
+"""The thread that owns the model, and the way to it from an asyncio loop."""
+
+import asyncio
+import contextlib
+import logging
+import queue as queue_
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as _FutureTimeout
+
+from .faults import Fault, ending, internal
+from .job import Event, Job
+from .norms import Norms
+from .worker import Told, Worker
+
+log = logging.getLogger(__name__)
+
+JOIN_SECONDS = 60
+
+
+class Engine:
+    """Jobs go in from the loop, events come out there; the model is touched by one thread alone.
+
+    Args:
+        load: called once, on the thread; mlx arrays belong to the thread that made them.
+        rows, queue: answers that run, and that wait, at most.
+    """
+
+    def __init__(self, load: Callable[[], Worker], *, rows: int, queue: int):
+        self._load, self.rows, self._room = load, rows, rows + queue
+        self._orders: queue_.SimpleQueue[Callable[[], None] | None] = queue_.SimpleQueue()
+        self._inboxes: dict[Job, asyncio.Queue[tuple[Job, Event]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loaded: Future[Worker] = Future()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> None:
+        """Load the model; raises what ``load`` raises."""
+        self._thread.start()
+        while True:  # in short waits: Ctrl-C must come through
+            with contextlib.suppress(TimeoutError, _FutureTimeout):
+                self._loaded.result(timeout=0.2)
+                return
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell events to this loop from now on."""
+        self._loop = loop
+
+    @property
+    def norms(self) -> Norms:
+        return self._loaded.result().norms
+
+    @property
+    def promised(self) -> int:
+        """Answers that run or wait."""
+        return sum(job.n for job in self._inboxes)
+
+    @property
+    def running(self) -> int:
+        return min(self.promised, self.rows)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @contextlib.contextmanager
+    def holding(self, jobs: Sequence[Job]) -> Iterator["asyncio.Queue[tuple[Job, Event]]"]:
+        """Do these jobs; yield the queue of their events. What has not ended at the end is cancelled.
+
+        Raises:
+            Fault: no room (429), or the server is ending.
+        """
+        if self._ending or not self.alive:
+            raise ending()
+        count = sum(job.n for job in jobs)
+        if self.promised + count > self._room:
+            raise self._busy(count)
+        inbox: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
+        worker = self._loaded.result()
+        for job in jobs:
+            self._inboxes[job] = inbox
+            self._orders.put(lambda job=job: self._tell([(job, worker.take(job))]))
+        try:
+            yield inbox
+        finally:
+            for job in jobs:
+                del self._inboxes[job]
+                self._orders.put(lambda job=job: worker.cancel(job))
+
+    def end_all(self) -> None:
+        """End what runs, and take nothing more."""
+        self._ending = True
+        worker = self._loaded.result()
+        self._orders.put(lambda: self._tell(worker.close()))
+
+    def close(self) -> None:
+        """End what runs and the thread; it is given the time of a step."""
+        if not self._thread.is_alive():
+            return
+        self._ending = True
+        self._orders.put(None)
+        self._thread.join(JOIN_SECONDS)
+
+    def _busy(self, count: int) -> Fault:
+        limit = self._room
+        if count > limit:
+            return Fault(
+                400, f"{count} answers in one request: this server has room for {limit}.", "n"
+            )
+        seconds = max(1, min(30, self.promised // max(1, self.rows) * 2))
+        return Fault(
+            429, f"{self.promised} answers run or wait, as many as this server has room for. Try again "
+            f"in {seconds} seconds.", code="queue_full", headers={"Retry-After": str(seconds)},
+        )  # fmt: skip
+
+    def _run(self) -> None:
+        try:
+            worker = self._load()
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(worker)
+        while self._obey(worker):
+            try:
+                self._tell(worker.work())
+            # Whatever goes wrong in a step (out of memory, a fault of ours) must not end the thread:
+            # nobody would be answered any more. Those who wait are told, the log has the rest.
+            except Exception as error:
+                log.error("a step of the model failed: %s", type(error).__name__, exc_info=error)
+                self._tell(worker.recover(internal()))
+        self._tell(worker.close())
+
+    def _obey(self, worker: Worker) -> bool:
+        """Do what was ordered; wait for an order if there is nothing else to do."""
+        while True:
+            try:
+                order = self._orders.get(block=not worker.busy)
+            except queue_.Empty:
+                return True
+            if order is None:
+                return False
+            try:
+                order()
+            except Exception as error:  # as above
+                log.error("an order to the model failed: %s", type(error).__name__, exc_info=error)
+                self._tell(worker.recover(internal()))
+
+    def _tell(self, told: Told) -> None:
+        if told and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._hand_over, told)
+
+    def _hand_over(self, told: Told) -> None:
+        for job, event in told:
+            inbox = self._inboxes.get(job)
+            if inbox is not None:
+                inbox.put_nowait((job, event))

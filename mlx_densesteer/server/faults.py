@@ -1,0 +1,53 @@
+"""Errors as a client of the API gets them: OpenAI's shape, a status, no internals."""
+
+from dataclasses import dataclass, field
+
+from ..errors import DenseSteerError
+
+
+@dataclass
+class Fault(DenseSteerError):
+    """A request that is refused, or an answer that cannot be finished.
+
+    ``param`` names the field, ``code`` is for programs. No path, no text of a prompt.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def body(self) -> dict[str, object]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {
+            "error": {
+                "message": self.message, "type": kind, "param": self.param, "code": self.code,
+            }
+        }  # fmt: skip
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> Fault:
+    """Return a 400."""
+    return Fault(400, message, param, code)
+
+
+def internal() -> Fault:
+    """Return what a client is told of a fault of ours."""
+    return Fault(500, "the server failed to answer; its log says more.", code="internal_error")
+
+
+def ending() -> Fault:
+    """Return what a client is told while the server shuts down."""
+    return Fault(503, "the server is shutting down.", code="shutting_down")
+
+
+def excerpt(text: object, length: int = 80) -> str:
+    """Return a name from a request as it can stand in a message: short, printable, quoted."""
+    shown = "".join(c if c.isprintable() else "?" for c in str(text))
+    return repr(shown if len(shown) <= length else f"{shown[:length]}...")

@@ -1,0 +1,60 @@
+"""What the model's thread is asked to do, and what it tells of it."""
+
+from dataclasses import dataclass
+
+from ..batch import Piece
+from ..generation import Sampling
+from .faults import Fault
+from .wanted import Wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One prompt, answered ``n`` times. ``first`` is the number of its first answer in the reply."""
+
+    tokens: list[int]
+    wanted: Wanted | None
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The job was taken. ``steering`` is what is applied, ``None`` for the stock model."""
+
+    steering: dict[str, object] | None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of one answer; the last one carries its result."""
+
+    choice: int
+    piece: Piece
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job has ended without (all of) its answers."""
+
+    fault: Fault
+
+
+Event = Started | Said | Failed
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the other threads may know of the model."""
+
+    layers: int
+    hidden_size: int
+    context: int
+    dtype: str
+    quantization: str
+    fingerprint: str

@@ -1,0 +1,188 @@
+"""All that happens with the model while it serves; one thread, no locks, no HTTP.
+
+Each turn of ``work`` reads a part of the prompts that arrive and decodes one token of every row that
+runs. Prompts are read by ``prompt_cache``, rows decoded by ``batch``.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..batch import PREFILL_BESIDE, Batch, Piece
+from ..errors import DenseSteerError
+from ..generation import Sampling
+from ..steering import LARGE_DOSE, Steering
+from .faults import Fault, bad, ending
+from .job import Event, Failed, Job, Said, Started
+from .norms import Norms
+from .prompt_cache import PromptCache, Reading
+
+Told = list[tuple[Job, Event]]
+
+
+@dataclass(eq=False)
+class _Taken:
+    """A job that was taken: it waits, its prompt is read, its rows run."""
+
+    job: Job
+    steering: Steering | None
+    reading: Reading | None = None
+
+
+class Worker:
+    """Jobs in, events out.
+
+    Args:
+        rows: how many answers are decoded together at most.
+        cache_bytes: what the prompt cache may hold.
+        usual: the steering that most requests will ask for.
+        opens: tokens that open a message (``prompt_cache.cut``).
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: TokenizerWrapper, norms: Norms, *, rows: int, cache_bytes: int,
+        usual: Steering | None = None, opens: frozenset[int] = frozenset(),
+    ):  # fmt: skip
+        self.norms = norms
+        self.prompts = PromptCache(model, max_bytes=cache_bytes, usual=usual)
+        self._model, self._tokenizer, self._limit, self._opens = model, tokenizer, rows, opens
+        self._waiting: deque[_Taken] = deque()
+        self._reading: deque[_Taken] = deque()
+        self._batch: Batch | None = None
+        self._rows: dict[int, tuple[_Taken, int]] = {}  # row of the batch -> job, choice
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._rows)
+
+    @property
+    def running(self) -> int:
+        """Answers that are decoded or whose prompt is read."""
+        return len(self._rows) + sum(taken.job.n for taken in self._reading)
+
+    @property
+    def waiting(self) -> int:
+        return sum(taken.job.n for taken in self._waiting)
+
+    def take(self, job: Job) -> Event:
+        """Take a job, or say why not."""
+        try:
+            steering = self._steering(job)
+            applied = None if steering is None else self._applied(steering)
+        except Fault as fault:
+            return Failed(fault)
+        except DenseSteerError as error:
+            return Failed(bad(str(error), "steering"))
+        self._waiting.append(_Taken(job, steering))
+        return Started(applied)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job; harmless if it has ended."""
+        for queue in (self._waiting, self._reading):
+            for taken in [one for one in queue if one.job is job]:
+                queue.remove(taken)
+        for row in [row for row, (taken, _) in self._rows.items() if taken.job is job]:
+            del self._rows[row]
+            self._batch.cancel(row)
+        self._rest()
+
+    def work(self) -> Told:
+        """Read some, decode one token of every row; return what there is to tell."""
+        self._read()
+        told = self._decode()
+        self._rest()
+        return told
+
+    def fail(self, fault: Fault) -> Told:
+        """End everything; return what to tell those who wait."""
+        jobs = [taken.job for taken in (*self._waiting, *self._reading)]
+        jobs += [taken.job for taken, _ in self._rows.values()]
+        self._waiting.clear()
+        self._reading.clear()
+        self._rows.clear()
+        self._rest()
+        return [(job, Failed(fault)) for job in dict.fromkeys(jobs)]
+
+    def close(self) -> Told:
+        """End everything because the server ends."""
+        return self.fail(ending())
+
+    def recover(self, fault: Fault) -> Told:
+        """Go on after half a step: everything that ran is lost, the prompt cache too."""
+        told = self.fail(fault)
+        self.prompts.clear()
+        mx.clear_cache()
+        return told
+
+    def _steering(self, job: Job) -> Steering | None:
+        wanted = job.wanted
+        if wanted is None or wanted.is_stock:
+            return None
+        norms = self.norms.of(wanted.vector, wanted.layers) if wanted.relative else None
+        return wanted.steering(norms)
+
+    def _applied(self, steering: Steering) -> dict[str, object]:
+        """Say what is applied, with its dose where the model's norms are known."""
+        norms = self.norms.known(steering.vector)
+        doses = None
+        if norms is not None:
+            doses = steering.relative_dose({layer: norms[layer] for layer in steering.layers})
+        warning = None
+        if doses is not None and sum(doses.values()) >= LARGE_DOSE:
+            warning = "a large dose: the answer may repeat itself or lose its sense."
+        told = None if doses is None else {str(k): round(dose, 4) for k, dose in doses.items()}
+        return steering.describe() | {"relative_dose": told, "warning": warning}
+
+    def _read(self) -> None:
+        """Read prompts, in the order in which they came, as far as rows that decode can wait."""
+        while self._waiting and self.running + self._waiting[0].job.n <= self._limit:
+            self._reading.append(self._waiting.popleft())
+        budget = PREFILL_BESIDE
+        while self._reading and budget > 0:
+            taken = self._reading[0]
+            if taken.reading is None:
+                taken.reading = self.prompts.read(taken.job.tokens, taken.steering, self._opens)
+            budget -= taken.reading.advance()
+            if taken.reading.done:
+                self._reading.popleft()
+                self._join(taken)
+
+    def _join(self, taken: _Taken) -> None:
+        if self._batch is None:
+            self._batch = Batch(self._model, self._tokenizer, rows=self._limit)
+        job, caches = taken.job, taken.reading.caches()
+        for choice in range(job.n):
+            row = self._batch.add(
+                job.tokens[-1:], steering=taken.steering, max_tokens=job.max_tokens,
+                sampling=_sampling(job.sampling, choice), stop=job.stop, cache=caches,
+                logprobs=job.logprobs,
+            )  # fmt: skip
+            self._rows[row] = taken, choice
+
+    def _decode(self) -> Told:
+        pieces: list[Piece] = [] if self._batch is None else self._batch.step()
+        told: Told = []
+        for piece in pieces:
+            taken, choice = self._rows[piece.row]
+            cached = taken.reading.cached_tokens if taken.reading else 0
+            told.append((taken.job, Said(taken.job.first + choice, piece, cached)))
+            if piece.result:
+                del self._rows[piece.row]
+        return told
+
+    def _rest(self) -> None:
+        """Give back what is not needed while nothing runs."""
+        if self._batch is not None and not self._rows:
+            self._batch.close()
+            self._batch = None
+            mx.clear_cache()
+
+
+def _sampling(sampling: Sampling, choice: int) -> Sampling:
+    """Return the sampling of one of several answers: with a seed each draws its own."""
+    if sampling.seed is None or not choice:
+        return sampling
+    return Sampling(sampling.temp, sampling.top_p, (sampling.seed + choice) % 2**64)

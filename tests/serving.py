@@ -1,0 +1,115 @@
+"""The real server in this process, on a free port, for tests."""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+
+class Serving:
+    """A running server: its ``url``, its ``engine``, and ways to ask it."""
+
+    def __init__(self, server, url: str):
+        self.server, self.engine, self.url = server, server.engine, url
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+
+    def ask(self, path: str, body=None, headers=None, method=None):
+        """Return status, headers and the JSON that came back."""
+        connection = self.connect()
+        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        sent = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(
+            method or ("GET" if body is None else "POST"), path, raw, sent | (headers or {})
+        )
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        return response.status, response.headers, json.loads(text) if text else None
+
+    def chat(self, content, **fields):
+        """Return the body of the answer to one question, or to a list of messages."""
+        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+        status, _, body = self.ask("/v1/chat/completions", {"messages": messages} | fields)
+        assert status == 200, body
+        return body
+
+    def refusal(self, fields, path="/v1/chat/completions") -> tuple[int, str]:
+        """Return the status and the message of a request that must be refused."""
+        question = {} if "messages" in fields or "prompt" in fields else {"messages": [{"role": "user", "content": "Hi"}]}  # fmt: skip
+        status, _, body = self.ask(path, question | fields)
+        assert set(body) == {"error"}, body
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        return status, body["error"]["message"]
+
+    def stream(self, content, **fields) -> list[dict]:
+        """Return the events of a streamed answer; the last must be [DONE]."""
+        connection = self.connect()
+        body = {"messages": [{"role": "user", "content": content}], "stream": True} | fields
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})  # fmt: skip
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.read().decode().split("\n") if line.startswith("data: ")]
+        connection.close()
+        assert lines.pop() == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    def settle(self) -> None:
+        """Wait until nothing runs."""
+        deadline = time.monotonic() + 20
+        while self.ask("/health")[2]["running"]:
+            assert time.monotonic() < deadline, "rows that nobody waits for still run"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving(
+    model="demo", given=None, *, folder=None, access=None, cache_mib=256, **limits
+) -> Iterator[Serving]:
+    """Serve ``model`` on a thread; ``given`` maps names to ``Wanted``, by default the demo's."""
+    from mlx_densesteer.server.listening import listen, open_socket
+    from mlx_densesteer.server.settings import Access, Limits, Settings
+    from mlx_densesteer.server.starting import model_id, start
+
+    settings = Settings(
+        model_id(str(model), None), replace(Limits(grace=2.0), **limits), access or Access(), folder
+    )
+    given = demo_vector() if given is None else given
+    server = start(str(model), given, settings, cache_bytes=cache_mib * 2**20)
+    listener = open_socket("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    ending = []
+    thread = threading.Thread(
+        target=listen, args=(server.application, listener, server.engine, settings.limits),
+        kwargs={"on_start": ending.append}, daemon=True,
+    )  # fmt: skip
+    thread.start()
+    serving = Serving(server, url)
+    for _ in range(200):
+        with contextlib.suppress(ConnectionError, IndexError):
+            serving.uvicorn = ending[0]
+            serving.ask("/health")
+            break
+        time.sleep(0.02)
+    try:
+        yield serving
+    finally:
+        ending[0].should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not end in time"
+        assert not server.engine.alive, "the model's thread did not end in time"
+
+
+def demo_vector():
+    from mlx_densesteer import SteeringVector, demo
+    from mlx_densesteer.server.wanted import Wanted
+
+    vector = SteeringVector.load(demo.VECTOR)
+    vector.name = "dense"
+    return {"dense": Wanted(vector, 4.76, (5,), "all")}
