@@ -150,7 +150,7 @@ def test_a_conversation_is_answered_as_without_the_prompt_cache(server, solo, po
         assert text(body) == alone.text
         cached.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
         messages.append({"role": "assistant", "content": text(body)})
-    assert cached[2] > 64  # the turn before, under the same steering
+    assert cached[2] > 64, cached  # the turn before, under the same steering
 
 
 def test_streaming_gives_the_same_text_and_ends_with_the_receipt(server):

@@ -98,10 +98,10 @@ class Encoder:
 
 
 def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the special token with which a message begins, if the chat template has one."""
+    """Return the token of its own with which a message begins, if the chat template has one."""
     if not tokenizer.has_chat_template:
         return frozenset()
     first = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], add_generation_prompt=True
     )[0]
-    return frozenset([first]) & frozenset(tokenizer.all_special_ids)
+    return frozenset([first]) & frozenset(tokenizer.get_added_vocab().values())

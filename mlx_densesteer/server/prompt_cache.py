@@ -87,9 +87,12 @@ class PromptCache:
         return replace(steering, positions="all")
 
     def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> tuple[Prefix, int]:
-        """Return the prefix that spares most work, for the caller alone, and the tokens that it spares."""
+        """Return the prefix that spares most work, for the caller alone, and how much.
+
+        That is in tokens; one whose lower layers alone are known counts for that part.
+        """
         fingerprint, layers = _identity(steering)
-        best, most, tokens = None, 0.0, 0
+        best, most = None, 0.0
         for number, entry in self._entries.items():
             same = common_beginning(entry.prefix.chunks, chunks)
             length = sum(len(chunk.tokens) for chunk in chunks[:same])
@@ -98,11 +101,10 @@ class PromptCache:
                 share = _shared(entry, layers) / len(entry.prefix.caches)
             if length * share > most:
                 best, most = number, length * share
-                tokens = length if share == 1.0 else 0
         if best is None:
             return Prefix(self._model, keep_bytes=self._max_bytes), 0
         self._entries.move_to_end(best)
-        return self._entries[best].prefix.fork(), tokens
+        return self._entries[best].prefix.fork(), int(most)
 
     def keep(self, prefix: Prefix, steering: Steering | None) -> None:
         """Keep a prompt that was read; what it begins with needs no entry of its own any more."""
