@@ -117,9 +117,8 @@ class PromptCache:
                 entry.prefix.chunks
             ):
                 del self._entries[number]
-        held = prefix.fork()
         self._count += 1
-        self._entries[self._count] = _Entry(fingerprint, layers, held, held.nbytes)
+        self._entries[self._count] = _Entry(fingerprint, layers, prefix.fork(), prefix.nbytes)
         while self._entries and self.nbytes > self._max_bytes:
             self._entries.popitem(last=False)
 
