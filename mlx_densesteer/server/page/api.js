@@ -1,0 +1,85 @@
+/** The server: what there is to choose from, and answers as they stream. */
+
+const KEY = "densesteer.key"; // in this tab only
+
+export class Refused extends Error {
+  /** @param {string} message @param {number} status */
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+function headers() {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function ask(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server cannot be reached. Is it still running?", 0);
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  const wait = response.headers.get("Retry-After");
+  const message = body.error?.message ?? `The server answered ${response.status}.`;
+  throw new Refused(wait ? `${message} (Retry after ${wait} s.)` : message, response.status);
+}
+
+/** @returns {Promise<object>} models, vectors, presets: /v1/steering */
+export async function overview() {
+  return (await ask("/v1/steering")).json();
+}
+
+/**
+ * Stream one answer.
+ * @param {object} request the body of /v1/chat/completions
+ * @param {AbortSignal} signal
+ * @returns {AsyncGenerator<{text?: string, steering?: object, usage?: object, reason?: string}>}
+ */
+export async function* answer(request, signal) {
+  const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
+  const response = await ask("/v1/chat/completions", {
+    method: "POST", body, signal, headers: { "Content-Type": "application/json" },
+  });
+  let done = false;
+  for await (const data of events(response.body)) {
+    done ||= data === "[DONE]"; // and then to the end of the stream: the connection is used again
+    if (done) continue;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new Refused(chunk.error.message, 500);
+    const choice = chunk.choices[0];
+    yield {
+      text: choice?.delta?.content || undefined,
+      reason: choice?.finish_reason || undefined,
+      steering: "steering" in chunk ? chunk.steering : undefined,
+      usage: chunk.usage,
+    };
+  }
+  if (!done) throw new Refused("The answer broke off before its end.", 0);
+}
+
+/** Yield the data of server-sent events; comments are left out. */
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) if (line.startsWith("data: ")) yield line.slice(6);
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

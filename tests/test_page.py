@@ -1,0 +1,427 @@
+"""The page in a real headless Chromium, on the real server."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("starlette")
+
+from mlx_densesteer.demo.problems import held_out
+
+from serving import serving
+
+QUESTION = held_out(1)[0].question
+OVERDOSE = 60  # repeats itself up to the limit: something to look at while it streams
+
+
+def missing(what):
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing("no playwright: pip install -e '.[dev]'")
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if found is None:
+        missing("no Chromium: apt-get install chromium")
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # OpenBLAS is not for the browser
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            yield browser
+            browser.close()
+    finally:
+        if preloaded is not None:
+            os.environ["LD_PRELOAD"] = preloaded
+
+
+@pytest.fixture
+def open_page(server, browser):
+    """Return a function that opens the page; at the end nothing may have gone wrong on it."""
+    contexts, troubles = [], []
+
+    def open_it(*, width=1300, height=900, before=lambda page: None, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        page = context.new_page()
+        contexts.append(context)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on(
+            "console",
+            lambda message: troubles.append(message.text) if message.type == "error" else None,
+        )
+        page.on("request", lambda request: troubles.append(request.url) if server.url not in request.url and not request.url.startswith("blob:") else None)  # fmt: skip
+        before(page)
+        page.goto(server.url)
+        return page
+
+    open_it.troubles = troubles
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert not troubles
+
+
+def answered(page):
+    from playwright.sync_api import expect
+
+    expect(page.locator("#status")).to_contain_text("Answered", timeout=60_000)
+    page.locator("#status").evaluate("element => { element.textContent = '' }")
+
+
+def ask(page, question=QUESTION):
+    page.get_by_label("Question", exact=True).fill(question)
+    page.keyboard.press("Enter")
+
+
+def answers(page):
+    """Return the steps and the receipt of each answer that is shown."""
+    return [
+        {
+            "title": one.locator("h3").inner_text(),
+            "steps": one.locator(".steps > li").all_inner_texts(),
+            "receipt": dict(
+                zip(
+                    one.locator("dt").all_inner_texts(),
+                    one.locator("dd").all_inner_texts(),
+                    strict=True,
+                )
+            ),
+        }
+        for one in page.locator(".answer").all()
+    ]
+
+
+def test_the_unsteered_answer_stands_beside_the_steered_one(server, open_page):
+    page = open_page()
+    ask(page)
+    answered(page)
+    steered, stock = answers(page)
+    assert steered["title"].startswith("dense 4.76, layer 5") and stock["title"] == "unsteered"
+    for shown, model in ((steered, "demo@dense=4.76"), (stock, "demo")):
+        body = server.chat(QUESTION, model=model, max_tokens=512)
+        text = body["choices"][0]["message"]["content"]
+        assert "\n\n".join(shown["steps"]) == text.strip()
+        details = body["usage"]["completion_tokens_details"]
+        assert int(shown["receipt"]["tokens"]) == body["usage"]["completion_tokens"]
+        assert int(shown["receipt"]["steps"]) == details["steps"] == len(shown["steps"])
+        assert float(shown["receipt"]["density"]) == pytest.approx(details["density"], rel=0.01)
+    assert len(steered["steps"]) < len(stock["steps"])
+
+
+def test_the_dial_by_keyboard_changes_what_is_asked(open_page):
+    page = open_page()
+    sent = []
+    page.on(
+        "request", lambda r: sent.append(json.loads(r.post_data)) if r.method == "POST" else None
+    )
+    dial = page.get_by_label("Strength", exact=True)
+    dial.focus()
+    before = float(page.get_by_label("Strength as a number").input_value())
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    after = float(page.get_by_label("Strength as a number").input_value())
+    assert after > before and "towards dense" in dial.get_attribute("aria-valuetext")
+    page.get_by_label("Layer", exact=True).select_option("3")
+    page.get_by_label("Positions").select_option("generated")
+    ask(page)
+    answered(page)
+    steered = [one["steering"] for one in sent if "steering" in one]
+    assert len(sent) == 2 and len(steered) == 1
+    assert steered[0]["strength"] == pytest.approx(after, rel=0.01)
+    assert steered[0]["layers"] == [3, 4, 5] and steered[0]["positions"] == "generated"
+
+    sent.clear()
+    page.get_by_role("button", name="0, unsteered").click()
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    assert ["steering" in one for one in sent] == [False]  # nothing to compare
+    assert len(answers(page)) == 1
+
+    sent.clear()
+    page.get_by_role("button", name="dense 4.76").click()
+    page.get_by_label("Compare with unsteered").uncheck()
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    assert [one["steering"]["layers"] for one in sent] == [[5]]
+
+
+def test_a_large_dose_is_said(open_page):
+    page = open_page()
+    page.get_by_label("Strength as a number").fill("22")
+    assert "usually ruins" in page.locator("#dose").inner_text()
+    assert page.locator("#dose.warn").count() == 1
+
+
+def test_the_conversation_goes_on_with_the_chosen_answer(open_page):
+    page = open_page()
+    sent = []
+    page.on(
+        "request", lambda r: sent.append(json.loads(r.post_data)) if r.method == "POST" else None
+    )
+    ask(page)
+    answered(page)
+    stock = answers(page)[1]
+    page.get_by_role("button", name="Go on with this one").click()
+    ask(page, "And now?")
+    answered(page)
+    messages = sent[-1]["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"].strip() == "\n\n".join(stock["steps"])
+
+
+def test_stopping_frees_the_server_and_keeps_what_was_said(server, open_page):
+    from playwright.sync_api import expect
+
+    page = open_page()
+    page.locator("#settings summary").click()
+    page.get_by_label("Length at most").fill("900")
+    page.get_by_label("Strength as a number").fill(str(OVERDOSE))
+    ask(page)
+    expect(page.locator(".answer").first.locator(".steps > li").first).not_to_be_empty(
+        timeout=30_000
+    )
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer .note").first).to_contain_text("Stopped.")
+    server.settle()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def test_history_survives_a_reload_and_is_deleted_on_demand(open_page):
+    page = open_page()
+    ask(page)
+    answered(page)
+    said = answers(page)
+    page.reload()
+    page.locator("#conversations .open").click()
+    assert answers(page) == said
+    page.get_by_role(
+        "button", name=re.compile("^Delete Zoe|^Delete " + re.escape(QUESTION[:20]))
+    ).click()
+    assert page.locator("#conversations li").count() == 0 and not answers(page)
+    page.reload()
+    assert page.locator("#conversations li").count() == 0
+
+
+def test_exports(open_page):
+    page = open_page()
+    ask(page)
+    answered(page)
+    shown = answers(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export JSON").click()
+    document = json.loads(download.value.path().read_text())
+    told = document["turns"][0]["answers"]
+    assert [one["steering"] and one["steering"]["strength"] for one in told] == [4.76, None]
+    assert told[0]["usage"]["completion_tokens"] == int(shown[0]["receipt"]["tokens"])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export Markdown").click()
+    text = download.value.path().read_text()
+    assert QUESTION in text and "### unsteered" in text and shown[0]["steps"][0] in text
+
+
+def test_another_conversation_while_one_is_answered(open_page):
+    page = open_page()
+    page.get_by_label("Strength as a number").fill(str(OVERDOSE))
+    ask(page)
+    page.get_by_role("button", name="New conversation").click()
+    page.get_by_role("button", name="dense 4.76").click()
+    ask(page)
+    answered(page)
+    assert len(page.locator("#turns > li").all()) == 1
+    assert answers(page)[0]["receipt"]["steps"] == "1"
+
+
+def events(*chunks):
+    return "".join(
+        f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n" for chunk in chunks
+    )
+
+
+def test_errors_are_told_and_can_be_retried(open_page):
+    page = open_page()
+    said = {"choices": [{"delta": {"content": "Half"}, "finish_reason": None}]}
+    bodies = [
+        (429, {"Retry-After": "3"}, json.dumps({"error": {"message": "full."}})),
+        (200, {}, events(said, {"error": {"message": "the server is shutting down."}})),
+        (200, {}, events(said)),
+    ]
+    page.get_by_label("Compare with unsteered").uncheck()
+
+    def refuse(route):
+        status, headers, body = bodies.pop(0)
+        route.fulfill(status=status, headers=headers, body=body)
+
+    page.route("**/v1/chat/completions", refuse)
+    ask(page)
+    alert = page.locator("#alert")
+    alert.get_by_text("full. (Retry after 3 s.)").wait_for()
+    assert page.get_by_label("Question", exact=True).input_value() == QUESTION
+    page.get_by_role("button", name="Retry").click()
+    alert.get_by_text("shutting down").wait_for()
+    assert answers(page)[0]["steps"] == ["Half"]
+    page.get_by_role("button", name="Retry").click()
+    alert.get_by_text("broke off").wait_for()
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Retry").click()
+    answered(page)
+    assert not alert.is_visible() and len(answers(page)[0]["steps"]) == 1
+    open_page.troubles[:] = [
+        t for t in open_page.troubles if "429" not in t
+    ]  # the browser's own line
+
+
+def test_markup_of_the_model_is_text(open_page):
+    page = open_page()
+    text = "<img src=x onerror=alert(1)><b>bold</b>\n\n<script>alert(2)</script>"
+    chunk = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}], "steering": None}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=events(chunk, "[DONE]")))
+    page.on("dialog", lambda dialog: open_page.troubles.append("a dialog opened"))
+    ask(page)
+    answered(page)
+    assert page.locator(".answer img, .answer b, .answer script").count() == 0
+    assert "\n\n".join(answers(page)[0]["steps"]) == text
+
+
+def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
+    from mlx_densesteer.server.settings import Access
+
+    with serving(access=Access(key=b"a-key-of-many-letters")) as locked:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(locked.url)
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Use it").click()
+        page.locator("#alert").get_by_text("no valid API key").wait_for()
+        page.get_by_label("API key").fill("a-key-of-many-letters")
+        page.get_by_role("button", name="Use it").click()
+        page.locator("#presets button").first.wait_for()
+        assert not page.locator("#key-form").is_visible()
+        assert page.evaluate("localStorage.length") == 0
+        page.reload()
+        page.locator("#presets button").first.wait_for()
+        context.close()
+
+
+SWEPT = [
+    {"layer": None, "strength": 0.0, "accuracy": 0.8, "task": "demo"},
+    *(
+        {"layer": layer, "strength": strength, "accuracy": 0.5 + layer / 20, "tokens": 61.25, "steps": 2.0,
+         "density": 30.6, "positions": "all", "task": {"name": "demo"}, "problems": 100}
+        for layer in (4, 5) for strength in (2.4, 4.8, 9.6)
+    ),
+]  # fmt: skip
+
+
+def with_sweep(page):
+    def answer(route):
+        response = route.fetch()
+        body = response.json()
+        body["vectors"][0]["tested"] = SWEPT
+        route.fulfill(response=response, json=body)
+
+    page.route("**/v1/steering", answer)
+
+
+def test_a_sweep_is_shown_and_sets_the_dial(open_page):
+    page = open_page(before=with_sweep)
+    cells = page.locator("#sweep-picture [role=button]")
+    cells.first.wait_for()
+    assert cells.count() == 6
+    page.get_by_role("button", name=re.compile("Layer 4, strength 9.6: accuracy 70%")).focus()
+    assert "density 30.6" in page.locator("#sweep-detail").inner_text()
+    page.keyboard.press("Enter")
+    assert page.get_by_label("Strength as a number").input_value() == "9.6"
+    assert page.get_by_label("Layer", exact=True).input_value() == "4"
+    assert page.locator("#sweep-table tbody tr").count() == 6
+
+
+def test_without_a_sweep_there_is_no_picture(open_page):
+    page = open_page()
+    page.locator("#presets button").wait_for()
+    assert not page.locator("#sweep").is_visible()
+
+
+def contrast(page):
+    """Return the smallest contrast of a visible text to its ground (WCAG 2)."""
+    return page.evaluate(
+        """() => {
+        const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+        const ground = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+          if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
+        let least = [99, ""];
+        for (const e of document.body.querySelectorAll("*")) {
+          if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !e.checkVisibility()) continue;
+          const [a, b] = [light(parse(getComputedStyle(e).color).slice(0, 3)), light(ground(e))];
+          const c = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+          if (c < least[0]) least = [c, e.outerHTML.slice(0, 80)];
+        }
+        return least; }"""
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_themes_can_be_read(open_page, scheme):
+    page = open_page(color_scheme=scheme, before=with_sweep)
+    ask(page)
+    answered(page)
+    least, where = contrast(page)
+    assert least >= 4.5, where
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.get_by_role("button", name="Dark").click()
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") != scheme
+    least, where = contrast(page)
+    assert least >= 4.5, where
+
+
+@pytest.mark.parametrize("width", [320, 360, 800, 1300])
+def test_no_width_scrolls_sideways(open_page, width):
+    page = open_page(width=width, height=800, before=with_sweep)
+    page.locator("#presets button").wait_for(state="attached")
+    for side in page.locator("details").all():
+        side.evaluate("element => { element.open = true }")
+    ask(page, QUESTION + " " + "x" * 200)
+    answered(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_every_control_has_a_name_and_is_reached_by_tab(open_page):
+    page = open_page(before=with_sweep)
+    ask(page)
+    answered(page)
+    for side in page.locator("details").all():
+        side.evaluate("element => { element.open = true }")
+    controls = "a, button, input, select, textarea, summary, [role=button]"
+    wanted = set()
+    for one in page.locator(controls).all():
+        if not one.is_visible() or one.is_disabled():
+            continue
+        name = one.evaluate(
+            "e => e.getAttribute('aria-label') || [...(e.labels ?? [])].map(l => l.textContent).join() || e.textContent"
+        )
+        assert name.strip(), one.evaluate("e => e.outerHTML")
+        wanted.add(one.evaluate("e => e.outerHTML"))
+    page.evaluate("document.activeElement.blur()")
+    reached = set()
+    for _ in range(len(wanted) + 10):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.outerHTML"))
+    assert wanted - reached == set()
