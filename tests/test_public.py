@@ -73,6 +73,7 @@ ROOMS = [
         "server.faults",
         "server.settings",
         "server.wire",
+        "server.within",
         "server.norms",
         "server.prompt_cache",
         "server.replies",

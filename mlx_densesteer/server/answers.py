@@ -19,6 +19,7 @@ from .replies import Reply
 from .settings import Settings
 from .shelf import Shelf
 from .wanted import wanted
+from .within import within
 from .wire import ChatRequest, CompletionRequest, check_extra
 
 IGNORED = "X-DenseSteer-Ignored"
@@ -127,8 +128,8 @@ class Answering:
                 yield _event(chunk)
             while not reply.complete:
                 try:
-                    wait = self.settings.limits.ping
-                    event = early.pop(0) if early else await asyncio.wait_for(inbox.get(), wait)
+                    async with within(self.settings.limits.ping):
+                        event = early.pop(0) if early else await inbox.get()
                 except asyncio.TimeoutError:
                     yield b": still at work\n\n"
                     continue

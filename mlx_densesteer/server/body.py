@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from .faults import Fault, bad
+from .within import within
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -42,7 +43,7 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
     body = bytearray()
     try:
         # one bound for the whole body: a client that drips is not kept
-        async with _within(seconds):
+        async with within(seconds):
             async for part in request.stream():
                 body += part
                 if len(body) > limit:
@@ -52,26 +53,6 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
     except ClientDisconnect:
         raise bad("the client went away.") from None
     return bytes(body)
-
-
-class _within:
-    """``asyncio.timeout`` of Python 3.11, for 3.10."""
-
-    def __init__(self, seconds: float):
-        self._seconds, self._late = seconds, False
-
-    async def __aenter__(self) -> None:
-        self._task = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._timer.cancel()
-        if self._late and kind is asyncio.CancelledError:
-            raise asyncio.TimeoutError
-
-    def _end(self) -> None:
-        self._late = True
-        self._task.cancel()
 
 
 def _fault(error: ValidationError) -> Fault:

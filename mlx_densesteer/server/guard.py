@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from .faults import Fault, bad, internal
 from .settings import Access
+from .within import within
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class _Exchange:
                 if name.lower().encode() not in present
             ]
         try:
-            await asyncio.wait_for(self._send(message), self._stall)
+            async with within(self._stall):
+                await self._send(message)
         except (asyncio.TimeoutError, OSError) as error:
             self.gone = True
             raise ConnectionError("the client does not read its answer") from error
