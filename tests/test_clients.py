@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from mlx_densesteer.demo.problems import held_out
-
 from serving import serving
+
+from mlx_densesteer.demo.problems import held_out
 
 QUESTION = held_out(1)[0].question
 KEY = "a-key-of-many-letters"
@@ -114,9 +114,9 @@ def test_openai_with_an_api_key():
         base = f"{locked.url}/v1"
         with openai.OpenAI(base_url=base, api_key=KEY) as client:
             assert client.models.list().data
-        with openai.OpenAI(base_url=base, api_key="other") as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        other = openai.OpenAI(base_url=base, api_key="other")
+        with other, pytest.raises(openai.AuthenticationError):
+            other.models.list()
 
 
 def test_llm(server, expected, tmp_path):

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from mlx_densesteer.demo.problems import held_out
-
 from serving import serving
+
+from mlx_densesteer.demo.problems import held_out
 
 QUESTION = held_out(1)[0].question
 OVERDOSE = 60  # repeats itself up to the limit: something to look at while it streams

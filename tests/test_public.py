@@ -41,6 +41,7 @@ ROOMS = [
         "stopping",
     },
     {"grading", "partial_answer"},
+    {"launch_agent"},
     {"hub", "vector", "pairs", "tasks", "plot"},
     {"interop", "interop.pt", "interop.gguf_model", "steering", "verification", "combination"},
     {"cache", "speculation", "defaults"},

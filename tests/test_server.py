@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from serving import serving
+
 from mlx_densesteer import Sampling, Steering, SteeringVector, demo, generate, load
 from mlx_densesteer.demo.problems import held_out
-
-from serving import serving
 
 QUESTIONS = [problem.question for problem in held_out(12)]
 

@@ -3,10 +3,12 @@
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from .options import model_option, positions_option, relative_option
 from .output import count, note
@@ -19,6 +21,17 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+
+
+def _uninstall_agent(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from ..launch_agent import uninstall
+
+    if sys.platform != "darwin":
+        raise click.ClickException("an agent is installed on macOS alone; there is none here.")
+    note("removed" if uninstall(home=Path.home()) else "there was no agent")
+    ctx.exit()
 
 
 @click.command()
@@ -58,11 +71,16 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
               help="Memory for prompts that were read, 0 for none.")  # fmt: skip
 @click.option("--grace", type=click.IntRange(0, 3600), default=10, show_default=True, metavar="SECONDS",
               help="What answers that run are given when the server ends.")  # fmt: skip
+@click.option("--uninstall-agent", is_flag=True, is_eager=True, expose_value=False, callback=_uninstall_agent,
+              help="Stop and remove that agent.")  # fmt: skip
+@click.option("--install-agent", is_flag=True,
+              help="Instead of serving now: serve like this from now on, whenever you are logged in "
+                   "(launchd). On other systems than macOS, print the agent.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
 def serve(model: str, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
           layers: tuple[str, ...], positions: str | None, relative: bool, name: str | None, host: str,
           port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
-          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, verbose: bool) -> None:  # fmt: skip
+          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, verbose: bool) -> None:  # fmt: skip
     """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
 
     A request steers with the field `steering`, or with the model's name: NAME@VECTOR=STRENGTH. The
@@ -71,6 +89,9 @@ def serve(model: str, vectors: tuple[str, ...], folder: Path | None, strength: f
     _check_extra()
     requests = _read_vectors(model, vectors, strength, layers, positions, relative)
     access = _access(host, _read_key(api_key_file), hosts, origins)
+    if install_agent:
+        _install_agent(api_key_file is None and access.key is not None)
+        return
     _set_up_logs(verbose)
 
     from ..server.listening import listen, open_socket
@@ -90,6 +111,53 @@ def serve(model: str, vectors: tuple[str, ...], folder: Path | None, strength: f
     address = f"[{host}]" if ":" in host else host
     note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
     listen(server.application, listener, server.engine, limits)
+
+
+# Options whose values are paths: an agent starts in another folder.
+PATHS = {"vectors", "folder", "api_key_file"}
+
+
+def _install_agent(key_in_environment: bool) -> None:
+    """Make an agent of the options that were given, and install it on a Mac."""
+    from ..launch_agent import agent, install
+
+    if key_in_environment:
+        raise click.UsageError(
+            f"an agent cannot keep a secret: put the API key of {KEY_VARIABLE} into a file that only you "
+            "can read, and name it with --api-key-file."
+        )
+    made = agent(_arguments(click.get_current_context()), home=Path.home())
+    if sys.platform != "darwin":
+        click.echo(made.decode(), nl=False)
+        note("an agent can be installed on macOS alone; this is what would be written")
+        return
+    note(f"installed and started: {install(made, home=Path.home())}")
+    note("remove it with: densesteer serve --uninstall-agent")
+
+
+def _arguments(ctx: click.Context) -> list[str]:
+    """Return the options that were given, with absolute paths."""
+    found: list[str] = []
+    for option in ctx.command.params:
+        name = option.name or ""
+        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if not given or name in ("install_agent", "uninstall_agent"):
+            continue
+        value = ctx.params[name]
+        long = next(text for text in option.opts if text.startswith("--"))
+        if value is True:
+            found.append(long)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            found += [long, _absolute(name, str(one))]
+    return found
+
+
+def _absolute(name: str, value: str) -> str:
+    local = name in PATHS or (name == "model" and Path(value).expanduser().is_dir())
+    if not local or value == "demo":
+        return value
+    return str(Path(value).expanduser().absolute())
 
 
 def _check_extra() -> None:

@@ -19,8 +19,8 @@ from .replies import Reply
 from .settings import Settings
 from .shelf import Shelf
 from .wanted import wanted
-from .within import within
 from .wire import ChatRequest, CompletionRequest, check_extra
+from .within import within
 
 IGNORED = "X-DenseSteer-Ignored"
 

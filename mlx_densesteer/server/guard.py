@@ -80,12 +80,16 @@ class Guard:
         """
         self._check_host(headers.get("host"))
         origin = self._check_origin(scope, headers)
-        if self._access.key is not None and scope["path"].startswith("/v1/"):
-            if scope["method"] != "OPTIONS" and not self._has_key(headers.get("authorization", "")):
-                raise Fault(
-                    401, "no valid API key: send it as `Authorization: Bearer KEY`.", None,
-                    "invalid_api_key", {"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+        asks = scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS"
+        if (
+            asks
+            and self._access.key is not None
+            and not self._has_key(headers.get("authorization"))
+        ):
+            raise Fault(
+                401, "no valid API key: send it as `Authorization: Bearer KEY`.", None,
+                "invalid_api_key", {"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
         return origin
 
     def _check_host(self, host: str | None) -> None:
@@ -115,8 +119,8 @@ class Guard:
             )  # fmt: skip
         return None
 
-    def _has_key(self, authorization: str) -> bool:
-        kind, _, key = authorization.partition(" ")
+    def _has_key(self, authorization: str | None) -> bool:
+        kind, _, key = (authorization or "").partition(" ")
         digests = [
             hashlib.sha256(k).digest() for k in (key.strip().encode(), self._access.key or b"")
         ]

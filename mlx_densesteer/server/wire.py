@@ -155,9 +155,9 @@ class ChatRequest(Completing):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens):
-            if self.max_tokens != self.max_completion_tokens:
-                raise ValueError("expected one of max_tokens and max_completion_tokens")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError("expected one of max_tokens and max_completion_tokens")
         return self
 
     @property
