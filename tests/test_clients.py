@@ -1,4 +1,4 @@
-"""The clients that people have, as they are: openai, llm, litellm (if it is there), curl."""
+"""The clients that people have, as they are: openai, llm, curl."""
 
 import json
 import os
@@ -135,15 +135,6 @@ def test_llm(server, expected, tmp_path):
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() == expected[model].strip()
-
-
-def test_litellm(server, expected):
-    litellm = pytest.importorskip("litellm", reason="litellm is not part of the dev extra (200 MB)")
-    answer = litellm.completion(
-        model="openai/demo@dense=4.76", api_base=f"{server.url}/v1", api_key="unused",
-        messages=[{"role": "user", "content": QUESTION}],
-    )  # fmt: skip
-    assert answer.choices[0].message.content == expected["demo@dense=4.76"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

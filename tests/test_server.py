@@ -295,6 +295,8 @@ def test_fields_that_ask_for_nothing_are_accepted_and_unknown_ones_are_named(ser
     status, headers, _ = server.ask("/v1/chat/completions", question | fields)
     assert status == 200
     assert headers["X-DenseSteer-Ignored"] == "top_k, mirostat"
+    odd = question | {"": 1, " ": 2, "\n": 3, "\u00e4": 4, "max_tokens": 1}
+    assert server.ask("/v1/chat/completions", odd)[1]["X-DenseSteer-Ignored"] == "?, ?, ?, ?"
 
 
 def test_a_client_that_leaves_frees_its_row(server):

@@ -188,4 +188,6 @@ def _event(body: dict[str, object]) -> bytes:
 
 
 def _header_safe(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:40])
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:40]) or "?"
+    )

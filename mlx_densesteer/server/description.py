@@ -65,6 +65,13 @@ ANSWER = {
     },
 }
 
+EVENT = {
+    "type": "object",
+    "description": "A server-sent event: a chunk as JSON, at the end [DONE].",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
+
 
 def describe(with_key: bool) -> dict[str, object]:
     """Return the description; ``with_key``: an API key is needed."""
@@ -107,7 +114,7 @@ def _get(summary: str) -> dict[str, object]:
 def _post(summary: str, kind: str) -> dict[str, object]:
     body = {"schema": {"$ref": f"#/components/schemas/{kind}"}}
     answer = _json("The answer, or its stream.", {"$ref": "#/components/schemas/Answer"})
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}  # type: ignore[index]
+    answer["content"]["text/event-stream"] = {"schema": EVENT}  # type: ignore[index]
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": body}},
