@@ -112,8 +112,13 @@ ROOMS = [
     {"chat.actions", "chat.screen", "chat.terminal_keyboard"},
     {"chat.loop", "chat.terminal_screen"},
     # the benchmarks
-    {"bench", "bench.oracle", "bench.report", "bench.subject", "bench.timing"},
+    {"bench", "bench.oracle", "bench.report", "bench.subject", "bench.timing", "bench.clients"},
+    {"bench.servers", "bench.hostile"},
+    {"bench.solo"},
+    {"bench.soak_clients"},
     {
+        "bench.serve",
+        "bench.soak",
         "bench.alone",
         "bench.batch",
         "bench.decode",
