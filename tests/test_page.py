@@ -32,18 +32,21 @@ def server():
 @pytest.fixture(scope="module")
 def browser():
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Error, sync_playwright
     except ImportError:
         missing("no playwright: pip install -e '.[dev]'")
     found = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
-    if found is None:
-        missing("no Chromium: apt-get install chromium")
     preloaded = os.environ.pop("LD_PRELOAD", None)  # OpenBLAS is not for the browser
     try:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            try:  # without one of the system's: what `playwright install chromium` brought
+                browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            except Error as error:
+                missing(
+                    f"no Chromium: apt-get install chromium, or playwright install chromium ({error})"
+                )
             yield browser
             browser.close()
     finally:

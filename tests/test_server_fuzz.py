@@ -56,7 +56,13 @@ def send_all(operation, mode, examples, statuses):
 
 
 def shorten(body):
-    """Ask for short answers: thousands of them are read."""
+    """Ask for short answers, mostly of the model and the vector that there are."""
+    steering = body.get("steering")
+    if len(str(body.get("model"))) % 4:
+        body.pop("model", None)
+    if isinstance(steering, dict) and len(str(steering)) % 4:
+        for one in steering.get("vectors", [steering]):
+            one["source" if "vectors" in steering else "vector"] = "dense"
     for name in ("max_tokens", "max_completion_tokens"):
         if isinstance(body.get(name), int):
             body[name] = min(body[name], 3)

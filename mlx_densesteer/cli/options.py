@@ -8,10 +8,10 @@ import click
 Command = Callable[..., Any]
 
 
-def model_option(command: Command) -> Command:
+def model_option(command: Command, *, required: bool = True) -> Command:
     """Add ``-m/--model``."""
     return click.option(
-        "-m", "--model", required=True, metavar="MODEL",
+        "-m", "--model", required=required, metavar="MODEL",
         help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
     )(command)  # fmt: skip
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,8 @@ MIN_KEY = 16
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
 
-def _uninstall_agent(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from ..launch_agent import uninstall
-
-    if sys.platform != "darwin":
-        raise click.ClickException("an agent is installed on macOS alone; there is none here.")
-    note("removed" if uninstall(home=Path.home()) else "there was no agent")
-    ctx.exit()
-
-
 @click.command()
-@model_option
+@partial(model_option, required=False)
 @click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE",
               help="A vector that requests may name, by its file's name; may be repeated. -m demo has "
                    "the embedded one, dense.")  # fmt: skip
@@ -71,21 +61,27 @@ def _uninstall_agent(ctx: click.Context, _: click.Parameter, wanted: bool) -> No
               help="Memory for prompts that were read, 0 for none.")  # fmt: skip
 @click.option("--grace", type=click.IntRange(0, 3600), default=10, show_default=True, metavar="SECONDS",
               help="What answers that run are given when the server ends.")  # fmt: skip
-@click.option("--uninstall-agent", is_flag=True, is_eager=True, expose_value=False, callback=_uninstall_agent,
-              help="Stop and remove that agent.")  # fmt: skip
+@click.option(
+    "--uninstall-agent", is_flag=True, help="Stop and remove that agent; no other option is needed."
+)
 @click.option("--install-agent", is_flag=True,
               help="Instead of serving now: serve like this from now on, whenever you are logged in "
                    "(launchd). On other systems than macOS, print the agent.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
-def serve(model: str, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
+def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
           layers: tuple[str, ...], positions: str | None, relative: bool, name: str | None, host: str,
           port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
-          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, verbose: bool) -> None:  # fmt: skip
+          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, uninstall_agent: bool, verbose: bool) -> None:  # fmt: skip
     """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
 
     A request steers with the field `steering`, or with the model's name: NAME@VECTOR=STRENGTH. The
     bare name is the stock model. Ctrl-C ends.
     """
+    if uninstall_agent:
+        _uninstall_agent()
+        return
+    if model is None:
+        raise click.UsageError("no model: add -m MODEL.")
     _check_extra()
     requests = _read_vectors(model, vectors, strength, layers, positions, relative)
     access = _access(host, _read_key(api_key_file), hosts, origins)
@@ -133,6 +129,14 @@ def _install_agent(key_in_environment: bool) -> None:
         return
     note(f"installed and started: {install(made, home=Path.home())}")
     note("remove it with: densesteer serve --uninstall-agent")
+
+
+def _uninstall_agent() -> None:
+    from ..launch_agent import uninstall
+
+    if sys.platform != "darwin":
+        raise click.ClickException("an agent is installed on macOS alone; there is none here.")
+    note("removed" if uninstall(home=Path.home()) else "there was no agent")
 
 
 def _arguments(ctx: click.Context) -> list[str]:
