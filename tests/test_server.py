@@ -368,3 +368,30 @@ def test_a_step_that_fails_is_told_and_does_not_end_the_server(server, monkeypat
     status, message = server.refusal({})
     assert status == 500 and "secret" not in message
     assert server.chat(QUESTIONS[0], max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_more_choices_than_rows_are_answered_one_after_the_other():
+    with serving(rows=1, queue=4) as server:
+        body = server.chat(QUESTIONS[0], n=3, seed=1, temperature=0.7, max_tokens=5)
+        assert len(body["choices"]) == 3
+
+
+def test_a_stream_that_nobody_reads_lets_go_what_it_holds():
+    import asyncio
+    from contextlib import ExitStack
+
+    from mlx_densesteer.server.answers import EventStream
+
+    async def lines():
+        yield b""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    held, let_go = ExitStack(), []
+    held.callback(let_go.append, True)
+    asyncio.run(EventStream(lines(), held, {})({"type": "http"}, receive, send))
+    assert let_go

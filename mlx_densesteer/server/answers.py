@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ..generation import Sampling
 from .encoding import Encoder
@@ -63,8 +64,8 @@ class Answering:
                         self._take(reply, await watch.first(inbox.get()))
                     body = reply.whole(asked.alternatives is not None)
                     return JSONResponse(body, headers=headers)
-            lines = self._stream(reply, early, inbox, asked.wants_usage, held.pop_all())
-            return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
+            lines = self._stream(reply, early, inbox, asked.wants_usage)
+            return EventStream(lines, held.pop_all(), headers)
 
     async def _jobs(self, asked: ChatRequest | CompletionRequest) -> list[Job]:
         name = self.settings.name
@@ -115,34 +116,43 @@ class Answering:
             reply.add(what.choice, what.piece)
 
     async def _stream(
-        self,
-        reply: Reply,
-        early: list[tuple[Job, Said]],
-        inbox: asyncio.Queue,
-        with_usage: bool,
-        held: ExitStack,
+        self, reply: Reply, early: list[tuple[Job, Said]], inbox: asyncio.Queue, with_usage: bool
     ) -> AsyncIterator[bytes]:
-        """Yield server-sent events; leaving cancels what still runs."""
-        with held:
-            for chunk in reply.opening():
-                yield _event(chunk)
-            while not reply.complete:
-                try:
-                    async with within(self.settings.limits.ping):
-                        event = early.pop(0) if early else await inbox.get()
-                except asyncio.TimeoutError:
-                    yield b": still at work\n\n"
-                    continue
-                try:
-                    self._take(reply, event)
-                except Fault as fault:
-                    yield _event(fault.body)
-                    return
-                if isinstance(event[1], Said):
-                    yield _event(reply.chunk(event[1].choice, event[1].piece))
-            if with_usage:
-                yield _event(reply.last())
-            yield b"data: [DONE]\n\n"
+        """Yield server-sent events."""
+        for chunk in reply.opening():
+            yield _event(chunk)
+        while not reply.complete:
+            try:
+                async with within(self.settings.limits.ping):
+                    event = early.pop(0) if early else await inbox.get()
+            except asyncio.TimeoutError:
+                yield b": still at work\n\n"
+                continue
+            try:
+                self._take(reply, event)
+            except Fault as fault:
+                yield _event(fault.body)
+                return
+            if isinstance(event[1], Said):
+                yield _event(reply.chunk(event[1].choice, event[1].piece))
+        if with_usage:
+            yield _event(reply.last())
+        yield b"data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; at the end, whatever it is, ``held`` is let go.
+
+    Not left to the generator: one that nobody began to read is never cleaned up.
+    """
+
+    def __init__(self, lines: AsyncIterator[bytes], held: ExitStack, headers: dict[str, str]):
+        super().__init__(lines, headers=headers, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
 
 
 class _Watch:

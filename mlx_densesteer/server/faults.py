@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..errors import DenseSteerError
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault(DenseSteerError):
     """A request that is refused, or an answer that cannot be finished.
 

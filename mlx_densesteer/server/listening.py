@@ -99,7 +99,8 @@ def _bounded(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if not self.transport.is_closing():
+            # a request that was sent behind this one may have begun by now
+            if not self.transport.is_closing() and self.cycle.response_complete:
                 self._await_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -4,11 +4,15 @@ Entries are found by the fingerprint of the steering under which they were read.
 an entry of another steering gives what is the same in both: the layers up to the lowest that either
 steers (``prefix.py``). A prompt is cut into the same chunks wherever it comes from, so what is taken
 from here is bit for bit what reading it anew would give.
+
+Short prompts that come together are read together instead (``Reading.rest``), which is faster.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
@@ -24,19 +28,21 @@ SMALL, LARGE = 64, 256  # tokens of a chunk: ended by a message from here on, en
 def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
     """Cut a prompt without its last token into chunks.
 
-    Where a chunk ends depends on what precedes it alone, so prompts that begin alike have the same
-    first chunks. It ends before a token that opens a message (``opens``), or when it is long: other
-    rows decode in between.
+    Where a chunk ends depends on what precedes it, so prompts that begin alike have the same first
+    chunks. It ends before a token that opens a message (``opens``), or when it is long: other rows
+    decode in between. What would be a small last chunk belongs to the one before: a forward pass of
+    few tokens costs almost as much as one of many.
     """
-    chunks, start = [], 0
-    for at in range(1, len(tokens)):
-        length = at - start
-        if length == LARGE or (length >= SMALL and tokens[at] in opens):
-            chunks.append(Chunk(tuple(tokens[start:at])))
+    ends, start = [], 0
+    for at in range(1, len(tokens) - 1):
+        if at - start == LARGE or (at - start >= SMALL and tokens[at] in opens):
+            ends.append(at)
             start = at
-    if len(tokens) - 1 > start:
-        chunks.append(Chunk(tuple(tokens[start : len(tokens) - 1])))
-    return chunks
+    last = len(tokens) - 1
+    if ends and last - ends[-1] < SMALL:
+        ends.pop()
+    bounds = [0, *ends, last]
+    return [Chunk(tuple(tokens[first:end])) for first, end in pairwise(bounds) if end > first]
 
 
 @dataclass(eq=False)
@@ -47,6 +53,15 @@ class _Entry:
     layers: frozenset[int]
     prefix: Prefix
     nbytes: int
+
+
+class Found(NamedTuple):
+    """A prefix that begins a prompt. ``tokens``: what it spares; one whose lower layers alone are
+    known counts for that part. ``exact``: it was read under the same steering."""
+
+    prefix: Prefix
+    tokens: int
+    exact: bool
 
 
 class PromptCache:
@@ -86,13 +101,10 @@ class PromptCache:
             return replace(steering, strength=0.0)
         return replace(steering, positions="all")
 
-    def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> tuple[Prefix, int]:
-        """Return the prefix that spares most work, for the caller alone, and how much.
-
-        That is in tokens; one whose lower layers alone are known counts for that part.
-        """
+    def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> "Found":
+        """Return the prefix that spares most work, for the caller alone."""
         fingerprint, layers = _identity(steering)
-        best, most = None, 0.0
+        best, most, exact = None, 0.0, True
         for number, entry in self._entries.items():
             same = common_beginning(entry.prefix.chunks, chunks)
             length = sum(len(chunk.tokens) for chunk in chunks[:same])
@@ -100,11 +112,11 @@ class PromptCache:
             if entry.fingerprint != fingerprint:
                 share = _shared(entry, layers) / len(entry.prefix.caches)
             if length * share > most:
-                best, most = number, length * share
+                best, most, exact = number, length * share, entry.fingerprint == fingerprint
         if best is None:
-            return Prefix(self._model, keep_bytes=self._max_bytes), 0
+            return Found(Prefix(self._model, keep_bytes=self._max_bytes), 0, True)
         self._entries.move_to_end(best)
-        return self._entries[best].prefix.fork(), int(most)
+        return Found(self._entries[best].prefix.fork(), int(most), exact)
 
     def keep(self, prefix: Prefix, steering: Steering | None) -> None:
         """Keep a prompt that was read; what it begins with needs no entry of its own any more."""
@@ -124,7 +136,7 @@ class PromptCache:
 
 
 class Reading:
-    """A prompt that is being read, a chunk at a time."""
+    """A prompt that is to be read, a chunk at a time."""
 
     def __init__(
         self, cache: PromptCache, model: nn.Module, tokens: Sequence[int],
@@ -133,12 +145,31 @@ class Reading:
         self._cache, self._model, self._steering = cache, model, steering
         self._tokens, self._chunks = tokens, chunks
         self._while_reading = cache.while_reading(steering)
-        self._prefix, self.cached_tokens = cache.lookup(chunks, self._while_reading)
-        self._filling = self._prefix.filling(chunks, self._while_reading)
+        self._prefix, self.cached_tokens, self._exact = cache.lookup(chunks, self._while_reading)
+        self._filling: Generator[None, None, object] | None = None
         self.done = False
+
+    @property
+    def next_chunk(self) -> Chunk | None:
+        """The first chunk that is not known."""
+        known = common_beginning(self._prefix.chunks, self._chunks)
+        return self._chunks[known] if known < len(self._chunks) else None
+
+    def rest(self) -> list[int] | None:
+        """Return the tokens that are not known, if they can as well be read beside other prompts.
+
+        ``caches`` then hold what precedes them. That is for short rests: they are not kept.
+        """
+        if not self._exact or self._filling is not None:
+            return None
+        self._prefix.cut(self._chunks)
+        rest = list(self._tokens[self._prefix.length :])
+        return rest if 1 < len(rest) <= LARGE else None
 
     def advance(self) -> int:
         """Read one chunk and return its tokens; 0 when there is nothing left to read."""
+        if self._filling is None:
+            self._filling = self._prefix.filling(self._chunks, self._while_reading)
         before = self._prefix.length
         try:
             next(self._filling)
@@ -149,7 +180,7 @@ class Reading:
         return max(1, self._prefix.length - before)
 
     def caches(self) -> list[KVCache]:
-        """Return caches that hold the prompt but its last token, and go on under its steering."""
+        """Return caches that hold what was read, and go on under the prompt's steering."""
         caches = make_cache(self._model, self._steering, prompt_length=len(self._tokens))
         for mine, read in zip(caches, self._prefix.caches, strict=True):
             if read.offset:

@@ -4,7 +4,7 @@ Each turn of ``work`` reads a part of the prompts that arrive and decodes one to
 runs. Prompts are read by ``prompt_cache``, rows decoded by ``batch``.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -30,6 +30,7 @@ class _Taken:
     job: Job
     steering: Steering | None
     reading: Reading | None = None
+    cached_tokens: int = 0
 
 
 class Worker:
@@ -138,37 +139,61 @@ class Worker:
 
     def _read(self) -> None:
         """Read prompts, in the order in which they came, as far as rows that decode can wait."""
-        while self._waiting and self.running + self._waiting[0].job.n <= self._limit:
+        # more answers than rows in one job: the batch lets the rest wait
+        while self._waiting and (
+            not self.running or self.running + self._waiting[0].job.n <= self._limit
+        ):
             self._reading.append(self._waiting.popleft())
         budget = PREFILL_BESIDE
         while self._reading and budget > 0:
             taken = self._reading[0]
             if taken.reading is None:
-                taken.reading = self.prompts.read(taken.job.tokens, taken.steering, self._opens)
+                self._join_together()
+                continue
             budget -= taken.reading.advance()
             if taken.reading.done:
                 self._reading.popleft()
-                self._join(taken)
+                self._join(taken, taken.job.tokens[-1:])
 
-    def _join(self, taken: _Taken) -> None:
+    def _join_together(self) -> None:
+        """Begin to read: several short prompts with nothing in common at once, else the first one."""
+        for taken in self._reading:
+            taken.reading = self.prompts.read(taken.job.tokens, taken.steering, self._opens)
+        next_chunks = Counter(taken.reading.next_chunk for taken in self._reading)
+        rests = {
+            taken: taken.reading.rest()
+            for taken in self._reading
+            if taken.job.n == 1 and next_chunks[taken.reading.next_chunk] == 1
+        }
+        together = {taken: rest for taken, rest in rests.items() if rest}
+        if len(together) > 1:
+            self._reading = deque(taken for taken in self._reading if taken not in together)
+            for taken, rest in together.items():
+                self._join(taken, rest)
+        for taken in list(self._reading)[len(together) <= 1 :]:
+            taken.reading = None  # looked up again when its turn comes: more is known then
+
+    def _join(self, taken: _Taken, tokens: list[int]) -> None:
+        """Let a job's rows join the batch; ``tokens`` are what its caches do not hold."""
         if self._batch is None:
             self._batch = Batch(self._model, self._tokenizer, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
         for choice in range(job.n):
             row = self._batch.add(
-                job.tokens[-1:], steering=taken.steering, max_tokens=job.max_tokens,
+                tokens, steering=taken.steering, max_tokens=job.max_tokens,
                 sampling=_sampling(job.sampling, choice), stop=job.stop, cache=caches,
                 logprobs=job.logprobs,
             )  # fmt: skip
             self._rows[row] = taken, choice
+        taken.cached_tokens, taken.reading = taken.reading.cached_tokens, None
 
     def _decode(self) -> Told:
         pieces: list[Piece] = [] if self._batch is None else self._batch.step()
         told: Told = []
         for piece in pieces:
             taken, choice = self._rows[piece.row]
-            cached = taken.reading.cached_tokens if taken.reading else 0
-            told.append((taken.job, Said(taken.job.first + choice, piece, cached)))
+            said = Said(taken.job.first + choice, piece, taken.cached_tokens)
+            told.append((taken.job, said))
             if piece.result:
                 del self._rows[piece.row]
         return told
