@@ -177,20 +177,20 @@ def test_what_must_not_be_is_said():
     fine = {
         **dict.fromkeys(soak.PROBLEMS, 0), "good": 5, "good_sent": 5, "alive": True, "exit_code": 0,
         "health": {"running": 0, "waiting": 0}, "tracebacks": 0, "questions_in_log": 0,
-        "memory": {"first_quarter": 100.0, "last_quarter": 101.0},
+        "memory": {"first_quarter": 100.0, "last_quarter": 101.0, "samples": 120},
     }  # fmt: skip
+    grown = {**fine["memory"], "last_quarter": 130.0}
     assert soak.failures(fine, {}) == []
+    assert soak.failures({**fine, "memory": {**grown, "samples": 30}}, {}) == []
     for change, said in [
         ({"hangs": 1}, "1 hangs; the first: so"),
         ({"good": 4}, "4 of 5 good requests"),
         ({"health": {"running": 1, "waiting": 0}}, "rows are left"),
         ({"alive": False}, "the server died"),
         ({"exit_code": -signal.SIGKILL}, "SIGTERM did not end"),
+        ({"exit_code": -signal.SIGABRT}, "SIGTERM ended the server with exit code -6"),
         ({"tracebacks": 2}, "2 tracebacks"),
-        (
-            {"memory": {"first_quarter": 100.0, "last_quarter": 130.0}},
-            "memory grew from 100 to 130",
-        ),
+        ({"memory": grown}, "memory grew from 100 to 130"),
     ]:
         (found,) = soak.failures({**fine, **change}, {"hangs": "so"})
         assert found.startswith(said)

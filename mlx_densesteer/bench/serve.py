@@ -21,7 +21,7 @@ FIGURES = ("serve_ratio", "serve_unsteered_ratio", "serve_errors")
 SUITE = {"clients": "1,4,8,16", "requests": 2, "tokens": 24, "rounds": 3, "seconds": 60.0}
 QUICK = {"clients": "1,8", "requests": 2, "tokens": 16, "rounds": 1}
 DOSES = (0.02, -0.04, 0.06, -0.08, 0.1, -0.12, 0.14, -0.16)  # mild: the answers stay answers
-NAMES = ("ours, steered", "mlx_lm.server, its requests", "ours, unsteered", "mlx_lm.server")
+NAMES = ("ours, steered", "mlx_lm.server, same questions", "ours, unsteered", "mlx_lm.server")
 STEERED, ITS_STOCK, UNSTEERED, STOCK = range(4)
 
 

@@ -15,6 +15,7 @@ from .solo import Case, saved, solo_cases, two_vectors
 from .subject import Subject
 from .timing import Tell, quiet
 
+JUDGED = 120  # samples, one a second: until then caches fill, and growth says nothing
 GROWTH, SLACK = 1.1, 16.0  # the last quarter may hold so much more than the first: share, MiB
 
 LAST_FAILURES: list[str] = []  # of the last ``run``, for the exit code
@@ -139,7 +140,11 @@ def failures(result: Mapping[str, object], examples: Mapping[str, str]) -> list[
     for name in ("tracebacks", "questions_in_log"):
         if result[name]:
             found.append(f"{result[name]} {name.replace('_', ' ')}")
-    if held and held["last_quarter"] > held["first_quarter"] * GROWTH + SLACK:
+    if (
+        held
+        and held["samples"] >= JUDGED
+        and held["last_quarter"] > held["first_quarter"] * GROWTH + SLACK
+    ):
         found.append(
             f"memory grew from {held['first_quarter']:.0f} to {held['last_quarter']:.0f} MiB"
         )
