@@ -210,7 +210,7 @@ def test_a_gpt_like_head_is_shared_too(tiny):
     assert truncated(tiny, 1).lm_head == tiny.lm_head
 
 
-@pytest.mark.parametrize("name", [*suite.BENCHMARKS, "dose"])
+@pytest.mark.parametrize("name", [*suite.BENCHMARKS, "dose", "serve", "soak"])
 def test_every_script_is_one_of_the_benchmarks(name):
     script = ROOT / "benchmarks" / f"{name}.py"
     assert f'main("{name}")' in script.read_text("utf-8")
@@ -218,7 +218,7 @@ def test_every_script_is_one_of_the_benchmarks(name):
 
 def test_there_is_no_other_script():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*suite.BENCHMARKS, "dose"}
+    assert scripts == {*suite.BENCHMARKS, "dose", "serve", "soak"}
 
 
 @pytest.mark.parametrize("shown", [

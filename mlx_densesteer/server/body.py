@@ -12,6 +12,9 @@ from .within import within
 Model = TypeVar("Model", bound=BaseModel)
 
 SHOWN = 5  # problems that are told at once
+# Of a body that is too large so many times the limit is read and thrown away: most clients send all
+# of it before they look for the answer, and would only see a broken connection.
+DISCARDED = 16
 
 
 async def read_json(request: Request, kind: type[Model], *, limit: int, seconds: float) -> Model:
@@ -38,20 +41,24 @@ async def read_json(request: Request, kind: type[Model], *, limit: int, seconds:
 async def _read(request: Request, limit: int, seconds: float) -> bytes:
     too_large = Fault(413, f"the body is too large: this server takes {limit} bytes.")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 20 and int(length) > limit:
+    if length.isdecimal() and len(length) < 20 and int(length) > DISCARDED * limit:
         raise too_large
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         # one bound for the whole body: a client that drips is not kept
         async with within(seconds):
             async for part in request.stream():
-                body += part
-                if len(body) > limit:
+                size += len(part)
+                if size <= limit:
+                    body += part
+                elif size > DISCARDED * limit:
                     raise too_large
     except asyncio.TimeoutError:
         raise Fault(408, f"the body did not come within {seconds:g} seconds.") from None
     except ClientDisconnect:
         raise bad("the client went away.") from None
+    if size > limit:
+        raise too_large
     return bytes(body)
 
 
