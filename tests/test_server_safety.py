@@ -76,9 +76,10 @@ def raw(url, data, *, half_close=False, seconds=10.0):
     """Send bytes, and return what comes back until the server ends the connection."""
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port), timeout=seconds) as connection:
-        connection.sendall(data)
-        if half_close:
-            connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the server may have answered and closed already
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
         found = b""
         try:
             while part := connection.recv(65536):
