@@ -104,6 +104,7 @@ def serving(
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"
         assert not server.engine.alive, "the model's thread did not end in time"
+        server.engine.close()
 
 
 def demo_vector():

@@ -78,7 +78,7 @@ def build(answering: Answering, overview: Overview) -> Application:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine.attach(asyncio.get_running_loop())
         yield
-        engine.close()
+        engine.end()
         answering.encoder.close()
 
     routes = [

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as _FutureTimeout
 
+import mlx.core as mx
+
 from .faults import Fault, ending, internal
 from .job import Event, Job
 from .norms import Norms
@@ -37,15 +39,20 @@ class Engine:
         self._loaded: Future[Worker] = Future()
         self._ending = False
         self._company = 0  # requests that came together the last time
+        self._ended, self._may_go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
         """Load the model; raises what ``load`` raises."""
         self._thread.start()
-        while True:  # in short waits: Ctrl-C must come through
-            with contextlib.suppress(TimeoutError, _FutureTimeout):
-                self._loaded.result(timeout=0.2)
-                return
+        try:
+            while True:  # in short waits: Ctrl-C must come through
+                with contextlib.suppress(TimeoutError, _FutureTimeout):
+                    self._loaded.result(timeout=0.2)
+                    return
+        except BaseException:
+            self.end()  # waits until the thread is out of mlx
+            raise
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Tell events to this loop from now on."""
@@ -66,7 +73,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended.is_set()
 
     @contextlib.contextmanager
     def holding(self, jobs: Sequence[Job]) -> Iterator["asyncio.Queue[tuple[Job, Event]]"]:
@@ -98,12 +105,21 @@ class Engine:
         worker = self._loaded.result()
         self._orders.put(lambda: self._tell(worker.close()))
 
-    def close(self) -> None:
-        """End what runs and the thread; it is given the time of a step."""
-        if not self._thread.is_alive():
-            return
+    def end(self) -> None:
+        """End what runs, and take nothing more; the thread is given the time of a step.
+
+        The thread then sleeps until the process ends. It must not end beside the interpreter: what mlx
+        keeps for a thread takes the GIL as it is destroyed, and a thread that asks a finalizing
+        interpreter for the GIL aborts the process (github.com/ml-explore/mlx/pull/4110).
+        """
         self._ending = True
         self._orders.put(None)
+        self._ended.wait(JOIN_SECONDS)
+
+    def close(self) -> None:
+        """End as ``end`` does, and end the thread too: for a process that goes on."""
+        self.end()
+        self._may_go.set()
         self._thread.join(JOIN_SECONDS)
 
     def _busy(self, count: int) -> Fault:
@@ -120,10 +136,14 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            worker = self._load()
+            self._serve(self._load())
         except BaseException as error:
             self._loaded.set_exception(error)
-            return
+        self._ended.set()
+        self._may_go.wait()
+        mx.clear_streams()
+
+    def _serve(self, worker: Worker) -> None:
         self._loaded.set_result(worker)
         while self._obey(worker):
             try:
