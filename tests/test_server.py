@@ -113,6 +113,23 @@ def test_a_bare_vector_name_takes_its_own_strength(server):
     assert body["steering"]["strength"] == 4.76 and body["model"] == "demo@dense=4.76"
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model": "demo@dense=4.7612345"}, "demo@dense=4.7612345"),
+        ({"steering": {"strength": 2, "layer": 5}}, "demo@dense=2"),
+        ({"steering": {"strength": 2, "layer": 3}}, "demo"),
+        ({"steering": {"strength": 2, "positions": "generated"}}, "demo"),
+        ({"steering": {"vectors": [{"source": "dense", "scale": 2, "layers": [3]}]}}, "demo"),
+    ],
+)
+def test_the_model_that_is_named_asks_for_the_same_again(server, fields, name):
+    body = server.chat(QUESTIONS[1], max_tokens=2, **fields)
+    assert body["model"] == name and body["steering"]
+    if name != "demo":
+        assert server.chat(QUESTIONS[1], max_tokens=2, model=name)["steering"] == body["steering"]
+
+
 def test_many_clients_each_get_the_answer_of_their_own_steering(server, solo):
     rng = random.Random(0)
     asked = [
@@ -260,12 +277,14 @@ def test_models_are_listed_and_found(server):
         ({"model": "demo@dense=much"}, 400, "expected a number"),
         ({"model": "demo@dense=nan"}, 400, "expected a number"),
         ({"model": "demo@dense=1", "steering": {"strength": 1}}, 400, "expected it once"),
-        ({"steering": {"strenght": 1}}, 400, "strenght"),
+        ({"steering": {"strenght": 1}}, 400, "unknown key 'strenght': expected vector, strength, layer,"),
+        ({"steering": {"vectors": [{"source": "dense", "scalee": 1}]}}, 400, "expected source, algorithm, scale"),
+        ({"steering": {"vectors": [{"source": "dense", "apply": {"answer": "all"}}]}}, 400, "expected prompt, generation"),
         ({"sterring": {"strength": 1}}, 400, "did you mean `steering`"),
         ({"steering": {"strength": 1, "layer": 9}}, 400, "no vector for layer 9"),
         ({"steering": {"strength": 1, "vector": "../dense"}}, 400, "this server has dense"),
         ({"steering": {"strength": 1e12}}, 400, "less than or equal"),
-        ({"steering": {"layer": 3, "layers": [4]}}, 400, "expected one of"),
+        ({"steering": {"layer": 3, "layers": [4]}}, 400, "steering: expected one of"),
         ({"steering": {"vectors": [{"source": "dense", "algorithm": "loreft"}]}}, 400, "plain addition"),
         ({"response_format": {"type": "json_object"}}, 400, "`response_format` is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "`tools` is not supported"),

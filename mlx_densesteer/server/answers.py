@@ -100,9 +100,10 @@ class Answering:
                 continue
             self._take(reply, event)
             started += 1
-        if reply.steering and "+" not in str(reply.steering["vector"]):
-            vector, strength = reply.steering["vector"], reply.steering["strength"]
-            reply.model = format_model_name(self.settings.name, str(vector), float(strength))
+        asked = jobs[0].wanted
+        if reply.steering and asked and asked.preset:
+            strength = float(reply.steering["strength"])
+            reply.model = format_model_name(self.settings.name, asked.preset, strength)
         return early
 
     def _take(self, reply: Reply, event: tuple[Job, Started | Said | Failed]) -> None:

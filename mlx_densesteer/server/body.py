@@ -73,7 +73,8 @@ def _fault(error: ValidationError) -> Fault:
             )
         where = _place(problem["loc"])
         param = param or where
-        told.append(f"{where}: {problem['msg'][:200]}" if where else problem["msg"][:200])
+        message = problem["msg"].removeprefix("Value error, ")[:300]
+        told.append(f"{where}: {message}" if where else message)
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return bad("; ".join(told) + more + ".", param)
 

@@ -52,5 +52,6 @@ def parse_model_name(text: str, base: str) -> Named | None:
 
 
 def format_model_name(base: str, vector: str, strength: float) -> str:
-    """Return the name under which a setting is listed."""
-    return f"{base}@{vector}={strength:g}"
+    """Return the name that asks for a vector at exactly this strength."""
+    short = f"{strength:g}"
+    return f"{base}@{vector}={short if float(short) == strength else repr(strength)}"

@@ -1,6 +1,6 @@
 """From what a request says about steering to a ``Steering``; three ways of saying the same."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..combination import combine
@@ -16,13 +16,17 @@ from .wire import EasySteer, EasySteerVector, SteeringField
 
 @dataclass(frozen=True)
 class Wanted:
-    """A steering that was asked for; a relative strength still needs the model's norms."""
+    """A steering that was asked for; a relative strength still needs the model's norms.
+
+    ``preset`` is the vector's name where a model name can say the same.
+    """
 
     vector: SteeringVector
     strength: float
     layers: tuple[int, ...]
     positions: Positions
     relative: bool = False
+    preset: str | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -89,7 +93,14 @@ def _one(shelved: Shelved, field: SteeringField) -> Wanted:
         raise bad("steering.relative needs a steering.strength, for example 0.1.", "steering")
     positions = field.positions or default.positions
     shelved.vector.select(layers)
-    return Wanted(shelved.vector, strength, layers, positions, field.relative)
+    preset = _preset(shelved, layers, positions)
+    return Wanted(shelved.vector, strength, layers, positions, field.relative, preset)
+
+
+def _preset(shelved: Shelved, layers: Iterable[int], positions: Positions) -> str | None:
+    default = shelved.default
+    same = set(layers) == set(default.layers) and positions == default.positions
+    return shelved.name if same else None
 
 
 def _several(vectors: list[EasySteerVector], shelf: Shelf) -> Wanted:
@@ -109,7 +120,8 @@ def _several(vectors: list[EasySteerVector], shelf: Shelf) -> Wanted:
         return Wanted(parts[0][0], 0.0, tuple(parts[0][0].layers), "all")
     if len(parts) == 1:
         vector, scale = parts[0]
-        return Wanted(vector, scale, tuple(vector.layers), where)
+        preset = _preset(shelved, vector.layers, where)
+        return Wanted(vector, scale, tuple(vector.layers), where, preset=preset)
     total = combine(parts)
     still = all(not scale for _, scale in parts)
     return Wanted(total, 0.0 if still else 1.0, tuple(total.layers), where)

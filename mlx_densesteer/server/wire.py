@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from .faults import bad, excerpt
 
@@ -29,7 +30,23 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
+    """An object of which every key is known."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """Refuse an unknown key with those that there are, where pydantic only refuses it."""
+        unknown = (
+            [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        )
+        if unknown:
+            raise PydanticCustomError(
+                "unknown_key", "unknown key {key}: expected {expected}",
+                {"key": excerpt(unknown[0]), "expected": ", ".join(cls.model_fields)},
+            )  # fmt: skip
+        return data
 
 
 class SteeringField(Strict):
