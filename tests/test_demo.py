@@ -168,3 +168,11 @@ def test_other_input_gets_a_word_about_what_the_model_is():
     assert "is a toy" not in CliRunner().invoke(
         main, ["generate", "-m", "demo", "-v", "demo", "-l", "5", "-s", "0.1", "--relative", known]
     ).stderr  # fmt: skip
+
+
+def test_what_the_page_suggests_is_answered_rightly_steered_or_not(loaded, vector):
+    for problem in stories.held_out(3):  # server/overview.py offers these
+        for strength in (0.0, 4.76):
+            steering = ds.Steering(vector, strength, (LAYER,))
+            text = ds.generate(*loaded, problem.question, steering=steering).text
+            assert text.endswith(f"#### {problem.answer}")

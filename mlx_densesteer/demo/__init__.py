@@ -9,3 +9,8 @@ from pathlib import Path
 NAME = "demo"  # in place of a model's folder or a vector's file
 MODEL = Path(__file__).parent / "model"
 VECTOR = Path(__file__).parent / "dense.npz"
+
+ABOUT = (
+    "This is the embedded toy of 2.5 million parameters. It knows stories like these and nothing else, "
+    "best one to a conversation, and gets about one in seven wrong."
+)

@@ -4,12 +4,23 @@ import time
 from dataclasses import dataclass, field
 from typing import get_args
 
+from .. import demo
+from .._version import __version__
+from ..demo.problems import held_out
 from ..steering import LARGE_DOSE, Positions
 from .job import ModelFacts
 from .model_name import format_model_name, parse_model_name
 from .norms import Norms
 from .settings import Settings
 from .shelf import Shelf, Shelved
+
+EXAMPLES = (
+    "Anna picks 48 apples in the morning, and in the afternoon half as many. How many apples does she "
+    "pick altogether?",
+    "A train leaves at 14:40 and arrives at 17:15. It stops three times, for 5 minutes each. How long "
+    "does it move?",
+    "A shirt costs 40 euros. The price falls by 25%, then rises by 10%. What does the shirt cost now?",
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,7 @@ class Overview:
     facts: ModelFacts
     shelf: Shelf
     norms: Norms
+    toy: bool  # the embedded demo model
     created: int = field(default_factory=lambda: int(time.time()))
 
     def models(self) -> dict[str, object]:
@@ -52,6 +64,9 @@ class Overview:
                 "max_tokens": self.settings.limits.max_tokens, "dtype": self.facts.dtype,
                 "quantization": self.facts.quantization,
             },
+            "version": __version__,
+            "note": demo.ABOUT if self.toy else None,
+            "examples": [p.question for p in held_out(3)] if self.toy else list(EXAMPLES),
             "presets": self._presets(),
             "vectors": [self._vector(shelved) for shelved in self.shelf.all()],
             "large_dose": LARGE_DOSE,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import demo
 from .._version import __version__
 from ..defaults import Default
 from ..model import ModelInfo, inspect, load
@@ -83,7 +84,7 @@ def start(
     encoder = Encoder(tokenizer, vocabulary=vocabulary, limit=facts.context - 1)
     fingerprint = f"mlx-densesteer-{__version__}-{facts.fingerprint[:8]}"
     answering = Answering(settings, engine, encoder, shelf, facts.context, fingerprint)
-    overview = Overview(settings, facts, shelf, engine.norms)
+    overview = Overview(settings, facts, shelf, engine.norms, model == demo.NAME)
     return Server(build(answering, overview), engine, info, shelf)
 
 

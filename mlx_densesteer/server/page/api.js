@@ -3,7 +3,7 @@
 const KEY = "densesteer.key"; // in this tab only
 
 export class Refused extends Error {
-  /** @param {string} message @param {number} status */
+  /** @param {string} message @param {number} status 0 where there was no answer */
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -14,9 +14,12 @@ export function useKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
 function headers() {
-  const key = sessionStorage.getItem(KEY);
-  return key ? { Authorization: `Bearer ${key}` } : {};
+  return hasKey() ? { Authorization: `Bearer ${sessionStorage.getItem(KEY)}` } : {};
 }
 
 async function ask(path, options = {}) {
@@ -29,9 +32,7 @@ async function ask(path, options = {}) {
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  const wait = response.headers.get("Retry-After");
-  const message = body.error?.message ?? `The server answered ${response.status}.`;
-  throw new Refused(wait ? `${message} (Retry after ${wait} s.)` : message, response.status);
+  throw new Refused(body.error?.message ?? `The server answered ${response.status}.`, response.status);
 }
 
 /** @returns {Promise<object>} models, vectors, presets: /v1/steering */
@@ -64,7 +65,7 @@ export async function* answer(request, signal) {
       usage: chunk.usage,
     };
   }
-  if (!done) throw new Refused("The answer broke off before its end.", 0);
+  if (!done) throw brokenOff();
 }
 
 /** Yield the data of server-sent events; comments are left out. */
@@ -73,7 +74,7 @@ async function* events(stream) {
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await read(reader);
       if (done) return;
       const lines = (rest + value).split("\n");
       rest = lines.pop();
@@ -82,4 +83,16 @@ async function* events(stream) {
   } finally {
     reader.cancel().catch(() => {});
   }
+}
+
+async function read(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    throw error.name === "AbortError" ? error : brokenOff();
+  }
+}
+
+function brokenOff() {
+  return new Refused("The answer broke off before its end. Is the server still running?", 0);
 }

@@ -1,85 +1,123 @@
 /** The page: a conversation, the dial, and the unsteered answer beside the steered one. */
 
-import { Refused, answer as ask, overview, useKey } from "/page/api.js";
+import { Refused, answer as ask, hasKey, overview, useKey } from "/page/api.js";
 import { Dial } from "/page/dial.js";
-import { asJson, asMarkdown, describe, download } from "/page/exporting.js";
+import { element, make } from "/page/dom.js";
+import { asJson, asMarkdown, download } from "/page/exporting.js";
 import * as history from "/page/history.js";
-import { count } from "/page/steps.js";
-import { showSweep } from "/page/sweep.js";
+import { closeOverlays, wirePanels } from "/page/panels.js";
+import { forgetAll, showPast } from "/page/past.js";
+import { remember, remembered, sampling, wireSettings } from "/page/settings.js";
+import { count, describe } from "/page/steps.js";
+import { Sweep } from "/page/sweep.js";
 import { themed } from "/page/theme.js";
-import { make, showTurn } from "/page/transcript.js";
+import { Transcript } from "/page/transcript.js";
 
-const element = (id) => document.getElementById(id);
+const [HERE, DRAFT] = ["densesteer.open", "densesteer.draft"]; // in this tab
 
-let model = null;
+let server = null; // what it told of itself; null until it has
 let dial = null;
 let conversation = history.fresh();
 let running = null; // what stops the answers that stream
+const sweep = new Sweep((setting) => dial.set(setting));
+const transcript = new Transcript({ choose, branch });
 
 async function start() {
   themed(element("theme"));
-  if (innerWidth < 768) for (const id of ["past", "steer"]) element(id).open = false;
-  else if (innerWidth < 1120) element("past").open = false;
+  wirePanels();
+  wireSettings(() => transcript.setPlain(element("plain").checked));
+  transcript.setPlain(element("plain").checked);
   wire();
+  conversation = history.find(sessionStorage.getItem(HERE)) ?? conversation;
+  element("question").value = sessionStorage.getItem(DRAFT) ?? "";
   showConversation();
   await connect();
 }
 
-/** Ask the server what there is; the page is of use only after that. */
+/** Ask the server what there is; nothing can be asked before that. */
 async function connect() {
   try {
-    const found = await overview();
-    model = found.model;
+    server = await overview();
+    const { model } = server;
     element("model").textContent = `${model.id}, ${count(model.layers, "layer")}, ${model.dtype}`;
     element("max-tokens").max = model.max_tokens;
-    element("max-tokens").value = Math.min(512, model.max_tokens);
-    let shown;
-    dial = new Dial(found, () => {
-      if (dial?.vector && dial.vector !== shown) showSweep((shown = dial.vector), (setting) => dial.set(setting));
+    element("max-tokens").onchange();
+    dial = null;
+    dial = new Dial(server, remembered()[`dial ${model.id}`], (setting) => {
+      if (!dial) return;
+      sweep.show(dial.vector, setting);
+      remember(`dial ${model.id}`, setting);
     });
-    dial.changed();
+    if (server.vectors.length) sweep.show(dial.vector, dial.setting);
+    showExamples();
     element("key-form").hidden = true;
     quiet();
+    busy(running);
   } catch (error) {
+    element("model").textContent = error.status === 401 ? "locked" : "not connected";
     fail(error, connect);
   }
 }
 
-/** Ask a question, or the last one again. */
-async function send(question) {
+function showExamples() {
+  element("note").hidden = !server.note;
+  element("note").textContent = server.note ?? "";
+  element("examples").replaceChildren(...server.examples.map((text) =>
+    make("button", { type: "button", textContent: text, onclick: () => send(text) })));
+}
+
+/** Ask a question under what the dial says, and without steering beside it. */
+function send(question) {
   if (running || !dial) return;
+  const turn = { question, answers: [], chosen: 0 };
+  const steering = dial.steering;
+  run(turn, (steering && element("compare").checked ? [steering, null] : [steering]).map(asked));
+}
+
+/** Answer the last question once more, under what the dial says now; what was said stays. */
+function again() {
+  const turn = conversation.turns.at(-1);
+  if (running || !dial || !turn) return;
+  const wanted = [asked(dial.steering)];
+  const stock = asked(null);
+  const known = turn.answers.some((one) => JSON.stringify(one.asked) === JSON.stringify(stock));
+  if (dial.steering && element("compare").checked && !known) wanted.push(stock);
+  run(turn, wanted);
+}
+
+/** What a request says beside its messages. */
+function asked(steering) {
+  return { ...sampling(), steering };
+}
+
+/** Let a turn have these answers, all at once: the server makes them in one batch. */
+async function run(turn, wanted) {
   quiet();
   const here = conversation; // another may be opened while this one is answered
   here.system = element("system").value;
-  const steering = dial.steering;
-  const settings = steering && element("compare").checked ? [steering, null] : [steering];
-  const request = {
-    model: model.id, messages: [...history.messages(here), { role: "user", content: question }],
-    max_tokens: Number(element("max-tokens").value) || 512, temperature: Number(element("temperature").value) || 0,
-  };
-  const turn = {
-    question, chosen: 0,
-    answers: settings.map((one) => ({ label: describe(one), text: "", reason: undefined })),
-  };
-  here.turns.push(turn);
-  element("empty").hidden = true;
-  const views = showTurn(element("turns"), turn, (index) => choose(here, turn, views, index));
-  element("turns").lastChild.scrollIntoView({ block: "end" });
+  if (!here.turns.includes(turn)) here.turns.push(turn);
+  const messages = [...history.messages(here, here.turns.indexOf(turn)), { role: "user", content: turn.question }];
+  const answers = wanted.map((one) => ({ label: describe(one.steering), asked: one, at: new Date().toISOString(), text: "" }));
+  const before = turn.chosen;
+  turn.chosen = turn.answers.length;
+  turn.answers.push(...answers);
+  transcript.add(turn);
+  transcript.refresh();
+  transcript.toEnd();
   busy(new AbortController());
-  const { signal } = running;
   const mine = running;
-  await Promise.all(settings.map((one, index) =>
-    follow(one ? { ...request, steering: one } : request, turn.answers[index], views[index], signal)));
+  await Promise.all(answers.map((one) => follow({ model: server.model.id, messages }, one, mine.signal)));
   if (running === mine) busy(null);
-  finish(here, turn);
+  finish(here, turn, answers, before);
 }
 
 /** Fill one answer from its stream. */
-async function follow(request, answer, view, signal) {
+async function follow(request, answer, signal) {
+  const { steering, ...rest } = answer.asked;
   let drawing = 0;
-  const draw = () => { drawing = 0; view.update(); };
+  const draw = () => { drawing = 0; transcript.update(answer); };
   try {
-    for await (const piece of ask(request, signal)) {
+    for await (const piece of ask({ ...request, ...rest, ...(steering ? { steering } : {}) }, signal)) {
       if (piece.text) answer.text += piece.text;
       if (piece.reason) answer.reason = piece.reason;
       if (piece.usage) answer.usage = piece.usage;
@@ -92,31 +130,50 @@ async function follow(request, answer, view, signal) {
     answer.status = error instanceof Refused ? error.status : undefined;
   }
   cancelAnimationFrame(drawing);
-  view.update();
+  transcript.update(answer);
 }
 
-/** Keep the turn, and tell those who cannot see what came. */
-function finish(here, turn) {
-  const failed = turn.answers.find((one) => one.error);
-  const said = turn.answers.some((one) => one.text);
-  if (said) history.keep(here);
-  else here.turns.pop();
-  if (here !== conversation) {
-    showList();
-    return;
+/** Keep what was said, drop answers that never began, and offer what failed once more. */
+function finish(here, turn, answers, before) {
+  const failed = answers.filter((one) => one.error);
+  const empty = answers.filter((one) => !one.text && one.reason !== "stop" && one.reason !== "length");
+  if (empty.length) {
+    const chosen = empty.includes(turn.answers[turn.chosen]) ? turn.answers[before] : turn.answers[turn.chosen];
+    turn.answers = turn.answers.filter((one) => !empty.includes(one));
+    turn.chosen = Math.max(0, turn.answers.indexOf(chosen));
   }
-  if (!said) {
-    element("turns").lastChild.remove();
-    element("question").value ||= turn.question;
-    showEmpty();
-  }
-  if (failed) fail(new Refused(failed.error, failed.status ?? 500), said ? again : () => send(takeQuestion()));
-  else {
-    const told = turn.answers.map((one) =>
-      `${one.label}: ${one.usage ? count(one.usage.completion_tokens, "token") : "stopped"}`);
-    element("status").textContent = `Answered. ${told.join("; ")}.`;
+  const gone = !turn.answers.length;
+  if (gone) here.turns = here.turns.filter((one) => one !== turn);
+  const fits = history.keep(here);
+  if (here === conversation) {
+    empty.forEach((one) => transcript.dropAnswer(one));
+    if (gone) {
+      transcript.drop(turn);
+      transcript.turns = here.turns;
+      element("question").value ||= turn.question;
+    }
+    tellEnd(turn, answers, failed, fits);
+    sessionStorage.setItem(HERE, here.id);
+    transcript.refresh();
+    busy(running);
   }
   showList();
+}
+
+/** Tell those who cannot see what came. */
+function tellEnd(turn, answers, failed, fits) {
+  if (failed.length) {
+    const retry = () => {
+      if (element("question").value === turn.question) element("question").value = "";
+      run(turn, failed.map((one) => one.asked));
+    };
+    fail(new Refused(failed[0].error, failed[0].status ?? 500), retry);
+  } else if (!fits) fail(new Refused("This conversation is too large for the browser to keep.", 0), () => {});
+  else {
+    const said = turn.answers[turn.chosen]?.text ?? "";
+    const told = answers.map((one) => `${one.label}: ${one.usage ? count(one.usage.completion_tokens, "token") : "stopped"}`);
+    element("status").textContent = `Answered. ${told.join("; ")}. ${said.length > 600 ? `${said.slice(0, 600)} …` : said}`;
+  }
 }
 
 function takeQuestion() {
@@ -125,74 +182,92 @@ function takeQuestion() {
   return question;
 }
 
-/** Answer the last question again, under what the dial says now. */
-function again() {
-  const last = conversation.turns.pop();
-  if (!last) return;
-  element("turns").lastChild.remove();
-  send(last.question);
+/** Go on with another answer to the last question. */
+function choose(turn, index) {
+  turn.chosen = index;
+  transcript.refresh();
+  if (!running) history.keep(conversation);
+  element("question").focus();
 }
 
-function choose(here, turn, views, index) {
-  turn.chosen = index;
-  views.forEach((view, number) => view.setChosen(number === index));
-  history.keep(here);
+/** Go on with an answer to an earlier question, in a conversation of its own. */
+function branch(turn, index) {
+  const until = conversation.turns.slice(0, conversation.turns.indexOf(turn) + 1);
+  const made = history.branch(conversation, until);
+  made.turns.at(-1).chosen = index;
+  open(made);
+  history.keep(made);
+  showList();
+  element("question").focus();
 }
 
 function busy(controller) {
   running = controller;
-  element("send").disabled = Boolean(controller);
+  const focused = document.activeElement === element("stop");
+  element("send").disabled = !dial;
+  element("send").hidden = Boolean(controller);
   element("stop").hidden = !controller;
-  element("again").disabled = Boolean(controller) || !conversation.turns.length;
+  element("again").disabled = Boolean(controller) || !dial || !conversation.turns.length;
+  for (const id of ["export-markdown", "export-json"]) element(id).disabled = !server || !conversation.turns.length;
   if (controller) element("status").textContent = "Answering.";
+  if (focused && !controller) element("question").focus();
 }
 
 function fail(error, retry) {
-  element("alert").hidden = false;
+  const locked = error.status === 401;
+  element("key-form").hidden = !locked;
+  element("alert").hidden = locked;
   element("alert-text").textContent = error.message;
   element("retry").onclick = () => { quiet(); retry(); };
-  element("key-form").hidden = error.status !== 401;
-  if (error.status === 401) element("key").focus();
+  if (!locked) return;
+  element("key-text").textContent = hasKey() ? "The server did not take that key." : "This server asks for its API key.";
+  element("key").focus();
 }
 
 function quiet() {
   element("alert").hidden = true;
 }
 
+/** Show another conversation; what this one waits for ends. */
+function open(other) {
+  if (other.id === conversation.id) return;
+  stop();
+  conversation = other;
+  quiet();
+  showConversation();
+}
+
 function showConversation() {
-  element("turns").replaceChildren();
-  for (const turn of conversation.turns) {
-    const views = showTurn(element("turns"), turn, (index) => choose(conversation, turn, views, index));
-  }
+  sessionStorage.setItem(HERE, conversation.id);
+  transcript.show(conversation.turns);
   element("system").value = conversation.system;
-  showEmpty();
   busy(null);
   showList();
 }
 
-function showEmpty() {
-  element("empty").hidden = conversation.turns.length > 0;
-}
-
 function showList() {
-  const open = (one) => { stop(); conversation = one; quiet(); showConversation(); };
-  const forget = (one) => { history.remove(one.id); if (one.id === conversation.id) renew(); else showList(); };
-  element("conversations").replaceChildren(...history.all().map((one) => {
-    const button = make("button", { type: "button", className: "open", textContent: one.title, onclick: () => open(one) });
-    button.setAttribute("aria-current", String(one.id === conversation.id));
-    const remove = make("button", { type: "button", className: "delete", textContent: "✕", onclick: () => forget(one) });
-    remove.setAttribute("aria-label", `Delete ${one.title}`);
-    return make("li", {}, button, remove);
-  }));
-  for (const id of ["export-markdown", "export-json"]) element(id).disabled = !conversation.turns.length;
+  showPast(conversation.id, (one) => { open(one); closeOverlays(); }, (id) => {
+    if (id === conversation.id) renew();
+    else showList();
+  });
 }
 
 function renew() {
-  stop();
-  conversation = history.fresh();
-  quiet();
-  showConversation();
+  open(history.fresh());
+  closeOverlays();
   element("question").focus();
+}
+
+/** Another tab has written: show it, unless this one is in the middle of something. */
+function adopt() {
+  showList();
+  if (running) return;
+  const stored = history.find(conversation.id);
+  if (!stored && conversation.revision) open(history.fresh());
+  else if (stored && stored.revision !== conversation.revision) {
+    conversation = stored;
+    showConversation();
+  }
 }
 
 function stop() {
@@ -204,26 +279,30 @@ function wire() {
   const question = element("question");
   element("composer").onsubmit = (event) => {
     event.preventDefault();
-    if (!running && question.value.trim()) send(takeQuestion());
+    if (!running && dial && question.value.trim()) send(takeQuestion());
   };
   question.onkeydown = (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     element("composer").requestSubmit();
   };
-  addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !element("confirm").open && !closeOverlays()) stop();
+  });
+  addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, question.value));
   element("stop").onclick = stop;
   element("again").onclick = again;
   element("new").onclick = renew;
-  element("forget").onclick = () => { history.removeAll(); renew(); };
-  element("export-markdown").onclick = () => download(asMarkdown(conversation, model?.id), "conversation.md", "text/markdown");
-  element("export-json").onclick = () => download(asJson(conversation, model?.id), "conversation.json", "application/json");
+  element("forget").onclick = () => forgetAll(renew);
+  element("export-markdown").onclick = () => download(asMarkdown(conversation, server), conversation, "md", "text/markdown");
+  element("export-json").onclick = () => download(asJson(conversation, server), conversation, "json", "application/json");
   element("key-form").onsubmit = (event) => {
     event.preventDefault();
     useKey(element("key").value);
     element("key").value = "";
     connect();
   };
+  history.watch(adopt);
 }
 
 start();

@@ -1,52 +1,78 @@
 /** The dial: which vector, how strong, where. */
 
+import { element, fill, make } from "/page/dom.js";
 import { brief } from "/page/steps.js";
-import { make } from "/page/transcript.js";
 
-const element = (id) => document.getElementById(id);
 const FALLBACK = 4; // times the default strength, where no dose is known
+const CATCH = 0.015; // share of the range within which a dragged dial stops at 0 and at the default
+const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }; // steps
 
 export class Dial {
-  /** @param {object} overview what /v1/steering tells @param {() => void} changed */
-  constructor(overview, changed) {
+  /**
+   * @param {object} overview what /v1/steering tells
+   * @param {object | undefined} setting what it stood at the last time, if that is still to be had
+   * @param {(setting: object) => void} changed
+   */
+  constructor(overview, setting, changed) {
     this.overview = overview;
     this.changed = changed;
+    this.dragging = false;
+    this.strength = 0;
     const none = overview.vectors.length === 0;
     element("dial").hidden = none;
+    element("where").hidden = none;
     element("no-vectors").hidden = !none;
     if (none) return;
     fill(element("vector"), overview.vectors.map((one) => one.name));
     fill(element("positions"), overview.positions);
     element("presets").replaceChildren(...overview.presets.map((preset) =>
       make("button", { type: "button", textContent: preset.label, onclick: () => this.set(preset.steering) })));
+    this.wire();
+    const first = overview.vectors[0];
+    this.set(this.fits(setting) ? setting : { vector: first.name, ...first.default });
+  }
+
+  wire() {
+    const range = element("strength");
     element("vector").onchange = () => this.set({ vector: element("vector").value, ...this.vector.default });
-    element("strength").oninput = () => this.turn(Number(element("strength").value));
-    element("strength-number").oninput = () => this.turn(Number(element("strength-number").value), true);
+    range.oninput = () => this.turn(this.caught(Number(range.value)));
+    range.onkeydown = (event) => this.key(event);
+    range.onpointerdown = () => { this.dragging = true; };
+    range.onpointerup = range.onpointercancel = () => { this.dragging = false; this.turn(this.strength); };
+    element("strength-number").oninput = () => this.turn(element("strength-number").valueAsNumber, true);
+    element("strength-number").onchange = () => this.turn(this.strength);
     element("zero").onclick = () => this.turn(0);
     element("layer-from").onchange = () => this.bound(true);
     element("layer-to").onchange = () => this.bound(false);
     element("positions").onchange = () => this.tell();
-    this.set({ vector: overview.vectors[0].name, ...overview.vectors[0].default });
   }
 
   get vector() {
     return this.overview.vectors.find((one) => one.name === element("vector").value);
   }
 
-  /** What to send with a request; null is the stock model. */
-  get steering() {
-    if (!this.overview.vectors.length || !this.strength) return null;
-    return {
-      vector: this.vector.name, strength: this.strength, layers: this.layers,
-      positions: element("positions").value,
-    };
+  /** All that the dial says. */
+  get setting() {
+    const { strength, layers } = this;
+    return { vector: element("vector").value, strength, layers, positions: element("positions").value };
   }
 
-  /** Relative dose, the sum over the layers; null where it is not known. */
-  get dose() {
+  /** What to send with a request; null is the stock model. */
+  get steering() {
+    return this.overview.vectors.length && this.strength ? this.setting : null;
+  }
+
+  /** Relative dose of strength 1, the sum over the layers; null where it is not known. */
+  get unit() {
     const unit = this.vector.unit_dose;
     if (!unit || this.layers.some((layer) => !(layer in unit))) return null;
-    return this.layers.reduce((sum, layer) => sum + unit[layer], 0) * Math.abs(this.strength);
+    return this.layers.reduce((sum, layer) => sum + unit[layer], 0) || null;
+  }
+
+  fits(setting) {
+    const vector = setting && this.overview.vectors.find((one) => one.name === setting.vector);
+    return vector && Number.isFinite(setting.strength) && setting.layers?.length > 0 &&
+      setting.layers.every((layer) => vector.layers.includes(layer)) && this.overview.positions.includes(setting.positions);
   }
 
   /** @param {{vector: string, strength: number, layers: number[], positions: string}} setting */
@@ -58,56 +84,101 @@ export class Dial {
     element("layer-from").value = Math.min(...setting.layers);
     element("layer-to").value = Math.max(...setting.layers);
     element("positions").value = setting.positions;
+    element("kept").textContent = "";
     this.turn(setting.strength);
   }
 
-  /** Set the strength; while a number is typed its field is left alone. */
+  /** Set the strength; while a number is typed its field is left alone, while the dial is dragged its ends are. */
   turn(strength, typing = false) {
     this.strength = Number.isFinite(strength) ? strength : 0;
     const range = element("strength");
-    const most = Math.max(this.most(), Math.abs(this.strength));
+    const most = this.dragging ? Number(range.max) : Math.max(this.most(), Math.abs(this.strength));
     range.min = -most;
     range.max = most;
-    range.step = step(most);
     range.value = this.strength;
-    if (!typing) element("strength-number").value = brief(this.strength);
+    if (!typing) element("strength-number").value = this.strength;
+    this.paint(most);
     this.tell();
   }
 
-  /** Take the layers between the two choices, kept in order. */
+  /** Turn by a round step from where the dial is, so that there is a way back. */
+  key(event) {
+    const range = element("strength");
+    const ends = { Home: Number(range.min), End: Number(range.max) };
+    if (!(event.key in KEYS) && !(event.key in ends)) return;
+    event.preventDefault();
+    const next = ends[event.key] ?? this.strength + KEYS[event.key] * step(Number(range.max));
+    this.turn(tidy(Math.min(Number(range.max), Math.max(Number(range.min), next))));
+  }
+
+  /** A dragged strength, round, and caught by 0 and by the default. */
+  caught(strength) {
+    const most = Number(element("strength").max);
+    const stop = [0, this.vector.default.strength].find((one) => Math.abs(strength - one) < CATCH * 2 * most);
+    const fine = step(most) / 10;
+    return stop ?? tidy(Math.round(strength / fine) * fine);
+  }
+
+  /** Take the layers between the two choices, kept in order; the dose stays as it is. */
   bound(fromMoved) {
     const [from, to] = [element("layer-from"), element("layer-to")];
     if (Number(from.value) > Number(to.value)) (fromMoved ? to : from).value = fromMoved ? from.value : to.value;
     const [first, last] = [Number(from.value), Number(to.value)];
+    const before = this.unit;
     this.layers = this.vector.layers.filter((layer) => layer >= first && layer <= last);
-    this.turn(this.strength);
+    const strength = before && this.unit ? Number(brief(this.strength * before / this.unit)) : this.strength;
+    const kept = strength && strength !== this.strength;
+    element("kept").textContent = kept ? `Strength ${brief(strength)} keeps the dose at these layers.` : "";
+    this.turn(strength);
   }
 
   /** The end of the range: the dose at which models collapse, or a multiple of the default. */
   most() {
-    const unit = this.vector.unit_dose;
-    const total = unit ? this.layers.reduce((sum, layer) => sum + (unit[layer] ?? 0), 0) : 0;
-    return total > 0 ? Number((1 / total).toPrecision(2)) : FALLBACK * Math.abs(this.vector.default.strength || 1);
+    return this.unit ? Number((1 / this.unit).toPrecision(2)) : FALLBACK * Math.abs(this.vector.default.strength || 1);
+  }
+
+  /** Fill the track from 0, and mark the default and the doses that are too large. */
+  paint(most) {
+    const share = (strength) => (Math.max(-most, Math.min(most, strength)) + most) / (2 * most);
+    const style = element("dial").style;
+    const here = share(this.strength);
+    style.setProperty("--a", Math.min(0.5, here));
+    style.setProperty("--b", Math.max(0.5, here));
+    const large = this.unit ? this.overview.large_dose / this.unit : most;
+    style.setProperty("--low", share(-large));
+    style.setProperty("--high", share(large));
+    const marks = [["sparse", -most], ["0", 0], ["dense", most]];
+    const usual = this.vector.default.strength;
+    element("marks").replaceChildren(...marks.map(([textContent, at]) => mark({ textContent }, share(at))),
+      mark({ className: "usual" }, share(usual)));
   }
 
   tell() {
-    const { dose, strength } = this;
+    const { strength, unit } = this;
+    const dose = unit === null ? null : unit * Math.abs(strength);
     const large = dose !== null && dose >= this.overview.large_dose;
     const towards = strength ? (strength > 0 ? "towards dense" : "towards sparse") : "unsteered";
     const share = dose === null || !strength ? "" : `, ${brief(100 * dose)} % of the residual stream`;
-    const text = `${brief(strength)}, ${towards}${share}${large ? ": so large a dose usually ruins the answer" : ""}`;
-    element("dose").textContent = text;
+    const text = `${towards}${share}${large ? ": so large a dose usually ruins the answer" : ""}`;
+    element("dose").textContent = text[0].toUpperCase() + text.slice(1);
     element("dose").classList.toggle("warn", large);
-    element("strength").setAttribute("aria-valuetext", text);
-    this.changed();
+    element("strength").setAttribute("aria-valuetext", `${brief(strength)}, ${text}`);
+    this.changed(this.setting);
   }
 }
 
-function fill(select, values) {
-  select.replaceChildren(...values.map((value) => make("option", { value, textContent: value })));
+function mark(properties, share) {
+  const made = make("span", properties);
+  made.style.setProperty("--at", share);
+  return made;
 }
 
 /** A step of about a hundredth of the range, as a round number. */
 function step(most) {
   return 10 ** Math.floor(Math.log10(most / 20));
+}
+
+/** Without the dust of binary fractions. */
+function tidy(number) {
+  return Number(number.toPrecision(6));
 }

@@ -1,44 +1,58 @@
 /** A conversation as a file. */
 
-import { splitSteps } from "/page/steps.js";
+import { make } from "/page/dom.js";
+import { count, splitSteps } from "/page/steps.js";
 
-export function describe(steering) {
-  if (!steering) return "unsteered";
-  const layers = steering.layers.length > 1 ? "layers" : "layer";
-  return `${steering.vector} ${steering.strength}, ${layers} ${steering.layers.join(", ")}, ${steering.positions}`;
-}
+const ENDS = { length: "cut off at the length limit", stopped: "stopped", error: "broken off" };
 
-export function asMarkdown(conversation, model) {
-  const lines = [`# ${conversation.title || "Conversation"}`, "", `Model: ${model}`];
-  if (conversation.system) lines.push("", `System: ${conversation.system}`);
+export function asMarkdown(conversation, server) {
+  const lines = [`# ${conversation.title || "Conversation"}`, "", `Model: ${server.model.id}, mlx-densesteer ${server.version}`];
+  if (conversation.updated) lines.push(`\nDate: ${conversation.updated}`);
+  if (conversation.system) lines.push("", "System:", "", fenced(conversation.system));
   conversation.turns.forEach((turn, number) => {
     lines.push("", `## Question ${number + 1}`, "", turn.question);
     turn.answers.forEach((answer, index) => {
       const chosen = turn.answers.length > 1 && index === turn.chosen ? " (gone on with)" : "";
-      lines.push("", `### ${describe(answer.steering)}${chosen}`, "", answer.text, "", receipt(answer));
+      lines.push("", `### ${answer.label}${chosen}`, "", fenced(answer.text), "", `*${receipt(answer)}*`);
     });
   });
   return `${lines.join("\n")}\n`;
 }
 
-export function asJson(conversation, model) {
-  return `${JSON.stringify({ format: "mlx-densesteer conversation", version: 1, model, ...conversation }, null, 2)}\n`;
+export function asJson(conversation, server) {
+  const { model, version } = server;
+  const head = { format: "mlx-densesteer conversation", version: 2, model, server: version, exported: new Date().toISOString() };
+  return `${JSON.stringify({ ...head, ...conversation }, null, 2)}\n`;
 }
 
-/** Offer a text as a download. */
-export function download(text, name, type) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type }));
-  link.download = name;
+/** Offer a text as a download named after the conversation. */
+export function download(text, conversation, ending, type) {
+  const words = conversation.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["conversation"];
+  const date = (conversation.updated ?? new Date().toISOString()).slice(0, 10);
+  const link = make("a", {
+    href: URL.createObjectURL(new Blob([text], { type })), download: `${words.slice(0, 6).join("-")}-${date}.${ending}`,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+/** Fence a text with more backticks than it holds: what the model wrote stays what it wrote. */
+function fenced(text) {
+  const longest = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `${fence}text\n${text}\n${fence}`;
+}
+
 function receipt(answer) {
-  const steps = splitSteps(answer.text).length;
-  const usage = answer.usage;
-  if (!usage) return `*${steps} steps; not finished*`;
-  const details = usage.completion_tokens_details;
-  return `*${usage.completion_tokens} tokens, ${details.steps} steps, density ${details.density ?? "-"}, ` +
-    `${details.tokens_per_second} tokens/s*`;
+  const { usage, asked, reason, error, steering } = answer;
+  const told = [];
+  if (usage) {
+    const details = usage.completion_tokens_details;
+    told.push(count(usage.completion_tokens, "token"), count(details.steps, "step"), `density ${details.density ?? "-"}`,
+      `${details.tokens_per_second} tokens/s`);
+  } else told.push(count(splitSteps(answer.text).length, "step"));
+  for (const name of ["temperature", "top_p", "seed"]) if (asked?.[name]) told.push(`${name} ${asked[name]}`);
+  if (steering?.fingerprint) told.push(`fingerprint ${steering.fingerprint}`);
+  if (ENDS[reason]) told.push(error ? `${ENDS[reason]}: ${error}` : ENDS[reason]);
+  return told.join(", ");
 }

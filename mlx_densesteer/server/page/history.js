@@ -1,12 +1,15 @@
-/** Conversations, kept in this browser. */
+/**
+ * Conversations, kept in this browser.
+ *
+ * A conversation is {id, revision, title, system, updated, turns}, a turn {question, answers, chosen}, an
+ * answer {label, asked, text, steering, usage, reason, error}. Another tab may write too: `revision` tells
+ * whether what is stored is what we know.
+ */
 
 const STORE = "densesteer.conversations";
 const MOST = 100;
 
-/**
- * A turn is {question, answers: [{label, text, steering, usage, reason, error}], chosen}.
- * @returns {{id: string, title: string, system: string, turns: object[]}[]} newest first
- */
+/** @returns {object[]} newest first */
 export function all() {
   try {
     const found = JSON.parse(localStorage.getItem(STORE) ?? "[]");
@@ -16,40 +19,79 @@ export function all() {
   }
 }
 
-export function fresh() {
-  return { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", system: "", turns: [] };
+export function find(id) {
+  return all().find((one) => one.id === id);
 }
 
-/** Keep a conversation, the newest first; what does not fit goes from the oldest on. */
+export function fresh() {
+  return { id: name(), revision: null, title: "", system: "", updated: null, turns: [] };
+}
+
+/** A conversation of its own that begins like this one. */
+export function branch(conversation, turns) {
+  const { title, system } = conversation;
+  return { ...fresh(), title, system, turns: structuredClone(turns) };
+}
+
+/**
+ * Keep a conversation, the newest first; what does not fit goes from the oldest on. If another tab has gone
+ * on with it, this one becomes a conversation of its own.
+ * @returns {boolean} false: it is too large
+ */
 export function keep(conversation) {
-  if (!conversation.turns.length) return;
-  conversation.title = conversation.turns[0].question.slice(0, 60);
-  const kept = [conversation, ...all().filter((one) => one.id !== conversation.id)].slice(0, MOST);
-  while (kept.length) {
-    try {
-      localStorage.setItem(STORE, JSON.stringify(kept));
-      return;
-    } catch {
-      kept.pop(); // full
-    }
-  }
+  if (!conversation.turns.length) return true;
+  const others = all();
+  const stored = others.find((one) => one.id === conversation.id);
+  if (stored && stored.revision !== conversation.revision) conversation.id = name();
+  Object.assign(conversation, { revision: name(), title: title(conversation), updated: new Date().toISOString() });
+  const kept = [conversation, ...others.filter((one) => one.id !== conversation.id)].slice(0, MOST);
+  while (kept.length && !write(kept)) kept.pop();
+  return kept.length > 0;
+}
+
+/** Put back a conversation that was deleted. */
+export function restore(conversation) {
+  write([...all(), conversation].sort((a, b) => (b.updated ?? "").localeCompare(a.updated ?? "")));
 }
 
 export function remove(id) {
-  localStorage.setItem(STORE, JSON.stringify(all().filter((one) => one.id !== id)));
+  write(all().filter((one) => one.id !== id));
 }
 
 export function removeAll() {
   localStorage.removeItem(STORE);
 }
 
-/** The messages that the next question follows: of each turn the chosen answer. */
-export function messages(conversation) {
+/** Call `changed` when another tab has written. */
+export function watch(changed) {
+  addEventListener("storage", (event) => { if (event.key === STORE || event.key === null) changed(); });
+}
+
+/** The messages that the question of turn `before` follows: of each turn the chosen answer. */
+export function messages(conversation, before) {
   const said = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  for (const turn of conversation.turns) {
+  for (const turn of conversation.turns.slice(0, before)) {
     said.push({ role: "user", content: turn.question });
     const answer = turn.answers[turn.chosen];
     if (answer?.text) said.push({ role: "assistant", content: answer.text });
   }
   return said;
+}
+
+function title(conversation) {
+  const question = conversation.turns[0].question.trim().replace(/\s+/g, " ");
+  return question.length > 80 ? `${question.slice(0, 79).replace(/\s\S*$/, "")} …` : question;
+}
+
+function name() {
+  return crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
+}
+
+function write(conversations) {
+  try {
+    localStorage.setItem(STORE, JSON.stringify(conversations));
+    return true;
+  } catch {
+    return false; // full
+  }
 }

@@ -1,4 +1,4 @@
-/** Steps and density of a text, as mlx_densesteer/density.py counts them. */
+/** Steps and density of a text, as mlx_densesteer/density.py counts them; numbers as people write them. */
 
 const BLANK_LINE = /\n[^\S\n]*\n/;
 
@@ -15,4 +15,17 @@ export function count(number, noun) {
 /** A number as people write it: no more digits than it deserves. */
 export function brief(number) {
   return String(Number(number.toPrecision(3)));
+}
+
+/** 0-based layers as text: "5", "2-4", "0, 3". @param {number[]} layers */
+export function layersText(layers) {
+  const whole = layers.length > 2 && layers.every((layer, i) => layer === layers[0] + i);
+  return whole ? `${layers[0]}-${layers.at(-1)}` : layers.join(", ");
+}
+
+/** A steering in words; what falsy stands for is the stock model. */
+export function describe(steering) {
+  if (!steering) return "unsteered";
+  const { vector, strength, layers, positions } = steering;
+  return `${vector} ${strength}, layer${layers.length > 1 ? "s" : ""} ${layersText(layers)}, ${positions}`;
 }

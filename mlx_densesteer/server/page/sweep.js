@@ -1,68 +1,102 @@
 /** What a sweep found, as a picture of layers and strengths. */
 
+import { element, fill, make } from "/page/dom.js";
 import { brief } from "/page/steps.js";
-import { make } from "/page/transcript.js";
 
-const element = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const [CELL, HEIGHT, LEFT, TOP] = [54, 30, 46, 20];
+const [CELL, HEIGHT, LEFT, TOP] = [50, 30, 52, 20];
 
-/** Show the sweep of a vector if it has one; a cell that is chosen goes to `use`. */
-export function showSweep(vector, use) {
-  const groups = new Map();
-  for (const row of vector?.tested ?? []) {
-    if (row.layer === null || row.layer === undefined) continue; // the unsteered row
-    const name = taskName(row);
-    groups.set(name, [...(groups.get(name) ?? []), row]);
+/** The sweep of a vector, whose cells set the dial. */
+export class Sweep {
+  /** @param {(setting: object) => void} use */
+  constructor(use) {
+    this.use = use;
+    this.vector = null;
+    this.cells = [];
   }
-  element("sweep").hidden = !groups.size;
-  if (!groups.size) return;
-  const select = element("sweep-task");
-  select.replaceChildren(...[...groups.keys()].map((name) => make("option", { value: name, textContent: name })));
-  select.onchange = () => draw(groups.get(select.value), vector, use);
-  select.onchange();
+
+  /** Show the vector's sweep if it has one, and where the dial stands in it. */
+  show(vector, setting) {
+    if (vector !== this.vector) {
+      this.vector = vector;
+      this.group();
+    }
+    for (const { row, group } of this.cells) {
+      const here = row.strength === setting.strength && setting.layers.length === 1 &&
+        row.layer === setting.layers[0] && (row.positions ?? "all") === setting.positions;
+      group.setAttribute("aria-pressed", String(here));
+    }
+  }
+
+  /** Sort the rows by the problems that were solved; a row without a layer is the unsteered model's. */
+  group() {
+    const groups = new Map();
+    for (const row of this.vector?.tested ?? []) {
+      const name = taskName(row);
+      groups.set(name, [...(groups.get(name) ?? []), row]);
+    }
+    for (const [name, rows] of groups) if (rows.every(unsteered)) groups.delete(name);
+    this.cells = [];
+    element("sweep").hidden = !groups.size;
+    if (!groups.size) return;
+    const select = element("sweep-task");
+    fill(select, groups.keys());
+    select.onchange = () => this.draw(groups.get(select.value));
+    select.onchange();
+  }
+
+  draw(all) {
+    const stock = this.stock(all);
+    const rows = all.filter((row) => !unsteered(row));
+    const [layers, strengths] = [sorted(rows.map((row) => row.layer)), sorted(rows.map((row) => row.strength))];
+    const [width, height] = [LEFT + CELL * strengths.length, TOP + HEIGHT * layers.length];
+    const svg = node("svg", { width, height, role: "group", "aria-label": "Accuracy by layer and strength" });
+    strengths.forEach((strength, x) => svg.append(label(brief(strength), LEFT + CELL * (x + 0.5), TOP - 6, "middle")));
+    layers.forEach((layer, y) => svg.append(label(`layer ${layer}`, LEFT - 6, TOP + HEIGHT * (y + 0.62), "end")));
+    const found = rows.map((row) => row.accuracy ?? 0);
+    const [least, most] = [Math.min(...found), Math.max(...found)];
+    this.cells = rows.map((row) => {
+      const share = most > least ? ((row.accuracy ?? 0) - least) / (most - least) : 0;
+      const group = this.cell(row, LEFT + CELL * strengths.indexOf(row.strength), TOP + HEIGHT * layers.indexOf(row.layer), share);
+      svg.append(group);
+      return { row, group };
+    });
+    element("sweep-picture").replaceChildren(svg);
+    element("sweep-detail").textContent = `${stock ? `Unsteered: ${percent(stock.accuracy)}. ` : ""}Choose a cell to set the dial.`;
+    element("sweep-table").replaceChildren(table(stock ? [stock, ...rows] : rows));
+  }
+
+  /** The unsteered row of these problems, or of any if it does not say of which. */
+  stock(rows) {
+    return rows.find(unsteered) ?? this.vector.tested.find((row) => unsteered(row) && !row.problems);
+  }
+
+  cell(row, x, y, share) {
+    const told = tell(row);
+    const group = node("g", { tabindex: 0, role: "button", "aria-label": told });
+    const rect = node("rect", { x: x + 1, y: y + 1, width: CELL - 2, height: HEIGHT - 2, rx: 5 });
+    rect.style.fill = `color-mix(in srgb, var(--accent) ${Math.round(5 + 40 * share)}%, var(--card))`;
+    group.append(rect, label(percent(row.accuracy), x + CELL / 2, y + HEIGHT * 0.63, "middle"));
+    const detail = () => { element("sweep-detail").textContent = told; };
+    const use = () =>
+      this.use({ vector: this.vector.name, strength: row.strength, layers: [row.layer], positions: row.positions ?? "all" });
+    group.onmouseenter = detail;
+    group.onfocus = detail;
+    group.onclick = use;
+    group.onkeydown = (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      use();
+    };
+    return group;
+  }
 }
+
+const unsteered = (row) => row.layer === null || row.layer === undefined;
 
 function taskName(row) {
   const task = typeof row.task === "object" && row.task ? row.task.name ?? JSON.stringify(row.task) : row.task;
   return `${task ?? "problems"}${row.problems ? `, ${row.problems}` : ""}, ${row.positions ?? "all"}`;
-}
-
-function draw(rows, vector, use) {
-  const layers = sorted(rows.map((row) => row.layer));
-  const strengths = sorted(rows.map((row) => row.strength));
-  const width = LEFT + CELL * strengths.length;
-  const svg = node("svg", { viewBox: `0 0 ${width} ${TOP + HEIGHT * layers.length}`, role: "group",
-    "aria-label": "Accuracy by layer and strength" });
-  strengths.forEach((strength, x) => svg.append(label(brief(strength), LEFT + CELL * (x + 0.5), TOP - 6, "middle")));
-  layers.forEach((layer, y) => svg.append(label(`layer ${layer}`, LEFT - 4, TOP + HEIGHT * (y + 0.6), "end")));
-  for (const row of rows) {
-    const x = LEFT + CELL * strengths.indexOf(row.strength);
-    svg.append(cell(row, x, TOP + HEIGHT * layers.indexOf(row.layer), () =>
-      use({ vector: vector.name, strength: row.strength, layers: [row.layer], positions: row.positions ?? "all" })));
-  }
-  element("sweep-picture").replaceChildren(svg);
-  element("sweep-detail").textContent = "Choose a cell to set the dial.";
-  element("sweep-table").replaceChildren(table(rows));
-}
-
-function cell(row, x, y, use) {
-  const told = tell(row);
-  const group = node("g", { tabindex: 0, role: "button", "aria-label": told });
-  const rect = node("rect", { x, y, width: CELL, height: HEIGHT, rx: 5 });
-  const share = row.accuracy ?? 0;
-  rect.style.fill = `color-mix(in srgb, var(--accent) ${Math.round(8 + 37 * share)}%, var(--card))`;
-  group.append(rect, label(percent(row.accuracy), x + CELL / 2, y + HEIGHT * 0.62, "middle"));
-  const detail = () => { element("sweep-detail").textContent = told; };
-  group.onmouseenter = detail;
-  group.onfocus = detail;
-  group.onclick = use;
-  group.onkeydown = (event) => {
-    if (event.key !== "Enter" && event.key !== " ") return;
-    event.preventDefault();
-    use();
-  };
-  return group;
 }
 
 function tell(row) {

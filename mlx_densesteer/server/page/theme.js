@@ -3,15 +3,16 @@
 const STORE = "densesteer.theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
 
-/** @param {HTMLButtonElement} button */
-export function themed(button) {
+/** @param {HTMLSelectElement} select */
+export function themed(select) {
   const show = () => {
-    const dark = (localStorage.getItem(STORE) ?? (system.matches ? "dark" : "light")) === "dark";
+    select.value = localStorage.getItem(STORE) ?? "system";
+    const dark = select.value === "dark" || (select.value === "system" && system.matches);
     document.documentElement.dataset.theme = dark ? "dark" : "light";
-    button.setAttribute("aria-pressed", String(dark));
   };
-  button.onclick = () => {
-    localStorage.setItem(STORE, document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  select.onchange = () => {
+    if (select.value === "system") localStorage.removeItem(STORE);
+    else localStorage.setItem(STORE, select.value);
     show();
   };
   system.addEventListener("change", show);

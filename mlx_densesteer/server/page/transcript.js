@@ -1,53 +1,151 @@
-/** Turns and answers on the page. Text of the model is text: it never becomes markup. */
+/** Turns and answers on the page, and the place in them that is shown. */
 
-import { describe } from "/page/exporting.js";
-import { brief, count, splitSteps } from "/page/steps.js";
+import { element, make } from "/page/dom.js";
+import { dress } from "/page/markup.js";
+import { brief, count, describe, splitSteps } from "/page/steps.js";
 
-/** @returns {HTMLElement} */
-export function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
+const NEAR = 80; // pixels from the end within which the page follows what comes
 
 /**
- * Show a turn, and return the views of its answers.
- * @param {HTMLElement} list @param {object} turn @param {(index: number) => void} choose
+ * @typedef {{choose: (turn: object, index: number) => void, branch: (turn: object, index: number) => void}} Actions
  */
-export function showTurn(list, turn, choose) {
-  const answers = make("div", { className: "answers" });
-  list.append(make("li", {}, make("p", { className: "asked", textContent: turn.question }), answers));
-  const views = turn.answers.map((answer, index) => {
-    const view = new AnswerView(answer, turn.answers.length > 1, () => choose(index));
-    answers.append(view.element);
-    return view;
-  });
-  views.forEach((view, index) => view.setChosen(index === turn.chosen));
-  return views;
+export class Transcript {
+  /** @param {Actions} actions */
+  constructor(actions) {
+    this.actions = actions;
+    this.plain = false;
+    this.views = new Map(); // answer -> its view
+    this.places = new Map(); // turn -> its element
+    this.turns = [];
+    this.following = true;
+    const scroller = element("scroll");
+    scroller.addEventListener("scroll", () => this.look());
+    new ResizeObserver(() => this.follow()).observe(scroller);
+    element("newest").onclick = () => this.toEnd();
+  }
+
+  /** Show a conversation from its end. */
+  show(turns) {
+    this.turns = turns;
+    this.views.clear();
+    this.places.clear();
+    element("turns").replaceChildren();
+    turns.forEach((turn) => this.add(turn));
+    this.refresh();
+    this.toEnd();
+  }
+
+  /** Show a turn at the end, or what has been added to one. */
+  add(turn) {
+    let place = this.places.get(turn);
+    if (!place) {
+      const asked = make("h2", { className: "asked" }, make("span", { className: "sr", textContent: "You asked: " }), turn.question);
+      place = make("li", {}, asked, make("div", { className: "answers" }));
+      this.places.set(turn, place);
+      element("turns").append(place);
+    }
+    for (const answer of turn.answers) {
+      if (this.views.has(answer)) continue;
+      const view = new AnswerView(answer, this, () => {
+        const index = turn.answers.indexOf(answer);
+        if (turn === this.turns.at(-1)) this.actions.choose(turn, index);
+        else this.actions.branch(turn, index);
+      });
+      this.views.set(answer, view);
+      place.lastChild.append(view.element);
+    }
+  }
+
+  drop(turn) {
+    this.places.get(turn)?.remove();
+    this.places.delete(turn);
+  }
+
+  dropAnswer(answer) {
+    this.views.get(answer)?.element.remove();
+    this.views.delete(answer);
+  }
+
+  /** Show what an answer says by now. */
+  update(answer) {
+    this.views.get(answer)?.update();
+    this.follow();
+  }
+
+  /** Show which answers the conversation goes on with, and what can be done with the others. */
+  refresh() {
+    element("empty").hidden = this.turns.length > 0;
+    for (const turn of this.turns) {
+      const last = turn === this.turns.at(-1);
+      turn.answers.forEach((answer, index) => {
+        this.views.get(answer)?.setPlace(turn.answers.length > 1 && index === turn.chosen, index === turn.chosen, last);
+      });
+    }
+  }
+
+  /** @param {boolean} plain as the model wrote it, undressed */
+  setPlain(plain) {
+    this.plain = plain;
+    this.views.forEach((view) => view.redraw());
+  }
+
+  toEnd() {
+    this.following = true;
+    this.follow();
+    this.look();
+  }
+
+  follow() {
+    const scroller = element("scroll");
+    if (this.following) scroller.scrollTop = scroller.scrollHeight;
+    else this.look();
+  }
+
+  look() {
+    const { scrollTop, scrollHeight, clientHeight } = element("scroll");
+    this.following = scrollHeight - clientHeight - scrollTop < NEAR;
+    element("newest").hidden = this.following;
+  }
 }
 
 /** One answer: its steps as they come, and its receipt. */
 class AnswerView {
-  constructor(answer, comparing, choose) {
+  constructor(answer, transcript, goOn) {
     this.answer = answer;
-    this.comparing = comparing;
+    this.transcript = transcript;
     this.title = make("h3");
     this.steps = make("ol", { className: "steps" });
+    this.waiting = make("p", { className: "waiting", textContent: "Waiting for the first token …", hidden: true });
     this.note = make("p", { className: "note", hidden: true });
     this.receipt = make("dl", { className: "receipt" });
-    this.button = make("button", { type: "button", hidden: !comparing, onclick: choose });
-    this.element = make("article", { className: "answer" }, this.title, this.steps, this.note, this.receipt,
-      make("div", { className: "row" }, this.button));
+    this.badge = make("span", { className: "badge", textContent: "✓ Continues from this one" });
+    this.button = make("button", { type: "button", onclick: goOn });
+    this.copy = make("button", { type: "button", className: "quiet", textContent: "Copy", onclick: () => this.copyText() });
+    this.copy.hidden = !navigator.clipboard; // not on a page without TLS elsewhere than here
+    this.element = make("article", { className: "answer" }, make("div", { className: "head" }, this.title, this.copy),
+      this.steps, this.waiting, this.note, this.receipt, make("div", { className: "row" }, this.badge, this.button));
     this.update();
   }
 
-  setChosen(chosen) {
-    this.element.classList.toggle("chosen", chosen);
-    this.button.textContent = chosen ? "The conversation goes on with this one" : "Go on with this one";
-    this.button.disabled = chosen;
+  setPlace(marked, chosen, last) {
+    this.element.classList.toggle("chosen", marked);
+    this.badge.hidden = !marked;
+    this.button.hidden = last ? chosen : !this.answer.text;
+    this.button.textContent = last ? "Go on with this one" : "Branch from here";
   }
 
-  /** Show what there is of the answer; only the last step changes while it streams. */
+  async copyText() {
+    await navigator.clipboard.writeText(this.answer.text);
+    this.copy.textContent = "Copied";
+    setTimeout(() => { this.copy.textContent = "Copy"; }, 1500);
+  }
+
+  redraw() {
+    this.steps.replaceChildren();
+    this.update();
+  }
+
+  /** Show what there is of the answer; only what has changed is made anew. */
   update() {
     const { answer } = this;
     const title = answer.steering === undefined ? answer.label : describe(answer.steering);
@@ -55,12 +153,22 @@ class AnswerView {
     this.element.setAttribute("aria-label", `Answer, ${title}`);
     const steps = splitSteps(answer.text);
     while (this.steps.children.length > steps.length) this.steps.lastChild.remove();
-    steps.forEach((step, index) => {
-      const item = this.steps.children[index] ?? this.steps.appendChild(make("li"));
-      if (item.textContent !== step) item.textContent = step;
-    });
+    let fenced = false;
+    steps.forEach((step, index) => { fenced = this.showStep(index, step, fenced); });
+    this.waiting.hidden = Boolean(answer.text || answer.reason);
     this.showNote();
     this.showReceipt(steps.length);
+  }
+
+  /** Show one step; tell whether the next begins within a fence of code. */
+  showStep(index, step, fenced) {
+    const item = this.steps.children[index] ?? this.steps.appendChild(make("li"));
+    if (item.step !== step || item.fencedBefore !== fenced) {
+      const dressed = this.transcript.plain ? { nodes: [step], fenced: false } : dress(step, fenced);
+      item.replaceChildren(...dressed.nodes);
+      Object.assign(item, { step, fencedBefore: fenced, fencedAfter: dressed.fenced });
+    }
+    return item.fencedAfter;
   }
 
   showNote() {
@@ -69,7 +177,7 @@ class AnswerView {
     const told = [answer.steering?.warning, ends[answer.reason], answer.error].filter(Boolean);
     this.note.hidden = !told.length;
     this.note.classList.toggle("warn", Boolean(answer.error || answer.steering?.warning));
-    this.note.textContent = told.join(" ");
+    this.note.textContent = told.map((one) => one[0].toUpperCase() + one.slice(1)).join(" ");
   }
 
   showReceipt(steps) {

@@ -1,0 +1,82 @@
+/**
+ * The model's text, a little dressed: bold, code, headings, the formulas of school.
+ *
+ * Everything is made of elements and text; nothing of the model ever becomes markup of its own. What is
+ * not known is shown as it is.
+ */
+
+import { make } from "/page/dom.js";
+
+const FENCE = /^\s*```/;
+const HEADING = /^#{1,6}\s+(.*)$/;
+const FINAL = /^####\s*[-$\d]/; // the mark of GSM8K before an answer
+const BRACES = String.raw`\{((?:[^{}]|\{[^{}]*\})*)\}`;
+const BOXED = new RegExp(String.raw`\\boxed${BRACES}`);
+const INLINE = new RegExp(
+  String.raw`(${"`"}[^${"`"}\n]+${"`"}|\*\*[^*\n]+\*\*|\\\(.+?\\\)|\\\[.+?\\\]|\\boxed${BRACES.replace("((", "(?:(")})`,
+);
+const SYMBOLS = {
+  times: "×", cdot: "·", div: "÷", pm: "±", leq: "≤", le: "≤", geq: "≥", ge: "≥", neq: "≠", ne: "≠", approx: "≈",
+  rightarrow: "→", to: "→", implies: "⇒", Rightarrow: "⇒", infty: "∞", pi: "π", degree: "°", circ: "°", dots: "…",
+  ldots: "…", quad: " ", left: "", right: "", displaystyle: "",
+};
+
+/**
+ * Dress one step.
+ * @param {string} step @param {boolean} fenced is it within a fence that an earlier step opened?
+ * @returns {{nodes: Node[], fenced: boolean}} and whether the next one is
+ */
+export function dress(step, fenced) {
+  const nodes = [];
+  let code = fenced ? [] : null;
+  let formula = false;
+  const isBlock = (one) => one?.className === "block";
+  const put = (...those) => nodes.push(...(nodes.length && !isBlock(nodes.at(-1)) ? ["\n"] : []), ...those);
+  const close = () => { nodes.push(make("code", { className: "block", textContent: code.join("\n") })); code = null; };
+  for (const line of step.split("\n")) {
+    if (FENCE.test(line)) {
+      if (code) close();
+      else code = [];
+    } else if (code) code.push(line);
+    else if (line.trim() === "\\[") formula = true;
+    else if (line.trim() === "\\]") formula = false;
+    else if (formula) put(...math(line.trim()));
+    else if (FINAL.test(line)) put(make("strong", {}, line));
+    else if (HEADING.test(line)) put(make("strong", {}, ...inline(line.match(HEADING)[1])));
+    else put(...inline(line));
+  }
+  const open = code !== null;
+  if (open && code.length) close();
+  return { nodes, fenced: open };
+}
+
+function inline(text) {
+  return text.split(INLINE).flatMap((part, index) => {
+    if (!part) return [];
+    if (index % 2 === 0) return [part];
+    if (part.startsWith("`")) return [make("code", { textContent: part.slice(1, -1) })];
+    if (part.startsWith("**")) return [make("strong", {}, ...inline(part.slice(2, -2)))];
+    return part.startsWith("\\boxed") ? math(part) : math(part.slice(2, -2).trim());
+  });
+}
+
+/** A formula as plain text, its boxed answer marked. */
+function math(text) {
+  const found = text.match(BOXED);
+  if (!found) return text ? [make("span", { className: "math", textContent: plain(text) })] : [];
+  const rest = text.slice(found.index + found[0].length);
+  return [...math(text.slice(0, found.index)), make("mark", { textContent: plain(found[1]) }), ...math(rest)];
+}
+
+function plain(tex) {
+  return tex
+    .replace(new RegExp(String.raw`\\[dt]?frac${BRACES}${BRACES}`, "g"), (_, a, b) => `${group(a)}/${group(b)}`)
+    .replace(new RegExp(String.raw`\\(?:text|mathrm|mathbf|textbf)${BRACES}`, "g"), "$1")
+    .replace(new RegExp(String.raw`\\sqrt${BRACES}`, "g"), "√($1)")
+    .replace(/\\([A-Za-z]+)/g, (whole, name) => SYMBOLS[name] ?? whole)
+    .replace(/\\([%$#&_{},;: ])/g, (_, c) => (",;: ".includes(c) ? " " : c));
+}
+
+function group(part) {
+  return /^[\w.]+$/.test(part) ? part : `(${part})`;
+}
