@@ -12,8 +12,9 @@ from .vector import SteeringVector
 def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
     """Return ``sum_i w_i * v_i`` at every layer that one of the vectors holds.
 
-    A vector without a layer adds nothing there. What is known of one vector alone (residual norms,
-    tested strengths, a recommendation) is left out; the rest is that of the first.
+    A vector without a layer adds nothing there. What is known of one vector alone (tested strengths,
+    a recommendation) is left out; residual norms, which are the model's, are kept where all were made
+    for the same weights; the rest is that of the first.
 
     Raises:
         VectorMismatchError: no vectors, or of models of another width or depth.
@@ -34,10 +35,13 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
         for layer in layers
     }  # fmt: skip
     name = " + ".join(f"{weight:g} {vector.name}" for vector, weight in parts)
-    fingerprints = {vector.meta.fingerprint for vector, _ in parts}
+    same_weights = len({vector.meta.fingerprint for vector, _ in parts}) == 1
+    norms: dict[str, float] = {}
+    for vector, _ in reversed(parts if same_weights and first.fingerprint else ()):
+        norms |= vector.meta.residual_norms or {}
     meta = replace(
-        first, method=f"combined: {name}", tested=(), residual_norms=None, recommended=None,
+        first, method=f"combined: {name}", tested=(), residual_norms=norms or None, recommended=None,
         pair_count=None, pairs_sha256=None, token=None,
-        fingerprint=first.fingerprint if len(fingerprints) == 1 else None,
+        fingerprint=first.fingerprint if same_weights else None,
     )  # fmt: skip
     return SteeringVector(sums, meta, name=name)

@@ -8,6 +8,7 @@ import plistlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.parsers.expat import ExpatError
@@ -18,6 +19,7 @@ from .errors import DenseSteerError, InputError
 LABEL = "com.mlx-densesteer.serve"
 LOG = "serve.log"
 THROTTLE = 30  # seconds between two starts
+ENDS = 30.0  # seconds that a server is given to end
 KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # of the environment; never a secret
 
 # The types of launchd.plist(5) for the keys that we write.
@@ -39,7 +41,7 @@ def agent(
     Raises:
         InputError: a text that a property list cannot hold.
     """
-    logs = str(home / "Library" / "Logs" / "mlx-densesteer" / LOG)
+    logs = str(log(home))
     document = {
         "Label": LABEL,
         "ProgramArguments": [sys.executable, "-m", "mlx_densesteer", "serve", *arguments],
@@ -84,6 +86,11 @@ def path(home: Path) -> Path:
     return home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
 
 
+def log(home: Path) -> Path:
+    """Return where the agent's server writes."""
+    return home / "Library" / "Logs" / "mlx-densesteer" / LOG
+
+
 def install(made: bytes, *, home: Path) -> Path:
     """Write the agent and start it, in place of an older one; return its file.
 
@@ -92,13 +99,13 @@ def install(made: bytes, *, home: Path) -> Path:
     """
     file = path(home)
     file.parent.mkdir(parents=True, exist_ok=True)
-    (home / "Library" / "Logs" / "mlx-densesteer").mkdir(parents=True, exist_ok=True)
+    log(home).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as out:
         out.write(made)
     file.chmod(0o644)  # launchd refuses what others may write
     if lint := shutil.which("plutil"):
         _run([lint, "-lint", str(file)])
-    _launchctl("bootout", f"{_domain()}/{LABEL}", may_fail=True)
+    _boot_out()
     _launchctl("bootstrap", _domain(), str(file))
     return file
 
@@ -107,26 +114,37 @@ def uninstall(*, home: Path) -> bool:
     """Stop the agent and remove its file; ``False`` if there was none."""
     file = path(home)
     there = file.exists()
-    _launchctl("bootout", f"{_domain()}/{LABEL}", may_fail=True)
+    _boot_out()
     file.unlink(missing_ok=True)
     return there
+
+
+def _boot_out() -> None:
+    """Stop the agent, and wait for its end: launchd refuses to start one that still ends."""
+    service = f"{_domain()}/{LABEL}"
+    _launchctl("bootout", service, may_fail=True)
+    until = time.monotonic() + ENDS
+    while _launchctl("print", service, may_fail=True) and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 def _domain() -> str:
     return f"gui/{os.getuid()}"
 
 
-def _launchctl(*arguments: str, may_fail: bool = False) -> None:
+def _launchctl(*arguments: str, may_fail: bool = False) -> bool:
+    """Run launchctl; tell whether it succeeded."""
     launchctl = shutil.which("launchctl")
     if launchctl is None:
         raise DenseSteerError("no launchctl: an agent can be installed on macOS alone.")
-    _run([launchctl, *arguments], may_fail=may_fail)
+    return _run([launchctl, *arguments], may_fail=may_fail)
 
 
-def _run(command: list[str], *, may_fail: bool = False) -> None:
+def _run(command: list[str], *, may_fail: bool = False) -> bool:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode and not may_fail:
         said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
         raise DenseSteerError(
             f"`{' '.join(command)}`: {said}. Look at the file, or try `launchctl bootstrap` by hand."
         )
+    return not done.returncode

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,6 +20,21 @@ def test_the_sum_is_both_at_once(tiny, make_vector):
     zero = combine([(a, 1.0), (a, -1.0)])
     steered = tiny(tokens, cache=ds.make_cache(tiny, ds.Steering(zero, 4.0)))
     assert mx.array_equal(steered, tiny(tokens, cache=ds.make_cache(tiny)))
+
+
+def test_the_norms_of_the_same_weights_are_kept(make_vector):
+    norms = [{"1": 2.0, "2": 3.0}, {"2": 9.0, "3": 4.0}]
+    for fingerprints, expected in (
+        (("a", "a"), {1: 2.0, 2: 3.0, 3: 4.0}),
+        (("a", "b"), None),
+        ((None, None), None),
+    ):
+        parts = []
+        for number, fingerprint in enumerate(fingerprints):
+            vector = make_vector((number + 1, number + 2))
+            meta = replace(vector.meta, fingerprint=fingerprint, residual_norms=norms[number])
+            parts.append((ds.SteeringVector(vector.layers, meta), 1.0))
+        assert combine(parts).residual_norms == expected
 
 
 def test_vectors_of_other_models_are_refused(make_vector):

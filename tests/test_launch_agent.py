@@ -3,10 +3,11 @@ import plistlib
 import stat
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_densesteer import launch_agent
+from mlx_densesteer import SteeringVector, VectorMeta, launch_agent
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DenseSteerError, InputError
 
@@ -18,7 +19,8 @@ def launchctl(tmp_path, monkeypatch):
     folder.mkdir()
     script = folder / "launchctl"
     script.write_text(
-        f'#!/bin/sh\necho "$@" >> {calls}\ncase "$1" in "$FAILING") echo "Load failed: 5" >&2; exit 5;; esac\n'
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$1" = print ] && {{ [ -f {tmp_path}/ending ] && rm {tmp_path}/ending; exit; }}\n'
+        'case "$1" in "$FAILING") echo "Load failed: 5" >&2; exit 5;; esac\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -63,12 +65,15 @@ def test_installing_replaces_and_uninstalling_removes(tmp_path, launchctl):
     made = launch_agent.agent(["-m", "demo"], home=tmp_path)
     file = launch_agent.install(made, home=tmp_path)
     assert file.read_bytes() == made and stat.S_IMODE(file.stat().st_mode) == 0o644
-    launch_agent.install(made, home=tmp_path)
     domain = f"gui/{os.getuid()}"
-    once = [f"bootout {domain}/{launch_agent.LABEL}", f"bootstrap {domain} {file}"]
-    assert launchctl() == once * 2
+    service = f"{domain}/{launch_agent.LABEL}"
+    once = [f"bootout {service}", f"print {service}", f"bootstrap {domain} {file}"]
+    assert launchctl() == once
+    (tmp_path / "ending").touch()  # the old one takes a moment to end
+    launch_agent.install(made, home=tmp_path)
+    assert launchctl() == [*once, once[0], once[1], once[1], once[2]]
     assert launch_agent.uninstall(home=tmp_path) is True
-    assert not file.exists() and launchctl()[-1].startswith("bootout")
+    assert not file.exists() and launchctl()[-2].startswith("bootout")
     assert launch_agent.uninstall(home=tmp_path) is False
 
 
@@ -76,6 +81,11 @@ def test_what_launchd_says_is_told(tmp_path, launchctl, monkeypatch):
     monkeypatch.setenv("FAILING", "bootstrap")
     with pytest.raises(DenseSteerError, match="Load failed: 5"):
         launch_agent.install(launch_agent.agent([], home=tmp_path), home=tmp_path)
+
+
+def other_vector(folder):
+    meta = VectorMeta(model="other", hidden_size=8, layer_count=2)
+    return SteeringVector({1: np.ones(8)}, meta).save(folder / "other.npz")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac this would install it")
@@ -93,9 +103,13 @@ def test_elsewhere_the_command_prints_the_agent(tmp_path, monkeypatch):
         "--model", "demo", "--vectors", str(tmp_path / "vectors"), "--strength", "2.5", "--port", "9000",
         "--api-key-file", str(tmp_path / "key"), "--allow-host", "mac.local",
     ]  # fmt: skip
-    assert "k" * 20 not in done.stdout
+    assert "k" * 20 not in done.stdout and "Library/LaunchAgents" in done.stderr
+    for wrong, words in ((["-m", "no/such/folder"], "no such folder"), (["-m", "demo", "--port", "0"], "clients know"),
+                         (["-m", "demo", "-v", str(other_vector(tmp_path))], "hidden size")):  # fmt: skip
+        done = CliRunner().invoke(main, ["serve", *wrong, "--install-agent"])
+        assert done.exit_code and words in done.stderr and not done.stdout
     monkeypatch.setenv("DENSESTEER_API_KEY", "x" * 20)
     done = CliRunner().invoke(main, ["serve", "-m", "demo", "--install-agent"])
     assert done.exit_code == 2 and "--api-key-file" in done.stderr
     done = CliRunner().invoke(main, ["serve", "--uninstall-agent"])
-    assert done.exit_code == 1 and "macOS alone" in done.stderr
+    assert done.exit_code == 1 and "only macOS" in done.stderr

@@ -88,7 +88,7 @@ ROOMS = [
     {"server.starting"},
     {"cli.options", "cli.output", "cli.tables"},
     {"cli.progress", "cli.steer"},
-    {"cli.speculate"},
+    {"cli.agent", "cli.speculate"},
     # the terminal chat
     {
         "chat",

@@ -286,6 +286,13 @@ def test_models_are_listed_and_found(server):
         ({"steering": {"strength": 1e12}}, 400, "less than or equal"),
         ({"steering": {"layer": 3, "layers": [4]}}, 400, "steering: expected one of"),
         ({"steering": {"vectors": [{"source": "dense", "algorithm": "loreft"}]}}, 400, "plain addition"),
+        ({"strength": 3}, 400, "`strength` belongs in `steering`"),
+        ({"vectors": []}, 400, "`vectors` belongs in `steering`"),
+        ({"steering": {"layer": "3-4"}}, 400, "steering.layer: expected a whole number or a list."),
+        ({"steering": {"strength": "20%"}}, 400, "steering.strength: expected a number."),
+        ({"steering": {"vectors": []}}, 400, "steering.vectors: expected at least 1."),
+        ({"messages": []}, 400, "messages: expected at least 1."),
+        ({"messages": [{"content": "Hi"}]}, 400, "messages[0].role: is missing."),
         ({"response_format": {"type": "json_object"}}, 400, "`response_format` is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "`tools` is not supported"),
         ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` is not supported"),
@@ -303,6 +310,39 @@ def test_models_are_listed_and_found(server):
 def test_what_is_refused(server, fields, status, words):
     found, message = server.refusal(fields)
     assert found == status and words in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "demo@nothing=1"}, "model"),
+        ({"steering": {"vector": "nothing"}}, "steering.vector"),
+        (
+            {"steering": {"vectors": [{"source": "dense"}, {"source": "nothing"}]}},
+            "steering.vectors[1].source",
+        ),
+        ({"steering": {"layer": "3"}}, "steering.layer"),
+        ({"strength": 3}, "strength"),
+    ],
+)
+def test_the_field_at_fault_is_named(server, fields, param):
+    question = {"messages": [{"role": "user", "content": "Hi"}]}
+    status, _, body = server.ask("/v1/chat/completions", question | fields)
+    assert status == 400 and body["error"]["param"] == param
+
+
+def test_a_sum_of_vectors_has_a_dose_and_a_warning(server):
+    vectors = [{"source": "dense", "scale": 11, "layers": [5]}] * 2
+    body = server.chat(QUESTIONS[0], steering={"vectors": vectors}, max_tokens=2)
+    alone = server.chat(QUESTIONS[0], model="demo@dense=22", max_tokens=2)
+    assert body["steering"]["relative_dose"] == alone["steering"]["relative_dose"]
+    assert "large dose" in body["steering"]["warning"]
+    assert text(body) == text(alone)
+
+
+def test_another_method_is_told_the_right_one(server):
+    status, headers, body = server.ask("/v1/chat/completions")
+    assert status == 405 and "use POST" in body["error"]["message"] and headers["Allow"] == "POST"
 
 
 def test_fields_that_ask_for_nothing_are_accepted_and_unknown_ones_are_named(server):

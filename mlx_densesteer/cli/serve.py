@@ -3,19 +3,20 @@
 import logging
 import os
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
+from .agent import install, uninstall
 from .options import model_option, positions_option, relative_option
 from .output import count, note
 from .steer import Request, read_steering, tell_dose, tell_fit
 
 if TYPE_CHECKING:
+    import socket
+
     from ..server.settings import Access
     from ..server.starting import Server
 
@@ -61,12 +62,11 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
               help="Memory for prompts that were read, 0 for none.")  # fmt: skip
 @click.option("--grace", type=click.IntRange(0, 3600), default=10, show_default=True, metavar="SECONDS",
               help="What answers that run are given when the server ends.")  # fmt: skip
-@click.option(
-    "--uninstall-agent", is_flag=True, help="Stop and remove that agent; no other option is needed."
-)
 @click.option("--install-agent", is_flag=True,
               help="Instead of serving now: serve like this from now on, whenever you are logged in "
                    "(launchd). On other systems than macOS, print the agent.")  # fmt: skip
+@click.option("--uninstall-agent", is_flag=True,
+              help="Stop and remove the agent; no other option is needed.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
 def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
           layers: tuple[str, ...], positions: str | None, relative: bool, name: str | None, host: str,
@@ -78,26 +78,33 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
     bare name is the stock model. Ctrl-C ends.
     """
     if uninstall_agent:
-        _uninstall_agent()
+        uninstall()
         return
     if model is None:
         raise click.UsageError("no model: add -m MODEL.")
+    if name is not None and "@" in name:
+        raise click.UsageError(f"--name {name}: expected no @, which separates a vector's name.")
     _check_extra()
-    requests = _read_vectors(model, vectors, strength, layers, positions, relative)
     access = _access(host, _read_key(api_key_file), hosts, origins)
+    listener = None if install_agent else _open_socket(host, port)
+    requests = _read_vectors(model, vectors, strength, layers, positions, relative)
     if install_agent:
-        _install_agent(api_key_file is None and access.key is not None)
+        install(
+            model,
+            port,
+            requests,
+            key_in_environment=api_key_file is None and access.key is not None,
+        )
         return
     _set_up_logs(verbose)
 
-    from ..server.listening import listen, open_socket
+    from ..server.listening import listen
     from ..server.settings import Limits, Settings
     from ..server.starting import model_id, start
     from ..server.wanted import Wanted
 
     limits = Limits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
     settings = Settings(model_id(model, name), limits, access, folder)
-    listener = open_socket(host, port)
     given = {
         name: Wanted(one.vector, one.number, one.layers, one.positions, one.relative)  # type: ignore[arg-type]
         for name, one in requests.items()
@@ -109,59 +116,11 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
     listen(server.application, listener, server.engine, limits)
 
 
-# Options whose values are paths: an agent starts in another folder.
-PATHS = {"vectors", "folder", "api_key_file"}
+def _open_socket(host: str, port: int) -> "socket.socket":
+    """Open the socket before anything takes long: a port that is taken is told at once."""
+    from ..server.listening import open_socket
 
-
-def _install_agent(key_in_environment: bool) -> None:
-    """Make an agent of the options that were given, and install it on a Mac."""
-    from ..launch_agent import agent, install
-
-    if key_in_environment:
-        raise click.UsageError(
-            f"an agent cannot keep a secret: put the API key of {KEY_VARIABLE} into a file that only you "
-            "can read, and name it with --api-key-file."
-        )
-    made = agent(_arguments(click.get_current_context()), home=Path.home())
-    if sys.platform != "darwin":
-        click.echo(made.decode(), nl=False)
-        note("an agent can be installed on macOS alone; this is what would be written")
-        return
-    note(f"installed and started: {install(made, home=Path.home())}")
-    note("remove it with: densesteer serve --uninstall-agent")
-
-
-def _uninstall_agent() -> None:
-    from ..launch_agent import uninstall
-
-    if sys.platform != "darwin":
-        raise click.ClickException("an agent is installed on macOS alone; there is none here.")
-    note("removed" if uninstall(home=Path.home()) else "there was no agent")
-
-
-def _arguments(ctx: click.Context) -> list[str]:
-    """Return the options that were given, with absolute paths."""
-    found: list[str] = []
-    for option in ctx.command.params:
-        name = option.name or ""
-        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if not given or name in ("install_agent", "uninstall_agent"):
-            continue
-        value = ctx.params[name]
-        long = next(text for text in option.opts if text.startswith("--"))
-        if value is True:
-            found.append(long)
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            found += [long, _absolute(name, str(one))]
-    return found
-
-
-def _absolute(name: str, value: str) -> str:
-    local = name in PATHS or (name == "model" and Path(value).expanduser().is_dir())
-    if not local or value == "demo":
-        return value
-    return str(Path(value).expanduser().absolute())
+    return open_socket(host, port)
 
 
 def _check_extra() -> None:
@@ -256,6 +215,8 @@ def _tell_vectors(server: "Server", given: set[str]) -> None:
             norms = server.engine.norms.known(one.vector) or {}
             steering = one.steering
             tell_dose(steering, steering.relative_dose(norms))
+    for name, reason in server.shelf.unusable().items():
+        note(f"warning: {name} of the folder cannot be used: {reason}")
     names = [one.name for one in server.shelf.all()]
     if names:
         note(f"{count(len(names), 'vector')} by name: {', '.join(names)}")

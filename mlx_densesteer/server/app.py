@@ -104,7 +104,9 @@ async def _no_such_thing(request: Request, error: Exception) -> Response:
     """Say 404 and 405 in OpenAI's shape."""
     if not isinstance(error, HTTPException) or error.status_code not in (404, 405):
         raise error
-    what = "no such page" if error.status_code == 404 else "this method is not for this page"
+    what = "no such page"
+    if error.status_code == 405:
+        what = f"{request.method[:8]} is not for this page: use {(error.headers or {}).get('Allow', 'another')}"
     fault = Fault(error.status_code, f"{what}; see /openapi.json.", code="not_found")
     return JSONResponse(fault.body, fault.status, headers=error.headers)
 

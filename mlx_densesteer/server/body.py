@@ -12,6 +12,14 @@ from .within import within
 Model = TypeVar("Model", bound=BaseModel)
 
 SHOWN = 5  # problems that are told at once
+# Pydantic's words for what a person meets most, in ours; the rest is clear as it is.
+WORDS = {
+    "int_type": "expected a whole number", "int_from_float": "expected a whole number",
+    "float_type": "expected a number", "string_type": "expected text", "list_type": "expected a list",
+    "bool_type": "expected true or false", "missing": "is missing",
+    "model_type": "expected an object", "model_attributes_type": "expected an object",
+    "too_short": "expected at least {min_length}", "too_long": "expected at most {max_length}",
+}  # fmt: skip
 # Of a body that is too large so many times the limit is read and thrown away: most clients send all
 # of it before they look for the answer, and would only see a broken connection.
 DISCARDED = 16
@@ -64,19 +72,27 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
 
 def _fault(error: ValidationError) -> Fault:
     """Say what is wrong, without what was sent: it may be a prompt."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    told, param = [], None
-    for problem in problems[:SHOWN]:
+    problems = error.errors(include_url=False, include_input=False)
+    told: dict[
+        str | None, list[str]
+    ] = {}  # a place that takes several types has a problem for each
+    for problem in problems:
         if problem["type"] == "json_invalid":
             return bad(
                 f"the body is no valid JSON: {problem['msg'].partition(': ')[2] or 'not JSON'}."
             )
-        where = _place(problem["loc"])
-        param = param or where
         message = problem["msg"].removeprefix("Value error, ")[:300]
-        told.append(f"{where}: {message}" if where else message)
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return bad("; ".join(told) + more + ".", param)
+        if problem["type"] in WORDS:
+            message = WORDS[problem["type"]].format_map(problem.get("ctx", {}))
+        at = told.setdefault(_place(problem["loc"]), [])
+        if message not in at:
+            at.append(message.removeprefix("expected ") if at else message)
+    shown = [
+        f"{where}: {' or '.join(said)}" if where else " or ".join(said)
+        for where, said in list(told.items())[:SHOWN]
+    ]
+    more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    return bad("; ".join(shown) + more + ".", next(iter(told)))
 
 
 def _place(loc: tuple[int | str, ...]) -> str | None:

@@ -13,7 +13,7 @@ from ..defaults import Default, default_for
 from ..errors import DenseSteerError, InputError
 from ..steering import Steering
 from ..vector import SteeringVector
-from .faults import Fault, bad, excerpt
+from .faults import bad, excerpt
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
@@ -68,6 +68,10 @@ class Shelf:
         found = [one for one in self._look().values() if isinstance(one, Shelved)]
         return [*self._given.values(), *found]
 
+    def unusable(self) -> dict[str, str]:
+        """Return the folder's files that cannot be used, each with the reason."""
+        return {name: one for name, one in self._look().items() if isinstance(one, str)}
+
     def get(self, name: str) -> Shelved:
         """Return the vector of that name.
 
@@ -78,12 +82,9 @@ class Shelf:
         if isinstance(found, Shelved):
             return found
         if found is not None:
-            raise bad(f"vector {excerpt(name)} cannot be used: {found}", "steering.vector")
+            raise bad(f"vector {excerpt(name)} cannot be used: {found}")
         names = ", ".join(one.name for one in self.all()) or "none"
-        raise Fault(
-            400, f"no vector {excerpt(name)}: this server has {names}.", "steering.vector",
-            "vector_not_found",
-        )  # fmt: skip
+        raise bad(f"no vector {excerpt(name)}: this server has {names}.", code="vector_not_found")
 
     def _look(self) -> dict[str, Shelved | str]:
         """Return the folder's vectors; of one that cannot be used, why."""

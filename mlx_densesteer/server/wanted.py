@@ -8,7 +8,7 @@ from ..dose import strength_for
 from ..errors import DenseSteerError
 from ..steering import Positions, Steering
 from ..vector import SteeringVector
-from .faults import bad, excerpt
+from .faults import Fault, bad, excerpt
 from .model_name import Named
 from .shelf import Shelf, Shelved
 from .wire import EasySteer, EasySteerVector, SteeringField
@@ -56,10 +56,8 @@ def wanted(
         )
     try:
         if named is not None:
-            asked = _one(
-                shelf.get(named.vector),
-                SteeringField(strength=named.strength, relative=named.relative),
-            )
+            field = SteeringField(strength=named.strength, relative=named.relative)
+            asked = _one(_get(shelf, named.vector, "model"), field)
         elif isinstance(field, EasySteer):
             asked = _several(field.vectors, shelf)
         elif field is not None:
@@ -75,9 +73,18 @@ def wanted(
         raise bad(str(error), "steering") from error
 
 
+def _get(shelf: Shelf, name: str, param: str) -> Shelved:
+    """Return a vector; a fault names the field that asks for it."""
+    try:
+        return shelf.get(name)
+    except Fault as fault:
+        fault.param = param
+        raise
+
+
 def _choose(field: SteeringField, shelf: Shelf) -> Shelved:
     if field.vector is not None:
-        return shelf.get(field.vector)
+        return _get(shelf, field.vector, "steering.vector")
     vectors = shelf.all()
     if len(vectors) != 1:
         names = ", ".join(one.name for one in vectors) or "none"
@@ -106,8 +113,8 @@ def _preset(shelved: Shelved, layers: Iterable[int], positions: Positions) -> st
 def _several(vectors: list[EasySteerVector], shelf: Shelf) -> Wanted:
     """Read EasySteer's schema; several vectors become their weighted sum at strength 1."""
     parts, positions = [], set()
-    for one in vectors:
-        shelved = shelf.get(one.source)
+    for number, one in enumerate(vectors):
+        shelved = _get(shelf, one.source, f"steering.vectors[{number}].source")
         layers = one.chosen or shelved.default.layers
         parts.append((shelved.vector.select(layers), one.scale))
         positions.add(_positions(one))

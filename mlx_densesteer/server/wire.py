@@ -227,6 +227,10 @@ IDLE = {
 }  # fmt: skip
 
 
+# What belongs in `steering`: beside it, it would silently do nothing.
+OURS = {*SteeringField.model_fields, *EasySteer.model_fields, *EasySteerVector.model_fields}
+
+
 def check_extra(request: Completing) -> list[str]:
     """Return the fields that are left aside because nobody knows them.
 
@@ -241,6 +245,8 @@ def check_extra(request: Completing) -> list[str]:
                 raise bad(
                     f"`{name}` is not supported by this server; leave it out.", name, "unsupported"
                 )
+        elif name in OURS:
+            raise bad(f'`{name}` belongs in `steering`: {{"steering": {{"{name}": ...}}}}.', name)
         elif name not in IDLE:
             near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.85)
             if near:

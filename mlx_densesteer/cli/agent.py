@@ -1,0 +1,82 @@
+"""``densesteer serve --install-agent`` and ``--uninstall-agent``."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from .output import note
+from .steer import Request
+
+PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in another folder
+
+
+def install(
+    model: str, port: int, requests: Mapping[str, Request], *, key_in_environment: bool
+) -> None:
+    """Make an agent of the options that were given, and install it on a Mac.
+
+    What would keep the server from starting is refused now: launchd would try for ever.
+    """
+    from ..launch_agent import agent, install, log, path
+    from ..model import find
+    from ..model_folder import read_config
+
+    if key_in_environment:
+        raise click.UsageError(
+            "an agent cannot keep a secret: put the API key of DENSESTEER_API_KEY into a file that only "
+            "you can read, and name it with --api-key-file."
+        )
+    if port == 0:
+        raise click.UsageError("--port 0: an agent needs a port that clients know.")
+    config = read_config(find(model))
+    for one in requests.values():
+        one.vector.check_fits(
+            hidden_size=config["hidden_size"], layer_count=config["num_hidden_layers"], model=model
+        )
+    home = Path.home()
+    made = agent(_arguments(click.get_current_context()), home=home)
+    if sys.platform != "darwin":
+        click.echo(made.decode(), nl=False)
+        note(
+            f"only macOS has launchd agents; there this would be {path(home)}, its log {log(home)}"
+        )
+        return
+    note(f"installed and started: {install(made, home=home)}")
+    note(f"its log: {log(home)}; remove it with: densesteer serve --uninstall-agent")
+
+
+def uninstall() -> None:
+    """Stop and remove the agent."""
+    from ..launch_agent import uninstall
+
+    if sys.platform != "darwin":
+        raise click.ClickException("only macOS has launchd agents; there is none to remove here.")
+    note("removed" if uninstall(home=Path.home()) else "there was no agent")
+
+
+def _arguments(ctx: click.Context) -> list[str]:
+    """Return the options that were given, with absolute paths."""
+    found: list[str] = []
+    for option in ctx.command.params:
+        name = option.name or ""
+        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if not given or name in ("install_agent", "uninstall_agent"):
+            continue
+        value = ctx.params[name]
+        long = next(text for text in option.opts if text.startswith("--"))
+        if value is True:
+            found.append(long)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            found += [long, _absolute(name, str(one))]
+    return found
+
+
+def _absolute(name: str, value: str) -> str:
+    local = name in PATHS or (name == "model" and Path(value).expanduser().is_dir())
+    if not local or value == "demo":
+        return value
+    return str(Path(value).expanduser().absolute())
