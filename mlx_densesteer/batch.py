@@ -35,7 +35,9 @@ PREFILL_ROWS = 8  # rows whose prompts are read together at most
 PREFILL = 2048  # prompt tokens of a row that one step reads while nobody waits for it
 # Prompt tokens, of all rows together, read between two tokens of the rows that decode. Smaller
 # parts are dearer (a 0.5B on two CPU cores: 68, 81, 90 tokens/s in parts of 64, 128, 256),
-# larger ones are not cheaper (85 in parts of 512) and hold the others up for longer.
+# larger ones are not cheaper (85 in parts of 512) and hold the others up for longer. Prompts that
+# are no longer than this are read whole, all that come together at once: while prompts are read in
+# parts, the others decode in a batch that is not full.
 PREFILL_BESIDE = 256
 
 
@@ -58,7 +60,8 @@ class Batch:
     ``add`` puts a row in, ``step`` decodes one token of every row, ``cancel`` takes one out; all
     three may be called in any order, also in the middle of the pieces of a step. At most ``rows``
     rows are in the KV cache, later ones wait for their turn. A prompt is read in parts, one part
-    a step, so that it holds up the rows that decode by ``PREFILL_BESIDE`` tokens at most.
+    a step, so that it holds up the rows that decode by ``PREFILL_BESIDE`` tokens at most; short ones
+    that come together are read together.
 
     When ``step`` raises (out of memory, Ctrl-C), half a step is done and nobody can go on: the
     batch is then closed. ``cancel`` still tells what a row has said.
@@ -186,10 +189,16 @@ class Batch:
             )
             row.caches = ()  # mlx-lm has them now, merged into the batch's own
             self._inside[row.uid] = row
-        arriving = sum(not row.first for row in self._inside.values())
-        shared = max(1, PREFILL_BESIDE // min(max(arriving, 1), PREFILL_ROWS))
-        alone = arriving == len(self._inside)
-        self._generator.prefill_step_size = PREFILL if alone else shared
+        self._generator.prefill_step_size = self._part()
+
+    def _part(self) -> int:
+        """Return how many tokens of each prompt the next step reads."""
+        arriving = [len(row.prompt) for row in self._inside.values() if not row.first]
+        if len(arriving) == len(self._inside):
+            return PREFILL
+        if max(arriving, default=0) <= PREFILL_BESIDE:
+            return PREFILL_BESIDE
+        return max(1, PREFILL_BESIDE // min(len(arriving), PREFILL_ROWS))
 
     def _take(self, row: Row, token: int, ended: str | None, logprobs: mx.array) -> Piece:
         self.tokens += 1

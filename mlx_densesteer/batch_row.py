@@ -83,7 +83,8 @@ class Row:
             text=self.pending.text + self.pending.held,
             token_ids=tuple(self.ids),
             prompt_tokens=self.prompt_tokens,
-            tokens_per_second=len(self.ids) / seconds if seconds > 0 else 0.0,
+            # from the first token to the last: one less than there are
+            tokens_per_second=max(0, len(self.ids) - 1) / seconds if seconds > 0 else 0.0,
             time_to_first_token=self.first - self.began if self.first else 0.0,
             peak_memory_bytes=mx.get_peak_memory(),
             finish_reason=self.reason or "interrupted",

@@ -23,10 +23,12 @@ from .speculation import Draft
 from .steering import Steering
 from .stopping import check_limits
 
+COLDEST = 1e-6  # a temperature below: 1 / temperature soon overflows float32
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy."""
+    """How the next token is chosen. Temperature 0 is greedy, as is what is next to it."""
 
     temp: float = 0.0
     top_p: float = 1.0
@@ -35,6 +37,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temp < float("inf"):
             raise InputError(f"temperature {self.temp}: expected 0 (greedy) or more.")
+        if self.temp < COLDEST:
+            object.__setattr__(self, "temp", 0.0)
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise InputError(f"seed {self.seed}: expected a number from 0 to 2**64 - 1.")
         if not 0.0 < self.top_p <= 1.0:

@@ -19,24 +19,26 @@ from .errors import DenseSteerError, InputError
 LABEL = "com.mlx-densesteer.serve"
 LOG = "serve.log"
 THROTTLE = 30  # seconds between two starts
-ENDS = 30.0  # seconds that a server is given to end
+ENDS = 10  # seconds that a server takes to end when its answers have
+PATIENCE = 60.0  # seconds that an older agent is given to end
 KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # of the environment; never a secret
 
 # The types of launchd.plist(5) for the keys that we write.
 _TYPES: Mapping[str, type] = {
     "Label": str, "ProgramArguments": list, "RunAtLoad": bool, "KeepAlive": dict,
-    "ThrottleInterval": int, "ProcessType": str, "WorkingDirectory": str, "StandardErrorPath": str,
+    "ThrottleInterval": int, "ExitTimeOut": int, "ProcessType": str, "WorkingDirectory": str, "StandardErrorPath": str,
     "StandardOutPath": str, "EnvironmentVariables": dict,
 }  # fmt: skip
 
 
 def agent(
-    arguments: Sequence[str], *, home: Path, environment: Mapping[str, str] = os.environ
-) -> bytes:
+    arguments: Sequence[str], *, home: Path, grace: int = 10,
+    environment: Mapping[str, str] = os.environ,
+) -> bytes:  # fmt: skip
     """Return the agent's property list: ``densesteer serve`` with these arguments.
 
     Paths in them must be absolute: launchd starts the server elsewhere. Of the environment only
-    what finds models is kept.
+    what finds models is kept. ``grace``: seconds that answers have when the server ends.
 
     Raises:
         InputError: a text that a property list cannot hold.
@@ -48,6 +50,7 @@ def agent(
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False, "Crashed": True},
         "ThrottleInterval": THROTTLE,
+        "ExitTimeOut": grace + ENDS,  # then launchd kills it
         # Interactive: macOS does not throttle it while somebody waits for an answer
         "ProcessType": "Interactive",
         "WorkingDirectory": str(home),
@@ -123,7 +126,7 @@ def _boot_out() -> None:
     """Stop the agent, and wait for its end: launchd refuses to start one that still ends."""
     service = f"{_domain()}/{LABEL}"
     _launchctl("bootout", service, may_fail=True)
-    until = time.monotonic() + ENDS
+    until = time.monotonic() + PATIENCE
     while _launchctl("print", service, may_fail=True) and time.monotonic() < until:
         time.sleep(0.2)
 

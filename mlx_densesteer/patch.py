@@ -152,7 +152,7 @@ def deltas(model: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
         if abs(delta).max() > limit:
             raise SteeringError(
                 f"strength {steering.strength:g} at layer {layer}: lambda * v overflows the "
-                f"model's {dtype}. Choose a smaller strength."
+                f"model's {str(dtype).removeprefix('mlx.core.')}. Choose a smaller strength."
             )
         made[layer] = mx.array(delta).reshape(1, 1, hidden_size)
     return made

@@ -43,6 +43,7 @@ def test_the_agent_is_what_launchd_reads(tmp_path):
     assert document["RunAtLoad"] is True and document["KeepAlive"]["SuccessfulExit"] is False
     assert document["EnvironmentVariables"] == {"HF_HOME": "/models"}
     assert b"secret" not in made
+    assert document["ExitTimeOut"] > 10  # the grace of answers that run
     assert document["StandardErrorPath"].startswith(str(tmp_path))
 
 
@@ -93,6 +94,7 @@ def test_elsewhere_the_command_prints_the_agent(tmp_path, monkeypatch):
     pytest.importorskip("starlette")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vectors").mkdir()
+    (tmp_path / "demo").mkdir()
     (tmp_path / "key").write_text("k" * 20)
     arguments = ["serve", "-m", "demo", "--vectors", "vectors", "--api-key-file", "key", "--port", "9000",
                  "-s", "2.5", "--allow-host", "mac.local", "--install-agent"]  # fmt: skip
@@ -104,6 +106,10 @@ def test_elsewhere_the_command_prints_the_agent(tmp_path, monkeypatch):
         "--api-key-file", str(tmp_path / "key"), "--allow-host", "mac.local",
     ]  # fmt: skip
     assert "k" * 20 not in done.stdout and "Library/LaunchAgents" in done.stderr
+    done = CliRunner().invoke(main, ["serve", "-m", "demo", "--vectors", "demo", "--install-agent"])
+    assert plistlib.loads(done.stdout.encode())["ProgramArguments"][4:] == [
+        "--model", "demo", "--vectors", str(tmp_path / "demo"),
+    ]  # fmt: skip
     for wrong, words in ((["-m", "no/such/folder"], "no such folder"), (["-m", "demo", "--port", "0"], "clients know"),
                          (["-m", "demo", "-v", str(other_vector(tmp_path))], "hidden size")):  # fmt: skip
         done = CliRunner().invoke(main, ["serve", *wrong, "--install-agent"])

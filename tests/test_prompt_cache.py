@@ -96,6 +96,14 @@ def test_memory_is_bounded_and_the_oldest_goes(tiny):
     assert read(cache, [OPEN, *range(2, 102)], None).cached_tokens == 0
 
 
+def test_a_prompt_that_does_not_fit_pushes_out_no_other(tiny):
+    one = read(PromptCache(tiny, max_bytes=2**30), [OPEN, *range(2, 102)], None)
+    cache = PromptCache(tiny, max_bytes=2 * one._prefix.nbytes)
+    read(cache, [OPEN, *range(2, 102)], None)
+    read(cache, [OPEN, *[9] * 900], None)
+    assert read(cache, [OPEN, *range(2, 102)], None).cached_tokens > 0
+
+
 def test_a_longer_conversation_replaces_its_beginning(tiny):
     cache = PromptCache(tiny, max_bytes=2**30)
     tokens = [OPEN, *[5] * 70, OPEN, *[6] * 70, OPEN]

@@ -250,6 +250,15 @@ def test_plain_completions(server, solo):
         assert body["choices"][0]["text"] == alone.text
         assert len(body["choices"][0]["logprobs"]["tokens"]) == 8
         assert all(len(top) == 2 for top in body["choices"][0]["logprobs"]["top_logprobs"])
+        assert body["choices"][0]["logprobs"]["text_offset"][:2] == [
+            0,
+            len(body["choices"][0]["logprobs"]["tokens"][0]),
+        ]
+    _, _, body = server.ask(
+        "/v1/completions", {"prompt": "Sam has", "max_tokens": 8, "logprobs": 0}
+    )
+    found = body["choices"][0]["logprobs"]
+    assert [list(top) for top in found["top_logprobs"]] == [[token] for token in found["tokens"]]
     several = {"prompt": ["Sam has 3 apples", "Kim"], "max_tokens": 8, "n": 2}
     _, _, body = server.ask("/v1/completions", several)
     texts = [choice["text"] for choice in body["choices"]]
@@ -257,6 +266,55 @@ def test_plain_completions(server, solo):
     assert texts[0] == texts[1] == alone.text and texts[2] == texts[3] != alone.text
     kim = len(solo.tokenizer.encode("Kim"))
     assert body["usage"]["prompt_tokens"] == len(ids) + kim
+
+
+def test_a_stream_tells_what_the_whole_answer_tells(server):
+    body = {"prompt": "Sam has 3 apples", "max_tokens": 8, "logprobs": 1}
+    whole = server.ask("/v1/completions", body)[2]["choices"][0]["logprobs"]
+    connection = server.connect()
+    connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}),
+                       {"Content-Type": "application/json"})  # fmt: skip
+    lines = connection.getresponse().read().decode().split("\n")
+    connection.close()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    told = [
+        c["choices"][0]["logprobs"] for c in chunks if c["choices"] and c["choices"][0]["logprobs"]
+    ]
+    for name in ("tokens", "text_offset"):
+        assert [x for one in told for x in one[name]] == whole[name]
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+
+
+def test_the_receipt_counts_the_time_between_tokens(server):
+    details = server.chat(QUESTIONS[0], max_tokens=1)["usage"]["completion_tokens_details"]
+    assert details["tokens_per_second"] is None
+    began = time.monotonic()
+    details = server.chat(QUESTIONS[0], max_tokens=30)["usage"]["completion_tokens_details"]
+    assert details["tokens_per_second"] >= 29 / (time.monotonic() - began)
+
+
+def test_cached_tokens_are_counted_for_each_prompt(server):
+    long = "Sam has 3 apples. " * 40
+    server.ask("/v1/completions", {"prompt": long, "max_tokens": 1})
+    for prompt in ([long, "Kim"], ["Kim", long]):
+        usage = server.ask("/v1/completions", {"prompt": prompt, "max_tokens": 1})[2]["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] > 100
+
+
+def test_next_to_no_temperature_is_greedy(server):
+    greedy = text(server.chat(QUESTIONS[0], max_tokens=20))
+    for temperature in (1e-300, 1e-39, 1e-7):
+        assert (
+            text(server.chat(QUESTIONS[0], max_tokens=20, temperature=temperature, seed=1))
+            == greedy
+        )
+
+
+def test_parts_of_content_may_carry_what_others_need(server):
+    part = {"type": "text", "text": QUESTIONS[0], "cache_control": {"type": "ephemeral"}}
+    message = [{"role": "user", "content": [part]}]
+    assert text(server.chat(message, max_tokens=9)) == text(server.chat(QUESTIONS[0], max_tokens=9))
 
 
 def test_models_are_listed_and_found(server):
@@ -293,6 +351,10 @@ def test_models_are_listed_and_found(server):
         ({"steering": {"vectors": []}}, 400, "steering.vectors: expected at least 1."),
         ({"messages": []}, 400, "messages: expected at least 1."),
         ({"messages": [{"content": "Hi"}]}, 400, "messages[0].role: is missing."),
+        ({"model": "demo@dense=1e10"}, 400, "1e+09 at most"),
+        ({"model": "demo@dense=1e13%"}, 400, "1e+09 at most"),
+        ({"steering": {"strength": 1e9, "relative": True}}, 400, "1e+09 at most"),
+        ({f"field{i}": 1 for i in range(65)}, 400, "65 unknown fields"),
         ({"response_format": {"type": "json_object"}}, 400, "`response_format` is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "`tools` is not supported"),
         ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` is not supported"),
@@ -427,6 +489,78 @@ def test_a_step_that_fails_is_told_and_does_not_end_the_server(server, monkeypat
     status, message = server.refusal({})
     assert status == 500 and "secret" not in message
     assert server.chat(QUESTIONS[0], max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The demo in float16, where a strength can overflow that does not in float32."""
+    import shutil
+
+    import mlx.core as mx
+
+    folder = tmp_path_factory.mktemp("half") / "half"
+    shutil.copytree(demo.MODEL, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    halves = {name: array.astype(mx.float16) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves, metadata={"format": "mlx"})
+    with serving(folder) as running:
+        yield running
+
+
+def test_a_strength_that_this_model_cannot_bear_harms_nobody_else(half):
+    with ThreadPoolExecutor(4) as pool:
+        others = [
+            pool.submit(half.chat, q, model="half@dense=3", max_tokens=60) for q in QUESTIONS[:3]
+        ]
+        for _ in range(5):
+            status, message = half.refusal({"model": "half@dense=1e8"})
+            assert status == 400 and "overflows the model's float16" in message
+        assert all(other.result()["usage"]["completion_tokens"] for other in others)
+    assert half.ask("/health")[2]["running"] == 0
+
+
+@pytest.mark.parametrize("place", ["batch.Batch.add", "server.norms.Norms.of", "server.prompt_cache.PromptCache.read",
+                                   "server.prompt_cache.Reading.caches", "server.prompt_cache.PromptCache.keep"])  # fmt: skip
+@pytest.mark.parametrize("question", ["Hi", "word " * 200])
+def test_whatever_fails_nobody_waits_for_ever(server, monkeypatch, place, question):
+    from importlib import import_module
+
+    module, kind, name = place.rsplit(".", 2)
+    kind = getattr(import_module(f"mlx_densesteer.{module}"), kind)
+    server.chat(QUESTIONS[0], max_tokens=1)
+
+    def failing(self, *args, **options):
+        raise RuntimeError("[malloc] a secret path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, name, failing)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [{"model": "demo@dense=10%", "messages": [{"role": "user", "content": f"{question} {i}"}]}
+                     for i in range(3)]  # fmt: skip
+            found = list(pool.map(lambda body: server.ask("/v1/chat/completions", body), asked))
+    # prompts that come together may be read without being kept
+    expected = {200, 500} if place.endswith("keep") else {500}
+    assert {status for status, _, _ in found} <= expected
+    assert not any("secret" in str(body) for _, _, body in found)
+    health = server.ask("/health")[2]
+    assert health["running"] == health["waiting"] == 0
+    assert server.chat(QUESTIONS[0], max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_if_the_models_thread_dies_its_clients_are_told_and_the_server_ends(monkeypatch):
+    from mlx_densesteer.server.worker import Worker
+
+    def failing(self, *args):
+        raise MemoryError("again")
+
+    with serving() as server:
+        monkeypatch.setattr(Worker, "work", failing)
+        monkeypatch.setattr(Worker, "recover", failing)
+        assert server.refusal({})[0] == 500
+        assert server.ask("/health")[0] == 503
+        assert server.refusal({})[0] == 503
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
 
 
 def test_more_choices_than_rows_are_answered_one_after_the_other():

@@ -94,6 +94,7 @@ def raw(url, data, *, half_close=False, seconds=10.0):
     [
         ("127.0.0.1", 200), ("localhost", 200), ("LOCALHOST:9", 200), ("[::1]:80", 200), ("127.0.0.1:1", 200),
         ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example:80", 403),
+        ("evil.example@127.0.0.1", 403), ("127.0.0.1/x", 403), ("127.0.0.1?x", 403),
         ("evil@localhost.example", 403), ("10.0.0.7", 403), ("", 403), ("[::1", 403), ("a b", 403),
     ],
 )  # fmt: skip
@@ -105,7 +106,7 @@ def test_only_names_of_this_machine_are_answered(process, host, status):
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"Origin": "SAME"}, 200), ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "SAME"}, 200), ({"Origin": "TLS"}, 200), ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
         ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Origin": ["SAME", "https://evil.example"]}, 400),
@@ -116,7 +117,9 @@ def test_pages_of_other_sites_may_not_ask(process, headers, status):
         return (
             [same(v) for v in value]
             if isinstance(value, list)
-            else value.replace("SAME", process.url)
+            else value.replace("SAME", process.url).replace(
+                "TLS", process.url.replace("http", "https")
+            )
         )
 
     found, sent, _ = ask(process.url, headers={k: same(v) for k, v in headers.items()})
@@ -139,12 +142,45 @@ def test_a_page_that_was_named_may_ask():
         status, sent, _ = ask(server.url, body=None, headers=headers, method="OPTIONS")
         assert status == 204 and sent["Access-Control-Allow-Origin"] == origin
         assert "content-type" in sent["Access-Control-Allow-Headers"]
+        # what OpenAI's own client for browsers sends
+        headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-arch"
+        allowed = ask(server.url, body=None, headers=headers, method="OPTIONS")[1][
+            "Access-Control-Allow-Headers"
+        ]
+        assert "x-stainless-arch" in allowed
+        headers["Access-Control-Request-Headers"] = "a\x01b, <x>: y"
+        allowed = ask(server.url, body=None, headers=headers, method="OPTIONS")[1][
+            "Access-Control-Allow-Headers"
+        ]
+        assert set(allowed) <= set("abcdefghijklmnopqrstuvwxyz-, ")
         status, sent, _ = ask(
             server.url, headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"}
         )
         assert status == 200 and sent["Access-Control-Allow-Origin"] == origin
         status, sent, _ = ask(server.url, headers={"Origin": "https://other.example"})
         assert status == 403 and "Access-Control-Allow-Origin" not in sent
+
+
+def test_a_page_that_was_named_is_told_that_its_key_is_wrong():
+    from mlx_densesteer.server.settings import Access
+
+    origin = "app://obsidian.md"
+    with serving(access=Access(key=KEY.encode(), origins=frozenset([origin]))) as server:
+        status, sent, _ = ask(server.url, headers={"Origin": origin})
+        assert status == 401 and sent["Access-Control-Allow-Origin"] == origin
+
+
+@pytest.mark.parametrize("body", [
+    b'{"messages":[{"role":"user","content":"Hi"}],' + b",".join(b'"presence_penalt%d":1' % i for i in range(40_000)) + b"}",
+    b'{"messages":[{"role":"user","content":"Hi"}],"steering":{"layer":[' + b"-1," * 300_000 + b"-1]}}",
+    b'{"messages":[{"role":"user","content":"Hi"}],"stop":[' + b"1," * 400_000 + b"1]}",
+    b'{"messages":[' + b"1," * 400_000 + b"1]}",
+    b'{"messages":[{"role":"user","content":[' + b"1," * 400_000 + b"1]}]}",
+    b'{"messages":[{"role":"user","content":"Hi"}],"stop":[' + b'"a",' * 250_000 + b'"a"]}',
+])  # fmt: skip
+def test_a_body_of_many_wrong_things_is_told_a_few(process, body):
+    status, _, told = ask(process.url, body=body)
+    assert status == 400 and len(told) < 2000
 
 
 def test_security_headers_are_everywhere(process):
@@ -473,6 +509,19 @@ def test_the_folder_of_vectors(tmp_path):
         assert names() == ["dense", "good", "later"]
         (tmp_path / "good.npz").unlink()
         assert server.refusal({"model": "demo@good=1"})[0] == 400
+
+
+def test_a_body_that_never_comes_whole_does_not_hold_up_the_end():
+    with server_process("--grace", "1") as server:
+        place = urlsplit(server.url)
+        with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                               "Content-Length: 50\r\n\r\n{".encode())  # fmt: skip
+            time.sleep(0.5)
+            began = time.monotonic()
+            assert server.stop() == 143
+            assert time.monotonic() - began < 5
+        assert_clean(server.said)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from .. import demo
 from .output import note
 from .steer import Request
 
@@ -14,7 +15,7 @@ PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in ano
 
 
 def install(
-    model: str, port: int, requests: Mapping[str, Request], *, key_in_environment: bool
+    model: str, port: int, grace: int, requests: Mapping[str, Request], *, key_in_environment: bool
 ) -> None:
     """Make an agent of the options that were given, and install it on a Mac.
 
@@ -37,7 +38,7 @@ def install(
             hidden_size=config["hidden_size"], layer_count=config["num_hidden_layers"], model=model
         )
     home = Path.home()
-    made = agent(_arguments(click.get_current_context()), home=home)
+    made = agent(_arguments(click.get_current_context()), home=home, grace=grace)
     if sys.platform != "darwin":
         click.echo(made.decode(), nl=False)
         note(
@@ -77,6 +78,6 @@ def _arguments(ctx: click.Context) -> list[str]:
 
 def _absolute(name: str, value: str) -> str:
     local = name in PATHS or (name == "model" and Path(value).expanduser().is_dir())
-    if not local or value == "demo":
+    if not local or (value == demo.NAME and name in ("model", "vectors")):
         return value
     return str(Path(value).expanduser().absolute())

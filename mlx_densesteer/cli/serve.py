@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
-ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?")
 
 
 @click.command()
@@ -92,6 +92,7 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
         install(
             model,
             port,
+            grace,
             requests,
             key_in_environment=api_key_file is None and access.key is not None,
         )
@@ -183,8 +184,8 @@ def _access(
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
             raise click.UsageError(
-                f"--allow-origin {origin}: expected one origin, as https://app.example or "
-                "http://localhost:3000."
+                f"--allow-origin {origin}: expected one origin, as https://app.example, "
+                "http://localhost:3000 or app://obsidian.md."
             )
     names = {name.casefold() for name in hosts} | set(LOOPBACK)
     return Access(key, frozenset(names), not local, frozenset(origins))

@@ -48,7 +48,7 @@ class Answering:
         reply = Reply(
             chat=isinstance(asked, ChatRequest), model=self.settings.name,
             fingerprint=self.fingerprint, choices=sum(job.n for job in jobs), n=asked.n or 1,
-            token_bytes=self.encoder.token_bytes,
+            token_bytes=self.encoder.token_bytes, with_usage=bool(asked.stream and asked.wants_usage),
         )  # fmt: skip
         headers = (
             {IGNORED: ", ".join(_header_safe(name) for name in ignored[:20])} if ignored else {}
@@ -107,13 +107,13 @@ class Answering:
         return early
 
     def _take(self, reply: Reply, event: tuple[Job, Started | Said | Failed]) -> None:
-        _, what = event
+        job, what = event
         if isinstance(what, Failed):
             raise what.fault
         if isinstance(what, Started):
             reply.steering = what.steering
         else:
-            reply.cached_tokens = what.cached_tokens
+            reply.cached[job.first] = what.cached_tokens
             reply.add(what.choice, what.piece)
 
     async def _stream(

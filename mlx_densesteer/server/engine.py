@@ -13,13 +13,14 @@ from concurrent.futures import TimeoutError as _FutureTimeout
 import mlx.core as mx
 
 from .faults import Fault, ending, internal
-from .job import Event, Job
+from .job import Event, Failed, Job
 from .norms import Norms
 from .worker import Told, Worker
 
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60
+QUIET = 5.0  # seconds without a request after which memory is given back
 GATHER = 0.05  # seconds that the first of several requests waits for the others at most
 
 
@@ -138,8 +139,13 @@ class Engine:
         try:
             self._serve(self._load())
         except BaseException as error:
-            self._loaded.set_exception(error)
-        self._ended.set()
+            if self._loaded.done():
+                log.critical("the model's thread ends: %s", type(error).__name__, exc_info=error)
+            else:
+                self._loaded.set_exception(error)
+        finally:
+            self._ended.set()
+            self._on_loop(self._tell_all, Failed(internal()))
         self._may_go.wait()
         mx.clear_streams()
 
@@ -164,10 +170,12 @@ class Engine:
         idle = gathering = not worker.busy
         deadline: float | None = None
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = QUIET if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 order = self._orders.get(block=gathering and left != 0.0, timeout=left)
             except queue_.Empty:
+                if gathering and deadline is None:
+                    worker.rest()
                 break
             if order is None:
                 return False
@@ -186,9 +194,16 @@ class Engine:
             self._tell(worker.recover(internal()))
 
     def _tell(self, told: Told) -> None:
-        if told and self._loop is not None:
+        if told:
+            self._on_loop(self._hand_over, told)
+
+    def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._loop.call_soon_threadsafe(self._hand_over, told)
+                self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _tell_all(self, event: Event) -> None:
+        self._hand_over([(job, event) for job in self._inboxes])
 
     def _hand_over(self, told: Told) -> None:
         for job, event in told:

@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -40,6 +41,7 @@ HEADERS = {
     "frame-ancestors 'none'",
 }
 ALLOWED = "authorization, content-type"
+TOKEN = re.compile(r"[a-z0-9-]+")
 
 
 class Guard:
@@ -55,9 +57,11 @@ class Guard:
         exchange = _Exchange(send, self._stall)
         try:
             headers = _headers(scope)
-            exchange.origin = self._check(scope, headers)
+            self._check_host(headers.get("host"))
+            exchange.origin = self._check_origin(scope, headers)
+            self._check_key(scope, headers)
             if scope["method"] == "OPTIONS":
-                await exchange.send_whole(204, b"", _preflight(exchange.origin))
+                await exchange.send_whole(204, b"", _preflight(exchange.origin, headers))
                 return
             await self._application(scope, receive, exchange.send)
         except Fault as fault:
@@ -72,14 +76,8 @@ class Guard:
         finally:
             exchange.log(scope)
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> str | None:
-        """Return the origin of another page that may ask, if it is one.
-
-        Raises:
-            Fault: 400, 401 or 403.
-        """
-        self._check_host(headers.get("host"))
-        origin = self._check_origin(scope, headers)
+    def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Raise 401 without the key; a preflight has none to send."""
         asks = scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS"
         if (
             asks
@@ -90,11 +88,12 @@ class Guard:
                 401, "no valid API key: send it as `Authorization: Bearer KEY`.", None,
                 "invalid_api_key", {"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        return origin
 
     def _check_host(self, host: str | None) -> None:
+        """Raise 403 unless the server may be addressed so: DNS rebinding brings another name."""
         try:
-            name = (urlsplit(f"//{host}").hostname or "") if host else ""
+            plain = host is not None and not set(host) & set("@/?#\\")
+            name = (urlsplit(f"//{host}").hostname or "") if plain else ""
         except ValueError:
             name = ""
         if name in self._access.hosts or (self._access.any_address and _is_address(name)):
@@ -105,10 +104,14 @@ class Guard:
         )  # fmt: skip
 
     def _check_origin(self, scope: Scope, headers: dict[str, str]) -> str | None:
+        """Return the origin of another page that may ask, if it is one; raise 403 for the rest."""
         origin = headers.get("origin")
         if origin in self._access.origins:
             return origin
-        if origin is not None and origin == f"{scope['scheme']}://{headers.get('host')}":
+        # our own page; https where a proxy with TLS stands in front
+        if origin is not None and origin in (
+            f"{s}://{headers.get('host')}" for s in ("http", "https")
+        ):
             return None
         site = headers.get("sec-fetch-site", "none")
         visit = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
@@ -211,11 +214,13 @@ def _cors(origin: str | None) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _preflight(origin: str | None) -> dict[str, str]:
+def _preflight(origin: str | None, headers: dict[str, str]) -> dict[str, str]:
+    """Answer a preflight; OpenAI's own client sends headers of its own, all of them harmless."""
     if origin is None:
         return {"Allow": "GET, POST, OPTIONS"}
+    asked = TOKEN.findall(headers.get("access-control-request-headers", "")[:1000].lower())[:32]
     return {
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-        "Access-Control-Allow-Headers": ALLOWED,
+        "Access-Control-Allow-Headers": ", ".join([ALLOWED, *asked]),
         "Access-Control-Max-Age": "600",
     }

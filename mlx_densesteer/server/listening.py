@@ -72,8 +72,16 @@ class _Server(Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._engine.promised:
             log.info("ending; what runs is given %g seconds", self._grace)
-        asyncio.get_running_loop().call_later(self._grace, self._engine.end_all)
+        asyncio.get_running_loop().call_later(self._grace, self._end_rest)
         await super().shutdown(sockets)
+
+    def _end_rest(self) -> None:
+        """End the answers that run, and the requests that have not come whole by now."""
+        self._engine.end_all()
+        for connection in list(self.server_state.connections):
+            cycle = connection.cycle
+            if cycle is not None and cycle.more_body and not cycle.response_started:
+                connection.transport.abort()
 
 
 def _bounded(limits: Limits) -> type[H11Protocol]:

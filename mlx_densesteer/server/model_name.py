@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from .faults import Fault, bad, excerpt
+from .wire import STRENGTH
 
 
 class Named(NamedTuple):
@@ -42,13 +43,14 @@ def parse_model_name(text: str, base: str) -> Named | None:
         strength = float(number.removesuffix("%"))
     except ValueError:
         strength = math.nan
-    if not math.isfinite(strength):
+    strength = strength / 100 if relative else strength
+    if not abs(strength) <= STRENGTH:  # not a number is refused, too
         raise bad(
             f"strength {excerpt(number)} in the model's name: expected a number (0.8) or a percentage "
-            "of the residual stream (10%).",
+            f"of the residual stream (10%), {STRENGTH:g} at most.",
             "model",
         )
-    return Named(vector, strength / 100 if relative else strength, relative)
+    return Named(vector, strength, relative)
 
 
 def format_model_name(base: str, vector: str, strength: float) -> str:

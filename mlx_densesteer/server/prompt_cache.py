@@ -120,7 +120,9 @@ class PromptCache:
 
     def keep(self, prefix: Prefix, steering: Steering | None) -> None:
         """Keep a prompt that was read; what it begins with needs no entry of its own any more."""
-        if not prefix.chunks:
+        if (
+            not prefix.chunks or prefix.nbytes > self._max_bytes
+        ):  # alone it would push out all others
             return
         fingerprint, layers = _identity(steering)
         for number, entry in list(self._entries.items()):

@@ -26,7 +26,8 @@ class Reply:
     n: int  # of each prompt
     token_bytes: TokenBytes
     steering: dict[str, object] | None = None
-    cached_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)  # by prompt
+    with_usage: bool = False  # a stream that ends with the usage says null in its other chunks
     results: dict[int, Generation] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
@@ -34,6 +35,7 @@ class Reply:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._began, self._first = time.perf_counter(), 0.0
+        self._lengths: dict[int, int] = {}  # characters told with log-probabilities, by choice
 
     def add(self, choice: int, piece: Piece) -> None:
         """Take in a piece of one choice."""
@@ -51,7 +53,7 @@ class Reply:
         choices = []
         for index in sorted(self.results):
             result = self.results[index]
-            logprobs = self._logprobs(self.logprobs[index]) if with_logprobs else None
+            logprobs = self._logprobs(index, self.logprobs[index]) if with_logprobs else None
             choice: dict[str, object] = {"index": index}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
@@ -74,7 +76,7 @@ class Reply:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, object]:
         """Return one piece as a chunk; the last one of a choice says why it ended."""
-        logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
+        logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
         said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
         if self.chat and not piece.text:
             said = {"delta": {}}
@@ -97,23 +99,23 @@ class Reply:
         prompt = sum(self.results[i].prompt_tokens for i in range(0, self.choices, self.n))
         written, steps = sum(r.tokens for r in results), sum(r.steps for r in results)
         found = density(written, steps)
+        rates = [r.tokens_per_second for r in results if r.tokens > 1]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
             "completion_tokens_details": {
                 "steps": steps,
                 "density": None if found is None else round(found, 2),
-                "tokens_per_second": round(
-                    sum(r.tokens_per_second for r in results) / len(results), 2
-                ),
+                "tokens_per_second": round(sum(rates) / len(rates), 2) if rates else None,
                 "time_to_first_token": round(self._first, 3),
             },
         }
 
     def _chunk(self, choices: Sequence[dict[str, object]]) -> dict[str, object]:
-        return self._frame("chat.completion.chunk" if self.chat else "text_completion", choices)
+        chunk = self._frame("chat.completion.chunk" if self.chat else "text_completion", choices)
+        return chunk | {"usage": None} if self.with_usage else chunk
 
     def _frame(self, kind: str, choices: Sequence[dict[str, object]]) -> dict[str, object]:
         return {
@@ -121,17 +123,22 @@ class Reply:
             "system_fingerprint": self.fingerprint, "choices": list(choices),
         }  # fmt: skip
 
-    def _logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, object]:
+    def _logprobs(self, choice: int, found: Sequence[TokenLogprob]) -> dict[str, object]:
         if self.chat:
             return {"content": [self._chat_logprob(one) for one in found], "refusal": None}
-        offsets, at = [], 0
+        offsets, at = [], self._lengths.get(choice, 0)
         for one in found:
             offsets.append(at)
             at += len(self._text(one.token))
+        self._lengths[choice] = at
         return {
             "tokens": [self._text(one.token) for one in found],
             "token_logprobs": [max(one.logprob, LEAST) for one in found],
-            "top_logprobs": [{self._text(t): max(p, LEAST) for t, p in one.top} for one in found],
+            # the token itself is always among them
+            "top_logprobs": [
+                {self._text(t): max(p, LEAST) for t, p in (*one.top, (one.token, one.logprob))}
+                for one in found
+            ],
             "text_offset": offsets,
         }
 

@@ -11,7 +11,7 @@ from ..vector import SteeringVector
 from .faults import Fault, bad, excerpt
 from .model_name import Named
 from .shelf import Shelf, Shelved
-from .wire import EasySteer, EasySteerVector, SteeringField
+from .wire import STRENGTH, EasySteer, EasySteerVector, SteeringField
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Wanted:
         strength = self.strength
         if self.relative and strength and norms is not None:
             strength = strength_for(self.vector, {k: norms[k] for k in self.layers}, strength)
+            if abs(strength) > STRENGTH:
+                raise bad(
+                    f"this is strength {strength:g}: expected {STRENGTH:g} at most.", "steering"
+                )
         return Steering(self.vector, strength, self.layers, self.positions)
 
 

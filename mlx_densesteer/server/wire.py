@@ -23,10 +23,15 @@ from .faults import bad, excerpt
 CHOICES = 8
 STOPS = 16
 LAYERS = 1024
+STRENGTH = 1e9  # at most, either way
+UNKNOWN = 64  # fields that nobody knows
 
 Layer = Annotated[int, Field(ge=0, lt=LAYERS)]
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-STRENGTH, le=STRENGTH)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# fail_fast: a body of a million wrong things is told one of them, and holds up nobody.
+Layers = Annotated[list[Layer], Field(max_length=LAYERS, fail_fast=True)]
+Stops = Annotated[list[Stop], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -54,8 +59,8 @@ class SteeringField(Strict):
 
     vector: str | None = Field(None, description="Name of a vector, see /v1/steering.")
     strength: Number | None = Field(None, description="Lambda; positive is towards dense.")
-    layer: Layer | list[Layer] | None = Field(None, description="0-based.")
-    layers: list[Layer] | None = Field(None, max_length=LAYERS)
+    layer: Layer | Layers | None = Field(None, description="0-based.")
+    layers: Layers | None = None
     positions: Literal["all", "generated", "prompt"] | None = None
     relative: bool = Field(
         False, description="Strength is a fraction of the residual stream's mean norm."
@@ -83,8 +88,8 @@ class EasySteerVector(Strict):
     source: str
     algorithm: str | None = None
     scale: Number = 1.0
-    layers: list[Layer] | None = Field(None, max_length=LAYERS)
-    target_layers: list[Layer] | None = Field(None, max_length=LAYERS)
+    layers: Layers | None = None
+    target_layers: Layers | None = None
     normalize: bool = False
     apply: Apply = Apply()
 
@@ -109,7 +114,8 @@ AnySteering = Annotated[
 ]
 
 
-class TextPart(Strict):
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
     type: Literal["text"]
     text: str
 
@@ -119,7 +125,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -145,7 +151,7 @@ class Completing(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, description="Default 0, greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=CHOICES)
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Stops | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
 
     @field_validator("stop")
@@ -165,7 +171,7 @@ class Completing(BaseModel):
 
 
 class ChatRequest(Completing):
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -186,11 +192,15 @@ class ChatRequest(Completing):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Completing):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=CHOICES)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=CHOICES, fail_fast=True)]
+    )
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
@@ -238,6 +248,8 @@ def check_extra(request: Completing) -> list[str]:
         Fault: a field that we do not have and that asks for something, or a slip of the pen.
     """
     ignored = []
+    if len(request.model_extra or {}) > UNKNOWN:
+        raise bad(f"{len(request.model_extra or {})} unknown fields: expected at most {UNKNOWN}.")
     known = [*type(request).model_fields, *NEUTRAL]
     for name, value in (request.model_extra or {}).items():
         if name in NEUTRAL:

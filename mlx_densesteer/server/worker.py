@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..batch import PREFILL_BESIDE, Batch, Piece
 from ..errors import DenseSteerError
 from ..generation import Sampling
+from ..patch import deltas
 from ..steering import LARGE_DOSE, Steering
 from .faults import Fault, bad, ending
 from .job import Event, Failed, Job, Said, Started
@@ -54,6 +55,7 @@ class Worker:
         self._reading: deque[_Taken] = deque()
         self._batch: Batch | None = None
         self._rows: dict[int, tuple[_Taken, int]] = {}  # row of the batch -> job, choice
+        self._owed: dict[Job, int] = {}  # answers that were promised and are not told yet
 
     @property
     def busy(self) -> bool:
@@ -69,43 +71,40 @@ class Worker:
         return sum(taken.job.n for taken in self._waiting)
 
     def take(self, job: Job) -> Event:
-        """Take a job, or say why not."""
+        """Take a job, or say why not: what is refused must not fail in the middle of a step."""
+        self._owed[job] = job.n
         try:
             steering = self._steering(job)
+            deltas(self._model, steering)
             applied = None if steering is None else self._applied(steering)
-        except Fault as fault:
-            return Failed(fault)
         except DenseSteerError as error:
-            return Failed(bad(str(error), "steering"))
+            del self._owed[job]
+            return Failed(error if isinstance(error, Fault) else bad(str(error), "steering"))
         self._waiting.append(_Taken(job, steering))
         return Started(applied)
 
     def cancel(self, job: Job) -> None:
         """Forget a job; harmless if it has ended."""
+        self._owed.pop(job, None)
         for queue in (self._waiting, self._reading):
             for taken in [one for one in queue if one.job is job]:
                 queue.remove(taken)
         for row in [row for row, (taken, _) in self._rows.items() if taken.job is job]:
             del self._rows[row]
             self._batch.cancel(row)
-        self._rest()
 
     def work(self) -> Told:
         """Read some, decode one token of every row; return what there is to tell."""
         self._read()
-        told = self._decode()
-        self._rest()
-        return told
+        return self._decode()
 
     def fail(self, fault: Fault) -> Told:
-        """End everything; return what to tell those who wait."""
-        jobs = [taken.job for taken in (*self._waiting, *self._reading)]
-        jobs += [taken.job for taken, _ in self._rows.values()]
-        self._waiting.clear()
-        self._reading.clear()
-        self._rows.clear()
-        self._rest()
-        return [(job, Failed(fault)) for job in dict.fromkeys(jobs)]
+        """End everything; return what to tell those who wait, wherever their jobs are."""
+        told: Told = [(job, Failed(fault)) for job in self._owed]
+        for those in (self._owed, self._waiting, self._reading, self._rows):
+            those.clear()
+        self.rest()
+        return told
 
     def close(self) -> Told:
         """End everything because the server ends."""
@@ -196,10 +195,16 @@ class Worker:
             told.append((taken.job, said))
             if piece.result:
                 del self._rows[piece.row]
+                self._owed[taken.job] -= 1
+                if not self._owed[taken.job]:
+                    del self._owed[taken.job]
         return told
 
-    def _rest(self) -> None:
-        """Give back what is not needed while nothing runs."""
+    def rest(self) -> None:
+        """Give back what is not needed while nothing runs.
+
+        Not between two requests of one client: memory that is given back must be got again.
+        """
         if self._batch is not None and not self._rows:
             self._batch.close()
             self._batch = None
