@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_densesteer.patch import SteeredBlock, make_cache
-from mlx_densesteer.server.prompt_cache import LARGE, SMALL, PromptCache, cut
+from mlx_densesteer.server.prompt_cache import FIRST, LARGE, SMALL, PromptCache, cut
 from mlx_densesteer.steering import Steering
 
 OPEN = 1
@@ -22,15 +22,23 @@ def next_logits(model, reading, tokens):
     return np.array(model(mx.array([tokens[-1:]]), reading.caches())[0, -1])
 
 
-@given(st.lists(st.sampled_from([0, OPEN, 2]), min_size=1, max_size=3 * LARGE), st.integers(1, 700))
-@settings(max_examples=60, deadline=None)
-def test_prompts_that_begin_alike_have_the_same_first_chunks(tokens, length):
+@given(st.lists(st.integers(0, 2 * LARGE), min_size=1, max_size=6), st.integers(1, 1500))
+@settings(max_examples=200, deadline=None)
+def test_prompts_that_begin_alike_have_the_same_first_chunks(messages, length):
+    tokens = [token for size in messages for token in [OPEN, *[2] * size]]
     chunks, shorter = cut(tokens, {OPEN}), cut(tokens[:length], {OPEN})
     assert [t for c in chunks for t in c.tokens] == tokens[:-1]
     assert shorter[:-1] == chunks[: max(0, len(shorter) - 1)]
-    assert all(len(c.tokens) <= LARGE for c in chunks)
     for chunk in chunks[:-1]:
-        assert len(chunk.tokens) >= SMALL
+        assert (FIRST if chunk is chunks[0] else SMALL) <= len(chunk.tokens) <= LARGE
+    assert not chunks or len(chunks[-1].tokens) < LARGE + SMALL
+
+
+def test_a_short_system_message_is_a_chunk_of_its_own_and_a_lone_question_is_not():
+    system, question, answer = [OPEN, *[2] * 20], [OPEN, *[3] * 40], [OPEN, 4, 5]
+    assert [len(c.tokens) for c in cut([*system, *question, *answer], {OPEN})] == [21, 43]
+    assert [len(c.tokens) for c in cut([*question, *answer], {OPEN})] == [43]
+    assert [len(c.tokens) for c in cut([OPEN, 2, *question, *answer], {OPEN})] == [45]
 
 
 def prompts(rng):

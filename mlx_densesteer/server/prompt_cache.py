@@ -23,6 +23,8 @@ from ..prefix import Prefix
 from ..steering import UNSTEERED, Steering
 
 SMALL, LARGE = 64, 256  # tokens of a chunk: ended by a message from here on, ended anyway
+FIRST = 16  # tokens of a first message that is a chunk, the system message above all
+FEW = 8  # tokens that are no chunk even then: the header of the answer
 
 
 def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
@@ -31,15 +33,16 @@ def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
     Where a chunk ends depends on what precedes it, so prompts that begin alike have the same first
     chunks. It ends before a token that opens a message (``opens``), or when it is long: other rows
     decode in between. What would be a small last chunk belongs to the one before: a forward pass of
-    few tokens costs almost as much as one of many.
+    few tokens costs almost as much as one of many. A first message is a chunk even if it is small:
+    Qwen2.5's own system message (21 tokens) begins every question.
     """
-    ends, start = [], 0
-    for at in range(1, len(tokens) - 1):
-        if at - start == LARGE or (at - start >= SMALL and tokens[at] in opens):
+    ends, start, last = [], 0, len(tokens) - 1
+    for at in range(1, last):
+        enough = SMALL if ends else FIRST
+        if at - start == LARGE or (at - start >= enough and tokens[at] in opens):
             ends.append(at)
             start = at
-    last = len(tokens) - 1
-    if ends and last - ends[-1] < SMALL:
+    if ends and last - start < (SMALL if len(ends) > 1 else FEW):
         ends.pop()
     bounds = [0, *ends, last]
     return [Chunk(tuple(tokens[first:end])) for first, end in pairwise(bounds) if end > first]
