@@ -55,6 +55,13 @@ if [ "$(uname -s)" = Linux ]; then
     if [ -n "$blas" ]; then
         LD_PRELOAD=$blas${LD_PRELOAD:+:$LD_PRELOAD}
         export LD_PRELOAD
+        # OpenBLAS takes a processor that is newer than itself for a Prescott of 2004: 3-6 times slower.
+        if [ -z "${OPENBLAS_CORETYPE:-}" ] && OPENBLAS_VERBOSE=2 env true 2>&1 | grep -q Prescott; then
+            case " $(grep -m 1 '^flags' /proc/cpuinfo) " in
+                *' avx512vl '*) export OPENBLAS_CORETYPE=SkylakeX ;;
+                *' avx2 '*) export OPENBLAS_CORETYPE=Haswell ;;
+            esac
+        fi
     else
         say "OpenBLAS not found: float32 will be slow. Debian: apt-get install libopenblas0-pthread"
     fi

@@ -123,5 +123,9 @@ def real_model(checkpoint):
 def pytest_report_header() -> str:
     if sys.platform != "linux":
         return ""
-    fast = "openblas" in Path("/proc/self/maps").read_text()
-    return f"OpenBLAS: {'loaded' if fast else 'NOT loaded, float32 will be slow (scripts/test loads it)'}"
+    from mlx_densesteer.doctor import openblas_core
+
+    core = openblas_core()
+    if core is None:
+        return "OpenBLAS: NOT loaded, float32 will be slow (scripts/test loads it)"
+    return f"OpenBLAS: loaded, with the code for {core}"

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -398,6 +399,42 @@ def test_doctor_finds_what_is_wrong(run, monkeypatch):
     monkeypatch.setattr(self_check, "largest_error", broken)
     result = run("doctor")
     assert result.exit_code == 1 and "fails: g++: not found\n" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux computes with OpenBLAS")
+@pytest.mark.parametrize(
+    ("core", "flags", "value", "remedy"),
+    [
+        (None, "avx2", "not loaded", "apt-get install libopenblas0-pthread"),
+        ("Prescott", "fpu avx2", "of 2004", "set OPENBLAS_CORETYPE=Haswell"),
+        ("Prescott", "fpu avx2 avx512vl", "of 2004", "set OPENBLAS_CORETYPE=SkylakeX"),
+        ("Prescott", "fpu sse3", "loaded, with the code for Prescott", None),
+        ("Haswell", "fpu avx2", "loaded, with the code for Haswell", None),
+    ],
+)
+def test_doctor_knows_a_slow_openblas(monkeypatch, core, flags, value, remedy):
+    from mlx_densesteer import doctor
+
+    monkeypatch.setattr(doctor, "openblas_core", lambda: core)
+    monkeypatch.setattr(doctor.Path, "read_text", lambda self: f"flags : {flags}\n")
+    found = doctor._openblas()
+    assert value in found.value and (remedy in found.remedy if remedy else found.remedy is None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux computes with OpenBLAS")
+def test_the_core_is_that_of_the_openblas_that_is_loaded():
+    files = list(Path("/usr/lib").glob("*-linux-gnu/openblas-pthread/libopenblas.so.0"))
+    if not files:
+        pytest.skip("OpenBLAS is not installed")
+    ask = "from mlx_densesteer.doctor import openblas_core; print(openblas_core())"
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, check=True,
+            env={**os.environ, "LD_PRELOAD": preload, "OPENBLAS_CORETYPE": "Haswell"},
+        ).stdout.strip()
+        for preload in ("", str(files[0]))
+    ]  # fmt: skip
+    assert told == ["None", "Haswell"]
 
 
 def test_doctor_on_an_old_mac(monkeypatch):
