@@ -39,7 +39,8 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loaded: Future[Worker] = Future()
         self._ending = False
-        self._company = 0  # requests that came together the last time
+        self._company = 0  # answers that ran or waited together, at most, before it was last idle
+        self._most = 0  # and since then
         self._ended, self._may_go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -164,10 +165,13 @@ class Engine:
     def _obey(self, worker: Worker) -> bool:
         """Do what was ordered; wait for an order if there is nothing else to do.
 
-        Where requests lately came in company, the first one waits a moment for the others: prompts
-        that are read together cost less. A single client never waits.
+        Where several requests ran together before, the first one waits a moment for the others: they
+        ask again at the same time, and prompts that are read together cost less. A single client
+        never waits.
         """
-        idle = gathering = not worker.busy
+        gathering = not worker.busy
+        if gathering and self._most:
+            self._company, self._most = self._most, 0
         deadline: float | None = None
         while True:
             left = QUIET if deadline is None else max(0.0, deadline - time.monotonic())
@@ -183,7 +187,7 @@ class Engine:
             if worker.busy and deadline is None:
                 deadline = time.monotonic() + GATHER
             gathering = gathering and worker.waiting < self._company
-        self._company = worker.waiting if idle else max(self._company, worker.waiting)
+        self._most = max(self._most, worker.running + worker.waiting)
         return True
 
     def _do(self, order: Callable[[], None], worker: Worker) -> None:
