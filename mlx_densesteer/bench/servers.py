@@ -89,10 +89,11 @@ def stock_server(model: str | Path, place: Path) -> Iterator[Server]:
 
         def listening() -> Address | None:
             try:
-                socket.create_connection(address, timeout=1.0).close()
+                with socket.create_connection(address, timeout=1.0) as made:
+                    # on Linux a connection to a free port may meet itself
+                    return None if made.getsockname() == made.getpeername() else address
             except OSError:
                 return None
-            return address
 
         yield Server(_wait(process, log, listening), process, log)
 
