@@ -166,8 +166,8 @@ class Engine:
         """Do what was ordered; wait for an order if there is nothing else to do.
 
         Where several requests ran together before, the first one waits a moment for the others: they
-        ask again at the same time, and prompts that are read together cost less. A single client
-        never waits.
+        ask again at the same time, and prompts that are read together cost less. A client that was
+        alone before does not wait.
         """
         gathering = not worker.busy
         if gathering and self._most:
