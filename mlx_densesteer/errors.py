@@ -9,6 +9,7 @@
     │   └── UnsupportedModelError  not of the Qwen2 family
     ├── HubError             the model hub did not give us the files
     ├── ConversionError      a conversion that cannot start or did not pass its check
+    ├── ExportError          an export that cannot say what was asked, or did not pass its check
     ├── DiskError            not enough room
     ├── SessionError         a step that a conversation cannot take, or a file that is no session
     └── InputError           a prompt or pair that cannot be used
@@ -53,6 +54,10 @@ class HubError(DenseSteerError):
 
 class ConversionError(DenseSteerError):
     """A conversion that cannot start, or whose result did not pass its check."""
+
+
+class ExportError(DenseSteerError):
+    """A steered model or vector that another program's format cannot hold, or a failed check."""
 
 
 class DiskError(DenseSteerError):

@@ -47,6 +47,7 @@ ROOMS = [
     {"cache", "speculation", "defaults"},
     {"patch", "chunks"},
     {"self_check", "model", "record", "prompt", "likelihood", "prefix"},
+    {"export"},
     {
         "conversion",
         "doctor",

@@ -1,0 +1,1 @@
+"""Leaving our runtime: steered models for programs that know nothing of us."""
