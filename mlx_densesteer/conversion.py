@@ -17,7 +17,7 @@ from .errors import ConversionError
 from .hub import fetch_config, fetch_model, missing_bytes
 from .interop import gguf_model
 from .model import fingerprint
-from .model_folder import RECORD, is_hub_id, origin, read_config
+from .model_folder import RECORD, check_target, is_hub_id, origin, read_config
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -110,10 +110,10 @@ def convert(
     if revision is not None and Path(source).expanduser().exists():
         raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
     if out is not None or bits is not None or dtype is not None:  # refuse before a download
-        _check_target(out or target.folder(_name(source), str(dtype)), source, force)
+        check_target(out or target.folder(_name(source), str(dtype)), source, force)
     found = _open_source(source, target, revision, progress)
     folder = out if out is not None else target.folder(found.name, found.dtype)
-    _check_target(folder, source, force)
+    check_target(folder, source, force)
     _check_groups(found, target)
     need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
     check_disk(folder.parent, need, "the conversion")
@@ -205,27 +205,6 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
         scratch_bytes=parameters * _width(dtype),
         prepare=prepare,
     )
-
-
-def _check_target(folder: Path, source: str | Path, force: bool) -> None:
-    """Refuse to write over anything but a model that we converted, and that only if told to."""
-    if not folder.name or folder.is_symlink():
-        raise ConversionError(f"{folder}: is no name of a folder, or a link. Name the folder (-o).")
-    if not folder.exists():
-        return
-    if not force:
-        raise ConversionError(
-            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
-        )
-    there = Path(source).expanduser().resolve()
-    # samefile: names alone do not tell on a disk that ignores case, as a Mac's does
-    if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
-        raise ConversionError(f"{folder}: holds the source itself. Choose another name (-o).")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
-        raise ConversionError(
-            f"{folder}: is no model that densesteer converted, so --force does not replace it. "
-            "Choose another name (-o), or remove it yourself."
-        )
 
 
 def _check_groups(source: _Source, target: _Target) -> None:

@@ -32,15 +32,23 @@ def mean_norms(
     if vector.meta.fingerprint == fingerprint(model) and set(layers) <= set(stored):
         return {layer: stored[layer] for layer in layers}
     totals = dict.fromkeys(layers, 0.0)
+    for tokens, first in solutions(tokenizer):
+        norms = residual_norms(model, tokens, layers, first=first)
+        for layer, norm in norms.items():
+            totals[layer] += norm / SOLUTIONS
+    return totals
+
+
+def solutions(tokenizer: TokenizerWrapper) -> list[tuple[list[int], int]]:
+    """Return three fixed solutions of arithmetic stories: token ids, and where the response begins."""
+    made = []
     for problem in calibration(SOLUTIONS):
         raw = not tokenizer.has_chat_template
         prompt = encode_prompt(tokenizer, problem.question, raw=raw)
         text = draw_solution(problem, random.Random(problem.id))
-        tokens = [*prompt, *tokenizer.encode(text, add_special_tokens=False)]
-        norms = residual_norms(model, tokens, layers, first=len(prompt))
-        for layer, norm in norms.items():
-            totals[layer] += norm / SOLUTIONS
-    return totals
+        response = tokenizer.encode(text, add_special_tokens=False)
+        made.append(([*prompt, *response], len(prompt)))
+    return made
 
 
 def strength_for(vector: SteeringVector, norms: dict[int, float], dose: float) -> float:

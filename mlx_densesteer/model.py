@@ -47,6 +47,16 @@ def load(
         HubError: the Hub did not give us the files.
     """
     path = find(path_or_repo, revision=revision)
+    model, tokenizer = load_folder(path, adapter_path=adapter_path)
+    if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+def load_folder(
+    path: Path, *, adapter_path: str | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Return the patched model of a folder, in the dtype of its file; raises as ``load`` does."""
     read_config(path)
     try:
         model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter_path)[:2]
@@ -54,8 +64,6 @@ def load(
         raise ModelError(
             f"{path}: cannot be loaded ({error}). Convert or download it again."
         ) from error
-    if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
     return patch(model), tokenizer
 
 

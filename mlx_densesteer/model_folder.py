@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from .errors import ModelError, UnsupportedModelError
+from .errors import ConversionError, DenseSteerError, ModelError, UnsupportedModelError
 
 FAMILY = "qwen2"
-RECORD = "densesteer.json"  # what `convert` writes beside the weights
+RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -34,6 +34,11 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{name}: its config.json names no model_type, so it is no language model."
+        )
+    if "densesteer" in config:
+        raise UnsupportedModelError(
+            f"{name}: has its steering baked in, so it cannot be steered again here. Run it with "
+            "`mlx_lm.generate --model FOLDER`, or steer the model that it was made from."
         )
     if config["model_type"] != FAMILY:
         architectures = config.get("architectures") or ["unknown architecture"]
@@ -64,6 +69,33 @@ def origin(path_or_repo: str | Path) -> str:
     if not path.is_dir():
         return str(path_or_repo)
     return str(recorded(path).get("source") or path.resolve().name)
+
+
+def check_target(
+    folder: Path, source: str | Path, force: bool, error: type[DenseSteerError] = ConversionError
+) -> None:
+    """Refuse to write over anything but a folder that we wrote, and that only if told to.
+
+    Raises:
+        ConversionError, or ``error``: ``folder`` exists and may not be replaced, or holds ``source``.
+    """
+    if not folder.name or folder.is_symlink():
+        raise error(f"{folder}: is no name of a folder, or a link. Name the folder (-o).")
+    if not folder.exists():
+        return
+    if not force:
+        raise error(
+            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
+        )
+    there = Path(source).expanduser().resolve()
+    # samefile: names alone do not tell on a disk that ignores case, as a Mac's does
+    if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
+        raise error(f"{folder}: holds the source itself. Choose another name (-o).")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+        raise error(
+            f"{folder}: is no model that densesteer wrote, so --force does not replace it. "
+            "Choose another name (-o), or remove it yourself."
+        )
 
 
 def is_hub_id(text: str) -> bool:

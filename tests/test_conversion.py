@@ -103,9 +103,9 @@ def test_force_replaces_nothing_but_a_converted_model(hf_folder, source, tmp_pat
     file.write_text("")
     inside = convert(hf_folder, tmp_path / "models" / "one")
     for out, message in [
-        (thesis.parent, "is no model that densesteer converted"),
-        (file, "is no model that densesteer converted"),
-        (inside.parent, "is no model that densesteer converted"),
+        (thesis.parent, "is no model that densesteer wrote"),
+        (file, "is no model that densesteer wrote"),
+        (inside.parent, "is no model that densesteer wrote"),
         (source, "holds the source itself"),
         (source.parent, "holds the source itself"),
     ]:

@@ -12,6 +12,7 @@ import click
 
 from .._version import __version__
 from ..errors import DenseSteerError
+from .bake import bake
 from .bench import bench
 from .chat import chat
 from .convert import convert
@@ -102,6 +103,6 @@ def main() -> None:
 
 
 for command in (
-    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bench, doctor,
+    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bake, bench, doctor,
 ):  # fmt: skip
     main.add_command(command)

@@ -20,12 +20,8 @@ def steering_options(command: Command) -> Command:
     """Add ``-v -s -l --positions --relative``; read them with ``cli.steer.read_steering``."""
     for option in reversed([
         vector_option("Without it nothing is steered."),
-        click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
-                     help="Lambda; positive is towards dense, 0 is the unsteered model. "
-                          "[default: what a sweep recommended, else 1]"),
-        click.option("-l", "--layer", "layers", multiple=True, metavar="LAYERS",
-                     help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: what a "
-                          "sweep recommended, the vector's only layer, else the middle one]"),
+        strength_option,
+        layers_option,
         positions_option,
         relative_option("NUMBER is a fraction"),
     ]):  # fmt: skip
@@ -40,6 +36,18 @@ def vector_option(remark: str, *, required: bool = False) -> Command:
         help=f"Steering vector (.npz), or demo (embedded). {remark}".strip(),
     )  # fmt: skip
 
+
+strength_option = click.option(
+    "-s", "--strength", "--lambda", type=float, metavar="NUMBER",
+    help="Lambda; positive is towards dense, 0 is the unsteered model. "
+         "[default: what a sweep recommended, else 1]",
+)  # fmt: skip
+
+layers_option = click.option(
+    "-l", "--layer", "layers", multiple=True, metavar="LAYERS",
+    help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: what a sweep recommended, "
+         "the vector's only layer, else the middle one]",
+)  # fmt: skip
 
 positions_option = click.option(
     "--positions", type=click.Choice(["all", "generated", "prompt"]),

@@ -36,7 +36,7 @@ _BLOCK = {
     "ffn_norm": "post_attention_layernorm",
 }
 # Qwen2's rule for cutting text into words before byte-pair merging: digits one by one.
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -182,6 +182,19 @@ def hf_name(name: str) -> str:
     )
 
 
+def gguf_name(name: str) -> str:
+    """Return the GGUF name of a Hugging Face tensor: the inverse of ``hf_name``."""
+    stem, _, kind = name.rpartition(".")
+    tops = {hf: short for short, hf in _TOP.items()}
+    parts = {hf: short for short, hf in _BLOCK.items()}
+    if stem in tops:
+        return f"{tops[stem]}.{kind}"
+    number, _, part = stem.removeprefix("model.layers.").partition(".")
+    if not number.isdecimal() or part not in parts:
+        raise ConversionError(f"tensor {name} is no part of a Qwen2 model.")
+    return f"blk.{number}.{parts[part]}.{kind}"
+
+
 def _value(reader: "GGUFReader", key: str) -> Any:
     field = reader.get_field(key)
     if field is None:
@@ -250,7 +263,7 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()

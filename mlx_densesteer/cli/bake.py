@@ -1,0 +1,87 @@
+"""``densesteer bake``."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import layers_option, model_option, relative_option, strength_option, vector_option
+from .output import note
+
+if TYPE_CHECKING:
+    from ..steering import Steering
+
+
+@click.command()
+@model_option
+@vector_option("", required=True)
+@strength_option
+@layers_option
+@relative_option("NUMBER is a fraction")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(), metavar="PATH",
+    help="Folder to write; for gguf the file.",
+)  # fmt: skip
+@click.option(
+    "--format", "format", type=click.Choice(["mlx", "hf", "gguf"]), default="mlx", show_default=True,
+    help="mlx keeps the model's quantisation; hf (transformers) and gguf (llama.cpp) undo it.",
+)  # fmt: skip
+@click.option(
+    "--check", is_flag=True,
+    help="Write nothing: compare PATH with what it was made from. Strength and layer are those "
+         "that it says of itself, unless given.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace PATH if densesteer baked it.")
+def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...], relative: bool,
+         out: str, format: str, check: bool, force: bool) -> None:  # fmt: skip
+    """Bake a steering into a checkpoint that stock software runs.
+
+    Qwen2 is written again as a `llama` model whose biases hold strength times vector: mlx-lm, LM Studio,
+    transformers and llama.cpp run it, and know nothing of us. It is compared with run-time steering
+    before it gets its name, which is printed. One strength, at every position.
+    """
+    from pathlib import Path
+
+    from .steer import read_steering
+
+    if check and strength is None and not layers:
+        strength, layers = _recorded(Path(out).expanduser())
+        relative = False
+    request = read_steering(vector, strength, layers, "all", relative)
+    assert request is not None  # a vector is required
+
+    from ..export import baking
+
+    steering = request.steering(request.number) if not relative else _relative(request, model)
+    if check:
+        _tell_check(out, baking.check(out, model, steering))
+        return
+    baked = baking.bake(model, steering, out, format=format, force=force, progress=note)  # type: ignore[arg-type]
+    note(
+        f"baked {steering.vector.name}: layer {', '.join(map(str, steering.layers or ()))}, strength "
+        f"{steering.strength:g}, relative dose {sum(baked.relative_dose.values()):.2g}, {baked.dtype}, "
+        f"quantisation {baked.quantization}"
+    )
+    note(str(baked.closeness) if baked.closeness else "nothing here runs a GGUF file")
+    click.echo(baked.path)
+
+
+def _recorded(path: "object") -> tuple[float, tuple[str, ...]]:
+    from ..export.baking import baked_record
+
+    setting = baked_record(path)["baked"]  # type: ignore[arg-type]
+    return setting["strength"], tuple(str(layer) for layer in setting["layers"])  # type: ignore[index]
+
+
+def _relative(request: "object", model: str) -> "Steering":
+    from ..model import load
+
+    loaded, tokenizer = load(model)
+    return request.for_model(loaded, tokenizer)  # type: ignore[attr-defined]
+
+
+def _tell_check(out: str, closeness: "object | None") -> None:
+    note(
+        "every tensor is what it should be; "
+        + (str(closeness) if closeness else "nothing here runs a GGUF file")
+    )
+    click.echo(out)

@@ -1,0 +1,270 @@
+"""A steering baked into an ordinary checkpoint, which stock software runs; and its check.
+
+The source's weights are written again bit for bit, with the biases of ``llama.py``; the result is
+loaded by stock mlx-lm and compared with run-time steering before it gets its name.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import mlx.core as mx
+import mlx_lm
+
+from ..atomic import check_disk, move_into_place, scratch_folder
+from ..dose import mean_norms, solutions
+from ..errors import ExportError
+from ..model import find, inspect, load_folder
+from ..model_folder import RECORD, check_target, read_config
+from ..patch import deltas
+from ..steering import Steering
+from . import llama_gguf
+from .card import Baked, model_card
+from .closeness import Closeness, Reference, compare, judge, reference
+from .llama import llama_config, llama_shards, weight_files
+
+Format = Literal["mlx", "hf", "gguf"]
+Progress = Callable[[str], None]
+# What a folder of Qwen2 has beside its weights; chat templates are in one or the other.
+_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "LICENSE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written: of which folder, under which names, with which ``lambda * v``."""
+
+    folder: Path
+    config: Mapping[str, object]
+    deltas: Mapping[int, mx.array]
+    format: Format
+
+    def shards(self) -> Iterable[dict[str, mx.array]]:
+        """The tensors; a GGUF file keeps biases in float32, a folder in the model's dtype."""
+        return llama_shards(
+            self.folder, self.config, self.deltas, dequantize=self.format != "mlx",
+            bias_dtype=mx.float32 if self.format == "gguf" else None,
+        )  # fmt: skip
+
+
+def bake(
+    source: str | Path,
+    steering: Steering,
+    out: str | Path,
+    *,
+    format: Format = "mlx",
+    force: bool = False,
+    progress: Progress = lambda what: None,
+) -> Baked:
+    """Write a checkpoint that gives, without us, what ``steering`` gives at run time.
+
+    Args:
+        source: a Hub id, an MLX folder (quantised or not), or ``"demo"``.
+        steering: at positions ``"all"``; a bias knows no others.
+        out: the folder to write; for ``"gguf"`` the file.
+        format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised in
+            the source's dtype; ``"gguf"``, a file for llama.cpp, likewise (extra ``gguf``).
+        force: replace ``out``.
+
+    Raises:
+        ExportError: positions other than ``"all"``, ``out`` exists, or the result is not run-time
+            steering (see ``closeness.judge``).
+        VectorMismatchError, SteeringError: the steering does not fit the model.
+        ModelError, HubError, DiskError: the source cannot be read, or there is no room.
+    """
+    out = Path(out).expanduser()
+    _check_request(source, steering, out, format, force)
+    folder = find(source)
+    config = read_config(folder)
+    llama_config(config, str(source))  # refuses before anything is computed
+    progress("running the steered model for comparison")
+    expected, plan, baked = _run_source(source, folder, steering, format)
+    size = sum(a.nbytes for shard in plan.shards() for a in shard.values())
+    check_disk(out.parent, size, "the baked model")
+    progress(f"writing {out.name}")
+    if format == "gguf":
+        setting = json.dumps(baked.record())
+        llama_gguf.write(
+            folder, llama_config(config, str(source)), plan.shards, out, baked.source, setting
+        )
+        return baked.at(out, None)
+    with scratch_folder(out) as work:
+        made = work / "baked"
+        _write_folder(plan, made)
+        progress("running it with stock mlx-lm")
+        closeness = _run_stock(made, expected, str(out))
+        finished = baked.at(out, closeness)
+        _describe(made, finished)
+        move_into_place(made, out, replace=force)
+    return finished
+
+
+def check(baked: str | Path, source: str | Path, steering: Steering) -> Closeness | None:
+    """Compare a baked checkpoint with its source: every tensor, and the logits of a folder.
+
+    Returns ``None`` for a GGUF file: its tensors are compared, but nothing here runs it.
+
+    Raises:
+        ExportError: a tensor that is missing, unexpected or different, each named; another
+            configuration; or logits that are not those of run-time steering.
+    """
+    path = Path(baked).expanduser()
+    record = baked_record(path)
+    folder = find(source)
+    config = read_config(folder)
+    expected, plan, _ = _run_source(source, folder, steering, record["format"])
+    if path.is_file():
+        problems = llama_gguf.differences(path, llama_config(config, str(source)), plan.shards)
+        _refuse(path, problems)
+        return None
+    _refuse(path, [*_config_differences(path, config, plan.format), *_differences(path, plan)])
+    return _run_stock(path, expected, str(path))
+
+
+def baked_record(path: Path) -> dict[str, object]:
+    """Return what ``bake`` recorded in a folder or GGUF file.
+
+    Raises:
+        ExportError: it is nothing that ``bake`` wrote.
+    """
+    record: object = None
+    if path.is_file():
+        record = llama_gguf.recorded(path)
+    elif (path / RECORD).is_file():
+        try:
+            record = json.loads((path / RECORD).read_bytes())
+        except ValueError:
+            record = None
+    setting = record.get("baked") if isinstance(record, dict) else None
+    if not isinstance(setting, dict) or record.get("format") not in get_args(Format):
+        raise ExportError(f"{path}: expected a checkpoint that `densesteer bake` wrote.")
+    return record
+
+
+def _check_request(
+    source: str | Path, steering: Steering, out: Path, format: Format, force: bool
+) -> None:
+    if steering.positions != "all":
+        raise ExportError(
+            f"positions {steering.positions!r} cannot be baked: a bias is added at every position. "
+            'Expected positions "all".'
+        )
+    if format not in get_args(Format):
+        raise ExportError(f"format {format!r}: expected one of {', '.join(get_args(Format))}.")
+    if format == "gguf":
+        llama_gguf.check_target(out, force)
+    else:
+        check_target(out, source, force, ExportError)
+
+
+def _run_source(
+    source: str | Path, folder: Path, steering: Steering, format: Format
+) -> tuple[Reference, _Plan, Baked]:
+    """Load the source, steer it at run time, and let it go: two models need not fit in memory."""
+    model, tokenizer = load_folder(folder)
+    tokens, _ = solutions(tokenizer)[0]
+    added = deltas(model, steering)
+    mx.eval(added)
+    info = inspect(model, folder if folder.is_dir() and str(source) != "demo" else source)
+    plain = "none" if format == "mlx" or info.quantization == "none" else "undone"
+    baked = Baked(
+        path=folder, source=info.name, fingerprint=info.fingerprint, steering=steering,
+        relative_dose=steering.relative_dose(
+            mean_norms(model, tokenizer, steering.vector, steering.layers or ())
+        ),
+        quantization=info.quantization if plain == "none" else f"undone ({info.quantization})",
+        dtype=info.dtype, format=format, closeness=None,
+    )  # fmt: skip
+    plan = _Plan(folder, read_config(folder), added, format)
+    return reference(model, tokens, steering), plan, baked
+
+
+def _write_folder(plan: _Plan, out: Path) -> None:
+    out.mkdir()
+    count = len(weight_files(plan.folder))
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(plan.shards(), start=1):
+        name = f"model-{number:05d}-of-{count:05d}" if count > 1 else "model"
+        kind = "mlx" if plan.format == "mlx" else "pt"  # transformers refuses other names
+        mx.save_safetensors(str(out / f"{name}.safetensors"), shard, metadata={"format": kind})
+        index |= dict.fromkeys(shard, f"{name}.safetensors")
+        total += sum(array.nbytes for array in shard.values())
+    if count > 1:
+        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        _write_json(out / "model.safetensors.index.json", document)
+    for name in _BESIDE:
+        if (plan.folder / name).is_file():
+            shutil.copyfile(plan.folder / name, out / name)
+    _write_json(out / "config.json", _folder_config(plan.folder, plan.config, plan.format))
+
+
+def _folder_config(folder: Path, config: Mapping[str, object], format: Format) -> dict[str, object]:
+    made = llama_config(config, str(folder))
+    if format == "hf":
+        made.pop("quantization", None)
+        made.pop("quantization_config", None)
+    return made
+
+
+def _describe(folder: Path, baked: Baked) -> None:
+    setting = baked.record()["baked"]
+    config = json.loads((folder / "config.json").read_bytes())
+    _write_json(folder / "config.json", config | {"densesteer": setting})
+    _write_json(folder / RECORD, baked.record())
+    (folder / "README.md").write_text(model_card(baked), "utf-8")
+
+
+def _write_json(file: Path, document: object) -> None:
+    file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
+    try:
+        model = mlx_lm.load(str(folder))[0]
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ExportError(f"{name}: stock mlx-lm does not load it ({error}).") from error
+    found = compare(expected, model)
+    judge(found, name)
+    return found
+
+
+def _config_differences(path: Path, config: Mapping[str, object], format: Format) -> list[str]:
+    found = json.loads((path / "config.json").read_bytes())
+    found.pop("densesteer", None)
+    wanted = json.loads(json.dumps(_folder_config(path, config, format)))
+    return [
+        f"config.json has {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def _differences(path: Path, plan: _Plan) -> list[str]:
+    found: dict[str, mx.array] = {}
+    for file in weight_files(path):
+        found |= mx.load(str(file))
+    problems = []
+    for shard in plan.shards():
+        for name, wanted in shard.items():
+            array = found.pop(name, None)
+            if array is None:
+                problems.append(f"{name} is missing")
+            elif array.dtype != wanted.dtype or not mx.array_equal(array, wanted).item():
+                problems.append(f"{name} is another")
+    return problems + [f"{name} was not expected" for name in found]
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ExportError(
+            f"{path}: is not this model with this steering: {'; '.join(problems[:8])}{more}. "
+            "Bake it again, or name the model, vector, strength and layer that it was made from."
+        )

@@ -1,0 +1,101 @@
+"""How close another program's logits are to run-time steering: measured, then judged."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import ExportError
+from ..patch import make_cache
+from ..steering import Steering
+
+EXACT = 1e-5  # of the largest logit, in float32: the order of two additions
+LOSSY = 0.1  # of what the steering moves, where its vector is rounded to 16 bits
+COARSE = 1e-2  # of the largest logit: a step or two of bfloat16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits of run-time steering and of no steering, float32 ``(tokens, vocabulary)``."""
+
+    tokens: tuple[int, ...]
+    steered: mx.array
+    unsteered: mx.array
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """What was measured over every token and every entry of the vocabulary.
+
+    ``difference`` is the largest one from run-time steering, ``floor`` the largest from the unsteered
+    model once the vector is taken out again (0 where no weight was rounded), ``moved`` the largest that the
+    steering makes, ``largest`` the largest logit; ``same`` of ``tokens`` have the same likeliest token.
+    """
+
+    difference: float
+    floor: float
+    moved: float
+    largest: float
+    same: int
+    tokens: int
+    dtype: str
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "largest_difference": self.difference, "without_the_vector": self.floor,
+            "moved_by_steering": self.moved, "largest_logit": self.largest, "same_argmax": self.same, "tokens": self.tokens,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.1e} from run-time steering ({self.floor:.1e} without "
+            f"the vector), at logits up to {self.largest:.1f}, moved by up to {self.moved:.2g}; same likeliest "
+            f"token at {self.same} of {self.tokens} positions ({self.dtype})"
+        )
+
+
+def reference(model: nn.Module, tokens: list[int], steering: Steering) -> Reference:
+    """Run a patched model steered and unsteered over ``tokens``."""
+    batch = mx.array(tokens)[None]
+    steered, unsteered = (
+        model(batch, make_cache(model, wanted))[0].astype(mx.float32) for wanted in (steering, None)
+    )
+    mx.eval(steered, unsteered)
+    dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+    return Reference(tuple(tokens), steered, unsteered, dtype)
+
+
+def compare(expected: Reference, model: nn.Module) -> Closeness:
+    """Measure how far a stock ``llama`` model is from run-time steering; its vector is gone afterwards."""
+    tokens = mx.array(expected.tokens)[None]
+    logits = model(tokens)[0].astype(mx.float32)
+    mx.eval(logits)
+    for block in model.model.layers:
+        block.mlp.down_proj.bias = mx.zeros_like(block.mlp.down_proj.bias)
+    without = model(tokens)[0].astype(mx.float32)
+    largest = (
+        logits - expected.steered, without - expected.unsteered,
+        expected.unsteered - expected.steered, expected.steered,
+    )  # fmt: skip
+    same = (logits.argmax(-1) == expected.steered.argmax(-1)).sum().item()
+    figures = [mx.abs(array).max().item() for array in largest]
+    return Closeness(*figures, same, len(expected.tokens), expected.dtype)
+
+
+def judge(found: Closeness, name: str) -> None:
+    """Refuse what is not run-time steering within the arithmetic of the dtype.
+
+    Raises:
+        ExportError: in float32 a difference above 1e-5 of the largest logit; in 16 bits one that is not
+            there without the vector and is above a tenth of what the steering moves: more than the
+            rounding of the vector explains.
+    """
+    limit = EXACT * found.largest
+    if found.dtype != "float32":
+        limit = found.floor + max(LOSSY * found.moved, COARSE * found.largest)
+    if not found.difference <= limit:
+        raise ExportError(
+            f"{name}: {found}. Expected {limit:.1e} at most, so it was thrown away. Where the model is "
+            "in 16 bits, bake a float32 one (`densesteer convert --bits none --dtype float32`)."
+        )

@@ -1,0 +1,134 @@
+"""Qwen2 as ``model_type: llama``: the same arithmetic, with biases to put a steering in.
+
+A Qwen2 block has biases on q, k and v only; mlx-lm's and transformers' ``llama`` have them on
+every projection. With ``lambda * v_l`` in ``mlp.down_proj.bias`` of layer l and zeros in the other
+new ones, the block's output is that of run-time steering at every position:
+
+    h + (W_down a + lambda * v)  =  (h + W_down a) + lambda * v
+
+Source: ``models/llama.py`` and ``models/qwen2.py`` of mlx-lm, ``modeling_llama.py`` of transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import ExportError, ModelError
+
+_DOWN = ".mlp.down_proj.weight"
+_QWEN2_ONLY = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+
+def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
+    """Return the ``config.json`` under which stock ``llama`` computes what this Qwen2 model does.
+
+    Raises:
+        ExportError: the model uses something that ``llama`` has not.
+    """
+    if config.get("use_sliding_window"):
+        raise ExportError(
+            f"{name}: uses sliding-window attention (use_sliding_window), which `llama` models do "
+            "not have. Expected a model with full attention, as Qwen2.5's instruct models."
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ExportError(f"{name}: hidden_act is {config['hidden_act']!r}, expected silu.")
+    kept = {key: value for key, value in config.items() if key not in _QWEN2_ONLY}
+    return kept | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
+        "hidden_act": "silu",
+        # the two families default to other values
+        "rope_theta": config.get("rope_theta", 1000000.0),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def llama_shards(
+    folder: Path,
+    config: Mapping[str, object],
+    deltas: Mapping[int, mx.array],
+    *,
+    dequantize: bool = False,
+    bias_dtype: mx.Dtype | None = None,
+) -> Iterator[dict[str, mx.array]]:
+    """Yield the weights file by file: the source's own, bit for bit, and the new biases.
+
+    Args:
+        folder: of the Qwen2 model.
+        config: its ``config.json``.
+        deltas: ``lambda * v`` of each steered layer, float32.
+        dequantize: give quantised matrices back as plain ones, in the model's dtype.
+        bias_dtype: of the new biases; by default the model's, to which ``lambda * v`` is rounded: wider
+            ones would make the rest of the network wider.
+
+    Raises:
+        ModelError: no weights, or damaged ones.
+    """
+    dtype = bias_dtype or weights_dtype(folder)
+    for file in weight_files(folder):
+        source = _read(file)
+        arrays = {k: a for k, a in source.items() if not k.endswith("rotary_emb.inv_freq")}
+        if dequantize:
+            arrays = _plain(arrays, config)
+        for name in [name for name in source if name.endswith(_DOWN)]:
+            arrays |= _biases(name.removesuffix(_DOWN), config, deltas, dtype)
+        yield arrays
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model folder, in the order of their names."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no model*.safetensors. Convert or download it again.")
+    return files
+
+
+def weights_dtype(folder: Path) -> mx.Dtype:
+    """Return the dtype of the residual stream: that of the final norm."""
+    for file in weight_files(folder):
+        if (norm := _read(file).get("model.norm.weight")) is not None:
+            return norm.dtype
+    raise ModelError(f"{folder}: has no model.norm.weight. Convert or download it again.")
+
+
+def _read(file: Path) -> dict[str, mx.array]:
+    try:
+        return mx.load(str(file))  # lazy: only what is used is read
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: is damaged or incomplete ({error}).") from error
+
+
+def _biases(
+    block: str, config: Mapping[str, object], deltas: Mapping[int, mx.array], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    delta = deltas.get(int(block.rpartition(".")[2]))
+    down = mx.zeros(hidden, dtype) if delta is None else delta.reshape(hidden).astype(dtype)
+    return {
+        f"{block}.self_attn.o_proj.bias": mx.zeros(hidden, dtype),
+        f"{block}.mlp.gate_proj.bias": mx.zeros(inner, dtype),
+        f"{block}.mlp.up_proj.bias": mx.zeros(inner, dtype),
+        f"{block}.mlp.down_proj.bias": down,
+    }
+
+
+def _plain(arrays: dict[str, mx.array], config: Mapping[str, object]) -> dict[str, mx.array]:
+    """Undo the quantisation of every matrix that has ``scales`` beside it."""
+    settings = config.get("quantization") or config.get("quantization_config")
+    settings = settings if isinstance(settings, dict) else {}
+    made = dict(arrays)
+    for name in [name for name in arrays if name.endswith(".scales")]:
+        matrix = name.removesuffix(".scales")
+        own = settings.get(matrix)
+        own = own if isinstance(own, dict) else settings
+        scales = made.pop(name)
+        made[f"{matrix}.weight"] = mx.dequantize(
+            arrays[f"{matrix}.weight"], scales, made.pop(f"{matrix}.biases", None),
+            group_size=int(own["group_size"]), bits=int(own["bits"]),
+            mode=str(own.get("mode", "affine")),
+        )  # fmt: skip
+    return made

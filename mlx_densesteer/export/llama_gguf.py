@@ -1,0 +1,205 @@
+"""A baked checkpoint as a GGUF file of the architecture ``llama``, for llama.cpp.
+
+Matrices keep the model's dtype, norms and biases are float32. llama.cpp's ``llama`` rotates pairs of
+neighbours where Hugging Face rotates halves, so the rows of q and k, and their biases, are reordered.
+
+Format: the GGUF specification of ggml; tensor names and the order of rows as llama.cpp's
+``convert_hf_to_gguf`` writes them, its loader reads the biases as optional tensors.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..atomic import scratch_folder
+from ..errors import ExportError
+from ..interop.gguf_model import SPLIT, damage, gguf_name
+
+if TYPE_CHECKING:
+    import gguf
+
+RECORD_KEY = "mlx_densesteer.baked"  # JSON, as `densesteer.json` of a folder
+ARCHITECTURE = "llama"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+Shards = Callable[[], Iterable[dict[str, mx.array]]]
+
+
+def write(
+    folder: Path, config: Mapping[str, object], shards: Shards, out: Path, name: str, record: str
+) -> None:
+    """Write the file, to a temporary name first.
+
+    Args:
+        folder: of the source: its tokenizer.
+        config: of ``llama.llama_config``.
+        shards: makes the tensors of ``llama.llama_shards``, dequantised; called twice.
+        name: of the model, for people.
+        record: JSON that ``recorded`` gives back.
+
+    Raises:
+        ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
+    """
+    gguf = _package(out)
+    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
+    with scratch_folder(out) as work:
+        writer = gguf.GGUFWriter(work / out.name, ARCHITECTURE)
+        writer.add_name(f"{name}, steered")
+        writer.add_string(RECORD_KEY, record)
+        _add_shape(writer, config)
+        _add_tokenizer(writer, folder, vocabulary)
+        for tensor, array in _tensors(shards, config):
+            dtype = _dtype(gguf, array)
+            writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, array in _tensors(shards, config):  # no more than one is in memory
+            writer.write_tensor_data(_numpy(array))
+        writer.close()
+        (work / out.name).replace(out)
+
+
+def differences(path: Path, config: Mapping[str, object], shards: Shards) -> list[str]:
+    """Compare every tensor of a file with what ``write`` would write, bit for bit."""
+    with damage(path):
+        found = {tensor.name: tensor for tensor in _package(path).GGUFReader(path).tensors}
+    problems = []
+    for name, wanted in _tensors(shards, config):
+        tensor = found.pop(name, None)
+        if tensor is None:
+            problems.append(f"{name} is missing")
+        elif tensor.data.tobytes() != _numpy(wanted).tobytes():
+            problems.append(f"{name} is another")
+    return problems + [f"{name} was not expected" for name in found]
+
+
+def recorded(path: Path) -> object:
+    """Return the record of a file that ``write`` wrote, else ``None``."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return None
+    with damage(path):
+        field = _package(path).GGUFReader(path).get_field(RECORD_KEY)
+        return None if field is None else json.loads(field.contents())
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse to write over a file unless told to, and over anything but a file of ours."""
+    if out.exists() and not force:
+        raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
+    if out.exists() and (not out.is_file() or recorded(out) is None):
+        raise ExportError(
+            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose "
+            "another name (-o), or remove it yourself."
+        )
+    _package(out)
+
+
+def _package(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ExportError(
+            f"{path}: GGUF files need the extra: pip install 'mlx-densesteer[gguf]'."
+        ) from error
+    return gguf
+
+
+def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
+    if config.get("rope_scaling"):
+        raise ExportError(
+            f"rope_scaling {config['rope_scaling']!r}: is not written to GGUF here. Use a model "
+            "without a stretched context, or --format hf."
+        )
+    heads = int(config["num_attention_heads"])
+    writer.add_context_length(int(config.get("max_position_embeddings", 32768)))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+    writer.add_rope_dimension_count(int(config["hidden_size"]) // heads)
+    writer.add_vocab_size(int(config["vocab_size"]))
+
+
+def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary") -> None:
+    tokens, kinds, merges = vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_add_bos_token(False)
+    settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    end = settings.get("eos_token")
+    if isinstance(end, str) and end in tokens:
+        writer.add_eos_token_id(tokens.index(end))
+    pad = settings.get("pad_token")
+    if isinstance(pad, str) and pad in tokens:
+        writer.add_pad_token_id(tokens.index(pad))
+    file = folder / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+_Vocabulary = tuple[list[str], list[int], list[str]]
+
+
+def _vocabulary(folder: Path, size: int) -> _Vocabulary:
+    """Return tokens, their types and the merges of ``tokenizer.json``."""
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    if SPLIT not in json.dumps(document.get("pre_tokenizer"), ensure_ascii=False).replace(
+        "\\\\", "\\"
+    ):
+        raise ExportError(
+            f"{folder}: its tokenizer does not cut text as Qwen2's does, and llama.cpp would. "
+            "Use --format hf."
+        )
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    kinds = [_UNUSED] * size
+    for token, i in document["model"]["vocab"].items():
+        tokens[i], kinds[i] = token, _NORMAL
+    for added in document["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    merges = document["model"]["merges"]
+    return tokens, kinds, [m if isinstance(m, str) else " ".join(m) for m in merges]
+
+
+def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:
+    """Yield llama.cpp's tensors under its names, one after the other."""
+    heads = {
+        "q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])
+    }  # fmt: skip
+    for shard in shards():
+        for name, array in shard.items():
+            if name == "lm_head.weight" and config["tie_word_embeddings"]:
+                continue
+            part = name.split(".")[-2]
+            if part in heads:
+                array = _neighbours(array, heads[part])
+            if array.ndim == 1:
+                array = array.astype(mx.float32)
+            yield gguf_name(name), array
+
+
+def _neighbours(array: mx.array, heads: int) -> mx.array:
+    """Reorder rows so that the two that rotate together are neighbours: halves -> pairs."""
+    rows = array.shape[0]
+    return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+
+def _dtype(gguf: Any, array: mx.array) -> "gguf.GGMLQuantizationType":
+    names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+    return gguf.GGMLQuantizationType[names[array.dtype]]
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
