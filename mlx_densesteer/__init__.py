@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .errors import DenseSteerError as DenseSteerError
     from .evaluation import evaluate as evaluate
+    from .export.baking import bake as bake
     from .extraction import extract as extract
     from .generation import Generation as Generation
     from .generation import Sampling as Sampling
     from .generation import generate as generate
     from .generation import stream as stream
     from .grid import sweep as sweep
+    from .interop import export_vector as export_vector
     from .interop import import_vector as import_vector
     from .model import load as load
     from .pairs import Pair as Pair
@@ -46,8 +48,10 @@ _HOMES = {
     "Steering": "steering",
     "SteeringVector": "vector",
     "VectorMeta": "vector",
+    "bake": "export.baking",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "export_vector": "interop",
     "extract": "extraction",
     "generate": "generation",
     "generate_batch": "batch",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ._version import __version__
-from .archive import read_archive
+from .archive import parse_npy, read_archive
 from .atomic import atomic_file
 from .errors import VectorFormatError, VectorMismatchError
 
@@ -174,8 +173,13 @@ class SteeringVector:
         """
         path = Path(path)
         members = read_archive(path)
-        document = _read_document(path, members)
-        meta, listed = _from_document(path, document)
+        if "meta.npy" not in members:
+            raise VectorFormatError(
+                f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
+                "Convert other files with `densesteer vector import`."
+            )
+        data = parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
+        meta, listed = parse_document(path, data.tobytes())
         expected = {f"{_entry(layer)}.npy": layer for layer in listed}
         if missing := [layer for entry, layer in expected.items() if entry not in members]:
             raise VectorFormatError(
@@ -185,7 +189,7 @@ class SteeringVector:
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
             raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
         layers = {
-            layer: _parse_npy(path, entry, members[entry], "<f4")
+            layer: parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
         }
         return cls(layers, meta, name=path.name)
@@ -200,33 +204,6 @@ def format_layers(layers: Iterable[int]) -> str:
         else:
             runs.append([layer, layer])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
-_HEADER = re.compile(
-    rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,9}),\), \} *\n"
-)
-
-
-def _parse_npy(path: Path, entry: str, data: bytes, dtype: str) -> np.ndarray:
-    """Read one ``.npy`` member of one dimension.
-
-    The header is a Python literal; only the one that the format names is read, and no
-    other is evaluated.
-    """
-    length = int.from_bytes(data[8:10], "little")
-    header = _HEADER.fullmatch(data[10 : 10 + length])
-    if data[:8] != b"\x93NUMPY\x01\x00" or header is None or header[1].decode() != dtype:
-        raise VectorFormatError(
-            f"{path}: {entry} is not a .npy array of one dimension and dtype {dtype} "
-            f"({np.dtype(dtype)}); it begins with {data[:100]!r}."
-        )
-    body = data[10 + length :]
-    count, itemsize = int(header[2]), np.dtype(dtype).itemsize
-    if count * itemsize != len(body):
-        raise VectorFormatError(
-            f"{path}: {entry} claims {count} values, {count * itemsize} bytes, but holds {len(body)}."
-        )
-    return np.frombuffer(body, dtype=dtype)
 
 
 def _entry(layer: int) -> str:
@@ -261,17 +238,16 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and bool(np.isfinite(value))
 
 
-def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
-    if "meta.npy" not in members:
-        raise VectorFormatError(
-            f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
-            "Convert other files with `densesteer vector import`."
-        )
-    data = _parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
-    if data.size > MAX_META_BYTES:
+def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
+    """Read the JSON document that ``SteeringVector.describe`` gives: metadata, and the layers it lists.
+
+    Raises:
+        VectorFormatError: too long, no such document, or of another version.
+    """
+    if len(data) > MAX_META_BYTES:
         raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
     try:
-        document = json.loads(data.tobytes().decode("utf-8"))
+        document = json.loads(data.decode("utf-8"))
         json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
     except (ValueError, RecursionError) as error:
         raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
@@ -283,7 +259,7 @@ def _read_document(path: Path, members: dict[str, bytes]) -> dict[str, object]:
             f"{path}: format version {version!r}, but this is mlx-densesteer {__version__}, which "
             f"reads version {FORMAT_VERSION}. Upgrade with `pip install -U mlx-densesteer`."
         )
-    return document
+    return _from_document(path, document)
 
 
 # Every other key is text.

@@ -71,8 +71,8 @@ class LlamaCpp:
             str(path).encode(), _lib.llama_model_default_params()
         )
         assert self.model, f"llama.cpp does not load {path}"
-        self.context = _lib.llama_init_from_model(self.model, _lib.llama_context_default_params())
-        assert self.context
+        self.context = None
+        self._renew()
         self.vocabulary = _lib.llama_model_get_vocab(self.model)
         self.size = _lib.llama_vocab_n_tokens(self.vocabulary)
 
@@ -82,6 +82,12 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         _lib.llama_free(self.context)
         _lib.llama_model_free(self.model)
+
+    def _renew(self) -> None:
+        if self.context:
+            _lib.llama_free(self.context)
+        self.context = _lib.llama_init_from_model(self.model, _lib.llama_context_default_params())
+        assert self.context
 
     def tokenize(self, text: str) -> list[int]:
         data, room = text.encode(), (ctypes.c_int32 * 4096)()
@@ -112,9 +118,12 @@ class LlamaCpp:
         return made
 
     def steer(self, data: np.ndarray | None, first: int = 1, last: int | None = None) -> None:
-        """Apply what ``read_control_vector`` returned to layers ``first`` to ``last``; or nothing."""
+        """Apply what ``read_control_vector`` returned to layers ``first`` to ``last``; or nothing.
+
+        In a new context: an old one goes on with the graph that it built before.
+        """
+        self._renew()
         if data is None:
-            assert _lib.llama_set_adapter_cvec(self.context, None, 0, 0, 0, 0) == 0
             return
         flat = np.ascontiguousarray(data, np.float32)
         end = _lib.llama_model_n_layer(self.model) if last is None else last
@@ -124,12 +133,9 @@ class LlamaCpp:
         assert done == 0
 
 
-class _String(ctypes.Structure):  # std::string of libstdc++, C++11
-    _fields_ = [("data", ctypes.c_char_p), ("size", ctypes.c_size_t), ("local", ctypes.c_char * 16)]
-
-
 class _Info(ctypes.Structure):  # common_control_vector_load_info
-    _fields_ = [("strength", ctypes.c_float), ("name", _String)]
+    # the wheel is built with libstdc++'s older std::string, which is one pointer to its characters
+    _fields_ = [("strength", ctypes.c_float), ("name", ctypes.c_char_p)]
 
 
 class _Vector(ctypes.Structure):  # std::vector<T>
@@ -147,8 +153,7 @@ def read_control_vector(path: Path, strength: float = 1.0) -> np.ndarray | None:
     """
     name = "_Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE"
     load = _lib[name]
-    text = str(path).encode()
-    info = _Info(strength, _String(text, len(text), b""))
+    info = _Info(strength, str(path).encode())
     begin = ctypes.addressof(info)
     infos = _Vector(begin, begin + ctypes.sizeof(info), begin + ctypes.sizeof(info))
     found = _Data()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @model_option
 @vector_option("", required=True)
 @strength_option
-@layers_option
+@layers_option()
 @relative_option("NUMBER is a fraction")
 @click.option(
     "-o", "--out", required=True, type=click.Path(), metavar="PATH",

@@ -21,7 +21,7 @@ def steering_options(command: Command) -> Command:
     for option in reversed([
         vector_option("Without it nothing is steered."),
         strength_option,
-        layers_option,
+        layers_option(),
         positions_option,
         relative_option("NUMBER is a fraction"),
     ]):  # fmt: skip
@@ -43,11 +43,16 @@ strength_option = click.option(
          "[default: what a sweep recommended, else 1]",
 )  # fmt: skip
 
-layers_option = click.option(
-    "-l", "--layer", "layers", multiple=True, metavar="LAYERS",
-    help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: what a sweep recommended, "
-         "the vector's only layer, else the middle one]",
-)  # fmt: skip
+_LAYERS = "[default: what a sweep recommended, the vector's only layer, else the middle one]"
+
+
+def layers_option(remark: str = _LAYERS) -> Command:
+    """Make ``-l/--layer``."""
+    return click.option(
+        "-l", "--layer", "layers", multiple=True, metavar="LAYERS",
+        help=f"0-based: 14, 10-14, 10,12 or all; may be repeated. {remark}",
+    )  # fmt: skip
+
 
 positions_option = click.option(
     "--positions", type=click.Choice(["all", "generated", "prompt"]),

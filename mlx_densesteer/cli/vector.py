@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import layers_option
 from .output import count, note
 from .tables import aligned
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def vector() -> None:
-    """Look at steering vectors and import other projects' files."""
+    """Look at steering vectors, import and export other programs' files."""
 
 
 @vector.command()
@@ -89,16 +90,25 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
 @click.option(
     "-m",
     "--model",
-    required=True,
     metavar="MODEL",
-    help="The model that it was made for: a Hub id, or a folder, whose size is then checked.",
+    help="The model that it was made for: a Hub id, or a folder, whose size is then checked. "
+    "Needed unless FILE says it.",
+)
+@click.option(
+    "--layer-offset",
+    type=int,
+    metavar="N",
+    help="Number K in FILE is our layer K - N. [default: what FILE says, else 0; "
+    "1 for files of llama.cpp's cvector-generator]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-def import_(file: str, out: str, model: str, force: bool) -> None:
-    """Import a steering-vectors .pt file.
+def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:
+    """Import another program's vector: .pt of steering-vectors, .gguf, .safetensors.
 
     It is read without torch and without being executed. With a Hub id as MODEL nothing is
     fetched: the vector is only labelled with it, and the layer count is taken from the file.
+    A control vector of llama.cpp or repeng steers, there and here, at the output of the block that
+    its number names.
     """
     from pathlib import Path
 
@@ -110,16 +120,57 @@ def import_(file: str, out: str, model: str, force: bool) -> None:
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
     model = str(demo.MODEL) if model == demo.NAME else model
-    if not (model and Path(model).expanduser().is_dir()) and not is_hub_id(model):
+    if model is not None and not Path(model).expanduser().is_dir() and not is_hub_id(model):
         raise click.UsageError(
             f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."
         )
-    loaded = import_vector(file, model=model)
-    if Path(model).expanduser().is_dir():
+    loaded = import_vector(file, model=model, layer_offset=layer_offset)
+    if model is not None and Path(model).expanduser().is_dir():
         loaded = _fit_to_folder(loaded, Path(model).expanduser())
     loaded.save(out)
     note(f"{loaded.name}: {len(loaded.layers)} layers of width {loaded.meta.hidden_size}")
     click.echo(out)
+
+
+@vector.command()
+@click.argument("file")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE",
+    help="File to write: .gguf or .safetensors.",
+)  # fmt: skip
+@click.option(
+    "--to", type=click.Choice(["gguf", "safetensors"]),
+    help="Format: llama.cpp's control vector, or safetensors. [default: the ending of --out]",
+)  # fmt: skip
+@layers_option("Only these. [default: all that FILE holds]")
+@click.option(
+    "--layer-offset", type=int, default=0, metavar="N", show_default=True,
+    help="Write layer L as L + N; 1 numbers them as llama.cpp's cvector-generator does.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_offset: int,
+           force: bool) -> None:  # fmt: skip
+    """Export a vector for llama.cpp or as safetensors. FILE may be demo (embedded).
+
+    `densesteer vector import` gives the same vector back: its layers bit for bit, and its metadata.
+    """
+    from pathlib import Path
+
+    from ..interop import export_vector
+    from ..steering import parse_layers
+    from .steer import read_vector
+
+    path = Path(out).expanduser()
+    if path.exists() and not force:
+        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+    loaded = read_vector(file)
+    if layers:
+        loaded = loaded.select(parse_layers(layers, loaded.layers))
+    for remark in export_vector(loaded, path, to=to, layer_offset=layer_offset):
+        note(remark)
+    if (to or path.suffix) in ("gguf", ".gguf"):
+        note(f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:1")
+    click.echo(path)
 
 
 def _fit_to_folder(vector: "SteeringVector", folder: "Path") -> "SteeringVector":

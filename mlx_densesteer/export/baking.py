@@ -97,7 +97,8 @@ def bake(
     with scratch_folder(out) as work:
         made = work / "baked"
         _write_folder(plan, made)
-        progress("running it with stock mlx-lm")
+        progress("comparing every tensor, and running it with stock mlx-lm")
+        _refuse(made, _differences(made, plan))
         closeness = _run_stock(made, expected, str(out))
         finished = baked.at(out, closeness)
         _describe(made, finished)
@@ -120,7 +121,9 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
     config = read_config(folder)
     expected, plan, _ = _run_source(source, folder, steering, record["format"])
     if path.is_file():
-        problems = llama_gguf.differences(path, llama_config(config, str(source)), plan.shards)
+        problems = llama_gguf.differences(
+            path, folder, llama_config(config, str(source)), plan.shards
+        )
         _refuse(path, problems)
         return None
     _refuse(path, [*_config_differences(path, config, plan.format), *_differences(path, plan)])

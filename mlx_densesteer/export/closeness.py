@@ -11,7 +11,7 @@ from ..steering import Steering
 
 EXACT = 1e-5  # of the largest logit, in float32: the order of two additions
 LOSSY = 0.1  # of what the steering moves, where its vector is rounded to 16 bits
-COARSE = 1e-2  # of the largest logit: a step or two of bfloat16
+STEPS = 8  # of a 16-bit dtype at the largest logit: two orders of adding, through the layers above
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ def judge(found: Closeness, name: str) -> None:
 
     Raises:
         ExportError: in float32 a difference above 1e-5 of the largest logit; in 16 bits one that is not
-            there without the vector and is above a tenth of what the steering moves: more than the
-            rounding of the vector explains.
+            there without the vector, and is above a tenth of what the steering moves and eight steps of the
+            dtype at the largest logit: more than rounding explains.
     """
     limit = EXACT * found.largest
     if found.dtype != "float32":
-        limit = found.floor + max(LOSSY * found.moved, COARSE * found.largest)
+        step = mx.finfo(getattr(mx, found.dtype)).eps * found.largest
+        limit = found.floor + max(LOSSY * found.moved, STEPS * step)
     if not found.difference <= limit:
         raise ExportError(
             f"{name}: {found}. Expected {limit:.1e} at most, so it was thrown away. Where the model is "

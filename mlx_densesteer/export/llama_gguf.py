@@ -17,7 +17,8 @@ import numpy as np
 
 from ..atomic import scratch_folder
 from ..errors import ExportError
-from ..interop.gguf_model import SPLIT, damage, gguf_name
+from ..interop.gguf_model import SPLIT, gguf_name
+from ..interop.gguf_package import damage, gguf_package
 
 if TYPE_CHECKING:
     import gguf
@@ -43,7 +44,7 @@ def write(
     Raises:
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
     """
-    gguf = _package(out)
+    gguf = gguf_package(out, ExportError)
     vocabulary = _vocabulary(folder, int(config["vocab_size"]))
     with scratch_folder(out) as work:
         writer = gguf.GGUFWriter(work / out.name, ARCHITECTURE)
@@ -63,11 +64,23 @@ def write(
         (work / out.name).replace(out)
 
 
-def differences(path: Path, config: Mapping[str, object], shards: Shards) -> list[str]:
-    """Compare every tensor of a file with what ``write`` would write, bit for bit."""
-    with damage(path):
-        found = {tensor.name: tensor for tensor in _package(path).GGUFReader(path).tensors}
-    problems = []
+def differences(
+    path: Path, folder: Path, config: Mapping[str, object], shards: Shards
+) -> list[str]:
+    """Compare every tensor and field of a file with what ``write`` would write, bit for bit."""
+    gguf = gguf_package(path, ExportError)
+    wanted_fields = gguf.GGUFWriter(None, ARCHITECTURE)
+    _add_shape(wanted_fields, config)
+    _add_tokenizer(wanted_fields, folder, _vocabulary(folder, int(config["vocab_size"])))
+    with damage(path, ExportError):
+        reader = gguf.GGUFReader(path)
+        found = {tensor.name: tensor for tensor in reader.tensors}
+        fields = {key: reader.get_field(key) for key in wanted_fields.kv_data[0]}
+        problems = [
+            f"{key} is another"
+            for key, wanted in wanted_fields.kv_data[0].items()
+            if fields[key] is None or not _same(fields[key].contents(), wanted.value)
+        ]
     for name, wanted in _tensors(shards, config):
         tensor = found.pop(name, None)
         if tensor is None:
@@ -77,13 +90,17 @@ def differences(path: Path, config: Mapping[str, object], shards: Shards) -> lis
     return problems + [f"{name} was not expected" for name in found]
 
 
+def _same(found: object, wanted: object) -> bool:
+    return found == (float(np.float32(wanted)) if isinstance(wanted, float) else wanted)
+
+
 def recorded(path: Path) -> object:
     """Return the record of a file that ``write`` wrote, else ``None``."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             return None
-    with damage(path):
-        field = _package(path).GGUFReader(path).get_field(RECORD_KEY)
+    with damage(path, ExportError):
+        field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
         return None if field is None else json.loads(field.contents())
 
 
@@ -91,22 +108,19 @@ def check_target(out: Path, force: bool) -> None:
     """Refuse to write over a file unless told to, and over anything but a file of ours."""
     if out.exists() and not force:
         raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
-    if out.exists() and (not out.is_file() or recorded(out) is None):
+    if out.exists() and not _is_ours(out):
         raise ExportError(
             f"{out}: is no file that densesteer baked, so --force does not replace it. Choose "
             "another name (-o), or remove it yourself."
         )
-    _package(out)
+    gguf_package(out, ExportError)
 
 
-def _package(path: Path) -> Any:
+def _is_ours(out: Path) -> bool:
     try:
-        import gguf
-    except ImportError as error:
-        raise ExportError(
-            f"{path}: GGUF files need the extra: pip install 'mlx-densesteer[gguf]'."
-        ) from error
-    return gguf
+        return out.is_file() and recorded(out) is not None
+    except ExportError:  # damaged
+        return False
 
 
 def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:

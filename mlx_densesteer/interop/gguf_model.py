@@ -7,7 +7,6 @@ Format: the GGUF specification of ggml; tensor names as llama.cpp's ``convert_hf
 writes them for the architecture ``qwen2`` (no row permutation).
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -18,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConversionError, UnsupportedModelError
+from .gguf_package import damage, gguf_package
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -43,19 +43,6 @@ SPLIT = (
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of the GGUF specification
 
 
-@contextlib.contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """What foreign, truncated or corrupt files raise; gguf has no class of its own for it."""
-    try:
-        yield
-    except (
-        ValueError, KeyError, IndexError, TypeError, OverflowError, ZeroDivisionError
-    ) as error:  # fmt: skip
-        raise ConversionError(
-            f"{path}: no complete GGUF file ({error}). Download it again."
-        ) from error
-
-
 def open_gguf(path: Path) -> "GGUFReader":
     """Open a GGUF file of the architecture ``qwen2``.
 
@@ -63,12 +50,7 @@ def open_gguf(path: Path) -> "GGUFReader":
         ConversionError: the ``gguf`` extra is not installed; no GGUF file, or truncated.
         UnsupportedModelError: another architecture, which is named.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConversionError(
-            f"{path}: reading GGUF files needs the extra: pip install 'mlx-densesteer[gguf]'."
-        ) from error
+    gguf = gguf_package(path, ConversionError)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -77,7 +59,7 @@ def open_gguf(path: Path) -> "GGUFReader":
             "folder, or a GGUF file."
         )
     with damage(path):
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         architecture = _value(reader, "general.architecture")
     if architecture != "qwen2":
         raise UnsupportedModelError(

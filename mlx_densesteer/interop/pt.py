@@ -7,7 +7,6 @@ numpy arrays from them; any other name is refused by name and nothing is called.
 Format: torch.save with the zip serialisation, ``torch/serialization.py``.
 """
 
-import hashlib
 import io
 import pickle
 import pickletools
@@ -21,7 +20,8 @@ import numpy as np
 
 from ..archive import read_archive
 from ..errors import VectorFormatError
-from ..vector import SteeringVector, VectorMeta
+from ..vector import SteeringVector
+from .foreign import foreign_meta
 
 
 class _SteeringVectorState:
@@ -131,16 +131,7 @@ def load_pt(path: str | Path, *, model: str) -> SteeringVector:
     if members.get(f"{root}byteorder", b"little").strip() != b"little":
         raise VectorFormatError(f"{path}: was saved on a big-endian machine; save it again.")
     layers = _layers(path, _unpickle(path, pickled, storages))
-    widths = sorted({array.shape[0] for array in layers.values()})
-    if len(widths) != 1:
-        raise VectorFormatError(f"{path}: its layers have widths {widths}, expected one width.")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    meta = VectorMeta(
-        model=model,
-        hidden_size=widths[0],
-        layer_count=max(layers) + 1,
-        source=f"{path.name} (steering-vectors .pt, sha256 {digest})",
-    )
+    meta = foreign_meta(path, "steering-vectors .pt", layers, model)
     return SteeringVector(layers, meta, name=path.name)
 
 
