@@ -71,8 +71,8 @@ class LlamaCpp:
             str(path).encode(), _lib.llama_model_default_params()
         )
         assert self.model, f"llama.cpp does not load {path}"
-        self.context = None
-        self._renew()
+        self.context = _lib.llama_init_from_model(self.model, _lib.llama_context_default_params())
+        assert self.context
         self.vocabulary = _lib.llama_model_get_vocab(self.model)
         self.size = _lib.llama_vocab_n_tokens(self.vocabulary)
 
@@ -82,12 +82,6 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         _lib.llama_free(self.context)
         _lib.llama_model_free(self.model)
-
-    def _renew(self) -> None:
-        if self.context:
-            _lib.llama_free(self.context)
-        self.context = _lib.llama_init_from_model(self.model, _lib.llama_context_default_params())
-        assert self.context
 
     def tokenize(self, text: str) -> list[int]:
         data, room = text.encode(), (ctypes.c_int32 * 4096)()
@@ -118,12 +112,9 @@ class LlamaCpp:
         return made
 
     def steer(self, data: np.ndarray | None, first: int = 1, last: int | None = None) -> None:
-        """Apply what ``read_control_vector`` returned to layers ``first`` to ``last``; or nothing.
-
-        In a new context: an old one goes on with the graph that it built before.
-        """
-        self._renew()
+        """Apply what ``read_control_vector`` returned to layers ``first`` to ``last``; or nothing."""
         if data is None:
+            assert _lib.llama_set_adapter_cvec(self.context, None, 0, 0, 0, 0) == 0
             return
         flat = np.ascontiguousarray(data, np.float32)
         end = _lib.llama_model_n_layer(self.model) if last is None else last

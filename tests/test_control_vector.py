@@ -204,6 +204,9 @@ def test_it_moves_the_gguf_checkpoint_as_run_time_steering_moves_ours(real_model
         plain = theirs.logits(tokens)
         theirs.steer(read_control_vector(tmp_path / "v.gguf", strength=0.5))
         steered = theirs.logits(tokens)
+        export_vector(random.select([8, 16]), tmp_path / "off.gguf", layer_offset=1)
+        theirs.steer(read_control_vector(tmp_path / "off.gguf", strength=0.5))
+        shifted = theirs.logits(tokens)
         theirs.steer(None)
         assert np.array_equal(theirs.logits(tokens), plain)
     moved = (steered - plain).ravel()
@@ -219,3 +222,5 @@ def test_it_moves_the_gguf_checkpoint_as_run_time_steering_moves_ours(real_model
         f"{apart:.3f}; unsteered logits are {floor:.3f} apart"
     )
     assert cosine > 0.99 and abs(slope - 1) < 0.05
+    astray = (shifted - plain).ravel()  # a layer further on is another steering
+    assert float(astray @ expected / np.linalg.norm(astray) / np.linalg.norm(expected)) < 0.97
