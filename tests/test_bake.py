@@ -284,7 +284,30 @@ def test_the_command_line_and_the_card(tmp_path, monkeypatch):
     assert run("-s", "1", "--check", "-o", "steered", "-l", "5").exit_code == 1
     assert "exists already" in run("-o", "steered").output
     assert run("-o", "steered", "--force", "-l", "4").exit_code == 0
+    done = run("-o", "steered", "--force")  # the demo's own dose, which is a relative one
+    assert done.exit_code == 0 and "relative dose 0.2" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["steered"]
+
+
+def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
+    """By its id: the card and the record name it, not the folder of the cache."""
+    from hub_server import HubServer
+
+    make_vector([2]).save(tmp_path / "v.npz")
+    with HubServer({"Org/Tiny-Qwen2": hf_folder}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_densesteer", "bake", "-m", "Org/Tiny-Qwen2", "-v", "v.npz",
+             "-o", "steered"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*",
+                              "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                              "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "steered\n"), done.stderr
+    assert (
+        json.loads((tmp_path / "steered/densesteer.json").read_text())["source"] == "Org/Tiny-Qwen2"
+    )
+    assert "base_model: Org/Tiny-Qwen2\n" in (tmp_path / "steered/README.md").read_text()
 
 
 @pytest.mark.checkpoint

@@ -8,7 +8,13 @@ from .options import layers_option, model_option, relative_option, strength_opti
 from .output import note
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..export.closeness import Closeness
     from ..steering import Steering
+    from .steer import Request
+
+NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
 
 
 @click.command()
@@ -35,53 +41,47 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
          out: str, format: str, check: bool, force: bool) -> None:  # fmt: skip
     """Bake a steering into a checkpoint that stock software runs.
 
-    Qwen2 is written again as a `llama` model whose biases hold strength times vector: mlx-lm, LM Studio,
+    Qwen2 is written again as a `llama` model whose biases hold strength times vector: mlx-lm,
     transformers and llama.cpp run it, and know nothing of us. It is compared with run-time steering
     before it gets its name, which is printed. One strength, at every position.
     """
     from pathlib import Path
 
-    from .steer import read_steering
+    from .steer import read_steering, tell_dose, tell_fit
 
     if check and strength is None and not layers:
         strength, layers = _recorded(Path(out).expanduser())
-        relative = False
     request = read_steering(vector, strength, layers, "all", relative)
     assert request is not None  # a vector is required
 
     from ..export import baking
 
-    steering = request.steering(request.number) if not relative else _relative(request, model)
+    steering = _for_model(request, model) if request.relative else request.steering(request.number)
     if check:
         _tell_check(out, baking.check(out, model, steering))
         return
     baked = baking.bake(model, steering, out, format=format, force=force, progress=note)  # type: ignore[arg-type]
-    note(
-        f"baked {steering.vector.name}: layer {', '.join(map(str, steering.layers or ()))}, strength "
-        f"{steering.strength:g}, relative dose {sum(baked.relative_dose.values()):.2g}, {baked.dtype}, "
-        f"quantisation {baked.quantization}"
-    )
-    note(str(baked.closeness) if baked.closeness else "nothing here runs a GGUF file")
+    tell_fit(steering.vector, baked.source)
+    tell_dose(steering, baked.relative_dose)
+    note(f"written as {baked.source.dtype}, quantisation {baked.quantization}")
+    note(str(baked.closeness) if baked.closeness else NOT_RUN)
     click.echo(baked.path)
 
 
-def _recorded(path: "object") -> tuple[float, tuple[str, ...]]:
+def _recorded(path: "Path") -> tuple[float, tuple[str, ...]]:
     from ..export.baking import baked_record
 
-    setting = baked_record(path)["baked"]  # type: ignore[arg-type]
-    return setting["strength"], tuple(str(layer) for layer in setting["layers"])  # type: ignore[index]
+    setting = baked_record(path)["baked"]
+    return setting["strength"], tuple(map(str, setting["layers"]))  # type: ignore[index]
 
 
-def _relative(request: "object", model: str) -> "Steering":
-    from ..model import load
+def _for_model(request: "Request", model: str) -> "Steering":
+    """A relative strength needs the model, as it is written: in the dtype of its file."""
+    from ..model import find, load_folder
 
-    loaded, tokenizer = load(model)
-    return request.for_model(loaded, tokenizer)  # type: ignore[attr-defined]
+    return request.for_model(*load_folder(find(model)))
 
 
-def _tell_check(out: str, closeness: "object | None") -> None:
-    note(
-        "every tensor is what it should be; "
-        + (str(closeness) if closeness else "nothing here runs a GGUF file")
-    )
+def _tell_check(out: str, closeness: "Closeness | None") -> None:
+    note("every tensor is what it should be; " + (str(closeness) if closeness else NOT_RUN))
     click.echo(out)

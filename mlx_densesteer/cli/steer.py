@@ -72,6 +72,10 @@ def read_vector(name: str) -> "SteeringVector":
             f"{name}: no such file. Make one with `densesteer extract`, or import one with "
             "`densesteer vector import`."
         )
+    if path.suffix in (".gguf", ".pt", ".safetensors"):
+        raise click.UsageError(
+            f"{name}: is another program's file. `densesteer vector import {name} -o FILE.npz` first."
+        )
     loaded = SteeringVector.load(path)
     if name == demo.NAME:
         loaded.name = demo.NAME

@@ -168,8 +168,12 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
         loaded = loaded.select(parse_layers(layers, loaded.layers))
     for remark in export_vector(loaded, path, to=to, layer_offset=layer_offset):
         note(remark)
+    best = loaded.meta.recommended or {}
+    if best:
+        note(f"a sweep recommended layer {best['layer']}, strength {best['strength']:g}")
     if (to or path.suffix) in ("gguf", ".gguf"):
-        note(f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:1")
+        strength = best.get("strength", 1)
+        note(f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:g}")
     click.echo(path)
 
 

@@ -91,7 +91,7 @@ def bake(
     if format == "gguf":
         setting = json.dumps(baked.record())
         llama_gguf.write(
-            folder, llama_config(config, str(source)), plan.shards, out, baked.source, setting
+            folder, llama_config(config, str(source)), plan.shards, out, baked.source.name, setting
         )
         return baked.at(out, None)
     with scratch_folder(out) as work:
@@ -174,16 +174,10 @@ def _run_source(
     tokens, _ = solutions(tokenizer)[0]
     added = deltas(model, steering)
     mx.eval(added)
-    info = inspect(model, folder if folder.is_dir() and str(source) != "demo" else source)
-    plain = "none" if format == "mlx" or info.quantization == "none" else "undone"
-    baked = Baked(
-        path=folder, source=info.name, fingerprint=info.fingerprint, steering=steering,
-        relative_dose=steering.relative_dose(
-            mean_norms(model, tokenizer, steering.vector, steering.layers or ())
-        ),
-        quantization=info.quantization if plain == "none" else f"undone ({info.quantization})",
-        dtype=info.dtype, format=format, closeness=None,
-    )  # fmt: skip
+    doses = steering.relative_dose(
+        mean_norms(model, tokenizer, steering.vector, steering.layers or ())
+    )
+    baked = Baked(folder, inspect(model, source), steering, doses, format, closeness=None)
     plan = _Plan(folder, read_config(folder), added, format)
     return reference(model, tokens, steering), plan, baked
 

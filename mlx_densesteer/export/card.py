@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._version import __version__
+from ..model import ModelInfo
 from ..model_folder import is_hub_id
 from ..steering import Steering
 from ..vector import format_layers
@@ -18,18 +19,21 @@ class Baked:
     """
 
     path: Path
-    source: str
-    fingerprint: str
+    source: ModelInfo
     steering: Steering
     relative_dose: dict[int, float]
-    quantization: str
-    dtype: str
     format: str
     closeness: Closeness | None
 
     def at(self, path: Path, closeness: Closeness | None) -> "Baked":
         """Return the same, written and checked."""
         return replace(self, path=path, closeness=closeness)
+
+    @property
+    def quantization(self) -> str:
+        """Of what was written."""
+        undone = self.format != "mlx" and self.source.quantization != "none"
+        return f"undone ({self.source.quantization})" if undone else self.source.quantization
 
     def record(self) -> dict[str, object]:
         """Return ``densesteer.json``; ``baked`` is what tells such a folder from a converted one."""
@@ -38,11 +42,11 @@ class Baked:
             "relative_dose": {str(k): round(v, 4) for k, v in self.relative_dose.items()},
         }
         return {
-            "source": self.source,
-            "fingerprint": self.fingerprint,
+            "source": self.source.name,
+            "fingerprint": self.source.fingerprint,
             "format": self.format,
             "quantization": self.quantization,
-            "dtype": self.dtype,
+            "dtype": self.source.dtype,
             "baked": setting,
             "checked": self.closeness.describe() if self.closeness else None,
             "created_by": f"mlx-densesteer {__version__}",
@@ -51,10 +55,10 @@ class Baked:
 
 def model_card(baked: Baked) -> str:
     """Return ``README.md`` of the folder, with the front matter that the Hub reads."""
-    steering = baked.steering
+    steering, name = baked.steering, baked.source.name
     layers = format_layers(steering.layers or ())
     dose = sum(baked.relative_dose.values())
-    base = f"base_model: {baked.source}\n" if is_hub_id(baked.source) else ""
+    base = f"base_model: {name}\n" if is_hub_id(name) else ""
     library = "mlx" if baked.format == "mlx" else "transformers"
     run = (
         'mlx_lm.generate --model FOLDER --prompt "What is 17 * 24?"'
@@ -69,9 +73,9 @@ tags:
 - densesteer
 ---
 
-# {baked.source}, steered
+# {name}, steered
 
-`{baked.source}` with a steering vector baked in: layer {layers}, strength {steering.strength:g}, relative dose
+`{name}` with a steering vector baked in: layer {layers}, strength {steering.strength:g}, relative dose
 {dose:.2g}. Positive strength is towards denser reasoning: fewer steps that each carry more (arXiv 2605.29247).
 The weights are those of the source; only biases were added.
 
@@ -82,7 +86,7 @@ It is an ordinary `llama` checkpoint: Qwen2's architecture with biases on every 
 
 | | |
 | --- | --- |
-| made from | `{baked.source}`, fingerprint `{baked.fingerprint}` |
+| made from | `{name}`, fingerprint `{baked.source.fingerprint}` |
 | vector | `{steering.vector.name}`, made for `{steering.vector.meta.model}`, SHA-256 `{steering.vector.sha256()}` |
 | layer, strength | {layers}; {steering.strength:g} |
 | positions | all, prompt and response |
@@ -90,6 +94,6 @@ It is an ordinary `llama` checkpoint: Qwen2's architecture with biases on every 
 | checked | {baked.closeness} |
 | made by | mlx-densesteer {__version__} |
 
-Limits: one strength, which cannot be turned; every position is steered; the licence is that of `{baked.source}`.
+Limits: one strength, which cannot be turned; every position is steered; the licence is that of `{name}`.
 Whether its answers are better was not measured here.
 """
