@@ -120,13 +120,14 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
     model = str(demo.MODEL) if model == demo.NAME else model
-    if model is not None and not Path(model).expanduser().is_dir() and not is_hub_id(model):
+    folder = Path(model).expanduser() if model else None
+    if model is not None and not (folder and folder.is_dir()) and not is_hub_id(model):
         raise click.UsageError(
             f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."
         )
     loaded = import_vector(file, model=model, layer_offset=layer_offset)
-    if model is not None and Path(model).expanduser().is_dir():
-        loaded = _fit_to_folder(loaded, Path(model).expanduser())
+    if folder and folder.is_dir():
+        loaded = _fit_to_folder(loaded, folder)
     loaded.save(out)
     note(f"{loaded.name}: {len(loaded.layers)} layers of width {loaded.meta.hidden_size}")
     click.echo(out)
