@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .grid import sweep as sweep
     from .interop import import_vector as import_vector
     from .model import load as load
+    from .model_thread import ModelThread as ModelThread
     from .pairs import Pair as Pair
     from .patch import make_cache as make_cache
     from .session import Session as Session
@@ -40,6 +41,7 @@ _HOMES = {
     "DenseSteerError": "errors",
     "Draft": "speculation",
     "Generation": "generation",
+    "ModelThread": "model_thread",
     "Pair": "pairs",
     "Sampling": "generation",
     "Session": "session",
