@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .interop import export_vector as export_vector
     from .interop import import_vector as import_vector
     from .model import load as load
+    from .model_thread import ModelThread as ModelThread
     from .pairs import Pair as Pair
     from .patch import make_cache as make_cache
     from .session import Session as Session
@@ -42,6 +43,7 @@ _HOMES = {
     "DenseSteerError": "errors",
     "Draft": "speculation",
     "Generation": "generation",
+    "ModelThread": "model_thread",
     "Pair": "pairs",
     "Sampling": "generation",
     "Session": "session",

@@ -40,7 +40,7 @@ ROOMS = [
         "brake",
         "stopping",
     },
-    {"grading", "partial_answer"},
+    {"grading", "model_thread", "partial_answer"},
     {"launch_agent"},
     {"hub", "vector", "pairs", "tasks", "plot"},
     {"interop.foreign", "interop.gguf_package"},
@@ -152,7 +152,7 @@ ROOMS = [
 
 def test_public_names():
     assert mlx_densesteer.__all__ == [
-        "Batch", "Brake", "DenseSteerError", "Draft", "Generation", "Pair", "Sampling", "Session", "Steering", "SteeringVector", "VectorMeta", "bake", "convert",
+        "Batch", "Brake", "DenseSteerError", "Draft", "Generation", "ModelThread", "Pair", "Sampling", "Session", "Steering", "SteeringVector", "VectorMeta", "bake", "convert",
         "evaluate", "export_vector", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:

@@ -1,0 +1,64 @@
+"""An asyncio program that streams answers while its event loop goes on, and gives one up.
+
+    python examples/asyncio_stream.py [QUESTION]
+
+The model lives on a thread of its own (ModelThread); a piece of text is computed when it is asked
+for. The settings are those of library_call.py.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncGenerator
+
+from mlx_densesteer import ModelThread, Steering, SteeringVector, demo, load, stream
+
+MODEL = os.environ.get("DENSESTEER_MODEL", "demo")
+VECTOR = os.environ.get("DENSESTEER_VECTOR", demo.VECTOR)
+LAYER = int(os.environ.get("DENSESTEER_LAYER", "5"))
+STRENGTH = float(os.environ.get("DENSESTEER_STRENGTH", "4.76"))
+QUESTION = "Mia has 7 bags with 4 nuts in each. Later Mia finds 6. How many nuts does Mia have now?"
+
+
+async def main() -> None:
+    question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
+    with ModelThread() as thread:
+        model, tokenizer = await asyncio.wrap_future(thread.submit(load, MODEL))
+        steering = Steering(SteeringVector.load(VECTOR), STRENGTH, layers=(LAYER,))
+
+        def ask() -> AsyncGenerator[str, None]:
+            return thread.iterate(
+                thread.submit(stream, model, tokenizer, question, steering=steering, max_tokens=400)
+            )
+
+        ticks = asyncio.create_task(count_ticks())
+        async for piece in ask():
+            print(piece, end="", flush=True)
+        ticks.cancel()
+        print()
+        print(f"the event loop ticked {await ticks} times meanwhile", file=sys.stderr)
+
+        try:
+            await asyncio.wait_for(collect(ask()), 0.01)  # cancels it: the thread is free again
+        except asyncio.TimeoutError:
+            print("an answer was given up after 10 ms; the next one:", file=sys.stderr)
+        print(await collect(ask()))
+
+
+async def collect(pieces: AsyncGenerator[str, None]) -> str:
+    return "".join([piece async for piece in pieces])
+
+
+async def count_ticks() -> int:
+    """Stand for all that an event loop has to do beside: sleep, wake, until cancelled."""
+    ticks = 0
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+    return ticks
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

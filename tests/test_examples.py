@@ -1,0 +1,389 @@
+"""Every example is run, as its user would run it, with the demo model."""
+
+import importlib.util
+import json
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+from server_process import server_process
+
+from mlx_densesteer import Steering, SteeringVector, demo, generate, load
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+WORKFLOW = "automator/Solve Densely.workflow/Contents"
+
+TESTS = {
+    "asyncio_stream.py": "test_an_asyncio_program",
+    "dense-filter": "test_the_filter_solves",
+    "library_call.py": "test_a_library_call",
+    "menubar.py": "test_the_menu_bar",
+    "raycast/solve-densely.sh": "test_the_raycast_command",
+    "shortcuts/solve-densely.sh": "test_the_shortcuts_action",
+    "streaming_callback.py": "test_a_streaming_callback",
+    f"{WORKFLOW}/Info.plist": "test_the_service_is_in_the_menu",
+    f"{WORKFLOW}/document.wflow": "test_the_service_runs",
+}
+QUESTION = "Mia has 7 bags with 4 nuts in each. Later Mia finds 6. How many nuts does Mia have now?"
+ODD = "-m \"9\" 'x' $(touch pwned) `touch pwned` \\n \\ %s é 漢 \u2028\n\n  two lines "
+
+
+def examples() -> list[str]:
+    """Every file; those in C++ have tests of their own."""
+    files = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("[!.]*") if path.is_file()]
+    return sorted(str(f) for f in files if f.parts[0] not in ("cpp", "__pycache__"))
+
+
+def need(tool: str) -> str:
+    """Return a tool's path; in CI it must be there."""
+    found = shutil.which(tool)
+    if found is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {tool} here")
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A home folder with the filter where docs/embedding.md puts it, and our densesteer."""
+    home = tmp_path_factory.mktemp("home")
+    commands = home / ".local/bin"
+    commands.mkdir(parents=True)
+    (commands / "dense-filter").symlink_to(EXAMPLES / "dense-filter")
+    (commands / "densesteer").symlink_to(Path(sys.executable).with_name("densesteer"))
+    return home
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """Run a command as a menu would: no PATH but the system's, no settings, nobody's server."""
+
+    def run(*command: str | Path, text: str = "", code: int = 0, **settings: str):
+        ours = ("PYTHONPATH", "LD_PRELOAD", "OPENBLAS_CORETYPE")  # where the package is, and speed
+        kept = {name: os.environ[name] for name in ours if name in os.environ}
+        environment = {"HOME": str(home), "PATH": "/usr/bin:/bin", "DENSESTEER_SERVER": "", **kept}
+        done = subprocess.run(
+            [str(word) for word in command], input=text.encode(), capture_output=True, timeout=120,
+            env=environment | settings, cwd=home,
+        )  # fmt: skip
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        assert done.returncode == code, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def solved() -> dict[float, str]:
+    """The answers to QUESTION by strength, from the library."""
+    model, tokenizer = load("demo")
+    vector = SteeringVector.load(demo.VECTOR)
+    return {
+        strength: generate(
+            model, tokenizer, QUESTION, steering=Steering(vector, strength, (5,)), max_tokens=400
+        ).text
+        for strength in (-7.13, 0.0, 4.76)
+    }
+
+
+@pytest.mark.parametrize("name", examples())
+def test_every_example_has_a_test_and_a_place_in_the_documentation(name):
+    assert callable(globals()[TESTS[name]])
+    place = name.partition("/Contents/")[0]  # a bundle is one thing
+    assert f"`examples/{place}`" in (ROOT / "docs/embedding.md").read_text("utf-8")
+
+
+def test_no_example_is_missing():
+    assert set(TESTS) == set(examples())
+
+
+# Python
+
+
+def test_a_library_call(run, solved):
+    done = run(sys.executable, EXAMPLES / "library_call.py")
+    assert done.stdout == solved[4.76] + "\n" and "stop" in done.stderr
+    done = run(sys.executable, EXAMPLES / "library_call.py", QUESTION, DENSESTEER_STRENGTH="-7.13")
+    assert done.stdout == solved[-7.13] + "\n"
+    done = run(sys.executable, EXAMPLES / "library_call.py", code=1, DENSESTEER_MODEL="./nowhere")
+    assert "nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_streaming_callback(run, solved):
+    done = run(sys.executable, EXAMPLES / "streaming_callback.py")
+    first, more, _ = solved[-7.13].partition("\n\n")
+    assert more and done.stdout == first + "\n" and "interrupted" in done.stderr
+
+
+def test_an_asyncio_program(run, solved):
+    done = run(sys.executable, EXAMPLES / "asyncio_stream.py")
+    assert done.stdout == 2 * (solved[4.76] + "\n")
+    assert int(re.search(r"ticked (\d+) times", done.stderr)[1]) > 0
+    assert "given up" in done.stderr
+
+
+# The filter
+
+
+def test_the_filter_solves(run, home, solved):
+    done = run(EXAMPLES / "dense-filter", text=QUESTION)
+    assert done.stdout == solved[4.76] + "\n" and "relative dose" in done.stderr
+    done = run(EXAMPLES / "dense-filter", "-n", "3", "--json", text=ODD, DENSESTEER_VECTOR="")
+    assert json.loads(done.stdout)["tokens"] == 3
+    assert not (home / "pwned").exists()
+
+
+def test_the_filter_fails_as_a_filter_does(run, home):
+    done = run(EXAMPLES / "dense-filter", code=1)
+    assert done.stdout == "" and "the prompt is empty" in done.stderr
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, code=127, DENSESTEER="no-such-command")
+    assert done.stdout == "" and "no no-such-command in /usr/bin" in done.stderr
+
+
+def test_the_filter_asks_a_server_that_has_the_model(run, home, solved):
+    need("curl")
+    need("jq")
+    with server_process() as server:
+        settings = {"DENSESTEER_SERVER": server.url, "DENSESTEER": "no-such-command"}
+
+        def ask(text=QUESTION, **more):
+            return run(EXAMPLES / "dense-filter", text=text, **settings | more)
+
+        assert ask().stdout == solved[4.76] + "\n"
+        assert ask(http_proxy="http://127.0.0.1:9").stdout == solved[4.76] + "\n"
+        assert ask(DENSESTEER_STRENGTH="-7.13").stdout == solved[-7.13] + "\n"
+        assert ask(DENSESTEER_STRENGTH="4.76", DENSESTEER_LAYER="5").stdout == solved[4.76] + "\n"
+        assert ask(DENSESTEER_VECTOR="").stdout == solved[0.0] + "\n"
+        assert ask(ODD).stdout
+
+        refused = ask("", code=1)  # what the server says, and nothing on standard output
+        assert refused.stdout == "" and "dense-filter: no message of the user" in refused.stderr
+        assert "much: expected a number" in ask(DENSESTEER_STRENGTH="much", code=1).stderr
+        for other in ({"DENSESTEER_MODEL": "converted/other"}, {"DENSESTEER_VECTOR": "other.npz"}):
+            assert "no no-such-command" in ask(code=127, **other).stderr  # the command is for those
+    assert not (home / "pwned").exists()
+
+
+def test_the_filter_goes_on_without_a_server(run, solved):
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, DENSESTEER_SERVER="http://127.0.0.1:9")
+    assert done.stdout == solved[4.76] + "\n"
+
+
+# The Mac's menus
+
+
+@pytest.mark.parametrize("shell", ["sh", "zsh"])
+def test_the_shortcuts_action(run, solved, shell):
+    """Shortcuts has zsh chosen unless another shell is."""
+    done = run(need(shell), EXAMPLES / "shortcuts/solve-densely.sh", text=QUESTION)
+    assert done.stdout == solved[4.76] + "\n"
+
+
+def test_the_raycast_command(run, home, solved):
+    script = EXAMPLES / "raycast/solve-densely.sh"
+    text = script.read_text("utf-8")
+    header = dict(re.findall(r"^# @raycast\.(\w+) (.+)$", text, re.MULTILINE))
+    assert header["schemaVersion"] == "1" and header["title"] == "Solve Densely"
+    assert header["mode"] in ("fullOutput", "compact", "silent", "inline")
+    problem, strength = (json.loads(header[f"argument{n}"]) for n in (1, 2))
+    assert problem["type"] == strength["type"] == "text" and "optional" not in problem
+    assert problem["placeholder"] and strength["placeholder"] and strength["optional"] is True
+    assert text.startswith("#!") and os.access(script, os.X_OK) and ".template." not in script.name
+
+    assert run(script, QUESTION).stdout == solved[4.76] + "\n"
+    assert run(script, QUESTION, "-7.13").stdout == solved[-7.13] + "\n"
+    assert run(script, ODD).stdout and not (home / "pwned").exists()
+
+
+def test_the_service_is_in_the_menu():
+    (service,) = plistlib.loads((EXAMPLES / WORKFLOW / "Info.plist").read_bytes())["NSServices"]
+    assert service["NSMenuItem"] == {"default": "Solve Densely"}
+    assert service["NSMessage"] == "runWorkflowAsService"
+    assert service["NSSendTypes"] == service["NSReturnTypes"] == ["public.utf8-plain-text"]
+
+
+def test_the_service_runs(run, home, solved):
+    document = plistlib.loads((EXAMPLES / WORKFLOW / "document.wflow").read_bytes())
+    about = document["workflowMetaData"]
+    assert about["workflowTypeIdentifier"] == "com.apple.Automator.servicesMenu"
+    for way in ("Input", "Output"):
+        assert about[f"service{way}TypeIdentifier"] == "com.apple.Automator.text"
+    (action,) = (one["action"] for one in document["actions"])
+    assert action["BundleIdentifier"] == "com.apple.RunShellScript"
+    parameters = action["ActionParameters"]
+    assert parameters["inputMethod"] == 0  # standard input
+    shell = (parameters["shell"], "-c", parameters["COMMAND_STRING"])
+
+    done = run(*shell, text=QUESTION)
+    assert done.stdout == f"{QUESTION}\n\n{solved[4.76]}\n"
+    assert run(*shell, text=QUESTION, code=127, DENSESTEER="no-such-command").stdout == ""
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "zsh"])
+def test_shells_can_read_the_scripts(shell):
+    for name in ("dense-filter", "raycast/solve-densely.sh", "shortcuts/solve-densely.sh"):
+        subprocess.run([need(shell), "-n", EXAMPLES / name], check=True, timeout=60)
+
+
+# The menu bar, with a stand-in for rumps
+
+
+class Rumps(types.ModuleType):
+    """What the example uses of rumps 0.4, with its signatures; it notes what the user would see."""
+
+    def __init__(self):
+        super().__init__("rumps")
+        self.alerts, self.windows, self.clicked, self.ended = [], [], 0, False
+        rumps = self
+
+        def on_the_main_thread():
+            assert threading.current_thread() is threading.main_thread()
+
+        class Shown:
+            def __setattr__(self, name, value):
+                if not name.startswith("_"):  # what is seen
+                    on_the_main_thread()
+                super().__setattr__(name, value)
+
+        class App(Shown):
+            def __init__(
+                self, name, title=None, icon=None, template=None, menu=None, quit_button="Quit"
+            ):
+                self.title = title
+
+        class MenuItem(Shown):
+            def __init__(
+                self, title, callback=None, key=None, icon=None, dimensions=None, template=None
+            ):
+                self.title, self.callback = title, callback
+
+            def set_callback(self, callback, key=None):
+                self.callback = callback
+
+        class SliderMenuItem(Shown):
+            def __init__(
+                self, value=50, min_value=0, max_value=100, callback=None, dimensions=(180, 15)
+            ):
+                self.value, self.min_value, self.max_value = value, min_value, max_value
+                self.callback = callback
+
+        class Timer(Shown):
+            def __init__(self, callback, interval):
+                self.callback, self.alive = callback, False
+
+            def start(self):
+                self.alive = True
+
+        class Window(Shown):
+            def __init__(self, message="", title="", default_text="", ok=None, cancel=None,
+                         dimensions=(320, 160), secure=False):  # fmt: skip
+                self.message, self.text = message, default_text
+
+            def run(self):
+                on_the_main_thread()
+                rumps.windows.append(self)
+                return types.SimpleNamespace(clicked=rumps.clicked, text=self.text)
+
+        for kind in (App, MenuItem, SliderMenuItem, Timer, Window):
+            setattr(self, kind.__name__, kind)
+
+    def alert(self, title=None, message="", ok=None, cancel=None, other=None, icon_path=None):
+        self.alerts.append(message)
+
+    def quit_application(self, sender=None):
+        self.ended = True
+
+
+@pytest.fixture
+def menu_bar(monkeypatch, tmp_path):
+    """Return a function that starts the example; the clipboard is a file."""
+    clipboard = tmp_path / "clipboard"
+    for name, command in (("pbpaste", f"cat '{clipboard}'"), ("pbcopy", f"cat >'{clipboard}'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    rumps = Rumps()
+    monkeypatch.setitem(sys.modules, "rumps", rumps)
+    started = []
+
+    def start():
+        spec = importlib.util.spec_from_file_location("menubar", EXAMPLES / "menubar.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        started.append(module.MenuBar())
+        return started[-1], rumps, clipboard
+
+    yield start
+    for app in started:
+        app._thread.shutdown()
+
+
+def tick(app, until):
+    """Be the main loop's timer."""
+    deadline = time.monotonic() + 60
+    while not until():
+        assert app._timer.alive and time.monotonic() < deadline
+        app._timer.callback(app._timer)
+        time.sleep(0.005)
+
+
+def test_the_menu_bar(menu_bar, solved):
+    app, rumps, clipboard = menu_bar()
+    assert app.solve_item.callback is None  # the model is not there yet
+    tick(app, lambda: app.solve_item.callback)
+    assert (app.slider.min_value, app.slider.max_value) == (-9.52, 9.52)
+
+    def ask(strength):
+        app.slider.value = strength
+        app.slider.callback(app.slider)
+        clipboard.write_text(QUESTION, "utf-8")
+        before = len(rumps.windows)
+        app.solve_item.callback(app.solve_item)
+        assert app.solve_item.callback is None and app.stop_item.callback  # one at a time
+        tick(app, lambda: len(rumps.windows) > before)
+        assert app.solve_item.callback and app.stop_item.callback is None
+        return rumps.windows[-1]
+
+    assert ask(4.76).text == solved[4.76] and app.label.title == "Strength +4.76"
+    assert clipboard.read_text("utf-8") == QUESTION  # only closed
+    rumps.clicked = 1
+    assert ask(-7.13).text == solved[-7.13] and app.label.title == "Strength -7.13"
+    assert clipboard.read_text("utf-8") == solved[-7.13]  # copied
+    assert ask(0.1).text == solved[0.0] and app.label.title == "Unsteered"
+    assert not rumps.alerts
+
+
+def test_the_menu_bar_stops_and_quits(menu_bar):
+    app, rumps, clipboard = menu_bar()
+    tick(app, lambda: app.solve_item.callback)
+    clipboard.write_text(" \n")
+    app.solve_item.callback(app.solve_item)
+    assert rumps.alerts == ["There is no text on the clipboard."]
+
+    clipboard.write_text(QUESTION)
+    busy = threading.Event()
+    app._thread.submit(busy.wait)  # so that it is stopped before its end, however fast it is
+    app.solve_item.callback(app.solve_item)
+    app.stop_item.callback(app.stop_item)
+    busy.set()
+    tick(app, lambda: rumps.windows)
+    assert "interrupted" in rumps.windows[0].message
+
+    app.solve_item.callback(app.solve_item)
+    app.quit(None)  # while it computes
+    assert rumps.ended and not any(thread.is_alive() for thread in app._thread._threads)
+
+
+def test_the_menu_bar_says_what_is_wrong(menu_bar, monkeypatch):
+    monkeypatch.setenv("DENSESTEER_MODEL", "./nowhere")
+    app, rumps, _ = menu_bar()
+    tick(app, lambda: rumps.alerts)
+    assert "nowhere: no such folder" in rumps.alerts[0] and app.solve_item.callback is None
