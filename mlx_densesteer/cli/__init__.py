@@ -14,6 +14,7 @@ from .._version import __version__
 from ..errors import DenseSteerError
 from .bench import bench
 from .chat import chat
+from .completion import completion
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -103,5 +104,6 @@ def main() -> None:
 
 for command in (
     demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bench, doctor,
+    completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import completers
 from .output import count, note
 from .tables import aligned
 
@@ -21,7 +22,7 @@ def vector() -> None:
 
 
 @vector.command()
-@click.argument("file")
+@click.argument("file", shell_complete=completers.vectors)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, as_json: bool) -> None:
     """Print a vector's metadata and the norm of each layer. FILE may be demo (embedded)."""
@@ -91,6 +92,7 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     "--model",
     required=True,
     metavar="MODEL",
+    shell_complete=completers.models,
     help="The model that it was made for: a Hub id, or a folder, whose size is then checked.",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
