@@ -9,12 +9,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command()
-@click.argument("shell", required=False, type=click.Choice(SHELLS))
+@click.argument("shell", required=False, type=click.Choice(SHELLS), metavar="[SHELL]")
 @click.pass_context
 def completion(ctx: click.Context, shell: str | None) -> None:
     """Print the script that makes a shell complete commands, options, models and vectors.
 
-    SHELL is that of the environment ($SHELL) where it is missing. To have it in every new shell:
+    SHELL is bash, zsh or fish, by default that of $SHELL. To have it in every new shell:
 
     \b
     zsh   in ~/.zshrc, below compinit:  eval "$(densesteer completion zsh)"
