@@ -176,12 +176,16 @@ def test_a_key_press_imports_no_mlx():
         "except SystemExit: pass\n"
         "print(sorted({'mlx', 'mlx_lm', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
     )
-    for words, number, offered in (("-v ", 3, "plain,demo"), ("-m d", 3, "plain,demo")):
+    for words, number, offered in (
+        ("generate -v d", 3, "plain,demo"),
+        ("generate -m d", 3, "plain,demo"),
+        ("eval -m demo gs", 4, "plain,gsm8k"),
+    ):
         told = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
             env=os.environ | {
                 "_DENSESTEER_COMPLETE": "bash_complete", "COMP_CWORD": str(number),
-                "COMP_WORDS": f"densesteer generate {words}",
+                "COMP_WORDS": f"densesteer {words}",
             },
         )  # fmt: skip
         assert told.stdout.splitlines()[-2:] == [offered, "[]"], words
