@@ -138,6 +138,9 @@ def test_the_metadata_says_what_is_installed(dist):
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload().startswith("# mlx-densesteer")
     assert "densesteer = mlx_densesteer.cli:main" in entry_points
+    extras = set(told.get_all("Provides-Extra")) - {"dev", "lm-eval"}
+    shown = re.search(r"\.whl\)\[(.*?)\]", (ROOT / "docs" / "install.md").read_text("utf-8"))
+    assert set(shown[1].split(",")) == extras, "docs/install.md shows how to install all of them"
     base = {r.split(";")[0].rstrip() for r in told.get_all("Requires-Dist") if "extra ==" not in r}
     assert {re.match(r"[\w.-]+", r)[0] for r in base} == {
         "mlx", "mlx-lm", "numpy", "huggingface-hub", "click",
