@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .data_hub import fetch_data_file
 from .errors import InputError
 from .grading import last_boxed
 from .jsonl import read_jsonl
@@ -89,6 +88,8 @@ def load_task(
 
 
 def _from_hub(name: str, split: str | None, revision: str | None) -> list[Problem]:
+    from .data_hub import fetch_data_file  # not when the shell asks for TASKS: it takes a while
+
     source = _SOURCES[name]
     split = _choose_split(name, split, source.files)
     path = fetch_data_file(source.repo, source.files[split], revision=revision)

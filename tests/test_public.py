@@ -93,7 +93,8 @@ ROOMS = [
     {"server.answers", "server.listening"},
     {"server.app"},
     {"server.starting"},
-    {"cli.options", "cli.output", "cli.tables"},
+    {"cli.completers", "cli.completion", "cli.output", "cli.tables"},
+    {"cli.options"},
     {"cli.progress", "cli.steer"},
     {"cli.agent", "cli.speculate"},
     # the terminal chat

@@ -15,6 +15,7 @@ from ..errors import DenseSteerError
 from .bake import bake
 from .bench import bench
 from .chat import chat
+from .completion import completion
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -104,5 +105,6 @@ def main() -> None:
 
 for command in (
     demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bake, bench, doctor,
+    completion,
 ):  # fmt: skip
     main.add_command(command)

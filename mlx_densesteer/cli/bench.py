@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import click
 
+from . import completers
 from .output import note
 from .progress import Live
 
 
 @click.command()
-@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL",
+@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", shell_complete=completers.models,
               help="A model folder, a Hub id, or demo (embedded).")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Fewer rounds: a look, no measurement.")
-@click.option("--draft", metavar="MODEL", help="A draft model for `speculative`. [default: the "
+@click.option("--draft", metavar="MODEL", shell_complete=completers.models, help="A draft model for `speculative`. [default: the "
               "model's own first blocks]")  # fmt: skip
 @click.option("--pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Contrastive pairs for `extract`. [default: of the demo's problems]")  # fmt: skip

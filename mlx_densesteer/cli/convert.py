@@ -4,11 +4,12 @@ import sys
 
 import click
 
+from . import completers
 from .output import note
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=completers.files)
 @click.option(
     "-o",
     "--out",

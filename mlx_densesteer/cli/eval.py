@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import completers
 from .options import model_option, run_options, steering_options, task_options
 from .output import count, note
 from .progress import Live
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each response."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("task")
+@click.argument("task", shell_complete=completers.tasks)
 def evaluate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
              positions: str | None, relative: bool, split: str | None, skip: int,
              limit: int | None, revision: str | None, max_tokens: int, rows: int,

@@ -5,13 +5,15 @@ from typing import Any
 
 import click
 
+from . import completers
+
 Command = Callable[..., Any]
 
 
 def model_option(command: Command, *, required: bool = True) -> Command:
     """Add ``-m/--model``."""
     return click.option(
-        "-m", "--model", required=required, metavar="MODEL",
+        "-m", "--model", required=required, metavar="MODEL", shell_complete=completers.models,
         help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
     )(command)  # fmt: skip
 
@@ -32,7 +34,7 @@ def steering_options(command: Command) -> Command:
 def vector_option(remark: str, *, required: bool = False) -> Command:
     """Make ``-v/--vector``."""
     return click.option(
-        "-v", "--vector", metavar="FILE", required=required,
+        "-v", "--vector", metavar="FILE", required=required, shell_complete=completers.vectors,
         help=f"Steering vector (.npz), or demo (embedded). {remark}".strip(),
     )  # fmt: skip
 
@@ -71,10 +73,10 @@ def relative_option(what: str) -> Command:
 def decoding_options(command: Command) -> Command:
     """Add ``--draft-model --draft-vector --draft-tokens --no-brake``: how an answer is decoded."""
     for option in reversed([
-        click.option("--draft-model", metavar="MODEL",
+        click.option("--draft-model", metavar="MODEL", shell_complete=completers.models,
                      help="Speculative decoding: a smaller model of the same family proposes tokens. "
                           "The text stays the same at temperature 0."),
-        click.option("--draft-vector", metavar="FILE",
+        click.option("--draft-vector", metavar="FILE", shell_complete=completers.vectors,
                      help="Steer the draft as well, at the same relative dose."),
         click.option("--draft-tokens", type=click.IntRange(1, 16), default=3, show_default=True,
                      help="How many tokens it proposes at a time."),

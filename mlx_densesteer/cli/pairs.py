@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import completers
 from .options import model_option, run_options, task_options
 from .output import count, note
 from .progress import Live
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     help="More fields of a request to an endpoint, such as '{\"temperature\": 0}'.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-@click.argument("problems")
+@click.argument("problems", shell_complete=completers.tasks)
 def pairs(model: str, split: str | None, skip: int, limit: int | None, revision: str | None,
           max_tokens: int, rows: int, system: str | None, out: str, spec: str,
           wanted: int | None, nll_margin: float | None, timeout: float, attempts: int,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import completers
 from .agent import install, uninstall
 from .options import model_option, positions_option, relative_option
 from .output import count, note
@@ -27,7 +28,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 
 @click.command()
 @partial(model_option, required=False)
-@click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE",
+@click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE", shell_complete=completers.vectors,
               help="A vector that requests may name, by its file's name; may be repeated. -m demo has "
                    "the embedded one, dense.")  # fmt: skip
 @click.option("--vectors", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import completers
 from .eval import tell_grader, tell_kept, which_problems
 from .options import (
     model_option,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
               help="Store figures and recommendation in the vector's file; `generate` and `eval` "
                    "then use that layer and strength by default.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("task")
+@click.argument("task", shell_complete=completers.tasks)
 def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, relative: bool,
           positions: str | None, split: str | None, skip: int, limit: int | None,
           revision: str | None, max_tokens: int, rows: int, system: str | None, out: str,

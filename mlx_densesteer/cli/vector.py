@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+<<<<<<< HEAD
 from .options import layers_option
+=======
+from . import completers
+>>>>>>> part-F
 from .output import count, note
 from .tables import aligned
 
@@ -22,7 +26,7 @@ def vector() -> None:
 
 
 @vector.command()
-@click.argument("file")
+@click.argument("file", shell_complete=completers.vectors)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, as_json: bool) -> None:
     """Print a vector's metadata and the norm of each layer. FILE may be demo (embedded)."""
@@ -91,6 +95,7 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     "-m",
     "--model",
     metavar="MODEL",
+<<<<<<< HEAD
     help="The model that it was made for: a Hub id, or a folder, whose size is then checked. "
     "Needed unless FILE says it.",
 )
@@ -100,6 +105,10 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     metavar="N",
     help="Number K in FILE is our layer K - N. [default: what FILE says, else 0; "
     "1 for files of llama.cpp's cvector-generator]",
+=======
+    shell_complete=completers.models,
+    help="The model that it was made for: a Hub id, or a folder, whose size is then checked.",
+>>>>>>> part-F
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:

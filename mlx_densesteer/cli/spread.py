@@ -1,0 +1,69 @@
+"""A model over the ranks of ``mlx.launch``, or on this machine alone, for ``densesteer generate``."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..ranks import launched_rank
+from .output import note
+from .steer import Request, steering_for, steering_over_ranks
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..steering import Steering
+
+COMMANDS = ("generate", "eval", "sweep")  # what can run on several ranks
+
+
+def check_spread(pipeline: bool, draft_model: str | None) -> None:
+    """Refuse options that cannot go together, before a model is loaded."""
+    if pipeline and launched_rank() is None:
+        raise click.UsageError(
+            "--pipeline is for several ranks: mlx.launch -n 2 .venv/bin/densesteer generate --pipeline ..."
+        )
+    if draft_model is not None and launched_rank() is not None:
+        raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
+
+
+def load_steered(
+    name: str, request: Request | None, *, pipeline: bool, seed: int | None, sampled: bool
+) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], int | None]":
+    """Return model, tokenizer, steering, the norms that its dose is relative to, and the seed.
+
+    Several ranks sample the same tokens: without a seed rank 0 draws one for all.
+    """
+    from ..ranks import Ranks
+
+    ranks = Ranks.connect()
+    if ranks.size == 1:
+        from ..model import load
+
+        model, tokenizer = load(name)
+        return model, tokenizer, *steering_for(request, model, tokenizer, name), seed
+    import mlx.core as mx
+
+    from .. import demo
+    from ..model import find
+    from ..sharding import load_sharded, own_layers
+    from ..vector import format_layers
+
+    folder = find(name)
+    on_cpu = folder == demo.MODEL and mx.default_device() == mx.Device(mx.cpu)
+    model, tokenizer, info = load_sharded(
+        folder, ranks, pipeline=pipeline, dtype=mx.float32 if on_cpu else None
+    )
+    if pipeline:
+        parts = "; ".join(
+            f"rank {i}: {format_layers(layers)}"
+            for i, layers in enumerate(ranks.gather(own_layers(model)))
+        )
+        note(f"{info.name} as a pipeline, layers of {parts}")
+        steering, norms = steering_over_ranks(request, info)
+    else:
+        note(f"{info.name} tensor-parallel on {ranks.size} ranks")
+        steering, norms = steering_for(request, model, tokenizer, name)
+    if sampled and seed is None:
+        seed = ranks.share(int(mx.random.randint(0, 2**31 - 1).item()))
+    return model, tokenizer, steering, norms, seed

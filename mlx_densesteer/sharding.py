@@ -1,0 +1,100 @@
+"""A model over several ranks: tensor-parallel or as a pipeline. mlx-lm cuts it; this checks and loads.
+
+Tensor-parallel: every rank has a slice of every block's heads and MLP; what they compute is summed, and
+``lambda * v`` is added to the sum, once on each rank's copy of the residual stream. Pipeline: every
+rank has some of the blocks, the last rank the first ones, and the residual stream goes from rank to rank; a layer
+keeps its number, so its vector finds it wherever it is.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, load_tokenizer
+
+from .errors import DistributedError, ModelError
+from .model import ModelInfo, inspect
+from .model_folder import read_config
+from .patch import decoder_blocks, patch
+from .ranks import Ranks
+
+
+def load_sharded(
+    folder: Path, ranks: Ranks, *, pipeline: bool = False, dtype: mx.Dtype | None = None
+) -> tuple[nn.Module, TokenizerWrapper, ModelInfo]:
+    """Return this rank's part of a model, patched; its tokenizer; and what the whole model is.
+
+    Weights of other ranks' parts are never read into memory.
+
+    Args:
+        folder: the same model on every rank.
+        dtype: compute in another one than the folder's.
+
+    Raises:
+        DistributedError: the model cannot be cut into so many parts, or ranks hold different models.
+        UnsupportedModelError, ModelError: as ``model.load``.
+    """
+    config = read_config(folder)
+    check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
+    try:
+        model, config = load_model(folder, lazy=True)
+        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{folder}: cannot be loaded ({error}). Convert or download it again."
+        ) from error
+    if dtype is not None:
+        model.set_dtype(dtype)
+    info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
+    prints = ranks.gather(info.fingerprint)
+    if len(set(prints)) > 1:
+        raise DistributedError(
+            f"the ranks have different models (fingerprints {', '.join(prints)}). Copy the same folder "
+            "to every machine."
+        )
+    if pipeline:
+        if not hasattr(model.model, "pipeline"):
+            raise DistributedError(
+                "this mlx-lm cuts Qwen2 models only tensor-parallel: pip install -U 'mlx-lm>=0.32'."
+            )
+        model.model.pipeline(ranks.group)
+    else:
+        model.shard(ranks.group)
+    patch(model)
+    mx.eval(model.parameters())
+    ranks.wait()
+    return model, tokenizer, info
+
+
+def own_layers(model: nn.Module) -> list[int]:
+    """Return the layers that this rank computes."""
+    return list(decoder_blocks(model))
+
+
+def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:
+    """Raise ``DistributedError`` unless heads, keys, MLP and quantisation groups divide by the ranks."""
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    parts = {
+        "attention heads": int(config["num_attention_heads"]),
+        "key and value heads": int(config["num_key_value_heads"]),
+        "MLP channels": inner,
+    }
+    quantization = config.get("quantization")
+    if isinstance(quantization, dict) and "group_size" in quantization:
+        size = int(quantization["group_size"])
+        parts |= {"groups of the MLP": inner // size, "groups of the attention": hidden // size}
+    if uneven := [f"{count} {what}" for what, count in parts.items() if count % ranks.size]:
+        raise DistributedError(
+            f"{', '.join(uneven)} cannot be cut into {ranks.size} equal parts. Use another number of "
+            "ranks, or --pipeline."
+        )
+
+
+def check_pipeline(config: Mapping[str, object], ranks: Ranks) -> None:
+    """Raise ``DistributedError`` unless every rank gets a block."""
+    if int(config["num_hidden_layers"]) < ranks.size:
+        raise DistributedError(
+            f"{config['num_hidden_layers']} blocks are too few for {ranks.size} ranks: every rank needs one."
+        )
