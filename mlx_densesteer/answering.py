@@ -22,6 +22,7 @@ from .journal import Journal
 from .likelihood import nll
 from .model import chat_template_sha256, inspect
 from .prompt import encode_prompt
+from .ranks import ALONE, Ranks
 from .steering import UNSTEERED, Steering
 from .tasks import Problem
 
@@ -92,20 +93,25 @@ def answer(
     max_tokens: int = 2048,
     rows: int = ROWS,
     with_nll: bool = True,
+    ranks: Ranks = ALONE,
     progress: Progress = lambda answers, tokens: None,
 ) -> list[Answer]:
     """Return the greedy responses to all problems under all steerings, problem by problem.
 
     What the journal holds already is taken from there and graded anew, the rest is added to it. Rows are ordered by problem, so that
     an interrupted run has whole problems, on which settings can be compared.
+
+    Several ``ranks``, each with the whole model and a journal of its own, answer every n-th of what is missing and
+    tell each other; all of them return all answers, and rank 0's journal has them too.
     """
     prints = [steering.fingerprint if steering else UNSTEERED for steering in steerings]
     wanted = {(p.id, _content(p), print_): None for p in problems for print_ in prints}
     there = _read(journal) if journal else {}
+    _exchange(ranks, journal, there, [there[key] for key in wanted if key in there])
     by_print = dict(zip(prints, steerings, strict=True))
     by_id = {problem.id: problem for problem in problems}
     found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
-    missing = [key for key in wanted if key not in found]
+    missing = ranks.mine([key for key in wanted if key not in found])
     generated = 0
 
     def tell(tokens: int) -> None:
@@ -124,8 +130,12 @@ def answer(
         if journal:
             journal.append(asdict(found[key]))
         progress(list(found.values()), generated)
+    _exchange(ranks, journal, found, [found[key] for key in missing])
     if with_nll:
-        _add_likelihoods(model, tokenizer, by_id, found, journal, system)
+        todo = [key for key in wanted if found[key].nll is None and found[key].token_ids]
+        mine = ranks.mine(todo)
+        _add_likelihoods(model, tokenizer, by_id, found, journal, system, mine)
+        _exchange(ranks, journal, found, [found[key] for key in mine])
         progress(list(found.values()), generated)
     return [found[key] for key in wanted]
 
@@ -140,9 +150,9 @@ def _add_likelihoods(
     found: dict[tuple, Answer],
     journal: Journal | None,
     system: str | None,
+    todo: Sequence[tuple],
 ) -> None:
-    """Work out the NLL where it is missing; an empty response has none."""
-    todo = [key for key, a in found.items() if a.nll is None and a.token_ids]
+    """Work out the NLL of ``todo``; an empty response has none."""
     for first in range(0, len(todo), LIKELIHOODS):
         keys = todo[first : first + LIKELIHOODS]
         prompts = [encode_prompt(tokenizer, problems[k[0]].prompt, system=system) for k in keys]
@@ -156,6 +166,24 @@ def _add_likelihoods(
             found[key] = replace(found[key], nll=value)
             if journal:
                 journal.append({"nll_of": list(key), "nll": value})
+
+
+def _exchange(
+    ranks: Ranks, journal: Journal | None, known: dict[tuple, Answer], mine: Sequence[Answer]
+) -> None:
+    """Tell the other ranks what this one has, and add what they have; rank 0 keeps it all."""
+    if ranks.size == 1:
+        return
+    parts = ranks.gather([asdict(one) for one in mine])
+    for rank, part in enumerate(parts):
+        for record in part if rank != ranks.rank else ():
+            made = _answer(record)
+            key = (made.problem, made.content, made.steering)
+            if key in known and (known[key].nll is not None or made.nll is None):
+                continue
+            known[key] = made
+            if journal and ranks.speaks:
+                journal.append(record)
 
 
 def _graded(problem: Problem, key: tuple, generation: Generation) -> Answer:
@@ -189,7 +217,7 @@ def _read(journal: Journal) -> dict[tuple, Answer]:
                 if key in answers:
                     answers[key] = replace(answers[key], nll=float(record["nll"]))
             else:
-                made = Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
+                made = _answer(record)
                 answers[made.problem, made.content, made.steering] = made
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -197,6 +225,10 @@ def _read(journal: Journal) -> dict[tuple, Answer]:
                 "or move the file away and start again."
             ) from error
     return answers
+
+
+def _answer(record: dict) -> Answer:
+    return Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
 
 
 def _content(problem: Problem) -> str:

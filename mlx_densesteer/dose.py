@@ -28,15 +28,24 @@ def mean_norms(
     Either way it is the same in every run, so a relative strength always means the same.
     """
     layers = sorted(set(layers))
-    stored = vector.residual_norms or {}
-    if vector.meta.fingerprint == fingerprint(model) and set(layers) <= set(stored):
-        return {layer: stored[layer] for layer in layers}
+    if (recorded := recorded_norms(vector, fingerprint(model), layers)) is not None:
+        return recorded
     totals = dict.fromkeys(layers, 0.0)
     for tokens, first in solutions(tokenizer):
         norms = residual_norms(model, tokens, layers, first=first)
         for layer, norm in norms.items():
             totals[layer] += norm / SOLUTIONS
     return totals
+
+
+def recorded_norms(
+    vector: SteeringVector, of: str, layers: Iterable[int]
+) -> dict[int, float] | None:
+    """Return the norms that the vector's file records, if they are those of the model ``of`` (a fingerprint)."""
+    wanted, stored = sorted(set(layers)), vector.residual_norms or {}
+    if vector.meta.fingerprint != of or not set(wanted) <= set(stored):
+        return None
+    return {layer: stored[layer] for layer in wanted}
 
 
 def solutions(tokenizer: TokenizerWrapper) -> list[tuple[list[int], int]]:

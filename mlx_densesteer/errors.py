@@ -10,6 +10,7 @@
     ├── HubError             the model hub did not give us the files
     ├── ConversionError      a conversion that cannot start or did not pass its check
     ├── ExportError          an export that cannot say what was asked, or did not pass its check
+    ├── DistributedError     several ranks that cannot work together
     ├── DiskError            not enough room
     ├── SessionError         a step that a conversation cannot take, or a file that is no session
     └── InputError           a prompt or pair that cannot be used
@@ -58,6 +59,10 @@ class ConversionError(DenseSteerError):
 
 class ExportError(DenseSteerError):
     """A steered model or vector that another program's format cannot hold, or a failed check."""
+
+
+class DistributedError(DenseSteerError):
+    """Ranks that cannot reach each other, or a model that cannot be cut into their number of parts."""
 
 
 class DiskError(DenseSteerError):

@@ -9,6 +9,7 @@ from .answering import Answer, Progress, answer, by_steering
 from .batch import ROWS
 from .errors import InputError
 from .journal import Journal
+from .ranks import ALONE, Ranks
 from .scoring import Score, score
 from .steering import UNSTEERED, Steering
 from .tasks import Problem
@@ -26,6 +27,7 @@ def evaluate(
     max_tokens: int = 2048,
     rows: int = ROWS,
     with_nll: bool = True,
+    ranks: Ranks = ALONE,
     progress: Progress = lambda answers, tokens: None,
 ) -> tuple[dict[str, Score], list[Answer]]:
     """Return scores by name, ``"unsteered"`` and ``"steered"``, and every answer.
@@ -42,7 +44,8 @@ def evaluate(
     settings = ([None] if baseline or not steered else []) + ([steering] if steered else [])
     answers = answer(
         model, tokenizer, problems, settings, journal,
-        system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll, progress=progress,
+        system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll,
+        ranks=ranks, progress=progress,
     )  # fmt: skip
     groups = by_steering(answers)
     unsteered = groups.get(UNSTEERED)

@@ -17,6 +17,7 @@ from .density import density, split_steps
 from .errors import InputError
 from .partial_answer import PartialAnswer
 from .patch import deltas
+from .pipeline_prefix import PipelinePrefix
 from .prefix import Prefix
 from .prompt import encode_prompt
 from .speculation import Draft
@@ -103,7 +104,7 @@ class Stream(Iterator[str]):
         self,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
-        prefix: Prefix,
+        prefix: Prefix | PipelinePrefix,
         chunks: Sequence[Chunk],
         last: int,
         *,
@@ -266,8 +267,9 @@ def stream(
     if not len(tokens):
         raise InputError("the prompt has no tokens; expected at least one.")
     *rest, last = (int(token) for token in tokens)
+    spread = getattr(model.model, "pipeline_size", 1) > 1  # over several ranks
     return Stream(
-        model, tokenizer, Prefix(model), [Chunk(tuple(rest))], last,
+        model, tokenizer, PipelinePrefix(model) if spread else Prefix(model), [Chunk(tuple(rest))], last,
         steering=steering, max_tokens=max_tokens, sampling=sampling, stop=stop, draft=draft, brake=brake,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from .batch import ROWS
 from .dose import strength_for
 from .errors import InputError
 from .journal import Journal
+from .ranks import ALONE, Ranks
 from .recommendation import Outcome, Recommendation, recommend
 from .scoring import Estimate, Score, score
 from .steering import UNSTEERED, Positions, Steering
@@ -131,6 +132,7 @@ def sweep(
     rows: int = ROWS,
     with_nll: bool = True,
     margin: float = 0.02,
+    ranks: Ranks = ALONE,
     progress: Progress = lambda answers, tokens: None,
 ) -> Sweep:
     """Run all ``settings`` (``settings_of``) on all problems and return the table.
@@ -148,7 +150,8 @@ def sweep(
         raise InputError("nothing to sweep: expected at least one strength other than 0.")
     answers = answer(
         model, tokenizer, problems, [setting.steering for setting in settings], journal,
-        system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll, progress=progress,
+        system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll,
+        ranks=ranks, progress=progress,
     )  # fmt: skip
     return Sweep(tuple(table(settings, answers)), _recommend(settings, answers, margin))
 

@@ -4,12 +4,16 @@ The first line says what the run is. A run that goes on must be the same run. A 
 cut off when the process died is dropped; every whole line is kept. No mlx.
 """
 
+import contextlib
 import fcntl
+import glob
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import DiskError, InputError
+from .ranks import ALONE, Ranks
 
 
 class Journal:
@@ -104,6 +108,34 @@ class Journal:
         if not isinstance(record, dict):
             raise InputError(f"{self.path}: line {number} is no JSON object. Name another file.")
         return record
+
+
+@contextlib.contextmanager
+def journal_of(path: str | Path, header: dict, ranks: Ranks = ALONE) -> Iterator[Journal]:
+    """Open the journal of a run, on each of its ranks.
+
+    Rank 0 has ``path``. The others have files of their own beside it, which go when all ranks are done;
+    what a killed run left of them on rank 0's machine is taken over by the next one, however many ranks
+    it has.
+    """
+    path = Path(path)
+    if ranks.rank:
+        ranks.wait()
+        own = path.with_name(f"{path.name}.rank{ranks.rank}")
+        with Journal(own, header) as journal:
+            yield journal
+            ranks.wait()
+        own.unlink(missing_ok=True)
+        return
+    with Journal(path, header) as journal:
+        for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank[0-9]*")):
+            with Journal(part, header) as left:
+                for record in left.records:
+                    journal.append(record)
+            part.unlink()
+        ranks.wait()
+        yield journal
+        ranks.wait()
 
 
 def _line(record: dict) -> bytes:

@@ -23,6 +23,7 @@ ROOMS = [
         "directions",
         "rewriting.draft",
     },
+    {"ranks"},
     {
         "archive",
         "atomic",
@@ -48,7 +49,7 @@ ROOMS = [
     {"interop", "steering", "verification", "combination"},
     {"cache", "speculation", "defaults"},
     {"patch", "chunks"},
-    {"self_check", "model", "record", "prompt", "likelihood", "prefix"},
+    {"self_check", "model", "record", "prompt", "likelihood", "prefix", "pipeline_prefix"},
     {
         "conversion",
         "doctor",
@@ -56,6 +57,7 @@ ROOMS = [
         "extraction",
         "generation",
         "steered_likelihood",
+        "sharding",
         "prefix_file",
         "export",
     },
@@ -96,7 +98,7 @@ ROOMS = [
     {"cli.completers", "cli.completion", "cli.output", "cli.tables"},
     {"cli.options"},
     {"cli.progress", "cli.steer"},
-    {"cli.agent", "cli.speculate"},
+    {"cli.agent", "cli.speculate", "cli.spread"},
     # the terminal chat
     {
         "chat",

@@ -7,11 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
 from .._version import __version__
 from ..errors import DenseSteerError
+from ..ranks import launched_rank
 from .bake import bake
 from .bench import bench
 from .chat import chat
@@ -24,6 +26,7 @@ from .extract import extract
 from .generate import generate
 from .pairs import pairs
 from .serve import serve
+from .spread import COMMANDS as SPREAD
 from .sweep import sweep
 from .vector import vector
 
@@ -43,12 +46,23 @@ class _Commands(click.Group):
         _open_closed_streams()
         return super().main(*args, **kwargs)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        name, command, rest = super().resolve_command(ctx, args)
+        if launched_rank() is not None and name not in SPREAD:
+            raise click.UsageError(
+                f"densesteer {name} runs on one machine: start it without mlx.launch. "
+                f"On several ranks run {', '.join(SPREAD)}."
+            )
+        return name, command, rest
+
     def invoke(self, ctx: click.Context) -> object:
+        rank = launched_rank()
         try:
-            with _signals():
+            with _signals() if rank is None else _ranked(rank):
                 return super().invoke(ctx)
         except DenseSteerError as error:
-            raise click.ClickException(str(error)) from error
+            message = f"rank {rank}: {error}" if rank else str(error)
+            raise click.ClickException(message) from error
         except OSError as error:  # what the system refuses: no permission, disk full, ...
             if error.errno in (None, errno.EPIPE):
                 raise
@@ -72,6 +86,22 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def _ranked(rank: int) -> Iterator[None]:
+    """One of several ranks: the first one writes the results.
+
+    A signal ends the process at once: Python's handlers wait until mlx returns, and mlx may wait for a
+    rank that is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if not rank:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager

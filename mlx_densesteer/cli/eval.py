@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..answering import Answer
     from ..journal import Journal
+    from ..ranks import Ranks
     from ..scoring import Score
     from ..tasks import Problem
 
@@ -58,9 +59,11 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     from ..answering import by_steering, journal_header
     from ..dose import mean_norms
     from ..evaluation import evaluate as run
-    from ..journal import Journal
+    from ..journal import journal_of
     from ..model import inspect, load
+    from ..ranks import Ranks
 
+    ranks = Ranks.connect()
     loaded, tokenizer = load(model)
     info, steering = inspect(loaded, model), None
     if request is not None:
@@ -74,13 +77,15 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     path = Path(out or f"eval-{Path(task).stem}-{Path(info.name).name}.jsonl")
     live = Live()
     expected = len(problems) * (2 if steering and steering.strength and not no_baseline else 1)
-    with Journal(path, journal_header(loaded, tokenizer, max_tokens, system)) as journal:
+    header = journal_header(loaded, tokenizer, max_tokens, system)
+    with journal_of(path, header, ranks) as journal:
         tell_kept(journal)
+        tell_ranks(ranks)
         try:
             scores, answers = run(
                 loaded, tokenizer, problems, steering=steering, baseline=not no_baseline,
                 journal=journal, system=system, max_tokens=max_tokens, rows=rows,
-                with_nll=not no_nll, progress=progress(live, expected),
+                with_nll=not no_nll, ranks=ranks, progress=progress(live, expected),
             )  # fmt: skip
         except KeyboardInterrupt:
             live.clear()
@@ -100,6 +105,12 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     for name, setting in zip(scores, by_steering(answers).values(), strict=True):
         tell_disagreements(name, list(setting.values()))
     note(f"every response is in {path}")
+
+
+def tell_ranks(ranks: "Ranks") -> None:
+    """Say that the work is split."""
+    if ranks.size > 1:
+        note(f"split over {ranks.size} ranks; what is counted here is this rank's share")
 
 
 def tell_grader(problems: "Sequence[Problem]") -> None:

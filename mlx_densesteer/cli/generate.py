@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..ranks import launched_rank
 from .options import decoding_options, model_option, steering_options
 from .output import count, note
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
-from .steer import read_steering, steering_for
+from .spread import check_spread, load_steered
+from .steer import read_steering
 
 if TYPE_CHECKING:
     from ..generation import Generation
@@ -38,30 +40,35 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
 @decoding_options
+@click.option("--pipeline", is_flag=True,
+              help="Under mlx.launch: give every rank some of the blocks, not a slice of each.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.argument("prompt", required=False)
 def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
              positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float, seed: int | None,
              system: str | None, stop: tuple[str, ...], raw: bool, draft_model: str | None,
-             draft_vector: str | None, draft_tokens: int, no_brake: bool, as_json: bool, prompt: str | None) -> None:  # fmt: skip
+             draft_vector: str | None, draft_tokens: int, no_brake: bool, pipeline: bool,
+             as_json: bool, prompt: str | None) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
 
     PROMPT is read from standard input where it is missing or "-". The text goes to standard
-    output as it is made, everything else to standard error.
+    output as it is made, everything else to standard error. Under mlx.launch the model is spread
+    over the ranks (docs/distributed.md).
     """
     text = _read_prompt(prompt)
+    check_spread(pipeline, draft_model)
     request = read_steering(vector, strength, layers, positions, relative)
     check_draft_options(draft_model, draft_vector, request is not None)
 
     from ..brake import Brake
     from ..generation import Sampling, stream
-    from ..model import load
     from ..prompt import encode_prompt
 
     _tell_demo(model, text)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer, steering, norms, seed = load_steered(
+        model, request, pipeline=pipeline, seed=seed, sampled=temp > 0
+    )
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
-    steering, norms = steering_for(request, loaded, tokenizer, model)
     pieces = stream(
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed), stop=stop, brake=None if no_brake else Brake(),
@@ -89,6 +96,11 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
 def _read_prompt(prompt: str | None) -> str:
     if prompt not in (None, "-"):
         return prompt  # type: ignore[return-value]
+    if launched_rank() is not None:
+        raise click.UsageError(
+            "under mlx.launch the prompt is an argument: mlx.launch never ends standard input. For a "
+            'file: "$(cat problem.txt)".'
+        )
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give it as an argument or on standard input.")
     try:
@@ -111,7 +123,7 @@ def _tell_demo(model: str, prompt: str) -> None:
 
 def _to_json(result: "Generation", norms: dict[int, float]) -> dict[str, object]:
     steering = result.steering.describe() if result.steering else None
-    if result.steering and steering is not None:
+    if result.steering and steering is not None and norms:
         doses = result.steering.relative_dose(norms)
         steering["relative_dose"] = {str(layer): round(dose, 4) for layer, dose in doses.items()}
     return {

@@ -2,10 +2,13 @@
 
 import click
 
+from ..ranks import launched_rank
+
 
 def note(message: str) -> None:
     """Say something that is not the result, on standard error."""
-    click.echo(f"densesteer: {message}", err=True)
+    if not launched_rank():  # of several ranks the first one speaks
+        click.echo(f"densesteer: {message}", err=True)
 
 
 def count(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import click
 
+from ..ranks import launched_rank
 from .output import note
 
 
@@ -23,7 +24,7 @@ class Live:
     @property
     def due(self) -> bool:
         """Whether an update would be shown now: ask before working one out."""
-        return time.monotonic() >= self._next
+        return time.monotonic() >= self._next and not launched_rank()
 
     def show(self, summary: str, lines: Sequence[str] = ()) -> None:
         """Show ``lines`` (on a terminal) and ``summary``, if it is time to."""

@@ -61,6 +61,36 @@ def steering_for(
     return steering, norms
 
 
+def steering_over_ranks(
+    request: Request | None, info: "ModelInfo"
+) -> "tuple[Steering | None, dict[int, float]]":
+    """Return what ``steering_for`` does, where this rank has only some of the blocks.
+
+    The mean norms are those that the vector's file records, if it does; no rank can measure them.
+    """
+    if request is None:
+        return None, {}
+    from ..dose import recorded_norms, strength_for
+
+    tell_fit(request.vector, info)
+    norms = recorded_norms(request.vector, info.fingerprint, request.layers)
+    if norms is None:
+        if request.relative:
+            raise click.UsageError(
+                "--relative under --pipeline needs a vector that records the norms of this model's "
+                "residual stream (`densesteer extract` writes them). Give the raw strength."
+            )
+        note(
+            f"steering {request.vector.name}, strength {request.number:g}; relative dose not known"
+        )
+        return request.steering(request.number), {}
+    number = request.number
+    strength = strength_for(request.vector, norms, number) if request.relative else number
+    steering = request.steering(strength)
+    tell_dose(steering, steering.relative_dose(norms))
+    return steering, norms
+
+
 def read_vector(name: str) -> "SteeringVector":
     """Return the vector of a file, or the embedded one for ``demo``."""
     from .. import demo

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import completers
-from .eval import tell_grader, tell_kept, which_problems
+from .eval import tell_grader, tell_kept, tell_ranks, which_problems
 from .options import (
     model_option,
     positions_option,
@@ -84,9 +84,11 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
     from ..dose import mean_norms
     from ..grid import settings_of, with_recommendation
     from ..grid import sweep as run
-    from ..journal import Journal
+    from ..journal import journal_of
     from ..model import inspect, load
+    from ..ranks import Ranks
 
+    ranks = Ranks.connect()
     loaded, tokenizer = load(model)
     info = inspect(loaded, model)
     tell_fit(steering_vector, info)
@@ -109,12 +111,14 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
         f"{count(len(settings), 'setting')} x {count(len(problems), 'problem')}; results in {folder}"
     )
     live, journal_path = Live(), folder / "answers.jsonl"
-    with Journal(journal_path, journal_header(loaded, tokenizer, max_tokens, system)) as journal:
+    header = journal_header(loaded, tokenizer, max_tokens, system)
+    with journal_of(journal_path, header, ranks) as journal:
         tell_kept(journal)
+        tell_ranks(ranks)
         try:
             result = run(
                 loaded, tokenizer, problems, settings, journal, system=system,
-                max_tokens=max_tokens, rows=rows, with_nll=not no_nll, margin=margin,
+                max_tokens=max_tokens, rows=rows, with_nll=not no_nll, margin=margin, ranks=ranks,
                 progress=_progress(live, settings, len(problems)),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -122,6 +126,8 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
             note(f"interrupted; what is done is in {journal_path}, the same command goes on.")
             raise
     live.clear()
+    if not ranks.speaks:
+        return
     about = which_problems(task, problems, split=split, skip=skip, revision=revision)
     document = _save(
         folder, result, about | {

@@ -5,11 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-<<<<<<< HEAD
-from .options import layers_option
-=======
 from . import completers
->>>>>>> part-F
+from .options import layers_option
 from .output import count, note
 from .tables import aligned
 
@@ -95,7 +92,7 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     "-m",
     "--model",
     metavar="MODEL",
-<<<<<<< HEAD
+    shell_complete=completers.models,
     help="The model that it was made for: a Hub id, or a folder, whose size is then checked. "
     "Needed unless FILE says it.",
 )
@@ -105,10 +102,6 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     metavar="N",
     help="Number K in FILE is our layer K - N. [default: what FILE says, else 0; "
     "1 for files of llama.cpp's cvector-generator]",
-=======
-    shell_complete=completers.models,
-    help="The model that it was made for: a Hub id, or a folder, whose size is then checked.",
->>>>>>> part-F
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:
@@ -143,7 +136,7 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
 
 
 @vector.command()
-@click.argument("file")
+@click.argument("file", shell_complete=completers.vectors)
 @click.option(
     "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE",
     help="File to write: .gguf or .safetensors.",
