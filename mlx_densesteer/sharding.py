@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -66,6 +67,16 @@ def load_sharded(
     mx.eval(model.parameters())
     ranks.wait()
     return model, tokenizer, info
+
+
+def settle(ranks: Ranks) -> None:
+    """Return when every rank is done with what it generated; call it before a rank may go.
+
+    mlx-lm works out one token more than it gives, which needs the other ranks.
+    """
+    if ranks.size > 1:
+        mx.synchronize(generation_stream)
+        ranks.wait()
 
 
 def own_layers(model: nn.Module) -> list[int]:

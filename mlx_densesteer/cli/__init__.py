@@ -63,6 +63,10 @@ class _Commands(click.Group):
         except DenseSteerError as error:
             message = f"rank {rank}: {error}" if rank else str(error)
             raise click.ClickException(message) from error
+        except RuntimeError as error:  # of mlx's ring
+            if rank is None or not str(error).startswith("[ring]"):
+                raise
+            raise click.ClickException(f"rank {rank}: another rank is gone ({error}).") from error
         except OSError as error:  # what the system refuses: no permission, disk full, ...
             if error.errno in (None, errno.EPIPE):
                 raise

@@ -10,7 +10,7 @@ from ..ranks import launched_rank
 from .options import decoding_options, model_option, steering_options
 from .output import count, note
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
-from .spread import check_spread, load_steered
+from .spread import check_spread, load_steered, settle
 from .steer import read_steering
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     from ..prompt import encode_prompt
 
     _tell_demo(model, text)
-    loaded, tokenizer, steering, norms, seed = load_steered(
+    loaded, tokenizer, steering, norms, seed, ranks = load_steered(
         model, request, pipeline=pipeline, seed=seed, sampled=temp > 0
     )
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
@@ -82,6 +82,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
                 click.echo(piece, nl=False)
     except KeyboardInterrupt as error:
         interrupt = error  # what was said is kept
+    settle(ranks)
     result = pieces.result
     if as_json:
         click.echo(json.dumps(_to_json(result, norms), ensure_ascii=False, allow_nan=False))

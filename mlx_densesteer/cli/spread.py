@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from ..ranks import Ranks
     from ..steering import Steering
 
 COMMANDS = ("generate", "eval", "sweep")  # what can run on several ranks
@@ -29,8 +30,8 @@ def check_spread(pipeline: bool, draft_model: str | None) -> None:
 
 def load_steered(
     name: str, request: Request | None, *, pipeline: bool, seed: int | None, sampled: bool
-) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], int | None]":
-    """Return model, tokenizer, steering, the norms that its dose is relative to, and the seed.
+) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], int | None, Ranks]":
+    """Return model, tokenizer, steering, the norms that its dose is relative to, the seed, and the ranks.
 
     Several ranks sample the same tokens: without a seed rank 0 draws one for all.
     """
@@ -41,7 +42,7 @@ def load_steered(
         from ..model import load
 
         model, tokenizer = load(name)
-        return model, tokenizer, *steering_for(request, model, tokenizer, name), seed
+        return model, tokenizer, *steering_for(request, model, tokenizer, name), seed, ranks
     import mlx.core as mx
 
     from .. import demo
@@ -66,4 +67,12 @@ def load_steered(
         steering, norms = steering_for(request, model, tokenizer, name)
     if sampled and seed is None:
         seed = ranks.share(int(mx.random.randint(0, 2**31 - 1).item()))
-    return model, tokenizer, steering, norms, seed
+    return model, tokenizer, steering, norms, seed, ranks
+
+
+def settle(ranks: "Ranks") -> None:
+    """Wait for the other ranks before this one ends."""
+    if ranks.size > 1:
+        from ..sharding import settle as wait
+
+        wait(ranks)
