@@ -47,7 +47,8 @@ ROOMS = [
     {"cache", "speculation", "defaults"},
     {"patch", "chunks"},
     {"self_check", "model", "record", "prompt", "likelihood", "prefix"},
-    {"export"},
+    {"export", "export.step"},
+    {"export.function"},
     {
         "conversion",
         "doctor",
@@ -132,6 +133,7 @@ ROOMS = [
         "cli.demo",
         "cli.doctor",
         "cli.eval",
+        "cli.export_function",
         "cli.extract",
         "cli.generate",
         "cli.pairs",

@@ -18,6 +18,7 @@ from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
+from .export_function import export_function
 from .extract import extract
 from .generate import generate
 from .pairs import pairs
@@ -102,6 +103,7 @@ def main() -> None:
 
 
 for command in (
-    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bench, doctor,
+    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, export_function,
+    bench, doctor,
 ):  # fmt: skip
     main.add_command(command)
