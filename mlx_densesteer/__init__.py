@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .errors import DenseSteerError as DenseSteerError
     from .evaluation import evaluate as evaluate
+    from .export.function import export_function as export_function
     from .extraction import extract as extract
     from .generation import Generation as Generation
     from .generation import Sampling as Sampling
@@ -48,6 +49,7 @@ _HOMES = {
     "VectorMeta": "vector",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "export_function": "export.function",
     "extract": "extraction",
     "generate": "generation",
     "generate_batch": "batch",

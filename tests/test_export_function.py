@@ -327,6 +327,16 @@ def test_the_program_uses_what_the_file_names(program, demo_file, demo_loaded, q
     assert ids(on.stdout)[: len(whole) + 1] == [*whole, *demo_loaded[1].eos_token_ids]
 
 
+def test_text_goes_in_and_comes_out(program, demo_file, demo_loaded):
+    """The three commands of examples/cpp/README.md."""
+    text, script = held_out(1)[0].question, ROOT / "examples/cpp/tokens.py"
+    encoded = run(sys.executable, script, "encode", "demo", text)
+    answer = run(program, demo_file, "--strength", 0, input=encoded.stdout)
+    decoded = run(sys.executable, script, "decode", "demo", input=answer.stdout)
+    assert decoded.stdout == generate(*demo_loaded, text).text + "\n"
+    assert run(sys.executable, script).returncode == 1
+
+
 def test_the_program_says_when_the_cache_is_full(program, demo_file):
     prompt = [7] * 250
     done = run(program, demo_file, "--eos", "-", *prompt)
@@ -385,18 +395,17 @@ def test_the_real_checkpoint_in_c(program, real_model):
     }
     meta = VectorMeta(model="real", hidden_size=size, layer_count=model.args.num_hidden_layers)
     vector = SteeringVector(arrays, meta)
-    prompt = encode_prompt(tokenizer, "What is 17 * 24?", system="Be brief.")
+    prompt = encode_prompt(tokenizer, "Tell me a joke.", system="Be brief.")
+    steering = Steering(vector, 16.0)
+    steered, plain = (
+        generate(model, tokenizer, prompt, steering=one, max_tokens=6).token_ids
+        for one in (steering, None)
+    )
     with tempfile.TemporaryDirectory() as folder:
         made = export_function(
-            model, tokenizer, Steering(vector, 8.0), Path(folder) / "real.mlxfn", capacity=64,
-            chunks=[16],
-        )  # fmt: skip
+            model, tokenizer, steering, Path(folder) / "real.mlxfn", capacity=64, chunks=[8]
+        )
         print(f"float32: {made.largest_difference:.2g} at {made.largest_logit:.3g}")
-        answers = []
-        for strength in (8.0, -8.0):
-            done = run(program, made.path, "--strength", strength, "--max-tokens", 5, *prompt)
-            steering = Steering(vector, strength)
-            expected = generate(model, tokenizer, prompt, steering=steering, max_tokens=5)
-            assert (ids(done.stdout), done.stderr) == (list(expected.token_ids), "")
-            answers.append(done.stdout)
-    assert answers[0] != answers[1]
+        done = run(program, made.path, "--max-tokens", 6, *prompt)
+    assert (ids(done.stdout), done.stderr) == (list(steered), "")
+    assert steered != plain

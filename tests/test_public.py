@@ -149,7 +149,7 @@ ROOMS = [
 def test_public_names():
     assert mlx_densesteer.__all__ == [
         "Batch", "Brake", "DenseSteerError", "Draft", "Generation", "Pair", "Sampling", "Session", "Steering", "SteeringVector", "VectorMeta", "convert",
-        "evaluate", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
+        "evaluate", "export_function", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:
         assert getattr(mlx_densesteer, name).__name__ == name
