@@ -119,6 +119,7 @@ ROOMS = [
         "bench.decode",
         "bench.dose",
         "bench.extract",
+        "bench.function",
         "bench.generation",
         "bench.resteer",
         "bench.speculative",

@@ -9,7 +9,6 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
-#include <limits>
 #include <map>
 #include <optional>
 #include <regex>
