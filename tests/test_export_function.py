@@ -99,6 +99,13 @@ def test_chunks_of_a_prompt_are_the_same_as_single_tokens(write):
         assert not a[:, :, 13:].any()  # nothing was written behind what was read
 
 
+def test_a_smaller_position_goes_back(write):
+    function, _ = write()
+    once, cache = read(function, (8, 4, 1), 1.5)
+    again, _ = read(function, (4, 1), 1.5, cache, position=8)
+    assert mx.array_equal(once, again)
+
+
 def test_the_strength_may_change_from_call_to_call(write, tiny_loaded, make_vector):
     """Positions are the program's: 0 for the prompt, then lambda, is ``generated``."""
     function, _ = write()
@@ -204,13 +211,29 @@ def test_a_wrong_name_or_vector_is_refused(write, tiny_loaded, make_vector, tmp_
     assert [one.name for one in tmp_path.iterdir()] == ["tiny.mlxfn"]
 
 
-def test_a_file_that_does_not_steer_is_not_kept(write, tmp_path, monkeypatch):
-    """The check sees the steering get lost."""
-    monkeypatch.setattr(
-        function_module, "steered_step", lambda model, vectors, n: steered_step(model, {}, n)
-    )
+def unsteered(model, vectors, capacity):
+    return steered_step(model, {}, capacity)
+
+
+def not_a_number(model, vectors, capacity):
+    """Spoils single tokens only, and those only behind a chunk."""
+    step = steered_step(model, vectors, capacity)
+
+    def spoilt(tokens, position, *rest):
+        logits, *cache = step(tokens, position, *rest)
+        if tokens.shape[1] == 1:
+            logits = mx.where(position > 0, mx.array(float("nan")), logits)
+        return logits, *cache
+
+    return spoilt
+
+
+@pytest.mark.parametrize("broken", [unsteered, not_a_number])
+@pytest.mark.parametrize("chunks", [(8, 4), (CAPACITY,), ()])
+def test_a_file_that_fails_its_check_is_not_kept(broken, chunks, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(function_module, "steered_step", broken)
     with pytest.raises(ExportError, match="differ from run-time steering by"):
-        write()
+        write(chunks=chunks)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -208,15 +209,15 @@ def _check(
     if json.loads(bytes(function()[0])) != metadata:
         raise ExportError(f"{path.name}: came back with other metadata than was written.")
     strength = steering.strength or 1.0
-    size = largest = 0.0
-    for number, one in enumerate((strength, -strength, 0.0)):
+    differences, sizes = [], []
+    for one in (strength, -strength, 0.0):
         # every trace once; then the short ones will do
-        counts = metadata["chunks"][0 if number == 0 else -2 :]
-        reference = make_cache(model, replace(steering, strength=one, positions="all"))
-        for ours, theirs in _side_by_side(function, model, reference, one, [*counts, 1], metadata):
-            difference = float(mx.abs(ours - theirs).max())
-            size = max(size, float(mx.abs(theirs).max()))
-            largest = difference if not difference <= largest else largest  # NaN counts
+        counts = [*metadata["chunks"][-2 if differences else 0 :], 1]
+        setting = replace(steering, strength=one, positions="all")
+        for ours, theirs in _side_by_side(function, model, setting, counts, metadata):
+            differences.append(float(mx.abs(ours - theirs).max()))
+            sizes.append(float(mx.abs(theirs).max()))
+    largest, size = float(np.max(differences)), float(np.max(sizes))  # NaN if there is one
     tolerance = TOLERANCES[model.model.norm.weight.dtype]
     if not largest <= tolerance * size:
         raise ExportError(
@@ -230,20 +231,21 @@ def _check(
 def _side_by_side(
     function: Callable[..., tuple[mx.array, ...]],
     model: nn.Module,
-    reference: list,
-    strength: float,
+    steering: Steering,
     counts: list[int],
     metadata: dict[str, object],
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield float32 logits of the file and of the model after each chunk that still fits."""
-    _, *cache = function()
-    position = 0
+    """Yield float32 logits of the file and of the model after each chunk; new caches where needed."""
+    position = capacity = metadata["capacity"]
+    strength = mx.array(steering.strength, mx.float32)
+    cache, reference = [], []
     for count in counts:
-        if position + count > metadata["capacity"]:
-            continue
+        if position + count > capacity:
+            _, *cache = function()
+            position, reference = 0, make_cache(model, steering)
         tokens = mx.arange(position, position + count, dtype=mx.int32)[None]
         tokens = (tokens * 7919 + 13) % metadata["vocab_size"]
-        logits, *cache = function(tokens, mx.array(position), mx.array(strength), *cache)
+        logits, *cache = function(tokens, mx.array(position), strength, *cache)
         expected = next_logits(model, tokens, reference)
         mx.eval(logits, expected, cache)
         position += count
