@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import DenseSteerError as DenseSteerError
     from .evaluation import evaluate as evaluate
     from .export.baking import bake as bake
+    from .export.function import export_function as export_function
     from .extraction import extract as extract
     from .generation import Generation as Generation
     from .generation import Sampling as Sampling
@@ -53,6 +54,7 @@ _HOMES = {
     "bake": "export.baking",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "export_function": "export.function",
     "export_vector": "interop",
     "extract": "extraction",
     "generate": "generation",

@@ -1,7 +1,7 @@
 """How likely a response is under the unsteered model: batched, and flat in memory."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -149,6 +149,11 @@ def pad(sequences: Sequence[Sequence[int]]) -> mx.array:
     )
 
 
+def head_of(model: nn.Module) -> Callable[[mx.array], mx.array]:
+    """Return what turns the normed stream ``(..., hidden)`` into logits ``(..., vocabulary)``."""
+    return model.model.embed_tokens.as_linear if model.args.tie_word_embeddings else model.lm_head
+
+
 def token_log_likelihoods(
     model: nn.Module, h: mx.array, tokens: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -164,8 +169,7 @@ def token_log_likelihoods(
     Returns:
         float64 ``(tokens,)`` in nats, of logits in float32; bool ``(tokens,)``.
     """
-    tied = model.args.tie_word_embeddings
-    head = model.model.embed_tokens.as_linear if tied else model.lm_head
+    head = head_of(model)
     step = max(1, LOGITS // model.args.vocab_size)
     scores, greedy = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
     for start in range(0, len(tokens), step):

@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_densesteer import generate
-from mlx_densesteer.bench import alone, batch, dose, report, startup, suite, timing
+from mlx_densesteer.bench import alone, batch, dose, function, report, startup, suite, timing
 from mlx_densesteer.bench.extract import drawn_pairs
 from mlx_densesteer.bench.speculative import truncated
 from mlx_densesteer.bench.subject import Subject
@@ -218,7 +218,7 @@ def test_every_script_is_one_of_the_benchmarks(name):
 
 def test_there_is_no_other_script():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*suite.BENCHMARKS, "dose", "serve", "soak"}
+    assert scripts == {*suite.BENCHMARKS, "dose", "function", "serve", "soak"}
 
 
 @pytest.mark.parametrize("shown", [
@@ -249,6 +249,16 @@ def test_the_dose_script_shows_a_row_for_each_setting(monkeypatch, capsys):
     assert [line.split()[:2] for line in lines[-3:]] == [["-", "0"], ["5", "0.1"], ["5", "1"]]
     assert dose.repeated_share([1, 2, 3, 4] * 10) > 0.8
     assert dose.repeated_share([1, 2, 3]) == 0.0
+
+
+def test_the_function_script_measures_a_file(monkeypatch, capsys):
+    words = ["demo", "--capacity", "32", "--prompt-tokens", "8", "--steps", "3", "--json"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/function.py", *words])
+    alone.main("function")
+    made = json.loads(capsys.readouterr().out)
+    assert made["function_ratio"] == made["details"]["ratio"]["median"] > 0
+    assert made["details"]["ratio"]["count"] == 3
+    assert function.rows(made)[0].figure == "decode speed, file / run-time steering"
 
 
 def test_an_error_is_a_line_and_no_traceback(monkeypatch):

@@ -11,7 +11,12 @@ import pytest
 from mlx_densesteer.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+    ROOT / "CHANGELOG.md",
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:

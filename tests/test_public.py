@@ -50,6 +50,8 @@ ROOMS = [
     {"cache", "speculation", "defaults"},
     {"patch", "chunks"},
     {"self_check", "model", "record", "prompt", "likelihood", "prefix", "pipeline_prefix"},
+    {"export", "export.step"},
+    {"export.function"},
     {
         "conversion",
         "doctor",
@@ -59,7 +61,6 @@ ROOMS = [
         "steered_likelihood",
         "sharding",
         "prefix_file",
-        "export",
     },
     {"export.closeness", "export.llama", "export.llama_gguf"},
     {"export.card"},
@@ -126,6 +127,7 @@ ROOMS = [
         "bench.decode",
         "bench.dose",
         "bench.extract",
+        "bench.function",
         "bench.generation",
         "bench.resteer",
         "bench.speculative",
@@ -141,6 +143,7 @@ ROOMS = [
         "cli.demo",
         "cli.doctor",
         "cli.eval",
+        "cli.export_function",
         "cli.extract",
         "cli.generate",
         "cli.pairs",
@@ -156,7 +159,7 @@ ROOMS = [
 def test_public_names():
     assert mlx_densesteer.__all__ == [
         "Batch", "Brake", "DenseSteerError", "Draft", "Generation", "ModelThread", "Pair", "Sampling", "Session", "Steering", "SteeringVector", "VectorMeta", "bake", "convert",
-        "evaluate", "export_vector", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
+        "evaluate", "export_function", "export_vector", "extract", "generate", "generate_batch", "import_vector", "load", "make_cache", "stream", "sweep",
     ]  # fmt: skip
     for name in mlx_densesteer.__all__:
         assert getattr(mlx_densesteer, name).__name__ == name

@@ -22,6 +22,7 @@ from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
+from .export_function import export_function
 from .extract import extract
 from .generate import generate
 from .pairs import pairs
@@ -138,7 +139,7 @@ def main() -> None:
 
 
 for command in (
-    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bake, bench, doctor,
-    completion,
+    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bake, export_function,
+    bench, doctor, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -1,0 +1,70 @@
+"""``densesteer export-function``."""
+
+from pathlib import Path
+
+import click
+
+from .options import model_option, positions_option, relative_option, vector_option
+from .output import note
+from .steer import read_steering, steering_for
+
+
+@click.command("export-function")
+@model_option
+@vector_option("Steers the function.", required=True)
+@click.option("-o", "--out", required=True, metavar="FILE", help="The .mlxfn file to write.")
+@click.option(
+    "-l",
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="LAYERS",
+    help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: as in generate]",
+)
+@click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
+              help="Lambda that the file names as its default; programs may pass any other. "
+                   "[default: what a sweep recommended, else 1]")  # fmt: skip
+@positions_option
+@relative_option("NUMBER is a fraction")
+@click.option("--capacity", type=click.IntRange(min=2), metavar="TOKENS",
+              help="Of the KV cache: prompt and answer together. [default: 2048, or the model's "
+                   "context]")  # fmt: skip
+@click.option("--chunk", "chunks", type=click.IntRange(min=1), multiple=True, metavar="TOKENS",
+              help="A length in which a prompt can be read, besides 1; may be repeated. "
+                   "[default: 128, 32, 8]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
+                    strength: float | None, positions: str | None, relative: bool, capacity: int | None,
+                    chunks: tuple[int, ...], force: bool) -> None:  # fmt: skip
+    """Write a steered model as an MLX function for C++ and Swift.
+
+    One file (.mlxfn) with the weights, whose inputs are tokens, position, strength and KV cache:
+    it needs MLX, but no Python. It is checked against run-time steering before it gets its name,
+    which is printed on standard output. docs/export-function.md has the signature,
+    examples/cpp a program that generates text with it.
+    """
+    request = read_steering(vector, strength, layers, positions, relative)
+
+    from ..export.function import check_path
+    from ..export.function import export_function as run
+    from ..model import load
+
+    check_path(Path(out).expanduser(), force)  # before a download
+    loaded, tokenizer = load(model)
+    steering, _ = steering_for(request, loaded, tokenizer, model)
+    try:
+        made = run(
+            loaded, tokenizer, steering, out, name=model, capacity=capacity, chunks=chunks or None,
+            force=force, progress=note,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        note("interrupted; nothing half-done was left.")
+        raise
+    tested = ", ".join(f"{one:g}" for one in made.strengths)
+    note(
+        f"{made.path.stat().st_size / 1e6:.1f} MB, and {made.metadata['cache_bytes'] / 1e6:.1f} MB of "
+        f"memory for {made.metadata['capacity']} tokens; logits differ from run-time steering by "
+        f"{made.largest_difference:.2g} at most, at logits up to {made.largest_logit:.3g} "
+        f"(strengths {tested})"
+    )
+    click.echo(made.path)

@@ -1,0 +1,434 @@
+"""The function file: what it computes, and the C++ program of ``examples/cpp`` that runs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+from mlx_lm.models.qwen2 import Model, ModelArgs
+
+from mlx_densesteer import Steering, demo, generate, load, make_cache
+from mlx_densesteer.cli import main
+from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.demo.settings import LAYER
+from mlx_densesteer.errors import ExportError, SteeringError, VectorMismatchError
+from mlx_densesteer.export import function as function_module
+from mlx_densesteer.export.function import export_function
+from mlx_densesteer.export.step import empty_cache, steered_step
+from mlx_densesteer.prompt import encode_prompt
+from mlx_densesteer.vector import SteeringVector, VectorMeta
+
+ROOT = Path(__file__).parents[1]
+CAPACITY = 24
+TOKENS = [11, 3, 77, 42, 5, 99, 100, 8, 61, 23, 7, 90, 54]
+
+
+@pytest.fixture
+def tiny_loaded(hf_folder):
+    model, tokenizer = load(hf_folder)
+    model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+@pytest.fixture
+def write(tiny_loaded, make_vector, tmp_path):
+    """Write a function file of the tiny model, steered at two layers, and import it."""
+
+    def make(layers=(1, 2), **options):
+        steering = Steering(make_vector(), 1.5, layers)
+        options = {"capacity": CAPACITY, "chunks": (8, 4)} | options
+        made = export_function(*tiny_loaded, steering, tmp_path / "tiny.mlxfn", **options)
+        return mx.import_function(str(made.path)), made
+
+    return make
+
+
+def read(function, counts, strength, cache=None, position=0):
+    """Feed ``TOKENS`` in chunks; return the logits after the last one, and the cache."""
+    cache = function()[1:] if cache is None else cache
+    for count in counts:
+        tokens = mx.array([TOKENS[position : position + count]], mx.int32)
+        logits, *cache = function(tokens, mx.array(position), mx.array(strength), *cache)
+        position += count
+    return logits, cache
+
+
+@pytest.mark.parametrize("layers", [(2,), (0, 1, 3)])
+def test_the_strength_is_an_input(layers, write, tiny_loaded, make_vector):
+    function, made = write(layers)
+    model = tiny_loaded[0]
+    plain = model(mx.array([TOKENS]))[:, -1]
+    for strength in (0.0, 1.5, -2.0, 7.25):
+        ours, _ = read(function, (8, 4, 1), strength)
+        steering = Steering(make_vector(), strength, layers)
+        theirs = model(mx.array([TOKENS]), make_cache(model, steering))[:, -1]
+        assert mx.allclose(ours, theirs, atol=1e-5, rtol=0)
+        moved = mx.abs(ours - plain).max().item()
+        assert moved < 1e-5 if strength == 0 else moved > 0.05
+    assert made.strengths == (1.5, -1.5, 0.0)
+    assert made.largest_difference < 1e-5 < made.largest_logit
+
+
+def test_strength_0_is_the_unsteered_step_bit_for_bit(write, tiny_loaded):
+    function, _ = write()
+    model = tiny_loaded[0]
+    unsteered = steered_step(model, {}, CAPACITY)
+    tokens = mx.array([TOKENS[:8]], mx.int32)
+    cache = empty_cache(model, CAPACITY)
+    theirs = unsteered(tokens, mx.array(0), mx.array(3.0), *cache)
+    ours = function(tokens, mx.array(0), mx.array(0.0), *cache)
+    assert all(mx.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_chunks_of_a_prompt_are_the_same_as_single_tokens(write):
+    function, _ = write()
+    whole, cache = read(function, (8, 4, 1), 1.5)
+    single, again = read(function, [1] * 13, 1.5)
+    assert mx.allclose(whole, single, atol=1e-5, rtol=0)
+    for a, b in zip(cache, again, strict=True):
+        assert mx.allclose(a, b, atol=1e-5, rtol=0)
+        assert not a[:, :, 13:].any()  # nothing was written behind what was read
+
+
+def test_a_smaller_position_goes_back(write):
+    function, _ = write()
+    once, cache = read(function, (8, 4, 1), 1.5)
+    again, _ = read(function, (4, 1), 1.5, cache, position=8)
+    assert mx.array_equal(once, again)
+
+
+def test_the_strength_may_change_from_call_to_call(write, tiny_loaded, make_vector):
+    """Positions are the program's: 0 for the prompt, then lambda, is ``generated``."""
+    function, _ = write()
+    model = tiny_loaded[0]
+    _, cache = read(function, (8, 4), 0.0)
+    ours, _ = read(function, (1,), 1.5, cache, position=12)
+    steering = Steering(make_vector(), 1.5, (1, 2), "generated")
+    caches = make_cache(model, steering, prompt_length=13)
+    assert mx.allclose(ours, model(mx.array([TOKENS]), caches)[:, -1], atol=1e-5, rtol=0)
+
+
+def test_no_room_gives_nan_and_the_cache_stays_whole(write):
+    function, _ = write()
+    _, cache = read(function, (8, 4, 1), 1.5)
+    logits, *_ = function(mx.array([[5]]), mx.array(CAPACITY - 1), mx.array(1.5), *cache)
+    assert mx.isfinite(logits).all()
+    for count, position in ((1, CAPACITY), (4, CAPACITY - 3), (8, 10**6), (1, -1)):
+        tokens = mx.zeros((1, count), mx.int32)
+        logits, *after = function(tokens, mx.array(position), mx.array(1.5), *cache)
+        assert mx.isnan(logits).all()
+        assert [a.shape for a in after] == [a.shape for a in cache]
+    with pytest.raises(ValueError, match="No imported function found"):
+        function(mx.zeros((1, 3), mx.int32), mx.array(0), mx.array(1.5), *cache)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "4 bit", "8 bit", "untied"])
+def test_other_precisions_and_an_untied_head(kind, tiny_loaded, make_vector, tmp_path):
+    model, tokenizer = tiny_loaded
+    if kind == "untied":
+        args = ModelArgs.from_dict(vars(model.args) | {"tie_word_embeddings": False})
+        model = Model(args)
+    elif kind.endswith("bit"):
+        model.set_dtype(mx.float16)
+        nn.quantize(model, group_size=32, bits=int(kind[0]))
+    else:
+        model.set_dtype(getattr(mx, kind))
+    steering = Steering(make_vector(), 2.0, (1, 2))
+    made = export_function(
+        model, tokenizer, steering, tmp_path / "f.mlxfn", capacity=16, chunks=[8]
+    )
+    dtype = {"untied": "float32", "bfloat16": "bfloat16"}.get(kind, "float16")
+    assert made.metadata["cache_dtype"] == dtype
+    weights = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    assert weights < made.path.stat().st_size < weights + 200_000
+
+
+def test_the_file_says_what_it_is(write, tiny_loaded):
+    function, made = write(name="org/Tiny")
+    _, text = mx.import_function(str(made.path), return_metadata=True)
+    assert json.loads(text) == made.metadata == json.loads(bytes(function()[0]))
+    said = made.metadata
+    assert (said["model"], said["layers"], said["strength"]) == ("org/Tiny", [1, 2], 1.5)
+    assert (said["capacity"], said["chunks"], said["eos"]) == (CAPACITY, [8, 4, 1], [258])
+    assert (said["vocab_size"], said["layer_count"]) == (260, 4)
+    cache = function()[1:]
+    assert {tuple(a.shape) for a in cache} == {tuple(said["cache_shape"])} == {(1, 2, CAPACITY, 16)}
+    assert said["cache_bytes"] == sum(a.nbytes for a in cache) == 2 * 4 * 2 * 16 * CAPACITY * 4
+    assert not any(a.any() for a in cache)
+
+
+def test_the_model_stays_what_it_was(write, tiny_loaded):
+    model = tiny_loaded[0]
+    before = dict(tree_flatten(model.parameters()))
+    logits = model(mx.array([TOKENS]))
+    write()
+    after = dict(tree_flatten(model.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[k], after[k]) for k in before)
+    assert mx.array_equal(model(mx.array([TOKENS])), logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": 1}, "capacity 1: expected 2 to 512"),
+        ({"capacity": 513}, "which is the model's context"),
+        ({"chunks": [25]}, "chunk lengths 25, 1: expected 1 to 24"),
+        ({"chunks": [0]}, "chunk lengths 1, 0"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(options, message, write, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        write(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_name_or_vector_is_refused(write, tiny_loaded, make_vector, tmp_path):
+    steering = Steering(make_vector(hidden=32), 1.0, (1,))
+    with pytest.raises(VectorMismatchError, match="hidden size 64"):
+        export_function(*tiny_loaded, steering, tmp_path / "f.mlxfn")
+    model, tokenizer = tiny_loaded
+    model.set_dtype(mx.float16)
+    with pytest.raises(SteeringError, match="overflows the model's float16"):
+        export_function(model, tokenizer, Steering(make_vector(), 1e6), tmp_path / "f.mlxfn")
+    with pytest.raises(ExportError, match=r"ends in \.mlxfn"):
+        export_function(model, tokenizer, steering, tmp_path / "dense.npz")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "tiny.mlxfn").write_text("mine")
+    with pytest.raises(ExportError, match="exists already"):
+        write()
+    assert (tmp_path / "tiny.mlxfn").read_text() == "mine"
+    write(force=True)
+    assert [one.name for one in tmp_path.iterdir()] == ["tiny.mlxfn"]
+
+
+def unsteered(model, vectors, capacity):
+    return steered_step(model, {}, capacity)
+
+
+def not_a_number(model, vectors, capacity):
+    """Spoils single tokens only, and those only behind a chunk."""
+    step = steered_step(model, vectors, capacity)
+
+    def spoilt(tokens, position, *rest):
+        logits, *cache = step(tokens, position, *rest)
+        if tokens.shape[1] == 1:
+            logits = mx.where(position > 0, mx.array(float("nan")), logits)
+        return logits, *cache
+
+    return spoilt
+
+
+@pytest.mark.parametrize("broken", [unsteered, not_a_number])
+@pytest.mark.parametrize("chunks", [(8, 4), (CAPACITY,), ()])
+def test_a_file_that_fails_its_check_is_not_kept(broken, chunks, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(function_module, "steered_step", broken)
+    with pytest.raises(ExportError, match="differ from run-time steering by"):
+        write(chunks=chunks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_leaves_the_old_file(write, tmp_path):
+    (tmp_path / "tiny.mlxfn").write_text("old")
+
+    def interrupt(what):
+        if what.startswith("checking"):
+            assert len(list(tmp_path.iterdir())) == 2  # the new one is there, under another name
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(force=True, progress=interrupt)
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys\nfrom mlx_densesteer.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "main(['export-function', '-m', 'demo', '-v', 'demo', '-o', sys.argv[1]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "f.mlxfn")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "mlx cannot write or read it back" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "demo.mlxfn"
+    arguments = ["export-function", "-m", "demo", "-v", "demo", "-o", str(path)]
+    options = ["-s", "0.1", "--relative", "--positions", "generated", "--chunk", "16"]
+    done = CliRunner().invoke(main, [*arguments, *options, "--capacity", "64"])
+    assert (done.exit_code, done.stdout) == (0, f"{path}\n")
+    assert "relative dose 0.1" in done.stderr
+    assert "logits differ from run-time steering by" in done.stderr
+    said = json.loads(mx.import_function(str(path), return_metadata=True)[1])
+    assert (said["model"], said["vector"], said["layers"]) == ("demo", "demo", [LAYER])
+    assert (said["positions"], said["chunks"]) == ("generated", [16, 1])
+    assert said["strength"] == pytest.approx(2.38, abs=0.01)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "exists already" in done.stderr
+
+
+# The C++ program
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> Path:
+    """``examples/cpp``, built as its README says."""
+    if not shutil.which("cmake"):
+        message = "no cmake: examples/cpp cannot be built"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    build = tmp_path_factory.mktemp("build")
+    configure = ["cmake", "-S", ROOT / "examples/cpp", "-B", build]
+    for command in ([*configure, f"-DPython3_EXECUTABLE={sys.executable}"], ["cmake", "--build", build]):  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert not done.returncode, done.stdout + done.stderr
+    return build / "generate"
+
+
+@pytest.fixture(scope="session")
+def demo_loaded():
+    return load("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_file(demo_loaded, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("function") / "demo.mlxfn"
+    steering = Steering(SteeringVector.load(demo.VECTOR), 4.76, (LAYER,))
+    return export_function(*demo_loaded, steering, path, name="demo", capacity=256).path
+
+
+@pytest.fixture(scope="session")
+def question(demo_loaded) -> list[int]:
+    return encode_prompt(demo_loaded[1], held_out(1)[0].question)
+
+
+def run(program, *arguments, input=""):
+    words = [str(program), *map(str, arguments)]
+    return subprocess.run(words, input=input, capture_output=True, text=True, timeout=120)
+
+
+def ids(text: str) -> list[int]:
+    return [int(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("strength", [-7.13, 0.0, 4.76])
+def test_the_program_says_what_python_says(
+    strength, positions, program, demo_file, demo_loaded, question
+):
+    steering = Steering(SteeringVector.load(demo.VECTOR), strength, (LAYER,), positions)
+    expected = generate(*demo_loaded, question, steering=steering, max_tokens=60).token_ids
+    options = ("--strength", strength, "--positions", positions, "--max-tokens", 60)
+    done = run(program, demo_file, *options, input=" ".join(map(str, question)))
+    assert (ids(done.stdout), done.stderr) == (list(expected), "")
+    assert done.returncode == 0
+
+
+def test_the_program_uses_what_the_file_names(program, demo_file, demo_loaded, question):
+    steering = Steering(SteeringVector.load(demo.VECTOR), 4.76, (LAYER,))
+    whole = generate(*demo_loaded, question, steering=steering).token_ids
+    done = run(program, demo_file, *question)  # the default strength; stops at the end of turn
+    assert ids(done.stdout) == list(whole)
+    stop = run(program, demo_file, "--eos", whole[3], *question)
+    assert ids(stop.stdout) == list(whole[: whole.index(whole[3])])
+    on = run(program, demo_file, "--eos", "-", "--max-tokens", len(whole) + 2, *question)
+    assert ids(on.stdout)[: len(whole) + 1] == [*whole, *demo_loaded[1].eos_token_ids]
+
+
+def test_text_goes_in_and_comes_out(program, demo_file, demo_loaded):
+    """The three commands of examples/cpp/README.md."""
+    text, script = held_out(1)[0].question, ROOT / "examples/cpp/tokens.py"
+    encoded = run(sys.executable, script, "encode", "demo", text)
+    answer = run(program, demo_file, "--strength", 0, input=encoded.stdout)
+    decoded = run(sys.executable, script, "decode", "demo", input=answer.stdout)
+    assert decoded.stdout == generate(*demo_loaded, text).text + "\n"
+    assert run(sys.executable, script).returncode == 1
+
+
+def test_the_program_says_when_the_cache_is_full(program, demo_file):
+    prompt = [7] * 250
+    done = run(program, demo_file, "--eos", "-", *prompt)
+    assert done.returncode == 1
+    assert len(ids(done.stdout)) == 7  # after the 250th token, and the 6 that there is room for
+    assert "the KV cache is full: it holds 256 of 256 tokens" in done.stderr
+    done = run(program, demo_file, *prompt, *prompt)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the prompt has 500 tokens, but the file's KV cache holds 256" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.mlxfn", 1], "nothing.mlxfn: no such file"),
+        ([__file__, 1], "cannot read it"),
+        (["FILE"], "the prompt has no tokens"),
+        (["FILE", 576], "token id 576: expected 0 to 575"),
+        (["FILE", -1], "token id -1"),
+        (["FILE", "one"], "token id 'one': expected a number"),
+        (["FILE", "--strength", "dense", 1], "--strength 'dense': expected a finite number"),
+        (["FILE", "--strength", "nan", 1], "expected a finite number"),
+        (["FILE", "--strength", "1e38", 1], "overflows the model's dtype"),
+        (["FILE", "--positions", "some", 1], "expected all, generated or prompt"),
+        (["FILE", "--max-tokens", 0, 1], "expected 1 or more"),
+        (["FILE", "--strength"], "--strength needs a value"),
+        (["FILE", "--steps", 1], "no option --steps"),
+        ([], "usage: generate FILE"),
+    ],
+)
+def test_the_program_refuses(arguments, message, program, demo_file):
+    done = run(program, *[demo_file if one == "FILE" else one for one in arguments])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("generate: ")
+    assert message in done.stderr
+
+
+def test_the_program_refuses_files_of_others(program, demo_file, tmp_path):
+    half = tmp_path / "half.mlxfn"
+    half.write_bytes(demo_file.read_bytes()[:5_000_000])
+    assert "cannot read it" in run(program, half, 1).stderr
+    other = tmp_path / "other.mlxfn"
+    mx.export_function(str(other), lambda x: x + 1, mx.array(1.0))
+    done = run(program, other, 1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "write one with `densesteer export-function`" in done.stderr
+
+
+@pytest.mark.checkpoint
+def test_the_real_checkpoint_in_c(program, real_model):
+    """One file of 2.5 GB, written, read by the program, and deleted."""
+    model, tokenizer = real_model
+    size = model.args.hidden_size
+    arrays = {
+        layer: np.random.default_rng(layer).normal(size=size) / size**0.5 for layer in (8, 16)
+    }
+    meta = VectorMeta(model="real", hidden_size=size, layer_count=model.args.num_hidden_layers)
+    vector = SteeringVector(arrays, meta)
+    prompt = encode_prompt(tokenizer, "Tell me a joke.", system="Be brief.")
+    steering = Steering(vector, 16.0)
+    steered, plain = (
+        generate(model, tokenizer, prompt, steering=one, max_tokens=6).token_ids
+        for one in (steering, None)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made = export_function(
+            model, tokenizer, steering, Path(folder) / "real.mlxfn", capacity=64, chunks=[8]
+        )
+        print(f"float32: {made.largest_difference:.2g} at {made.largest_logit:.3g}")
+        done = run(program, made.path, "--max-tokens", 6, *prompt)
+    assert (ids(done.stdout), done.stderr) == (list(steered), "")
+    assert steered != plain
