@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from math import isfinite
 
 import mlx.nn as nn
+import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ._version import __version__
 from .batch import ROWS, generate_batch
 from .errors import InputError, ModelError
 from .generation import Generation
@@ -106,6 +108,7 @@ def answer(
     """
     prints = [steering.fingerprint if steering else UNSTEERED for steering in steerings]
     wanted = {(p.id, _content(p), print_): None for p in problems for print_ in prints}
+    ranks.same(_digest(wanted, max_tokens, system), "problems, vectors, settings or versions")
     there = _read(journal) if journal else {}
     _exchange(ranks, journal, there, [there[key] for key in wanted if key in there])
     by_print = dict(zip(prints, steerings, strict=True))
@@ -166,6 +169,11 @@ def _add_likelihoods(
             found[key] = replace(found[key], nll=value)
             if journal:
                 journal.append({"nll_of": list(key), "nll": value})
+
+
+def _digest(wanted: Iterable[tuple], max_tokens: int, system: str | None) -> str:
+    document = json.dumps([list(wanted), max_tokens, system, __version__, mlx_lm.__version__])
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
 def _exchange(

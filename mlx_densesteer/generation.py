@@ -20,6 +20,7 @@ from .patch import deltas
 from .pipeline_prefix import PipelinePrefix
 from .prefix import Prefix
 from .prompt import encode_prompt
+from .ranks import ALONE
 from .speculation import Draft
 from .steering import Steering
 from .stopping import check_limits
@@ -196,6 +197,7 @@ class Stream(Iterator[str]):
         self._prefix.fill(read, self._steering, answering=bool(ids))
         caches, self._new_round = list(self._prefix.caches), True
         options = {}
+        sampler = make_sampler(temp=self._sampling.temp, top_p=self._sampling.top_p)
         if self._draft is not None:
             drafting = self._draft.steering(self._steering)
             self._draft_prefix.fill(read, drafting, answering=bool(ids))
@@ -206,7 +208,7 @@ class Stream(Iterator[str]):
             self._tokenizer,
             [ids[-1] if ids else self._last],
             max_tokens=self._max_tokens - len(ids),
-            sampler=make_sampler(temp=self._sampling.temp, top_p=self._sampling.top_p),
+            sampler=getattr(self._model, "ranks", ALONE).agree(sampler),
             prompt_cache=caches,
             **options,
         )

@@ -6,10 +6,13 @@ collectives of ``mx.distributed``; every rank has to take part in every call, in
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import DistributedError
+
+Sampler = Callable[[Any], Any]  # log-probabilities (rows, vocabulary) -> tokens (rows,)
 
 
 def launched_rank() -> int | None:
@@ -78,6 +81,31 @@ class Ranks:
     def share(self, value: object) -> Any:
         """Return what rank 0 gave."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def agree(self, sampler: Sampler) -> Sampler:
+        """Return ``sampler`` with rank 0's choice on every rank.
+
+        Ranks compute the same logits, but on unlike machines not to the last bit; two that go on with
+        different tokens would wait for each other for ever.
+        """
+        if self.group is None:
+            return sampler
+        import mlx.core as mx
+
+        def chosen(logprobs: Any) -> Any:
+            tokens = sampler(logprobs)
+            return mx.distributed.all_gather(tokens, group=self.group)[: tokens.shape[0]]
+
+        return chosen
+
+    def same(self, value: object, what: str) -> None:
+        """Raise ``DistributedError`` unless every rank gives the same ``value``."""
+        found = self.gather(value)
+        if any(one != found[0] for one in found):
+            listed = "; ".join(f"rank {i}: {one}" for i, one in enumerate(found))
+            raise DistributedError(
+                f"the ranks have different {what} ({listed}). Give every machine the same files."
+            )
 
     def wait(self) -> None:
         """Return when every rank is here."""

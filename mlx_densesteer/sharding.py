@@ -49,12 +49,7 @@ def load_sharded(
     if dtype is not None:
         model.set_dtype(dtype)
     info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
-    prints = ranks.gather(info.fingerprint)
-    if len(set(prints)) > 1:
-        raise DistributedError(
-            f"the ranks have different models (fingerprints {', '.join(prints)}). Copy the same folder "
-            "to every machine."
-        )
+    ranks.same([info.fingerprint, info.quantization], "models")
     if pipeline:
         if not hasattr(model.model, "pipeline"):
             raise DistributedError(
@@ -64,6 +59,7 @@ def load_sharded(
     else:
         model.shard(ranks.group)
     patch(model)
+    model.ranks = ranks  # whose tokens are rank 0's
     mx.eval(model.parameters())
     ranks.wait()
     return model, tokenizer, info

@@ -40,12 +40,17 @@ def free_ports(count: int) -> int:
 def launch(ranks: int, *command: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     launcher = Path(sys.executable).with_name("mlx.launch")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [launcher, "-n", str(ranks), "--backend", "ring", "-p", str(free_ports(ranks)), "--",
-         *map(str, command)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    reader, writer = os.pipe()  # mlx.launch takes a whole core once its standard input has ended
+    try:
+        return subprocess.run(
+            [launcher, "-n", str(ranks), "--backend", "ring", "-p", str(free_ports(ranks)), "--",
+             *map(str, command)],
+            stdin=reader, capture_output=True, text=True, timeout=120, cwd=cwd,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def warned(done: subprocess.CompletedProcess) -> bool:
@@ -222,6 +227,34 @@ def test_a_rank_that_is_lost_ends_the_others(rank):
     done = launch(2, sys.executable, "-c", LOST, rank, QUESTION)
     assert f"rank {rank} exited with code -9" in done.stderr
     assert f"rank {1 - rank} exited with code" in done.stderr or "killed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sampling_and_the_brake_on_two_ranks(toy):
+    """Both ranks go on with rank 0's tokens; a brake reads the kept beginning again on both."""
+    model, tokenizer, vector = toy
+    found = answer("--temp", 0.8, "--seed", 7, "-n", 30, "--pipeline", ranks=2, model="demo")
+    expected = ds.generate(
+        model, tokenizer, QUESTION, max_tokens=30, sampling=ds.Sampling(0.8, seed=7)
+    )
+    assert found["text"] == expected.text
+    over = ds.Steering(vector, 30.0, layers=(5,))
+    braked = answer("-v", "demo", "-l", 5, "-s", 30, "-n", 120, "--pipeline", ranks=2, model="demo")
+    expected = ds.generate(
+        model, tokenizer, QUESTION, steering=over, max_tokens=120, brake=ds.Brake()
+    )
+    assert braked["brakes"] and braked["text"] == expected.text
+
+
+def test_ranks_that_differ_are_told(tmp_path):
+    """Other problems on one rank: nothing is answered, on any."""
+    for rank in (0, 1):
+        (tmp_path / f"{rank}.jsonl").write_text(
+            json.dumps({"question": f"{rank} and 1?", "answer": "#### 2"}) + "\n"
+        )
+    script = f'exec {" ".join(DENSESTEER)} eval -m demo "$MLX_RANK.jsonl" -o out.jsonl'
+    done = launch(2, "sh", "-c", script, cwd=tmp_path)
+    assert warned(done) and "the ranks have different problems" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -65,9 +65,7 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     from ..prompt import encode_prompt
 
     _tell_demo(model, text)
-    loaded, tokenizer, steering, norms, seed, ranks = load_steered(
-        model, request, pipeline=pipeline, seed=seed, sampled=temp > 0
-    )
+    loaded, tokenizer, steering, norms, ranks = load_steered(model, request, pipeline=pipeline)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
     pieces = stream(
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,

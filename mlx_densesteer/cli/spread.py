@@ -1,5 +1,6 @@
 """A model over the ranks of ``mlx.launch``, or on this machine alone, for ``densesteer generate``."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -29,12 +30,9 @@ def check_spread(pipeline: bool, draft_model: str | None) -> None:
 
 
 def load_steered(
-    name: str, request: Request | None, *, pipeline: bool, seed: int | None, sampled: bool
-) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], int | None, Ranks]":
-    """Return model, tokenizer, steering, the norms that its dose is relative to, the seed, and the ranks.
-
-    Several ranks sample the same tokens: without a seed rank 0 draws one for all.
-    """
+    name: str, request: Request | None, *, pipeline: bool
+) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], Ranks]":
+    """Return model, tokenizer, steering, the norms that its dose is relative to, and the ranks."""
     from ..ranks import Ranks
 
     ranks = Ranks.connect()
@@ -42,7 +40,7 @@ def load_steered(
         from ..model import load
 
         model, tokenizer = load(name)
-        return model, tokenizer, *steering_for(request, model, tokenizer, name), seed, ranks
+        return model, tokenizer, *steering_for(request, model, tokenizer, name), ranks
     import mlx.core as mx
 
     from .. import demo
@@ -65,9 +63,11 @@ def load_steered(
     else:
         note(f"{info.name} tensor-parallel on {ranks.size} ranks")
         steering, norms = steering_for(request, model, tokenizer, name)
-    if sampled and seed is None:
-        seed = ranks.share(int(mx.random.randint(0, 2**31 - 1).item()))
-    return model, tokenizer, steering, norms, seed, ranks
+    if steering is not None:
+        setting = [steering.vector.sha256(), list(steering.layers), steering.positions]
+        ranks.same(setting, "vectors or options")
+        steering = replace(steering, strength=ranks.share(steering.strength))
+    return model, tokenizer, steering, norms, ranks
 
 
 def settle(ranks: "Ranks") -> None:
