@@ -110,7 +110,7 @@ def answer(
     wanted = {(p.id, _content(p), print_): None for p in problems for print_ in prints}
     ranks.same(_digest(wanted, max_tokens, system), "problems, vectors, settings or versions")
     there = _read(journal) if journal else {}
-    _exchange(ranks, journal, there, [there[key] for key in wanted if key in there])
+    _exchange(ranks, journal, there, list(there.values()))  # all: their files go when they are done
     by_print = dict(zip(prints, steerings, strict=True))
     by_id = {problem.id: problem for problem in problems}
     found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
@@ -133,7 +133,8 @@ def answer(
         if journal:
             journal.append(asdict(found[key]))
         progress(list(found.values()), generated)
-    _exchange(ranks, journal, found, [found[key] for key in missing])
+    for key in _exchange(ranks, journal, found, [found[key] for key in missing]):
+        found[key] = _regraded(by_id[key[0]], found[key])
     if with_nll:
         todo = [key for key in wanted if found[key].nll is None and found[key].token_ids]
         mine = ranks.mine(todo)
@@ -178,20 +179,30 @@ def _digest(wanted: Iterable[tuple], max_tokens: int, system: str | None) -> str
 
 def _exchange(
     ranks: Ranks, journal: Journal | None, known: dict[tuple, Answer], mine: Sequence[Answer]
-) -> None:
-    """Tell the other ranks what this one has, and add what they have; rank 0 keeps it all."""
+) -> list[tuple]:
+    """Tell the other ranks what this one has, and add what they have; rank 0 keeps it all.
+
+    Returns the keys that were new here.
+    """
+    new: list[tuple] = []
     if ranks.size == 1:
-        return
+        return new
     parts = ranks.gather([asdict(one) for one in mine])
     for rank, part in enumerate(parts):
         for record in part if rank != ranks.rank else ():
             made = _answer(record)
             key = (made.problem, made.content, made.steering)
-            if key in known and (known[key].nll is not None or made.nll is None):
+            if key not in known:
+                new.append(key)
+                known[key] = made
+            elif known[key].nll is None and made.nll is not None:
+                known[key] = replace(known[key], nll=made.nll)
+                record = {"nll_of": list(key), "nll": made.nll}
+            else:
                 continue
-            known[key] = made
             if journal and ranks.speaks:
                 journal.append(record)
+    return new
 
 
 def _graded(problem: Problem, key: tuple, generation: Generation) -> Answer:

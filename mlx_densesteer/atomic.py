@@ -57,7 +57,7 @@ def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
     Raises:
         DiskError: ``folder`` has appeared meanwhile, and ``replace`` is not set.
     """
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         made.rename(folder)
         return
     if not replace:
@@ -79,9 +79,13 @@ def check_disk(folder: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if need > free:
         raise DiskError(
-            f"{folder}: {what} needs about {need / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB "
-            "are free. Make room or choose another place."
+            f"{folder}: {what} needs about {_size(need)} of disk, but {_size(free)} are free. Make "
+            "room or choose another place."
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def file_sha256(path: Path) -> str:

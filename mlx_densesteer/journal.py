@@ -6,9 +6,9 @@ cut off when the process died is dropped; every whole line is kept. No mlx.
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +119,7 @@ def journal_of(path: str | Path, header: dict, ranks: Ranks = ALONE) -> Iterator
     it has.
     """
     path = Path(path)
+    ranks.same(header, "models or settings")
     if ranks.rank:
         ranks.wait()
         own = path.with_name(f"{path.name}.rank{ranks.rank}")
@@ -128,14 +129,24 @@ def journal_of(path: str | Path, header: dict, ranks: Ranks = ALONE) -> Iterator
         own.unlink(missing_ok=True)
         return
     with Journal(path, header) as journal:
-        for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank[0-9]*")):
-            with Journal(part, header) as left:
-                for record in left.records:
-                    journal.append(record)
-            part.unlink()
+        _take_over(journal, header)
         ranks.wait()
         yield journal
         ranks.wait()
+
+
+def _take_over(journal: Journal, header: dict) -> None:
+    """Add what other ranks' files beside a journal hold, and remove them."""
+    name = re.compile(re.escape(journal.path.name) + r"\.rank\d+")
+    for part in sorted(journal.path.absolute().parent.iterdir()):
+        if not name.fullmatch(part.name):
+            continue
+        with Journal(part, header) as left:
+            there = {_line(record) for record in journal.records}
+            for record in left.records:
+                if _line(record) not in there:
+                    journal.append(record)
+        part.unlink()
 
 
 def _line(record: dict) -> bytes:

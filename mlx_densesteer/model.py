@@ -97,12 +97,14 @@ def inspect(model: nn.Module, path_or_repo: str | Path) -> ModelInfo:
     layers = model.model.layers
     quantized = getattr(layers[-1].mlp.down_proj, "bits", None)
     group_size = getattr(layers[-1].mlp.down_proj, "group_size", None)
+    mode = getattr(layers[-1].mlp.down_proj, "mode", "affine")
+    mode = "" if mode == "affine" else f"{mode}, "
     return ModelInfo(
         name=origin(path_or_repo),
         layer_count=model.args.num_hidden_layers,
         hidden_size=model.args.hidden_size,
         dtype=str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
-        quantization=f"{quantized}-bit, group {group_size}" if quantized else "none",
+        quantization=f"{mode}{quantized}-bit, group {group_size}" if quantized else "none",
         fingerprint=fingerprint(model),
     )
 

@@ -37,8 +37,8 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
         )
     if "densesteer" in config:
         raise UnsupportedModelError(
-            f"{name}: has its steering baked in, so it cannot be steered again here. Run it with "
-            "`mlx_lm.generate --model FOLDER`, or steer the model that it was made from."
+            f"{name}: has its steering baked in, so it is not run here. Run it with "
+            f"`mlx_lm.generate --model {name}`, or steer the model that it was made from."
         )
     if config["model_type"] != FAMILY:
         architectures = config.get("architectures") or ["unknown architecture"]
@@ -81,20 +81,20 @@ def check_target(
     """
     if not folder.name or folder.is_symlink():
         raise error(f"{folder}: is no name of a folder, or a link. Name the folder (-o).")
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not force:
-        raise error(
-            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
-        )
     there = Path(source).expanduser().resolve()
     # samefile: names alone do not tell on a disk that ignores case, as a Mac's does
     if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
         raise error(f"{folder}: holds the source itself. Choose another name (-o).")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+    if not folder.is_dir() or not (folder / RECORD).is_file():
         raise error(
-            f"{folder}: is no model that densesteer wrote, so --force does not replace it. "
+            f"{folder}: is no model that densesteer wrote, so it is not replaced. "
             "Choose another name (-o), or remove it yourself."
+        )
+    if not force:
+        raise error(
+            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
         )
 
 

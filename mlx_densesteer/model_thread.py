@@ -53,7 +53,11 @@ class ModelThread(ThreadPoolExecutor):
         nothing is computed after it, and the result has ``finish_reason="interrupted"``. What goes
         wrong on the thread is raised here.
         """
-        pieces = await asyncio.wrap_future(answer)
+        try:
+            pieces = await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            answer.add_done_callback(_abandon)  # it may be begun already
+            raise
         self._open.add(pieces)
         try:
             # the end is a value: no future can hold a StopIteration
@@ -68,9 +72,16 @@ class ModelThread(ThreadPoolExecutor):
             closed = self.submit(pieces.close)
         except RuntimeError:  # shut down: the thread closes it as it ends
             return
-        self._open.discard(pieces)
+        # not before it is closed: a shutdown may cancel what waits
+        closed.add_done_callback(lambda done: done.cancelled() or self._open.discard(pieces))
         # shielded: a second cancellation may end the waiting, not the closing
         await asyncio.shield(asyncio.wrap_future(closed))
+
+
+def _abandon(answer: Future[Answer]) -> None:
+    """End an answer that nobody waits for any more, before its first piece."""
+    if not answer.cancelled() and answer.exception() is None:
+        answer.result().close()
 
 
 class _End:

@@ -102,6 +102,9 @@ class Ranks:
         """Raise ``DistributedError`` unless every rank gives the same ``value``."""
         found = self.gather(value)
         if any(one != found[0] for one in found):
+            if isinstance(value, dict):  # of same keys
+                kept = [key for key in value if any(one[key] != found[0][key] for one in found)]
+                found = [", ".join(f"{key} {one[key]}" for key in kept) for one in found]
             listed = "; ".join(f"rank {i}: {one}" for i, one in enumerate(found))
             raise DistributedError(
                 f"the ranks have different {what} ({listed}). Give every machine the same files."

@@ -6,17 +6,21 @@ rank has some of the blocks, the last rank the first ones, and the residual stre
 keeps its number, so its vector finds it wherever it is.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from ._version import __version__
 from .errors import DistributedError, ModelError
-from .model import ModelInfo, inspect
+from .model import ModelInfo, chat_template_sha256, inspect
 from .model_folder import read_config
 from .patch import decoder_blocks, patch
 from .ranks import Ranks
@@ -27,7 +31,7 @@ def load_sharded(
 ) -> tuple[nn.Module, TokenizerWrapper, ModelInfo]:
     """Return this rank's part of a model, patched; its tokenizer; and what the whole model is.
 
-    Weights of other ranks' parts are never read into memory.
+    Tensor-parallel, one block at a time is read whole and cut; a pipeline reads only its own blocks.
 
     Args:
         folder: the same model on every rank.
@@ -49,20 +53,38 @@ def load_sharded(
     if dtype is not None:
         model.set_dtype(dtype)
     info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
-    ranks.same([info.fingerprint, info.quantization], "models")
+    ranks.same(_identity(info, config, tokenizer), "models")
     if pipeline:
         if not hasattr(model.model, "pipeline"):
             raise DistributedError(
-                "this mlx-lm cuts Qwen2 models only tensor-parallel: pip install -U 'mlx-lm>=0.32'."
+                "this mlx-lm cuts Qwen2 models only tensor-parallel; a pipeline needs mlx-lm 0.32, and that Python "
+                "3.11 or newer. Leave --pipeline out, or install these."
             )
         model.model.pipeline(ranks.group)
     else:
         model.shard(ranks.group)
     patch(model)
     model.ranks = ranks  # whose tokens are rank 0's
+    for block in decoder_blocks(model).values():  # of each, the slice is kept
+        mx.eval(block.parameters())
     mx.eval(model.parameters())
     ranks.wait()
     return model, tokenizer, info
+
+
+def _identity(
+    info: ModelInfo, config: Mapping[str, object], tokenizer: TokenizerWrapper
+) -> dict[str, object]:
+    """What must be equal on all ranks for them to go through the same tokens."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "weights": info.fingerprint,
+        "quantization": info.quantization,
+        "config.json": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "end tokens": sorted(int(token) for token in tokenizer.eos_token_ids),
+        "chat template": chat_template_sha256(tokenizer),
+        "versions": f"{__version__}, mlx-lm {mlx_lm.__version__}, mlx {mx.__version__}",
+    }
 
 
 def settle(ranks: Ranks) -> None:

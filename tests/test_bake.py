@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.dose import solutions
-from mlx_densesteer.errors import ExportError, UnsupportedModelError
+from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModelError
 from mlx_densesteer.export import baking
 from mlx_densesteer.export.closeness import compare, reference
 from mlx_densesteer.export.llama import llama_config
@@ -182,8 +183,6 @@ def test_llama_cpp_runs_the_gguf(converted, steering, tmp_path, dtype):
 
 
 def test_check_finds_what_is_not_the_source(plain, steering, vector, tmp_path):
-    import shutil
-
     source, baked = plain
     assert baking.check(baked.path, source, steering).difference < 1e-3
     with pytest.raises(ExportError, match=r"layers.5.mlp.down_proj.bias is another"):
@@ -209,6 +208,25 @@ def test_check_finds_what_is_not_the_source(plain, steering, vector, tmp_path):
         assert part in str(caught.value)
     with pytest.raises(ExportError, match="expected a checkpoint that `densesteer bake` wrote"):
         baking.check(source, source, steering)
+    with pytest.raises(ExportError, match="no such file or folder"):
+        baking.check(tmp_path / "nothing", source, steering)
+
+    def damaged(name, content):
+        shutil.rmtree(broken)
+        shutil.copytree(baked.path, broken)
+        if content is None:
+            (broken / name).unlink()
+        else:
+            (broken / name).write_bytes(content)
+        with pytest.raises(DenseSteerError) as caught:
+            baking.check(broken, source, steering)
+        assert name in str(caught.value)
+
+    damaged("config.json", b"{")
+    damaged("densesteer.json", b"{")
+    damaged("tokenizer.json", None)
+    damaged("tokenizer.json", (source / "tokenizer.json").read_bytes().replace(b"Tom", b"Xom"))
+    damaged("model.safetensors", (baked.path / "model.safetensors").read_bytes()[:3_000_000])
 
 
 def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
@@ -224,6 +242,14 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     with pytest.raises(ExportError, match="is no file that densesteer baked"):
         (tmp_path / "mine.gguf").write_bytes(b"GGUF is not all that is here")
         ds.bake(source, steering, tmp_path / "mine.gguf", format="gguf", force=True)
+    for name, format in (("x.gguf", "mlx"), ("x", "gguf")):
+        with pytest.raises(ExportError, match=r"ends in \.gguf"):
+            ds.bake(source, steering, tmp_path / name, format=format)
+    shutil.copytree(baked.path, tmp_path / "mine too")
+    (tmp_path / "mine too/notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds notes\.txt"):
+        ds.bake(source, steering, tmp_path / "mine too", force=True)
+    shutil.rmtree(tmp_path / "mine too")
     with pytest.raises(UnsupportedModelError, match="its steering baked in"):
         ds.load(baked.path)
     config = json.loads((source / "config.json").read_text())
@@ -232,23 +258,44 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("bits", "dtype", "factor", "format"),
+    [(None, "float32", 1.001, "mlx"), (None, "bfloat16", 0.5, "mlx"), (None, "bfloat16", 0.0, "mlx"),
+     (4, "bfloat16", -1.0, "hf")],
+)  # fmt: skip
 def test_a_result_that_is_not_run_time_steering_is_thrown_away(
-    plain, steering, tmp_path, monkeypatch
+    converted, vector, tmp_path, monkeypatch, bits, dtype, factor, format
 ):
-    """With a vector that went wrong on its way into the file."""
+    """With a vector that went wrong on its way into the file, also where 16 bits are coarse."""
     from mlx_densesteer.export import llama
 
     real = llama._biases
-    monkeypatch.setattr(llama, "_biases", lambda *a: {k: 1.001 * v for k, v in real(*a).items()})
+    steering = ds.Steering(vector, 1.0, layers=(4, 5))
+    right = ds.bake(converted(bits, dtype), steering, tmp_path / "right", format=format)
+    print(f"\n{bits or 'no'} bits, {dtype}, {format}: slope {right.closeness.slope:.3f}")
+    monkeypatch.setattr(
+        llama,
+        "_biases",
+        lambda *a: {k: (factor * v).astype(v.dtype) for k, v in real(*a).items()},
+    )
     with pytest.raises(ExportError, match="so it was thrown away"):
-        ds.bake(plain[0], steering, tmp_path / "steered")
-    assert not list(tmp_path.iterdir())
+        ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
+    assert [p.name for p in tmp_path.iterdir()] == ["right"]
+
+
+def test_another_quantisation_is_undone_in_the_models_dtype(converted, steering, tmp_path):
+    """mlx dequantises mxfp4 to bfloat16 unless it is told."""
+    source = tmp_path / "mxfp4"
+    mlx_lm.convert(str(converted(None, "float16")), str(source), quantize=True, q_mode="mxfp4",
+                   q_group_size=32, q_bits=4, dtype="float16")  # fmt: skip
+    baked = ds.bake(source, steering, tmp_path / "hf", format="hf")
+    arrays = mx.load(str(tmp_path / "hf/model.safetensors"))
+    assert {array.dtype for array in arrays.values()} == {mx.float16}
+    assert baked.quantization == "undone (mxfp4, 4-bit, group 32)"
 
 
 def test_several_weight_files(tmp_path, steering, converted):
     """Sharded as large models are: the biases of a layer go where its down_proj is."""
-    import shutil
-
     source, out = tmp_path / "sharded", tmp_path / "steered"
     shutil.copytree(converted(None, "float32"), source)
     arrays = mx.load(str(source / "model.safetensors"))
@@ -281,7 +328,8 @@ def test_the_command_line_and_the_card(tmp_path, monkeypatch):
     done = run("--check", "-o", "steered")  # strength and layer are those that it says
     assert (done.exit_code, done.stdout) == (0, "steered\n"), done.output
     assert "every tensor is what it should be" in done.stderr
-    assert run("-s", "1", "--check", "-o", "steered", "-l", "5").exit_code == 1
+    assert run("-s", "1", "--check", "-o", "steered").exit_code == 1
+    assert run("--force", "--check", "-o", "steered").exit_code == 2
     assert "exists already" in run("-o", "steered").output
     assert run("-o", "steered", "--force", "-l", "4").exit_code == 0
     done = run("-o", "steered", "--force")  # the demo's own dose, which is a relative one

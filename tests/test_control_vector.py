@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
-from mlx_densesteer.errors import VectorFormatError
+from mlx_densesteer.errors import DiskError, VectorFormatError
 from mlx_densesteer.interop import export_vector, import_vector
 
 gguf = pytest.importorskip("gguf")  # of the extra dev, so it is there in CI
@@ -109,7 +109,7 @@ def test_safetensors_of_other_programs(tmp_path):
 def test_damage_anywhere_is_an_error_of_ours_or_harmless(vector, tmp_path, name):
     """Truncated everywhere and with bytes changed: an error with the file's name, or a vector."""
     file = tmp_path / name
-    export_vector(vector.select([1, 2]), file)
+    export_vector(vector.select([0, 1, 2]), file)
     whole = file.read_bytes()
     rng = np.random.default_rng(0)
     cuts = [whole[:n] for n in [*range(0, 64, 3), *rng.integers(64, len(whole), 60)]]
@@ -129,6 +129,49 @@ def test_damage_anywhere_is_an_error_of_ours_or_harmless(vector, tmp_path, name)
     assert refused > len(cuts)
 
 
+def field(name: bytes, kind: int, body: bytes) -> bytes:
+    return len(name).to_bytes(8, "little") + name + kind.to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize("of", [0, 4, 8, 9])
+def test_a_file_that_claims_more_than_it_holds(tmp_path, of):
+    """A hundred bytes that claim 2^40 numbers, texts or arrays: refused, at once and in no memory."""
+    head = (
+        b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (2).to_bytes(8, "little")
+    )
+    text = (13).to_bytes(8, "little") + b"controlvector"
+    array = of.to_bytes(4, "little") + (2**40).to_bytes(8, "little")
+    file = tmp_path / "endless.gguf"
+    file.write_bytes(head + field(b"general.architecture", 8, text) + field(b"x", 9, array))
+    with pytest.raises(VectorFormatError, match="no complete GGUF file"):
+        import_vector(file, model="x/y")
+
+
+def test_a_layer_twice_and_a_number_too_large(vector, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "twice.gguf", "controlvector")
+    for name in ("direction.1", "direction.01"):
+        writer.add_tensor(name, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(VectorFormatError, match="layer 1 is there twice"):
+        import_vector(tmp_path / "twice.gguf", model="x/y")
+    for name in ("v.gguf", "v.safetensors"):
+        with pytest.raises(VectorFormatError, match="9999 at most"):
+            export_vector(vector, tmp_path / name, layer_offset=9999)
+        with pytest.raises(DiskError, match="there is no folder"):
+            export_vector(vector, tmp_path / "nodir" / name)
+
+
+@pytest.mark.parametrize("name", ["v.gguf", "v.safetensors"])
+def test_a_model_that_is_named_counts_for_more_than_the_file(vector, tmp_path, name):
+    export_vector(vector, tmp_path / name)
+    assert import_vector(tmp_path / name, model=vector.meta.model).describe() == vector.describe()
+    other = import_vector(tmp_path / name, model="Other/Model").meta
+    assert (other.model, other.fingerprint) == ("Other/Model", None)
+
+
 def test_the_command_line(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(main, ["vector", *map(str, arguments)])
@@ -136,7 +179,7 @@ def test_the_command_line(tmp_path):
     out = tmp_path / "dense.gguf"
     done = run("export", "demo", "-o", out, "-l", "4,5")
     assert (done.exit_code, done.stdout.strip()) == (0, str(out)), done.output
-    assert f"--control-vector-scaled {out}:1" in done.stderr
+    assert f"--control-vector-scaled {out}:1 --control-vector-layer-range 4 4; " in done.stderr
     assert run("export", "demo", "-o", out).exit_code == 1
     assert run("export", "demo", "-o", tmp_path / "dense.bin").exit_code == 1
     done = run("export", "demo", "-o", tmp_path / "dense.bin", "--to", "safetensors")
@@ -145,6 +188,7 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     back = ds.SteeringVector.load(tmp_path / "back.npz")
     assert back.sha256() == ds.SteeringVector.load(demo.VECTOR).select([4, 5]).sha256()
+    assert "ends in .npz" in run("import", out, "-o", tmp_path / "back.gguf").output
     done = run("import", out, "-o", tmp_path / "x.npz", "-m", demo.NAME, "--layer-offset", 1)
     assert done.exit_code == 1 and "--layer-offset does not fit" in done.output
 

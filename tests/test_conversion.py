@@ -222,7 +222,7 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(hf_folder, out):
 def test_a_full_disk_is_noticed_before(hf_folder, out, monkeypatch):
     usage = shutil.disk_usage(out.parent.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DiskError, match=r"needs about 0\.0 GB of disk, but 0\.0 GB are free"):
+    with pytest.raises(DiskError, match=r"needs about 0\.\d MB of disk, but 0\.0 MB are free"):
         convert(hf_folder, out)
     assert not out.parent.exists()
 

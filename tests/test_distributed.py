@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def figures(text: str) -> dict:
 
 def answers(path: Path) -> list[tuple]:
     records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return sorted({(r["problem"], r["steering"], r["text"]) for r in records if "text" in r})
+    return sorted((r["problem"], r["steering"], r["text"]) for r in records if "text" in r)
 
 
 def test_an_evaluation_is_split(tmp_path):
@@ -187,11 +188,29 @@ def test_an_evaluation_is_split(tmp_path):
 
     header, *records = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "c.jsonl").write_text(header + "".join(records[::2]))
-    (tmp_path / "c.jsonl.rank1").write_text(header + "".join(records[1::2]))
+    (tmp_path / "c.jsonl.rank1").write_text(header + "".join(records[::4] + records[1::2]))
+    (tmp_path / "c.jsonl.rank1.mine").write_text("a copy of mine")
     again = CliRunner().invoke(main, [*map(str, EVAL), "-o", str(tmp_path / "c.jsonl")])
     assert figures(again.stdout)["scores"] == split["scores"], again.output
-    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1 + len(records)
+    kept = (tmp_path / "c.jsonl").read_text().splitlines(keepends=True)
+    assert sorted(kept) == sorted([header, *records])
+    assert (tmp_path / "c.jsonl.rank1.mine").exists()
     assert not (tmp_path / "c.jsonl.rank1").exists()
+
+
+def test_answers_of_another_machine_are_handed_over(tmp_path):
+    """All that its file holds, wanted by this run or not: the file goes."""
+    long = (*EVAL, "--no-nll", "-o", str(tmp_path / "a.jsonl"))
+    assert CliRunner().invoke(main, [*map(str, long)]).exit_code == 0
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    shutil.copyfile(tmp_path / "a.jsonl", tmp_path / "1/b.jsonl.rank1")
+    short = " ".join(map(str, EVAL)).replace("--limit 5", "--limit 1")
+    script = f"cd $MLX_RANK; exec {' '.join(DENSESTEER)} {short} --no-nll -o b.jsonl"
+    done = launch(2, "sh", "-c", script, cwd=tmp_path)
+    assert not warned(done), done.stderr
+    assert answers(tmp_path / "0/b.jsonl") == answers(tmp_path / "a.jsonl")
+    assert not list((tmp_path / "1").iterdir())
 
 
 def test_a_sweep_is_split(tmp_path):

@@ -240,3 +240,26 @@ def test_a_process_with_a_model_thread_ends_well(ending):
     for _ in range(8):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+def test_an_answer_that_is_cancelled_while_it_begins_is_ended(thread):
+    """The call that makes it runs on; what it makes is closed, not left open."""
+    held, begun, go = Held(), threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        assert go.wait(60)
+        return held
+
+    async def main():
+        task = asyncio.create_task(collect(thread.iterate(thread.submit(slow))))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        go.set()
+        await on(thread)
+
+    asyncio.run(main())
+    assert held.closed and held.asked == 0

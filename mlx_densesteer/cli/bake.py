@@ -28,17 +28,18 @@ NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
     help="Folder to write; for gguf the file.",
 )  # fmt: skip
 @click.option(
-    "--format", "format", type=click.Choice(["mlx", "hf", "gguf"]), default="mlx", show_default=True,
-    help="mlx keeps the model's quantisation; hf (transformers) and gguf (llama.cpp) undo it.",
+    "--format", "format", type=click.Choice(["mlx", "hf", "gguf"]),
+    help="mlx keeps the model's quantisation; hf (transformers) and gguf (llama.cpp) undo it. "
+         "[default: gguf for a PATH that ends so, else mlx]",
 )  # fmt: skip
 @click.option(
     "--check", is_flag=True,
     help="Write nothing: compare PATH with what it was made from. Strength and layer are those "
          "that it says of itself, unless given.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace PATH if densesteer baked it.")
+@click.option("--force", is_flag=True, help="Replace PATH, if densesteer wrote all of it.")
 def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...], relative: bool,
-         out: str, format: str, check: bool, force: bool) -> None:  # fmt: skip
+         out: str, format: str | None, check: bool, force: bool) -> None:  # fmt: skip
     """Bake a steering into a checkpoint that stock software runs.
 
     Qwen2 is written again as a `llama` model whose biases hold strength times vector: mlx-lm,
@@ -49,8 +50,12 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
 
     from .steer import read_steering, tell_dose, tell_fit
 
-    if check and strength is None and not layers:
-        strength, layers = _recorded(Path(out).expanduser())
+    if check and (force or format):
+        raise click.UsageError("--check writes nothing: leave out --force and --format.")
+    if check:
+        recorded = _recorded(Path(out).expanduser())
+        strength = recorded[0] if strength is None else strength
+        layers = layers or recorded[1]
     request = read_steering(vector, strength, layers, "all", relative)
     assert request is not None  # a vector is required
 
@@ -60,6 +65,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
     if check:
         _tell_check(out, baking.check(out, model, steering))
         return
+    format = format or ("gguf" if out.endswith(".gguf") else "mlx")
     baked = baking.bake(model, steering, out, format=format, force=force, progress=note)  # type: ignore[arg-type]
     tell_fit(steering.vector, baked.source)
     tell_dose(steering, baked.relative_dose)

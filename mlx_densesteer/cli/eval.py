@@ -1,6 +1,7 @@
 """``densesteer eval``."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     if request is not None:
         tell_fit(request.vector, info)
         steering = request.for_model(loaded, tokenizer)
+        steering = replace(steering, strength=ranks.share(steering.strength))
         norms = mean_norms(loaded, tokenizer, steering.vector, steering.layers)
         tell_dose(steering, steering.relative_dose(norms))
         if not steering.strength:

@@ -10,7 +10,7 @@ from ..ranks import launched_rank
 from .options import decoding_options, model_option, steering_options
 from .output import count, note
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
-from .spread import check_spread, load_steered, settle
+from .spread import agree_on, check_spread, load_steered, settle
 from .steer import read_steering
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     _tell_demo(model, text)
     loaded, tokenizer, steering, norms, ranks = load_steered(model, request, pipeline=pipeline)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
+    agree_on(ranks, tokens=tokens, max_tokens=max_tokens, temp=temp, top_p=top_p, seed=seed, stop=stop,
+             brake=not no_brake)  # fmt: skip
     pieces = stream(
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed), stop=stop, brake=None if no_brake else Brake(),

@@ -19,7 +19,7 @@ class Live:
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._lines = 0
-        self._next = 0.0
+        self._next = 0.0 if self._terminal else time.monotonic() + self.ELSEWHERE
 
     @property
     def due(self) -> bool:

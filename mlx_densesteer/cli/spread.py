@@ -23,7 +23,7 @@ def check_spread(pipeline: bool, draft_model: str | None) -> None:
     """Refuse options that cannot go together, before a model is loaded."""
     if pipeline and launched_rank() is None:
         raise click.UsageError(
-            "--pipeline is for several ranks: mlx.launch -n 2 .venv/bin/densesteer generate --pipeline ..."
+            "--pipeline is for several ranks: mlx.launch -n 2 -- densesteer generate --pipeline ..."
         )
     if draft_model is not None and launched_rank() is not None:
         raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
@@ -68,6 +68,12 @@ def load_steered(
         ranks.same(setting, "vectors or options")
         steering = replace(steering, strength=ranks.share(steering.strength))
     return model, tokenizer, steering, norms, ranks
+
+
+def agree_on(ranks: "Ranks", **options: object) -> None:
+    """Refuse ranks that would not go through the same tokens."""
+    if ranks.size > 1:
+        ranks.same(options, "prompts or options")
 
 
 def settle(ranks: "Ranks") -> None:

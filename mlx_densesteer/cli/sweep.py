@@ -98,9 +98,10 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
             "be taken for those. Leave --write out, or extract a vector from this model."
         )
     where = positions or "all"
+    norms = ranks.share(list(mean_norms(loaded, tokenizer, steering_vector, chosen).items()))
     settings = settings_of(
         steering_vector, chosen, numbers, positions=where, relative=relative,  # type: ignore[arg-type]
-        residual_norms=mean_norms(loaded, tokenizer, steering_vector, chosen),
+        residual_norms=dict(norms),
     )  # fmt: skip
     if len(settings) == 1:
         raise click.ClickException("nothing to sweep: name at least one strength other than 0.")

@@ -119,6 +119,8 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     from ..model_folder import is_hub_id
 
     out = str(Path(out).expanduser())
+    if Path(out).suffix != ".npz":
+        raise click.UsageError(f"--out {out}: expected a name that ends in .npz.")
     if Path(out).exists() and not force:
         raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
     model = str(demo.MODEL) if model == demo.NAME else model
@@ -159,6 +161,7 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
     """
     from pathlib import Path
 
+    from ..defaults import default_for
     from ..interop import export_vector
     from ..steering import parse_layers
     from .steer import read_vector
@@ -176,7 +179,12 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
         note(f"a sweep recommended layer {best['layer']}, strength {best['strength']:g}")
     if (to or path.suffix) in ("gguf", ".gguf"):
         strength = best.get("strength", 1)
-        note(f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:g}")
+        layer = default_for(loaded, None).layers[0]
+        only = f" --control-vector-layer-range {layer} {layer}" if len(loaded.layers) > 1 else ""
+        guess = "" if best else "; the strength 1 is a guess"
+        note(
+            f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:g}{only}{guess}"
+        )
     click.echo(path)
 
 

@@ -24,7 +24,7 @@ from ..steering import Steering
 from . import llama_gguf
 from .card import Baked, model_card
 from .closeness import Closeness, Reference, compare, judge, reference
-from .llama import llama_config, llama_shards, weight_files
+from .llama import llama_config, llama_shards, read_weights, weight_files
 
 Format = Literal["mlx", "hf", "gguf"]
 Progress = Callable[[str], None]
@@ -84,10 +84,13 @@ def bake(
     config = read_config(folder)
     llama_config(config, str(source))  # refuses before anything is computed
     progress("running the steered model for comparison")
+    check_disk(
+        out.parent, sum(file.stat().st_size for file in weight_files(folder)), "the baked model"
+    )
     expected, plan, baked = _run_source(source, folder, steering, format)
     size = sum(a.nbytes for shard in plan.shards() for a in shard.values())
     check_disk(out.parent, size, "the baked model")
-    progress(f"writing {out.name}")
+    progress(f"writing {out}")
     if format == "gguf":
         setting = json.dumps(baked.record())
         llama_gguf.write(
@@ -126,7 +129,10 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
         )
         _refuse(path, problems)
         return None
-    _refuse(path, [*_config_differences(path, config, plan.format), *_differences(path, plan)])
+    _refuse(path, [
+        *_config_differences(path, config, plan.format), *_beside_differences(path, folder),
+        *_differences(path, plan),
+    ])  # fmt: skip
     return _run_stock(path, expected, str(path))
 
 
@@ -137,15 +143,23 @@ def baked_record(path: Path) -> dict[str, object]:
         ExportError: it is nothing that ``bake`` wrote.
     """
     record: object = None
+    if not path.exists():
+        raise ExportError(f"{path}: no such file or folder.")
     if path.is_file():
         record = llama_gguf.recorded(path)
     elif (path / RECORD).is_file():
         try:
             record = json.loads((path / RECORD).read_bytes())
-        except ValueError:
-            record = None
+        except ValueError as error:
+            raise ExportError(f"{path / RECORD}: is damaged ({error}). Bake it again.") from error
     setting = record.get("baked") if isinstance(record, dict) else None
-    if not isinstance(setting, dict) or record.get("format") not in get_args(Format):
+    if (
+        not isinstance(setting, dict)
+        or record.get("format") not in get_args(Format)
+        or type(setting.get("strength")) not in (int, float)
+        or not isinstance(setting.get("layers"), list)
+        or not all(type(layer) is int for layer in setting["layers"])
+    ):
         raise ExportError(f"{path}: expected a checkpoint that `densesteer bake` wrote.")
     return record
 
@@ -160,10 +174,25 @@ def _check_request(
         )
     if format not in get_args(Format):
         raise ExportError(f"format {format!r}: expected one of {', '.join(get_args(Format))}.")
+    if (out.suffix == ".gguf") != (format == "gguf"):
+        raise ExportError(
+            f"{out}: expected a name that ends in .gguf for the format gguf, and for no other."
+        )
     if format == "gguf":
         llama_gguf.check_target(out, force)
-    else:
-        check_target(out, source, force, ExportError)
+        return
+    check_target(out, source, force, ExportError)
+    foreign = sorted(p.name for p in out.iterdir() if not _is_ours(p.name)) if out.is_dir() else []
+    if foreign:
+        raise ExportError(
+            f"{out}: holds {foreign[0]}, which densesteer did not write; replacing the folder would "
+            "remove it. Move it, or choose another name (-o)."
+        )
+
+
+def _is_ours(name: str) -> bool:
+    weights = name.startswith("model") and ".safetensors" in name
+    return weights or name in (*_BESIDE, "config.json", "README.md", RECORD)
 
 
 def _run_source(
@@ -233,8 +262,11 @@ def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
 
 
 def _config_differences(path: Path, config: Mapping[str, object], format: Format) -> list[str]:
-    found = json.loads((path / "config.json").read_bytes())
-    found.pop("densesteer", None)
+    try:
+        found = json.loads((path / "config.json").read_bytes())
+        found.pop("densesteer", None)
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"config.json is damaged ({error})"]
     wanted = json.loads(json.dumps(_folder_config(path, config, format)))
     return [
         f"config.json has {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
@@ -243,14 +275,26 @@ def _config_differences(path: Path, config: Mapping[str, object], format: Format
     ]
 
 
+def _beside_differences(path: Path, source: Path) -> list[str]:
+    """Compare the tokenizer and what else lies beside the weights, before anything loads it."""
+    problems = []
+    for name in _BESIDE:
+        ours, theirs = path / name, source / name
+        if theirs.is_file() and not ours.is_file():
+            problems.append(f"{name} is missing")
+        elif theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+            problems.append(f"{name} is another")
+    return problems
+
+
 def _differences(path: Path, plan: _Plan) -> list[str]:
     found: dict[str, mx.array] = {}
     for file in weight_files(path):
-        found |= mx.load(str(file))
+        found |= read_weights(file)
     problems = []
     for shard in plan.shards():
-        for name, wanted in shard.items():
-            array = found.pop(name, None)
+        for name in list(shard):
+            wanted, array = shard.pop(name), found.pop(name, None)
             if array is None:
                 problems.append(f"{name} is missing")
             elif array.dtype != wanted.dtype or not mx.array_equal(array, wanted).item():

@@ -11,6 +11,7 @@ from ..steering import Steering
 
 EXACT = 1e-5  # of the largest logit, in float32: the order of two additions
 LOSSY = 0.1  # of what the steering moves, where its vector is rounded to 16 bits
+SLOPE = 0.25  # off 1: a vector that is missing or has another sign is at 1 or 2
 STEPS = 8  # of a 16-bit dtype at the largest logit: two orders of adding, through the layers above
 
 
@@ -31,6 +32,7 @@ class Closeness:
     ``difference`` is the largest one from run-time steering, ``floor`` the largest from the unsteered
     model once the vector is taken out again (0 where no weight was rounded), ``moved`` the largest that the
     steering makes, ``largest`` the largest logit; ``same`` of ``tokens`` have the same likeliest token.
+    ``slope`` is how much of what the steering moves the result moves: 1, where rounding does not drown it.
     """
 
     difference: float
@@ -39,6 +41,7 @@ class Closeness:
     largest: float
     same: int
     tokens: int
+    slope: float
     dtype: str
 
     def describe(self) -> dict[str, object]:
@@ -80,7 +83,10 @@ def compare(expected: Reference, model: nn.Module) -> Closeness:
     )  # fmt: skip
     same = (logits.argmax(-1) == expected.steered.argmax(-1)).sum().item()
     figures = [mx.abs(array).max().item() for array in largest]
-    return Closeness(*figures, same, len(expected.tokens), expected.dtype)
+    wanted = expected.steered - expected.unsteered
+    length = (wanted * wanted).sum().item()
+    slope = ((logits - without) * wanted).sum().item() / length if length else 1.0
+    return Closeness(*figures, same, len(expected.tokens), slope, expected.dtype)
 
 
 def judge(found: Closeness, name: str) -> None:
@@ -89,14 +95,17 @@ def judge(found: Closeness, name: str) -> None:
     Raises:
         ExportError: in float32 a difference above 1e-5 of the largest logit; in 16 bits one that is not
             there without the vector, and is above a tenth of what the steering moves and eight steps of the
-            dtype at the largest logit: more than rounding explains.
+            dtype at the largest logit: more than rounding explains. In any, a result that moves less than
+            0.75 or more than 1.25 times what the steering moves.
     """
     limit = EXACT * found.largest
     if found.dtype != "float32":
         step = mx.finfo(getattr(mx, found.dtype)).eps * found.largest
         limit = found.floor + max(LOSSY * found.moved, STEPS * step)
-    if not found.difference <= limit:
+    if not (found.difference <= limit and abs(found.slope - 1) <= SLOPE):
         raise ExportError(
-            f"{name}: {found}. Expected {limit:.1e} at most, so it was thrown away. Where the model is "
-            "in 16 bits, bake a float32 one (`densesteer convert --bits none --dtype float32`)."
+            f"{name}: {found}; it moves {found.slope:.2f} times what the steering moves. Expected "
+            f"{limit:.1e} at most and {1 - SLOPE:g} to {1 + SLOPE:g} times, so it was thrown away. Where "
+            "the model is in 16 bits, rounding may drown a small strength: bake a float32 one "
+            "(`densesteer convert --bits none --dtype float32`)."
         )

@@ -33,6 +33,8 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ExportError(f"{name}: hidden_act is {config['hidden_act']!r}, expected silu.")
+    rope = config.get("rope_parameters")
+    theta = (rope if isinstance(rope, dict) else config).get("rope_theta", 1000000.0)
     kept = {key: value for key, value in config.items() if key not in _QWEN2_ONLY}
     return kept | {
         "architectures": ["LlamaForCausalLM"],
@@ -41,9 +43,9 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         "mlp_bias": True,
         "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
         "hidden_act": "silu",
-        # the two families default to other values
-        "rope_theta": config.get("rope_theta", 1000000.0),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        # what mlx-lm takes where a Qwen2 config does not say; for llama it takes others
+        "rope_theta": theta,
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
@@ -56,6 +58,8 @@ def llama_shards(
     bias_dtype: mx.Dtype | None = None,
 ) -> Iterator[dict[str, mx.array]]:
     """Yield the weights file by file: the source's own, bit for bit, and the new biases.
+
+    Take the arrays out (``pop``) as they are used, and no more of them are in memory.
 
     Args:
         folder: of the Qwen2 model.
@@ -70,11 +74,12 @@ def llama_shards(
     """
     dtype = bias_dtype or weights_dtype(folder)
     for file in weight_files(folder):
-        source = _read(file)
-        arrays = {k: a for k, a in source.items() if not k.endswith("rotary_emb.inv_freq")}
+        arrays = read_weights(file)
+        for name in [name for name in arrays if name.endswith("rotary_emb.inv_freq")]:
+            del arrays[name]
         if dequantize:
-            arrays = _plain(arrays, config)
-        for name in [name for name in source if name.endswith(_DOWN)]:
+            _undo_quantization(arrays, config, weights_dtype(folder))
+        for name in [name for name in arrays if name.endswith(_DOWN)]:
             arrays |= _biases(name.removesuffix(_DOWN), config, deltas, dtype)
         yield arrays
 
@@ -90,12 +95,17 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_dtype(folder: Path) -> mx.Dtype:
     """Return the dtype of the residual stream: that of the final norm."""
     for file in weight_files(folder):
-        if (norm := _read(file).get("model.norm.weight")) is not None:
+        if (norm := read_weights(file).get("model.norm.weight")) is not None:
             return norm.dtype
     raise ModelError(f"{folder}: has no model.norm.weight. Convert or download it again.")
 
 
-def _read(file: Path) -> dict[str, mx.array]:
+def read_weights(file: Path) -> dict[str, mx.array]:
+    """Return the arrays of a weight file by name.
+
+    Raises:
+        ModelError: damaged or incomplete.
+    """
     try:
         return mx.load(str(file))  # lazy: only what is used is read
     except (RuntimeError, ValueError) as error:
@@ -116,19 +126,18 @@ def _biases(
     }
 
 
-def _plain(arrays: dict[str, mx.array], config: Mapping[str, object]) -> dict[str, mx.array]:
-    """Undo the quantisation of every matrix that has ``scales`` beside it."""
+def _undo_quantization(
+    arrays: dict[str, mx.array], config: Mapping[str, object], dtype: mx.Dtype
+) -> None:
+    """Make a plain matrix of every one that has ``scales`` beside it."""
     settings = config.get("quantization") or config.get("quantization_config")
     settings = settings if isinstance(settings, dict) else {}
-    made = dict(arrays)
     for name in [name for name in arrays if name.endswith(".scales")]:
         matrix = name.removesuffix(".scales")
         own = settings.get(matrix)
         own = own if isinstance(own, dict) else settings
-        scales = made.pop(name)
-        made[f"{matrix}.weight"] = mx.dequantize(
-            arrays[f"{matrix}.weight"], scales, made.pop(f"{matrix}.biases", None),
+        arrays[f"{matrix}.weight"] = mx.dequantize(
+            arrays[f"{matrix}.weight"], arrays.pop(name), arrays.pop(f"{matrix}.biases", None),
             group_size=int(own["group_size"]), bits=int(own["bits"]),
             mode=str(own.get("mode", "affine")),
-        )  # fmt: skip
-    return made
+        ).astype(dtype)  # fmt: skip

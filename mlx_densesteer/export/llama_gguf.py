@@ -18,7 +18,7 @@ import numpy as np
 from ..atomic import scratch_folder
 from ..errors import ExportError
 from ..interop.gguf_model import SPLIT, gguf_name
-from ..interop.gguf_package import damage, gguf_package
+from ..interop.gguf_package import check_header, damage, gguf_package
 
 if TYPE_CHECKING:
     import gguf
@@ -95,10 +95,12 @@ def _same(found: object, wanted: object) -> bool:
 
 
 def recorded(path: Path) -> object:
-    """Return the record of a file that ``write`` wrote, else ``None``."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            return None
+    """Return the record of a file that ``write`` wrote, else ``None``.
+
+    Raises:
+        ExportError: no complete GGUF file.
+    """
+    check_header(path, ExportError)
     with damage(path, ExportError):
         field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
         return None if field is None else json.loads(field.contents())
@@ -151,12 +153,13 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabu
     writer.add_token_merges(merges)
     writer.add_add_bos_token(False)
     settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    end = settings.get("eos_token")
-    if isinstance(end, str) and end in tokens:
-        writer.add_eos_token_id(tokens.index(end))
-    pad = settings.get("pad_token")
-    if isinstance(pad, str) and pad in tokens:
-        writer.add_pad_token_id(tokens.index(pad))
+    for key, add in (
+        ("eos_token", writer.add_eos_token_id), ("pad_token", writer.add_pad_token_id)
+    ):  # fmt: skip
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in tokens:
+            add(tokens.index(token))
     file = folder / "chat_template.jinja"
     template = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, str):
@@ -193,7 +196,8 @@ def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str
         "q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])
     }  # fmt: skip
     for shard in shards():
-        for name, array in shard.items():
+        for name in list(shard):
+            array = shard.pop(name)
             if name == "lm_head.weight" and config["tie_word_embeddings"]:
                 continue
             part = name.split(".")[-2]

@@ -31,6 +31,8 @@ def import_vector(
         return load_control_vector(path, model=model, layer_offset=layer_offset)
     if ending == ".safetensors":
         return load_safetensors(path, model=model, layer_offset=layer_offset)
+    if ending == ".npz":
+        raise VectorFormatError(f"{path}: is a file of ours, by its ending. Use it as it is.")
     if ending != ".pt":
         raise VectorFormatError(
             f"{path}: cannot tell what it is by its ending; known are .pt, .gguf and .safetensors."

@@ -18,10 +18,10 @@ import numpy as np
 
 from ..archive import MAX_BYTES
 from ..atomic import scratch_folder
-from ..errors import VectorFormatError
-from ..vector import SteeringVector, VectorMeta, format_layers, parse_document
-from .foreign import foreign_meta
-from .gguf_package import damage, gguf_package
+from ..errors import DiskError, VectorFormatError
+from ..vector import SteeringVector, format_layers
+from .foreign import check_numbers, meta_of
+from .gguf_package import check_header, damage, gguf_package
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -46,7 +46,10 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
         VectorFormatError: the extra ``gguf`` is missing, or no layer can be expressed.
     """
     gguf = gguf_package(path, VectorFormatError)
+    if not path.parent.is_dir():
+        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
     numbers = {layer: layer + layer_offset for layer in vector.layers}
+    check_numbers(path, numbers.values())
     kept = [layer for layer, number in numbers.items() if number < 1]
     if len(kept) == len(numbers):
         raise VectorFormatError(
@@ -80,7 +83,7 @@ def load_control_vector(
     """Read a control vector; ``direction.N`` becomes layer ``N - layer_offset``.
 
     Args:
-        model: that it was made for, where the file does not say; else it replaces what the file says.
+        model: that it was made for; needed where the file does not say.
         layer_offset: by default what the file says of itself, else 0 (as llama.cpp's loader applies
             it); 1 for files of llama.cpp's ``cvector-generator``.
 
@@ -91,10 +94,7 @@ def load_control_vector(
     gguf = gguf_package(path, VectorFormatError)
     if path.stat().st_size > MAX_BYTES:
         raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise VectorFormatError(f"{path}: is no GGUF file, it begins with {magic!r}.")
+    check_header(path, VectorFormatError)
     with damage(path, VectorFormatError):
         reader = gguf.GGUFReader(path)
         architecture = _contents(reader, "general.architecture")
@@ -109,7 +109,10 @@ def load_control_vector(
             if name.startswith(_KEPT) and name.removeprefix(_KEPT).isdecimal():
                 layers[int(name.removeprefix(_KEPT))] = np.array(field.contents(), np.float32)
         document = _contents(reader, _META)
-        return SteeringVector(layers, _meta(path, document, layers, model), name=path.name)
+        if not isinstance(document, str | None):
+            raise VectorFormatError(f"{path}: its {_META} is no text.")
+        meta = meta_of(path, "GGUF control vector", document, layers, model)
+        return SteeringVector(layers, meta, name=path.name)
 
 
 def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.ndarray]:
@@ -129,22 +132,10 @@ def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.n
             raise VectorFormatError(
                 f"{path}: {tensor.name} would be layer {layer}; --layer-offset {offset} does not fit."
             )
+        if layer in layers:
+            raise VectorFormatError(f"{path}: layer {layer} is there twice.")
         layers[layer] = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
     return layers
-
-
-def _meta(
-    path: Path, document: object, layers: Mapping[int, np.ndarray], model: str | None
-) -> VectorMeta:
-    if not isinstance(document, str):
-        return foreign_meta(path, "GGUF control vector", layers, model)
-    meta, listed = parse_document(path, document.encode())
-    if sorted(listed) != sorted(layers):
-        raise VectorFormatError(
-            f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
-            f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
-        )
-    return meta
 
 
 def _contents(reader: "GGUFReader", key: str) -> object:

@@ -1,13 +1,45 @@
 """What is known of a vector whose file does not say where it comes from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import VectorFormatError
-from ..vector import VectorMeta
+from ..vector import VectorMeta, format_layers, parse_document
+
+LARGEST_NUMBER = 9999  # of a layer in a file
+
+
+def check_numbers(path: Path, numbers: Iterable[int]) -> None:
+    """Raise ``VectorFormatError`` for layer numbers that no reader takes, ours included."""
+    if bad := [number for number in numbers if number > LARGEST_NUMBER]:
+        raise VectorFormatError(
+            f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
+        )
+
+
+def meta_of(
+    path: Path, kind: str, document: str | None, layers: Mapping[int, np.ndarray], model: str | None
+) -> VectorMeta:
+    """Return the metadata that a file holds, or what is known without; ``model`` counts for more.
+
+    Raises:
+        VectorFormatError: the document lists other layers than the file holds; or as ``foreign_meta``.
+    """
+    if document is None:
+        return foreign_meta(path, kind, layers, model)
+    meta, listed = parse_document(path, document.encode())
+    if sorted(listed) != sorted(layers):
+        raise VectorFormatError(
+            f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
+            f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
+        )
+    if model in (None, meta.model):
+        return meta
+    return replace(meta, model=model, fingerprint=None)  # somebody knows better
 
 
 def foreign_meta(

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConversionError, UnsupportedModelError
-from .gguf_package import damage, gguf_package
+from .gguf_package import check_header, damage, gguf_package
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -51,13 +51,7 @@ def open_gguf(path: Path) -> "GGUFReader":
         UnsupportedModelError: another architecture, which is named.
     """
     gguf = gguf_package(path, ConversionError)
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ConversionError(
-            f"{path}: is no GGUF file, it begins with {magic!r}. Expected a Hub id, a Hugging Face "
-            "folder, or a GGUF file."
-        )
+    check_header(path)
     with damage(path):
         reader = gguf.GGUFReader(path)
         architecture = _value(reader, "general.architecture")

@@ -17,8 +17,8 @@ import numpy as np
 from ..archive import MAX_BYTES
 from ..atomic import atomic_file
 from ..errors import VectorFormatError
-from ..vector import SteeringVector, format_layers, parse_document
-from .foreign import foreign_meta
+from ..vector import SteeringVector
+from .foreign import check_numbers, meta_of
 
 _KEY = "densesteer"
 _NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
@@ -38,6 +38,7 @@ def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 
     numbers = {layer: layer + layer_offset for layer in vector.layers}
     if min(numbers.values()) < 0:
         raise VectorFormatError(f"{path}: --layer-offset {layer_offset} gives a layer below 0.")
+    check_numbers(path, numbers.values())
     arrays = {f"layer.{numbers[layer]}": np.array(a) for layer, a in vector.layers.items()}
     document = json.dumps(vector.describe(), ensure_ascii=False)
     data = save(arrays, metadata={_KEY: document, "layer_offset": str(layer_offset)})
@@ -52,7 +53,7 @@ def load_safetensors(
     """Read such a file; tensor number N becomes layer ``N - layer_offset``.
 
     Args:
-        model: that it was made for, where the file does not say.
+        model: that it was made for; needed where the file does not say.
         layer_offset: by default what the file says of itself, else 0.
 
     Raises:
@@ -77,15 +78,7 @@ def load_safetensors(
         if layer in layers:
             raise VectorFormatError(f"{path}: layer {layer} is there twice.")
         layers[layer] = _array(tensor)
-    if _KEY not in metadata:
-        meta = foreign_meta(path, "safetensors", layers, model)
-        return SteeringVector(layers, meta, name=path.name)
-    meta, listed = parse_document(path, metadata[_KEY].encode())
-    if sorted(listed) != sorted(layers):
-        raise VectorFormatError(
-            f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
-            f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
-        )
+    meta = meta_of(path, "safetensors", metadata.get(_KEY), layers, model)
     return SteeringVector(layers, meta, name=path.name)
 
 
