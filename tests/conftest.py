@@ -7,8 +7,11 @@ from pathlib import Path
 # Newer GPUs round float32 products to TF32 unless told not to; exactness is what is tested here.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+import mlx.core as mx
 import numpy as np
 import pytest
+
+mx.default_stream(mx.default_device())  # a function file runs on the thread that has the first one
 
 from mlx_densesteer.vector import SteeringVector, VectorMeta
 

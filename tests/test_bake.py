@@ -255,6 +255,10 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     config = json.loads((source / "config.json").read_text())
     with pytest.raises(ExportError, match="sliding-window"):
         llama_config(config | {"use_sliding_window": True}, "x")
+    with pytest.raises(ExportError, match="are not what mlx-lm runs it with"):
+        llama_config(config | {"rope_parameters": {"rope_theta": 5e5}}, "x")
+    same = {"rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"}}
+    assert "rope_parameters" not in llama_config(config | same, "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.gguf"]
 
 

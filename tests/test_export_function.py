@@ -78,6 +78,21 @@ def test_the_strength_is_an_input(layers, write, tiny_loaded, make_vector):
     assert made.largest_difference < 1e-5 < made.largest_logit
 
 
+def test_on_a_thread_that_was_not_the_first_it_is_said(hf_folder, make_vector, tmp_path):
+    """mlx keeps the first stream for the thread that used it first: here that of the tests."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def export():
+        steering = Steering(make_vector(), 1.5, (1,))
+        model, tokenizer = load(hf_folder)
+        export_function(model, tokenizer, steering, tmp_path / "f.mlxfn", capacity=16, chunks=[4])
+
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(export).exception()
+    assert isinstance(found, ExportError) and "the process that used mlx first" in str(found)
+    assert not list(tmp_path.iterdir())
+
+
 def test_strength_0_is_the_unsteered_step_bit_for_bit(write, tiny_loaded):
     function, _ = write()
     model = tiny_loaded[0]

@@ -258,4 +258,9 @@ def _mlx_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if "There is no Stream" in str(error):
+            raise ExportError(
+                f"{path}: mlx runs a function file only on the thread of the process that used mlx first. "
+                "Call export_function on that thread."
+            ) from error
         raise ExportError(f"{path}: mlx cannot write or read it back ({error}).") from error

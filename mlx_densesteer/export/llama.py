@@ -17,7 +17,9 @@ import mlx.core as mx
 from ..errors import ExportError, ModelError
 
 _DOWN = ".mlp.down_proj.weight"
-_QWEN2_ONLY = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_LEFT_OUT = (
+    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "rope_parameters"
+)  # fmt: skip
 
 
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
@@ -33,9 +35,16 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ExportError(f"{name}: hidden_act is {config['hidden_act']!r}, expected silu.")
-    rope = config.get("rope_parameters")
-    theta = (rope if isinstance(rope, dict) else config).get("rope_theta", 1000000.0)
-    kept = {key: value for key, value in config.items() if key not in _QWEN2_ONLY}
+    theta = config.get("rope_theta", 1000000.0)
+    rope = config.get("rope_parameters")  # transformers 5 writes it; mlx-lm does not read it
+    if isinstance(rope, dict) and (
+        rope.get("rope_theta", theta) != theta or rope.get("rope_type", "default") != "default"
+    ):
+        raise ExportError(
+            f"{name}: its rope_parameters {rope} are not what mlx-lm runs it with (rope_theta {theta:g}). "
+            "Write rope_theta and rope_scaling into its config.json."
+        )
+    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     return kept | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
