@@ -20,6 +20,7 @@ from .worker import Told, Worker
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60
+ASLEEP = 0.05  # seconds after which the thread that said so sleeps: it needs the GIL for that
 QUIET = 5.0  # seconds without a request after which memory is given back
 GATHER = 0.05  # seconds that the first of several requests waits for the others at most
 
@@ -117,6 +118,7 @@ class Engine:
         self._ending = True
         self._orders.put(None)
         self._ended.wait(JOIN_SECONDS)
+        time.sleep(ASLEEP)
 
     def close(self) -> None:
         """End as ``end`` does, and end the thread too: for a process that goes on."""
@@ -145,8 +147,8 @@ class Engine:
             else:
                 self._loaded.set_exception(error)
         finally:
-            self._ended.set()
             self._on_loop(self._tell_all, Failed(internal()))
+        self._ended.set()
         self._may_go.wait()
         mx.clear_streams()
 
