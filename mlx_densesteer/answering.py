@@ -56,6 +56,11 @@ class Answer:
     nll: float | None = None
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from every other answer."""
+        return self.problem, self.content, self.steering
+
+    @property
     def tokens(self) -> int:
         return len(self.token_ids)
 
@@ -191,7 +196,7 @@ def _exchange(
     for rank, part in enumerate(parts):
         for record in part if rank != ranks.rank else ():
             made = _answer(record)
-            key = (made.problem, made.content, made.steering)
+            key = made.key
             if key not in known:
                 new.append(key)
                 known[key] = made
@@ -237,7 +242,7 @@ def _read(journal: Journal) -> dict[tuple, Answer]:
                     answers[key] = replace(answers[key], nll=float(record["nll"]))
             else:
                 made = _answer(record)
-                answers[made.problem, made.content, made.steering] = made
+                answers[made.key] = made
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{journal.path}: line {number} is no answer ({error!r}): damaged. Remove the line, "

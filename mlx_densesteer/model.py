@@ -1,6 +1,8 @@
 """Load a Qwen2 model and say what it is."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +50,14 @@ def load(
     """
     path = find(path_or_repo, revision=revision)
     model, tokenizer = load_folder(path, adapter_path=adapter_path)
+    set_dtype(model, path)
+    return model, tokenizer
+
+
+def set_dtype(model: nn.Module, path: Path) -> None:
+    """Give the demo model the dtype that it is computed in; every other keeps that of its file."""
     if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
-    return model, tokenizer
 
 
 def load_folder(
@@ -58,13 +65,20 @@ def load_folder(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Return the patched model of a folder, in the dtype of its file; raises as ``load`` does."""
     read_config(path)
-    try:
+    with loading(path):
         model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter_path)[:2]
+    return patch(model), tokenizer
+
+
+@contextlib.contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """What mlx-lm raises for a folder that it cannot load becomes a ``ModelError``."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(
             f"{path}: cannot be loaded ({error}). Convert or download it again."
         ) from error
-    return patch(model), tokenizer
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:

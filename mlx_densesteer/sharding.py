@@ -19,15 +19,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
 from ._version import __version__
-from .errors import DistributedError, ModelError
-from .model import ModelInfo, chat_template_sha256, inspect
+from .errors import DistributedError
+from .model import ModelInfo, chat_template_sha256, inspect, loading, set_dtype
 from .model_folder import read_config
 from .patch import decoder_blocks, patch
 from .ranks import Ranks
 
 
 def load_sharded(
-    folder: Path, ranks: Ranks, *, pipeline: bool = False, dtype: mx.Dtype | None = None
+    folder: Path, ranks: Ranks, *, pipeline: bool = False
 ) -> tuple[nn.Module, TokenizerWrapper, ModelInfo]:
     """Return this rank's part of a model, patched; its tokenizer; and what the whole model is.
 
@@ -35,7 +35,6 @@ def load_sharded(
 
     Args:
         folder: the same model on every rank.
-        dtype: compute in another one than the folder's.
 
     Raises:
         DistributedError: the model cannot be cut into so many parts, or ranks hold different models.
@@ -43,15 +42,10 @@ def load_sharded(
     """
     config = read_config(folder)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
-    try:
+    with loading(folder):
         model, config = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(
-            f"{folder}: cannot be loaded ({error}). Convert or download it again."
-        ) from error
-    if dtype is not None:
-        model.set_dtype(dtype)
+    set_dtype(model, folder)
     info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
     ranks.same(_identity(info, config, tokenizer), "models")
     if pipeline:

@@ -69,9 +69,9 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     info, steering = inspect(loaded, model), None
     if request is not None:
         tell_fit(request.vector, info)
-        steering = request.for_model(loaded, tokenizer)
+        norms = mean_norms(loaded, tokenizer, request.vector, request.layers)
+        steering = request.at(norms)
         steering = replace(steering, strength=ranks.share(steering.strength))
-        norms = mean_norms(loaded, tokenizer, steering.vector, steering.layers)
         tell_dose(steering, steering.relative_dose(norms))
         if not steering.strength:
             note("strength 0 is the unsteered model: there is nothing to compare")

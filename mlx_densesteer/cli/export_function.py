@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import model_option, positions_option, relative_option, vector_option
+from .options import layers_option, model_option, positions_option, relative_option, vector_option
 from .output import note
 from .steer import read_steering, steering_for
 
@@ -13,14 +13,7 @@ from .steer import read_steering, steering_for
 @model_option
 @vector_option("Steers the function.", required=True)
 @click.option("-o", "--out", required=True, metavar="FILE", help="The .mlxfn file to write.")
-@click.option(
-    "-l",
-    "--layer",
-    "layers",
-    multiple=True,
-    metavar="LAYERS",
-    help="0-based: 14, 10-14, 10,12 or all; may be repeated. [default: as in generate]",
-)
+@layers_option("[default: as in generate]")
 @click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
               help="Lambda that the file names as its default; programs may pass any other. "
                    "[default: what a sweep recommended, else 1]")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import model_option
-from .output import count, note
+from .output import count, note, refuse_existing
 from .progress import Live
 from .tables import aligned
 
@@ -48,8 +48,7 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
     path = Path(out).expanduser()
     if path.exists() and path.samefile(pairs):
         raise click.ClickException(f"{path}: is the file of the pairs. Choose another name (-o).")
-    if path.exists() and not force:
-        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+    refuse_existing(path, force)
     if not path.parent.is_dir():
         raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
 

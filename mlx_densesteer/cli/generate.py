@@ -10,7 +10,7 @@ from ..ranks import launched_rank
 from .options import decoding_options, model_option, steering_options
 from .output import count, note
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
-from .spread import agree_on, check_spread, load_steered, settle
+from .spread import check_spread, load_steered
 from .steer import read_steering
 
 if TYPE_CHECKING:
@@ -63,12 +63,16 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     from ..brake import Brake
     from ..generation import Sampling, stream
     from ..prompt import encode_prompt
+    from ..sharding import settle
 
     _tell_demo(model, text)
     loaded, tokenizer, steering, norms, ranks = load_steered(model, request, pipeline=pipeline)
     tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
-    agree_on(ranks, tokens=tokens, max_tokens=max_tokens, temp=temp, top_p=top_p, seed=seed, stop=stop,
-             brake=not no_brake)  # fmt: skip
+    ranks.same(  # or they would not go through the same tokens
+        {"tokens": tokens, "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed,
+         "stop": stop, "brake": not no_brake},
+        "prompts or options",
+    )  # fmt: skip
     pieces = stream(
         loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed), stop=stop, brake=None if no_brake else Brake(),

@@ -41,18 +41,11 @@ def load_steered(
 
         model, tokenizer = load(name)
         return model, tokenizer, *steering_for(request, model, tokenizer, name), ranks
-    import mlx.core as mx
-
-    from .. import demo
     from ..model import find
     from ..sharding import load_sharded, own_layers
     from ..vector import format_layers
 
-    folder = find(name)
-    on_cpu = folder == demo.MODEL and mx.default_device() == mx.Device(mx.cpu)
-    model, tokenizer, info = load_sharded(
-        folder, ranks, pipeline=pipeline, dtype=mx.float32 if on_cpu else None
-    )
+    model, tokenizer, info = load_sharded(find(name), ranks, pipeline=pipeline)
     if pipeline:
         parts = "; ".join(
             f"rank {i}: {format_layers(layers)}"
@@ -68,17 +61,3 @@ def load_steered(
         ranks.same(setting, "vectors or options")
         steering = replace(steering, strength=ranks.share(steering.strength))
     return model, tokenizer, steering, norms, ranks
-
-
-def agree_on(ranks: "Ranks", **options: object) -> None:
-    """Refuse ranks that would not go through the same tokens."""
-    if ranks.size > 1:
-        ranks.same(options, "prompts or options")
-
-
-def settle(ranks: "Ranks") -> None:
-    """Wait for the other ranks before this one ends."""
-    if ranks.size > 1:
-        from ..sharding import settle as wait
-
-        wait(ranks)

@@ -32,14 +32,22 @@ class Request:
 
         return Steering(self.vector, strength, self.layers, self.positions)  # type: ignore[arg-type]
 
+    def at(self, norms: dict[int, float]) -> "Steering":
+        """Return the steering; a relative number is one of ``norms``, the mean norms of its layers."""
+        from ..dose import strength_for
+
+        relative = self.relative
+        return self.steering(
+            strength_for(self.vector, norms, self.number) if relative else self.number
+        )
+
     def for_model(self, model: "nn.Module", tokenizer: "TokenizerWrapper") -> "Steering":
         """Return the steering; the vector must fit the model (``tell_fit``)."""
         if not self.relative:
             return self.steering(self.number)
-        from ..dose import mean_norms, strength_for
+        from ..dose import mean_norms
 
-        norms = mean_norms(model, tokenizer, self.vector, self.layers)
-        return self.steering(strength_for(self.vector, norms, self.number))
+        return self.at(mean_norms(model, tokenizer, self.vector, self.layers))
 
 
 def steering_for(
@@ -55,8 +63,8 @@ def steering_for(
     from ..model import inspect
 
     tell_fit(request.vector, inspect(model, name))
-    steering = request.for_model(model, tokenizer)
-    norms = mean_norms(model, tokenizer, steering.vector, steering.layers)
+    norms = mean_norms(model, tokenizer, request.vector, request.layers)
+    steering = request.at(norms)
     tell_dose(steering, steering.relative_dose(norms))
     return steering, norms
 
@@ -70,7 +78,7 @@ def steering_over_ranks(
     """
     if request is None:
         return None, {}
-    from ..dose import recorded_norms, strength_for
+    from ..dose import recorded_norms
 
     tell_fit(request.vector, info)
     norms = recorded_norms(request.vector, info.fingerprint, request.layers)
@@ -84,9 +92,7 @@ def steering_over_ranks(
             f"steering {request.vector.name}, strength {request.number:g}; relative dose not known"
         )
         return request.steering(request.number), {}
-    number = request.number
-    strength = strength_for(request.vector, norms, number) if request.relative else number
-    steering = request.steering(strength)
+    steering = request.at(norms)
     tell_dose(steering, steering.relative_dose(norms))
     return steering, norms
 

@@ -7,7 +7,7 @@ import click
 
 from . import completers
 from .options import layers_option
-from .output import count, note
+from .output import count, note, refuse_existing
 from .tables import aligned
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     out = str(Path(out).expanduser())
     if Path(out).suffix != ".npz":
         raise click.UsageError(f"--out {out}: expected a name that ends in .npz.")
-    if Path(out).exists() and not force:
-        raise click.ClickException(f"{out}: exists already. Choose another name or use --force.")
+    refuse_existing(out, force)
     model = str(demo.MODEL) if model == demo.NAME else model
     folder = Path(model).expanduser() if model else None
     if model is not None and not (folder and folder.is_dir()) and not is_hub_id(model):
@@ -167,8 +166,7 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
     from .steer import read_vector
 
     path = Path(out).expanduser()
-    if path.exists() and not force:
-        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+    refuse_existing(path, force)
     loaded = read_vector(file)
     if layers:
         loaded = loaded.select(parse_layers(layers, loaded.layers))

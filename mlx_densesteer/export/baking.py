@@ -23,7 +23,7 @@ from ..patch import deltas
 from ..steering import Steering
 from . import llama_gguf
 from .card import Baked, model_card
-from .closeness import Closeness, Reference, compare, judge, reference
+from .closeness import Closeness, Reference, compare, differing, judge, reference
 from .llama import llama_config, llama_shards, read_weights, weight_files
 
 Format = Literal["mlx", "hf", "gguf"]
@@ -42,6 +42,7 @@ class _Plan:
 
     folder: Path
     config: Mapping[str, object]
+    target: Mapping[str, object]  # of ``llama_config``
     deltas: Mapping[int, mx.array]
     format: Format
 
@@ -82,20 +83,18 @@ def bake(
     _check_request(source, steering, out, format, force)
     folder = find(source)
     config = read_config(folder)
-    llama_config(config, str(source))  # refuses before anything is computed
+    target = llama_config(config, str(source))  # refuses before anything is computed
     progress("running the steered model for comparison")
     check_disk(
         out.parent, sum(file.stat().st_size for file in weight_files(folder)), "the baked model"
     )
-    expected, plan, baked = _run_source(source, folder, steering, format)
+    expected, plan, baked = _run_source(source, folder, config, target, steering, format)
     size = sum(a.nbytes for shard in plan.shards() for a in shard.values())
     check_disk(out.parent, size, "the baked model")
     progress(f"writing {out}")
     if format == "gguf":
         setting = json.dumps(baked.record())
-        llama_gguf.write(
-            folder, llama_config(config, str(source)), plan.shards, out, baked.source.name, setting
-        )
+        llama_gguf.write(folder, target, plan.shards, out, baked.source.name, setting)
         return baked.at(out, None)
     with scratch_folder(out) as work:
         made = work / "baked"
@@ -122,15 +121,13 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
     record = baked_record(path)
     folder = find(source)
     config = read_config(folder)
-    expected, plan, _ = _run_source(source, folder, steering, record["format"])
+    target = llama_config(config, str(source))
+    expected, plan, _ = _run_source(source, folder, config, target, steering, record["format"])
     if path.is_file():
-        problems = llama_gguf.differences(
-            path, folder, llama_config(config, str(source)), plan.shards
-        )
-        _refuse(path, problems)
+        _refuse(path, llama_gguf.differences(path, folder, target, plan.shards))
         return None
     _refuse(path, [
-        *_config_differences(path, config, plan.format), *_beside_differences(path, folder),
+        *_config_differences(path, plan), *_beside_differences(path, folder),
         *_differences(path, plan),
     ])  # fmt: skip
     return _run_stock(path, expected, str(path))
@@ -196,7 +193,12 @@ def _is_ours(name: str) -> bool:
 
 
 def _run_source(
-    source: str | Path, folder: Path, steering: Steering, format: Format
+    source: str | Path,
+    folder: Path,
+    config: Mapping[str, object],
+    target: Mapping[str, object],
+    steering: Steering,
+    format: Format,
 ) -> tuple[Reference, _Plan, Baked]:
     """Load the source, steer it at run time, and let it go: two models need not fit in memory."""
     model, tokenizer = load_folder(folder)
@@ -207,7 +209,7 @@ def _run_source(
         mean_norms(model, tokenizer, steering.vector, steering.layers or ())
     )
     baked = Baked(folder, inspect(model, source), steering, doses, format, closeness=None)
-    plan = _Plan(folder, read_config(folder), added, format)
+    plan = _Plan(folder, config, target, added, format)
     return reference(model, tokens, steering), plan, baked
 
 
@@ -228,15 +230,12 @@ def _write_folder(plan: _Plan, out: Path) -> None:
     for name in _BESIDE:
         if (plan.folder / name).is_file():
             shutil.copyfile(plan.folder / name, out / name)
-    _write_json(out / "config.json", _folder_config(plan.folder, plan.config, plan.format))
+    _write_json(out / "config.json", _folder_config(plan))
 
 
-def _folder_config(folder: Path, config: Mapping[str, object], format: Format) -> dict[str, object]:
-    made = llama_config(config, str(folder))
-    if format == "hf":
-        made.pop("quantization", None)
-        made.pop("quantization_config", None)
-    return made
+def _folder_config(plan: _Plan) -> dict[str, object]:
+    undone = ("quantization", "quantization_config") if plan.format == "hf" else ()
+    return {key: value for key, value in plan.target.items() if key not in undone}
 
 
 def _describe(folder: Path, baked: Baked) -> None:
@@ -261,13 +260,13 @@ def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
     return found
 
 
-def _config_differences(path: Path, config: Mapping[str, object], format: Format) -> list[str]:
+def _config_differences(path: Path, plan: _Plan) -> list[str]:
     try:
         found = json.loads((path / "config.json").read_bytes())
         found.pop("densesteer", None)
     except (OSError, ValueError, AttributeError) as error:
         return [f"config.json is damaged ({error})"]
-    wanted = json.loads(json.dumps(_folder_config(path, config, format)))
+    wanted = json.loads(json.dumps(_folder_config(plan)))
     return [
         f"config.json has {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
         for key in sorted(found.keys() | wanted.keys())
@@ -291,15 +290,12 @@ def _differences(path: Path, plan: _Plan) -> list[str]:
     found: dict[str, mx.array] = {}
     for file in weight_files(path):
         found |= read_weights(file)
-    problems = []
-    for shard in plan.shards():
-        for name in list(shard):
-            wanted, array = shard.pop(name), found.pop(name, None)
-            if array is None:
-                problems.append(f"{name} is missing")
-            elif array.dtype != wanted.dtype or not mx.array_equal(array, wanted).item():
-                problems.append(f"{name} is another")
-    return problems + [f"{name} was not expected" for name in found]
+    wanted = ((name, shard.pop(name)) for shard in plan.shards() for name in list(shard))
+    return differing(found, wanted, _equal)
+
+
+def _equal(a: mx.array, b: mx.array) -> bool:
+    return a.dtype == b.dtype and mx.array_equal(a, b).item()
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

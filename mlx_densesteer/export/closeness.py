@@ -1,6 +1,8 @@
 """How close another program's logits are to run-time steering: measured, then judged."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,6 +10,8 @@ import mlx.nn as nn
 from ..errors import ExportError
 from ..patch import make_cache
 from ..steering import Steering
+
+T, U = TypeVar("T"), TypeVar("U")
 
 EXACT = 1e-5  # of the largest logit, in float32: the order of two additions
 LOSSY = 0.1  # of what the steering moves, where its vector is rounded to 16 bits
@@ -87,6 +91,19 @@ def compare(expected: Reference, model: nn.Module) -> Closeness:
     length = (wanted * wanted).sum().item()
     slope = ((logits - without) * wanted).sum().item() / length if length else 1.0
     return Closeness(*figures, same, len(expected.tokens), slope, expected.dtype)
+
+
+def differing(
+    found: dict[str, T], wanted: Iterable[tuple[str, U]], same: Callable[[T, U], bool]
+) -> list[str]:
+    """Say of each name what is wrong with it; ``found`` is used up."""
+    problems = []
+    for name, one in wanted:
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif not same(found.pop(name), one):
+            problems.append(f"{name} is another")
+    return problems + [f"{name} was not expected" for name in found]
 
 
 def judge(found: Closeness, name: str) -> None:

@@ -81,13 +81,14 @@ def llama_shards(
     Raises:
         ModelError: no weights, or damaged ones.
     """
-    dtype = bias_dtype or weights_dtype(folder)
+    own = weights_dtype(folder)
+    dtype = bias_dtype or own
     for file in weight_files(folder):
         arrays = read_weights(file)
         for name in [name for name in arrays if name.endswith("rotary_emb.inv_freq")]:
             del arrays[name]
         if dequantize:
-            _undo_quantization(arrays, config, weights_dtype(folder))
+            _undo_quantization(arrays, config, own)
         for name in [name for name in arrays if name.endswith(_DOWN)]:
             arrays |= _biases(name.removesuffix(_DOWN), config, deltas, dtype)
         yield arrays

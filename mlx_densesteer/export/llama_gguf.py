@@ -19,6 +19,7 @@ from ..atomic import scratch_folder
 from ..errors import ExportError
 from ..interop.gguf_model import SPLIT, gguf_name
 from ..interop.gguf_package import check_header, damage, gguf_package
+from .closeness import differing
 
 if TYPE_CHECKING:
     import gguf
@@ -81,13 +82,11 @@ def differences(
             for key, wanted in wanted_fields.kv_data[0].items()
             if fields[key] is None or not _same(fields[key].contents(), wanted.value)
         ]
-    for name, wanted in _tensors(shards, config):
-        tensor = found.pop(name, None)
-        if tensor is None:
-            problems.append(f"{name} is missing")
-        elif tensor.data.tobytes() != _numpy(wanted).tobytes():
-            problems.append(f"{name} is another")
-    return problems + [f"{name} was not expected" for name in found]
+    return problems + differing(
+        found,
+        _tensors(shards, config),
+        lambda tensor, array: tensor.data.tobytes() == _numpy(array).tobytes(),
+    )
 
 
 def _same(found: object, wanted: object) -> bool:

@@ -20,7 +20,7 @@ from ..archive import MAX_BYTES
 from ..atomic import scratch_folder
 from ..errors import DiskError, VectorFormatError
 from ..vector import SteeringVector, format_layers
-from .foreign import check_numbers, meta_of
+from .foreign import check_numbers, layer_of, meta_of
 from .gguf_package import check_header, damage, gguf_package
 
 if TYPE_CHECKING:
@@ -127,13 +127,7 @@ def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.n
                 f"{path}: {tensor.name} of type {kind} and shape {tuple(map(int, tensor.shape))}, "
                 "expected float vectors direction.1, direction.2, ..."
             )
-        layer = int(match[1]) - offset
-        if layer < 0:
-            raise VectorFormatError(
-                f"{path}: {tensor.name} would be layer {layer}; --layer-offset {offset} does not fit."
-            )
-        if layer in layers:
-            raise VectorFormatError(f"{path}: layer {layer} is there twice.")
+        layer = layer_of(path, tensor.name, int(match[1]), offset, layers)
         layers[layer] = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
     return layers
 

@@ -1,7 +1,7 @@
 """What is known of a vector whose file does not say where it comes from."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,22 @@ def check_numbers(path: Path, numbers: Iterable[int]) -> None:
         raise VectorFormatError(
             f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
         )
+
+
+def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[int]) -> int:
+    """Return the layer of a tensor that the file numbers ``number``.
+
+    Raises:
+        VectorFormatError: below 0, or one of ``taken``.
+    """
+    layer = number - offset
+    if layer < 0:
+        raise VectorFormatError(
+            f"{path}: {name} would be layer {layer}; --layer-offset {offset} does not fit."
+        )
+    if layer in taken:
+        raise VectorFormatError(f"{path}: layer {layer} is there twice.")
+    return layer
 
 
 def meta_of(

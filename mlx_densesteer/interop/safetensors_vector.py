@@ -18,7 +18,7 @@ from ..archive import MAX_BYTES
 from ..atomic import atomic_file
 from ..errors import VectorFormatError
 from ..vector import SteeringVector
-from .foreign import check_numbers, meta_of
+from .foreign import check_numbers, layer_of, meta_of
 
 _KEY = "densesteer"
 _NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
@@ -74,9 +74,7 @@ def load_safetensors(
     offset = _offset(path, metadata) if layer_offset is None else layer_offset
     layers: dict[int, np.ndarray] = {}
     for name, tensor in tensors:
-        layer = _layer(path, name, tensor, offset)
-        if layer in layers:
-            raise VectorFormatError(f"{path}: layer {layer} is there twice.")
+        layer = layer_of(path, name, _number(path, name, tensor), offset, layers)
         layers[layer] = _array(tensor)
     meta = meta_of(path, "safetensors", metadata.get(_KEY), layers, model)
     return SteeringVector(layers, meta, name=path.name)
@@ -89,7 +87,7 @@ def _offset(path: Path, metadata: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _layer(path: Path, name: str, tensor: Mapping[str, object], offset: int) -> int:
+def _number(path: Path, name: str, tensor: Mapping[str, object]) -> int:
     match = _NAME.fullmatch(name)
     shape = tensor["shape"]
     if match is None or tensor["dtype"] not in _DTYPES or len(shape) != 1:  # type: ignore[arg-type]
@@ -97,12 +95,7 @@ def _layer(path: Path, name: str, tensor: Mapping[str, object], offset: int) -> 
             f"{path}: {name[:60]!r} of type {tensor['dtype']} and shape {shape}, expected one float vector "
             "for each layer: layer.14, layer_14, direction.14."
         )
-    layer = int(match[1]) - offset
-    if layer < 0:
-        raise VectorFormatError(
-            f"{path}: {name} would be layer {layer}; --layer-offset {offset} does not fit."
-        )
-    return layer
+    return int(match[1])
 
 
 def _array(tensor: Mapping[str, object]) -> np.ndarray:
