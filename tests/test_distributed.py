@@ -168,6 +168,13 @@ def figures(text: str) -> dict:
     return document
 
 
+def same(found: object, expected: object) -> bool:
+    """Equal but for the last bits of float32, which on some machines differ between processes."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[k], expected[k]) for k in found)
+    return found == (pytest.approx(expected, rel=1e-4) if type(expected) is float else expected)
+
+
 def answers(path: Path) -> list[tuple]:
     records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     return sorted((r["problem"], r["steering"], r["text"]) for r in records if "text" in r)
@@ -181,7 +188,8 @@ def test_an_evaluation_is_split(tmp_path):
     assert not warned(done), done.stderr
     split = figures(done.stdout)
     assert (
-        split["scores"] == figures(alone.stdout)["scores"] and "split over 2 ranks" in done.stderr
+        same(split["scores"], figures(alone.stdout)["scores"])
+        and "split over 2 ranks" in done.stderr
     )
     assert answers(tmp_path / "b.jsonl") == answers(tmp_path / "a.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
@@ -191,7 +199,7 @@ def test_an_evaluation_is_split(tmp_path):
     (tmp_path / "c.jsonl.rank1").write_text(header + "".join(records[::4] + records[1::2]))
     (tmp_path / "c.jsonl.rank1.mine").write_text("a copy of mine")
     again = CliRunner().invoke(main, [*map(str, EVAL), "-o", str(tmp_path / "c.jsonl")])
-    assert figures(again.stdout)["scores"] == split["scores"], again.output
+    assert same(figures(again.stdout)["scores"], split["scores"]), again.output
     kept = (tmp_path / "c.jsonl").read_text().splitlines(keepends=True)
     assert sorted(kept) == sorted([header, *records])
     assert (tmp_path / "c.jsonl.rank1.mine").exists()

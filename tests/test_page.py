@@ -274,6 +274,13 @@ def test_a_long_answer_is_followed_unless_the_reader_has_left(open_page):
     until(page, "document.querySelector('#scroll').scrollTop > 100")
     gap = "(() => { const e = document.querySelector('#scroll'); return e.scrollHeight - e.clientHeight - e.scrollTop })()"
     assert page.evaluate(gap) < 80
+    # a notch of the wheel whose movement a token has undone: it counts all the same
+    page.locator("#scroll").evaluate(
+        "e => { e.dispatchEvent(new WheelEvent('wheel', {deltaY: -9})) }"
+    )
+    before = len(page.locator(".answer").inner_text())
+    until(page, f"document.querySelector('.answer').innerText.length > {before + 50}")
+    assert page.get_by_role("button", name="Newest").is_visible()
     page.locator("#scroll").hover()
     page.mouse.wheel(0, -5000)
     until(page, "document.querySelector('#scroll').scrollTop == 0")
@@ -281,6 +288,11 @@ def test_a_long_answer_is_followed_unless_the_reader_has_left(open_page):
     until(page, f"document.querySelector('.answer').innerText.length > {before + 50}")
     assert page.evaluate("document.querySelector('#scroll').scrollTop") == 0
     assert page.get_by_role("button", name="Newest").is_visible()
+    page.mouse.wheel(0, 100_000)
+    page.get_by_role("button", name="Newest").wait_for(state="hidden")
+    before = len(page.locator(".answer").inner_text())
+    until(page, f"document.querySelector('.answer').innerText.length > {before + 50}")
+    assert page.evaluate(gap) < 80
     page.get_by_role("button", name="Stop").click()
 
 

@@ -5,6 +5,7 @@ import { dress } from "/page/markup.js";
 import { brief, count, describe, splitSteps } from "/page/steps.js";
 
 const NEAR = 80; // pixels from the end within which the page follows what comes
+const UPWARD = new Set(["ArrowUp", "PageUp", "Home"]);
 
 /**
  * @typedef {{choose: (turn: object, index: number) => void, branch: (turn: object, index: number) => void}} Actions
@@ -18,8 +19,12 @@ export class Transcript {
     this.places = new Map(); // turn -> its element
     this.turns = [];
     this.following = true;
+    this.top = 0; // where the page last saw or put the scroller
     const scroller = element("scroll");
     scroller.addEventListener("scroll", () => this.look());
+    // the wish alone counts: a token that comes while the scroller moves puts it back to the end
+    scroller.addEventListener("wheel", (event) => { if (event.deltaY < 0) this.leave(); }, { passive: true });
+    scroller.addEventListener("keydown", (event) => { if (UPWARD.has(event.key)) this.leave(); });
     new ResizeObserver(() => this.follow()).observe(scroller);
     element("newest").onclick = () => this.toEnd();
   }
@@ -97,13 +102,26 @@ export class Transcript {
 
   follow() {
     const scroller = element("scroll");
-    if (this.following) scroller.scrollTop = scroller.scrollHeight;
-    else this.look();
+    if (this.following) {
+      scroller.scrollTop = scroller.scrollHeight;
+      this.top = scroller.scrollTop;
+    } else this.look();
   }
 
+  /** The reader goes up: stay with them. */
+  leave() {
+    if (element("scroll").scrollTop > 0) this.following = false;
+    this.look();
+  }
+
+  /** Where the reader is: away from the end if they have gone up, at it again once they come down to it. */
   look() {
     const { scrollTop, scrollHeight, clientHeight } = element("scroll");
-    this.following = scrollHeight - clientHeight - scrollTop < NEAR;
+    const gap = scrollHeight - clientHeight - scrollTop;
+    if (gap >= NEAR && scrollTop < this.top) this.following = false;
+    const ended = gap < 1 && scrollTop < this.top; // there is less to read than there was
+    if (ended || (gap < NEAR && scrollTop > this.top)) this.following = true;
+    this.top = scrollTop;
     element("newest").hidden = this.following;
   }
 }
