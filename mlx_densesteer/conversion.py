@@ -17,7 +17,7 @@ from .errors import ConversionError
 from .hub import fetch_config, fetch_model, missing_bytes
 from .interop import gguf_model
 from .model import fingerprint
-from .model_folder import RECORD, check_target, is_hub_id, origin, read_config
+from .model_folder import RECORD, check_target, is_hub_id, origin, read_config, rope
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -239,7 +239,7 @@ def _run_mlx_lm(name: str, source: Path, out: Path, target: _Target, dtype: str)
 
 def _finish(out: Path, source: _Source, target: _Target) -> None:
     """Load what was written, run it once, and write the record of where it came from."""
-    _set_dtype(out / "config.json", source.dtype)
+    _set_config(out / "config.json", source)
     try:
         model, tokenizer = mlx_lm.load(str(out))[:2]
         tokens = tokenizer.encode("What is 12 + 30?")
@@ -265,8 +265,10 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
     (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
-    """mlx-lm keeps the source's dtype in the config, whatever it wrote."""
+def _set_config(file: Path, source: _Source) -> None:
+    """mlx-lm keeps the source's dtype in the config, whatever it wrote, and a rope that it does not read."""
     config = json.loads(file.read_text("utf-8"))
-    config.pop("dtype", None)
-    file.write_text(json.dumps(config | {"torch_dtype": dtype}, indent=4, sort_keys=True), "utf-8")
+    for key in ("dtype", "rope_parameters"):
+        config.pop(key, None)
+    config |= {"torch_dtype": source.dtype, **rope(source.config)}
+    file.write_text(json.dumps(config, indent=4, sort_keys=True), "utf-8")

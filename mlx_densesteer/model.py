@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import demo
 from .errors import ModelError
 from .hub import fetch_config, fetch_model
-from .model_folder import is_hub_id, origin, read_config
+from .model_folder import is_hub_id, origin, read_config, rope
 from .patch import decoder_blocks, patch
 
 
@@ -64,9 +64,9 @@ def load_folder(
     path: Path, *, adapter_path: str | None = None
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Return the patched model of a folder, in the dtype of its file; raises as ``load`` does."""
-    read_config(path)
+    told = rope(read_config(path))
     with loading(path):
-        model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter_path)[:2]
+        model, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[:2]
     return patch(model), tokenizer
 
 

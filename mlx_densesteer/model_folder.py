@@ -1,6 +1,7 @@
 """What a model folder says of itself, read without mlx."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import ConversionError, DenseSteerError, ModelError, UnsupportedModelError
@@ -11,6 +12,9 @@ RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 
 def read_config(folder: Path) -> dict[str, object]:
     """Return the ``config.json`` of a model folder; it must be of the Qwen2 family.
+
+    transformers 5 puts the rotary embedding in ``rope_parameters``, which mlx-lm's qwen2 does not read: it is
+    given as ``rope_theta`` and ``rope_scaling``, which it does (see ``rope``).
 
     Raises:
         ModelError: no model folder.
@@ -51,7 +55,34 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             f"{name}: brings model code of its own ({config['model_file']!r}), which is never run. "
             "Use the model's original folder."
         )
-    return config
+    return _without_rope_parameters(config, name)
+
+
+def rope(config: Mapping[str, object]) -> dict[str, object]:
+    """Return what mlx-lm has to be told of a model's rotary embedding (its ``model_config``).
+
+    Args:
+        config: of ``read_config``.
+    """
+    return {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
+
+
+def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, object]:
+    """As transformers 5 reads it: ``rope_scaling`` before ``rope_parameters``, and theta from these first."""
+    rest = {key: value for key, value in config.items() if key != "rope_parameters"}
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    if not given:
+        return rest
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UnsupportedModelError(
+            f"{name}: its config.json has rope_parameters {given!r}; expected one rotary embedding for all "
+            "layers, as the Qwen2 family has."
+        )
+    scaling = {key: value for key, value in given.items() if key != "rope_theta"}
+    if "rope_theta" in given:
+        rest["rope_theta"] = given["rope_theta"]
+    default = scaling.get("type", scaling.get("rope_type", "default")) == "default"
+    return rest | {"rope_scaling": None if default else scaling}
 
 
 def recorded(folder: Path) -> dict[str, object]:

@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from ._version import __version__
 from .errors import DistributedError
 from .model import ModelInfo, chat_template_sha256, inspect, loading, set_dtype
-from .model_folder import read_config
+from .model_folder import read_config, rope
 from .patch import decoder_blocks, patch
 from .ranks import Ranks
 
@@ -43,7 +43,7 @@ def load_sharded(
     config = read_config(folder)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     with loading(folder):
-        model, config = load_model(folder, lazy=True)
+        model, config = load_model(folder, lazy=True, model_config=rope(config))
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     set_dtype(model, folder)
     info = inspect(model, folder)  # before blocks go: the fingerprint is that of all

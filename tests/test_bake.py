@@ -153,6 +153,34 @@ def test_stock_transformers_runs_it(plain, steering, tmp_path):
     assert found["encoded"].tolist() == tokenizer.encode(TEXT)
 
 
+@pytest.mark.parametrize(
+    "scaling", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}]
+)
+def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
+    """Its rotary embedding is in rope_parameters alone: run, converted and baked, it keeps it."""
+    source = shutil.copytree(plain[0], tmp_path / "source")
+    weights = mx.load(str(source / "model.safetensors"))
+    mx.save_safetensors(str(source / "model.safetensors"), weights, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    config.pop("rope_scaling", None)
+    config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | scaling
+    (source / "config.json").write_text(json.dumps(config))
+
+    model, tokenizer = ds.load(source)
+    tokens, first = solutions(tokenizer)[0]
+    run = mx.array([tokens])
+    expected = np.array(model(run)[0])
+    theirs = stock_transformers(source, tokens, first, tmp_path, 4)["logits"]
+    assert np.abs(theirs - expected).max() < 5e-3
+    assert np.abs(np.array(mlx_lm.load(str(source))[0](run)[0]) - expected).max() > 1
+    written = ds.convert(source, tmp_path / "converted", bits=None, dtype="float32")
+    assert np.array_equal(np.array(mlx_lm.load(str(written))[0](run)[0]), expected)
+    baked = ds.bake(source, steering, tmp_path / "baked", format="hf")
+    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 4)["logits"]
+    assert np.abs(theirs - np.array(reference(model, tokens, steering).steered)).max() < 5e-3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_llama_cpp_runs_the_gguf(converted, steering, tmp_path, dtype):
     from llama_cpp import LlamaCpp
@@ -255,10 +283,6 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     config = json.loads((source / "config.json").read_text())
     with pytest.raises(ExportError, match="sliding-window"):
         llama_config(config | {"use_sliding_window": True}, "x")
-    with pytest.raises(ExportError, match="are not what mlx-lm runs it with"):
-        llama_config(config | {"rope_parameters": {"rope_theta": 5e5}}, "x")
-    same = {"rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"}}
-    assert "rope_parameters" not in llama_config(config | same, "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.gguf"]
 
 

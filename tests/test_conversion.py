@@ -158,6 +158,15 @@ def test_a_model_that_brings_code_is_refused_and_the_code_not_run(source, out, t
     assert not (tmp_path / "witness").exists()
 
 
+def test_rotary_embeddings_that_differ_between_layers_are_refused(source, out):
+    config = json.loads((source / "config.json").read_text())
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    (source / "config.json").write_text(json.dumps(config | {"rope_parameters": nested}))
+    for action in (lambda: convert(source, out), lambda: load(source)):
+        with pytest.raises(UnsupportedModelError, match="expected one rotary embedding"):
+            action()
+
+
 def test_a_failed_replacement_keeps_the_old_model(hf_folder, source, out):
     convert(hf_folder, out, bits=None)
     weights_file = mx.load(str(source / "model.safetensors"))

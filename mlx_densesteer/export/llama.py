@@ -17,9 +17,7 @@ import mlx.core as mx
 from ..errors import ExportError, ModelError
 
 _DOWN = ".mlp.down_proj.weight"
-_LEFT_OUT = (
-    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "rope_parameters"
-)  # fmt: skip
+_LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
@@ -35,15 +33,6 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ExportError(f"{name}: hidden_act is {config['hidden_act']!r}, expected silu.")
-    theta = config.get("rope_theta", 1000000.0)
-    rope = config.get("rope_parameters")  # transformers 5 writes it; mlx-lm does not read it
-    if isinstance(rope, dict) and (
-        rope.get("rope_theta", theta) != theta or rope.get("rope_type", "default") != "default"
-    ):
-        raise ExportError(
-            f"{name}: its rope_parameters {rope} are not what mlx-lm runs it with (rope_theta {theta:g}). "
-            "Write rope_theta and rope_scaling into its config.json."
-        )
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     return kept | {
         "architectures": ["LlamaForCausalLM"],
@@ -53,7 +42,7 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
         "hidden_act": "silu",
         # what mlx-lm takes where a Qwen2 config does not say; for llama it takes others
-        "rope_theta": theta,
+        "rope_theta": config.get("rope_theta", 1000000.0),
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
