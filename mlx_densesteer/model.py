@@ -117,10 +117,15 @@ def inspect(model: nn.Module, path_or_repo: str | Path) -> ModelInfo:
         name=origin(path_or_repo),
         layer_count=model.args.num_hidden_layers,
         hidden_size=model.args.hidden_size,
-        dtype=str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
+        dtype=dtype_name(model.model.norm.weight.dtype),
         quantization=f"{mode}{quantized}-bit, group {group_size}" if quantized else "none",
         fingerprint=fingerprint(model),
     )
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return ``bfloat16`` for ``mx.bfloat16``."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..demo.problems import held_out
 from ..dose import mean_norms, strength_for
-from ..model import fingerprint, load
+from ..model import dtype_name, fingerprint, load
 from ..patch import make_cache, patch, unpatch
 from ..prompt import encode_prompt
 from ..steering import Positions, Steering
@@ -39,7 +39,7 @@ class Subject:
     def dtype(self) -> str:
         """The dtype of the residual stream, and the bits of quantised weights."""
         bits = getattr(self.model.model.layers[0].mlp.down_proj, "bits", None)
-        dtype = str(self.model.model.norm.weight.dtype).removeprefix("mlx.core.")
+        dtype = dtype_name(self.model.model.norm.weight.dtype)
         return f"{dtype}, weights of {bits} bits" if bits else dtype
 
     @cached_property

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ExportError
+from ..model import dtype_name
 from ..patch import make_cache
 from ..steering import Steering
 
@@ -69,7 +70,7 @@ def reference(model: nn.Module, tokens: list[int], steering: Steering) -> Refere
         model(batch, make_cache(model, wanted))[0].astype(mx.float32) for wanted in (steering, None)
     )
     mx.eval(steered, unsteered)
-    dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(model.model.norm.weight.dtype)
     return Reference(tuple(tokens), steered, unsteered, dtype)
 
 

@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .._version import __version__
 from ..atomic import check_disk, move_into_place, scratch_folder
 from ..errors import ExportError
-from ..model import inspect
+from ..model import dtype_name, inspect
 from ..patch import deltas, make_cache, patch
 from ..steering import Steering
 from .step import empty_cache, next_logits, steered_step
@@ -173,7 +173,7 @@ def _metadata(
         "chunks": list(lengths),
         "layer_count": info.layer_count,
         "cache_shape": list(cache[0].shape),
-        "cache_dtype": str(dtype).removeprefix("mlx.core."),
+        "cache_dtype": dtype_name(dtype),
         "cache_bytes": sum(array.nbytes for array in cache),
         "device": mx.default_device().type.name,
         "created_by": f"mlx-densesteer {__version__}, mlx {mx.__version__}",
