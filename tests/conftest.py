@@ -1,11 +1,15 @@
 """Fixtures that many tests share: a tiny random model and the real checkpoint."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # Newer GPUs round float32 products to TF32 unless told not to; exactness is what is tested here.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+# A job in a shell's background ignores Ctrl-C, and all its children would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import mlx.core as mx
 import numpy as np

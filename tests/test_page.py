@@ -424,6 +424,39 @@ def test_two_tabs_lose_nothing_of_each_other(server, open_page):
     assert sorted(stored) == ["At once?", "At the same time?"]
 
 
+def test_what_another_tab_wrote_over_is_kept_again(open_page):
+    """Browsers tell a tab late what another wrote: here it has not seen this tab's second answer."""
+    page = open_page()
+    ask(page)
+    answered(page)
+    seen = page.evaluate("localStorage['densesteer.conversations']")
+    ask(page, "And now?")
+    answered(page)
+    until(page, "JSON.parse(localStorage['densesteer.conversations'])[0].turns.length == 2")
+
+    def overwrite(text):
+        page.evaluate(
+            """text => {
+                localStorage['densesteer.conversations'] = text;
+                Date.now = () => 0;  // however slow this machine is, that was at once
+                dispatchEvent(new StorageEvent('storage', {key: 'densesteer.conversations'}));
+            }""",
+            text,
+        )
+        return json.loads(page.evaluate("localStorage['densesteer.conversations']"))
+
+    first = json.loads(seen)[0]
+    for text in (seen, "[]"):  # without the newest answer; without the conversation
+        (kept,) = overwrite(text)
+        assert kept["id"] == first["id"] and len(kept["turns"]) == 2
+    theirs = first | {"revision": "theirs", "earlier": [*first["earlier"], first["revision"]]}
+    kept, other = overwrite(json.dumps([theirs]))
+    assert other == theirs
+    assert kept["id"] != first["id"] and [t["question"] for t in kept["turns"]][1] == "And now?"
+    assert page.locator("#conversations li").count() == 2
+    assert page.locator("#turns > li").count() == 2
+
+
 def test_a_server_that_dies_costs_no_answer(open_page):
     page = open_page()
     for question in (QUESTION, "And now?"):

@@ -260,6 +260,10 @@ function renew() {
 
 /** Another tab has written: show it, unless this one is in the middle of something. */
 function adopt() {
+  if (!running && history.isLost(conversation)) {
+    history.keep(conversation);
+    sessionStorage.setItem(HERE, conversation.id);
+  }
   showList();
   if (running) return;
   const stored = history.find(conversation.id);

@@ -1,13 +1,16 @@
 /**
  * Conversations, kept in this browser.
  *
- * A conversation is {id, revision, title, system, updated, turns}, a turn {question, answers, chosen}, an
+ * A conversation is {id, revision, earlier, title, system, updated, turns}, a turn {question, answers, chosen}, an
  * answer {label, asked, text, steering, usage, reason, error}. Another tab may write too: `revision` tells
- * whether what is stored is what we know.
+ * whether what is stored is what we know, `earlier` the revisions that it goes on from. A browser tells a tab a
+ * moment late what another has written, so two that write at once overwrite each other: see `isLost`.
  */
 
 const STORE = "densesteer.conversations";
 const MOST = 100;
+const EARLIER = 20; // revisions that a conversation remembers
+const AT_ONCE = 5000; // milliseconds within which what is gone was overwritten, not deleted
 
 /** @returns {object[]} newest first */
 export function all() {
@@ -42,11 +45,22 @@ export function keep(conversation) {
   if (!conversation.turns.length) return true;
   const others = all();
   const stored = others.find((one) => one.id === conversation.id);
-  if (stored && stored.revision !== conversation.revision) conversation.id = name();
-  Object.assign(conversation, { revision: name(), title: title(conversation), updated: new Date().toISOString() });
+  const known = [...(conversation.earlier ?? []), conversation.revision];
+  if (stored && !known.includes(stored.revision)) conversation.id = name();
+  const earlier = known.filter(Boolean).slice(-EARLIER);
+  Object.assign(conversation, { revision: name(), earlier, title: title(conversation), updated: new Date().toISOString() });
   const kept = [conversation, ...others.filter((one) => one.id !== conversation.id)].slice(0, MOST);
   while (kept.length && !write(kept)) kept.pop();
   return kept.length > 0;
+}
+
+/** Tell whether another tab has written over this conversation without having seen it. */
+export function isLost(conversation) {
+  const { id, revision, updated } = conversation;
+  if (!revision) return false; // never kept
+  const stored = find(id);
+  if (!stored) return Date.now() - Date.parse(updated) < AT_ONCE;
+  return stored.revision !== revision && !stored.earlier?.includes(revision);
 }
 
 /** Put back a conversation that was deleted. */
