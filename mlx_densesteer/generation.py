@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .brake import Brake, Braked
 from .chunks import Chunk
 from .density import density, split_steps
-from .errors import InputError
+from .errors import ContextError, InputError
 from .partial_answer import PartialAnswer
 from .patch import deltas
 from .pipeline_prefix import PipelinePrefix
@@ -251,6 +251,8 @@ def stream(
 ) -> Stream:
     """Return an iterator over the response, piece by piece.
 
+    The response ends at the latest where the model's context does (``finish_reason="length"``).
+
     Args:
         prompt: a user message (chat template), plain text (``raw``), or token ids.
         steering: what to add to the residual stream; ``None`` is the stock model.
@@ -260,6 +262,7 @@ def stream(
             a few tokens later, so that nothing is taken back; ``None`` lets it repeat.
 
     Raises:
+        ContextError: no room for a response in the model's context.
         InputError, SteeringError, VectorMismatchError: before anything is generated.
     """
     if isinstance(prompt, str):
@@ -268,11 +271,18 @@ def stream(
         tokens = prompt
     if not len(tokens):
         raise InputError("the prompt has no tokens; expected at least one.")
+    context = model.args.max_position_embeddings
+    if len(tokens) >= context:
+        raise ContextError(
+            f"the prompt has {len(tokens)} tokens, and the model's context is {context} with the response. "
+            "Shorten it."
+        )
     *rest, last = (int(token) for token in tokens)
     spread = getattr(model.model, "pipeline_size", 1) > 1  # over several ranks
     return Stream(
         model, tokenizer, PipelinePrefix(model) if spread else Prefix(model), [Chunk(tuple(rest))], last,
-        steering=steering, max_tokens=max_tokens, sampling=sampling, stop=stop, draft=draft, brake=brake,
+        steering=steering, max_tokens=min(max_tokens, context - len(tokens)), sampling=sampling, stop=stop,
+        draft=draft, brake=brake,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from .hub import fetch_config, fetch_model
 from .model_folder import is_hub_id, origin, read_config, rope
 from .patch import decoder_blocks, patch
 
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # warned of once, by this name
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -67,6 +69,8 @@ def load_folder(
     told = rope(read_config(path))
     with loading(path):
         model, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[:2]
+    # transformers would speak of indexing errors; how long a prompt may be is checked by who generates
+    tokenizer.deprecation_warnings[_TOO_LONG] = True
     return patch(model), tokenizer
 
 

@@ -233,6 +233,19 @@ def test_standard_input_that_is_no_text(run, hf_folder):
     assert result.exit_code == 2 and "not UTF-8" in result.stderr
 
 
+def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder):
+    """``echo TEXT |`` is the argument TEXT; raw text is taken as it is."""
+
+    def read(text, *options):
+        done = run("generate", "-m", hf_folder, "-n", 1, "--json", *options, input=text)
+        return json.loads(done.stdout)["prompt_tokens"]
+
+    plain = read("two\nlines")
+    assert read("two\nlines\n") == read("two\r\nlines\r\n") - 1 == plain
+    assert read("two\nlines\n\n") == plain + 1
+    assert read("line\n", "--raw") == read("line", "--raw") + 1
+
+
 @pytest.mark.parametrize("number", [2, 15])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_signal_keeps_what_was_said(hf_folder, number, as_json):

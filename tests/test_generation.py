@@ -8,7 +8,7 @@ from mlx_lm import load as mlx_lm_load
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.demo.problems import held_out
-from mlx_densesteer.errors import InputError
+from mlx_densesteer.errors import ContextError, InputError
 from mlx_densesteer.prompt import encode_prompt
 
 
@@ -307,3 +307,23 @@ def test_an_interruption_keeps_what_the_brake_held_back(toy, overdose):
     result = pieces.result
     assert result.text.startswith(shown) and len(result.text) > len(shown)
     assert toy[1].decode(list(result.token_ids)) == result.text
+
+
+def test_a_response_ends_where_the_context_does(loaded):
+    """And a prompt that leaves no room is refused before anything is read."""
+    model, tokenizer = loaded
+    context = model.args.max_position_embeddings
+    result = ds.generate(model, tokenizer, [5] * (context - 3), max_tokens=30)
+    assert result.tokens == 3 and result.finish_reason == "length"
+    for length in (context, 4 * context):
+        with pytest.raises(
+            ContextError, match=f"has {length} tokens, and the model's context is {context}"
+        ):
+            ds.stream(model, tokenizer, [5] * length)
+
+
+def test_a_long_prompt_is_not_warned_of_in_others_words(caplog, capfd):
+    _, tokenizer = ds.load("demo")
+    assert tokenizer.model_max_length == 1024
+    assert len(tokenizer.encode("apples " * 2000)) > 1024
+    assert "indexing errors" not in caplog.text + "".join(capfd.readouterr())

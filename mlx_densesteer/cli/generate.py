@@ -51,11 +51,11 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
              as_json: bool, prompt: str | None) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
 
-    PROMPT is read from standard input where it is missing or "-". The text goes to standard
-    output as it is made, everything else to standard error. Under mlx.launch the model is spread
+    PROMPT is read from standard input where it is missing or "-", without its last newline unless
+    --raw. The text goes to standard output as it is made, everything else to standard error. Under mlx.launch the model is spread
     over the ranks (docs/distributed.md).
     """
-    text = _read_prompt(prompt)
+    text = _read_prompt(prompt, raw)
     check_spread(pipeline, draft_model)
     request = read_steering(vector, strength, layers, positions, relative)
     check_draft_options(draft_model, draft_vector, request is not None)
@@ -93,12 +93,13 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     else:
         click.echo(result.text[shown:])  # after an interruption, what was held back for a stop
     tell_brakes(result)
-    note(_receipt(result))
+    note(_receipt(result, loaded.args.max_position_embeddings))
     if interrupt:
         raise interrupt
 
 
-def _read_prompt(prompt: str | None) -> str:
+def _read_prompt(prompt: str | None, raw: bool) -> str:
+    """Return the prompt; ``echo TEXT |`` is the same as the argument TEXT, as ``$(...)`` would make it."""
     if prompt not in (None, "-"):
         return prompt  # type: ignore[return-value]
     if launched_rank() is not None:
@@ -109,9 +110,10 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give it as an argument or on standard input.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"standard input is not UTF-8 text ({error}).") from error
+    return text if raw else text.removesuffix("\n").removesuffix("\r")
 
 
 def _tell_demo(model: str, prompt: str) -> None:
@@ -148,10 +150,13 @@ def _to_json(result: "Generation", norms: dict[int, float]) -> dict[str, object]
     }  # fmt: skip
 
 
-def _receipt(result: "Generation") -> str:
+def _receipt(result: "Generation", context: int) -> str:
+    full = result.prompt_tokens + result.tokens >= context
     ends = {
-        "stop": "", "length": "; cut off at --max-tokens", "interrupted": "; interrupted",
-    }[result.finish_reason]  # fmt: skip
+        "stop": "",
+        "length": f"; cut off at {f'the context of {context} tokens' if full else '--max-tokens'}",
+        "interrupted": "; interrupted",
+    }[result.finish_reason]
     density = f", density {result.density:.1f}" if result.density else ""
     return (
         f"{count(result.tokens, 'token')}, {count(result.steps, 'step')}{density}, first token after "
