@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from .errors import InputError
+from .extras import install_command
 
 SECONDS = 5  # of CPU time for one verdict, so that a busy machine changes none
 LONGEST = 2000  # characters; no gold answer of the known tasks has a tenth
@@ -77,7 +78,7 @@ class _Judge:
             error = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
             raise InputError(
                 f"math-verify is installed but does not start ({error[0]}). Install it again "
-                "with `pip install 'mlx-densesteer[eval]'`."
+                f"with `{install_command('eval')}`."
             )
         return self._process
 

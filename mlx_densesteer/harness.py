@@ -2,9 +2,7 @@
 
 lm-eval finds it under the name ``densesteer``: through the entry point ``lm_eval.models``
 where its version looks for one, else with ``python -m mlx_densesteer.harness``, which is
-lm-eval's own command with this one model more (docs/lm-eval.md). No torch.
-
-Not covered: several processes, images, and lm-eval's cache of responses.
+lm-eval's own command with this one model more (docs/lm-eval.md). No torch. Not covered: several processes, images, and lm-eval's cache of responses.
 """
 
 import logging
@@ -14,14 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .extras import install_command
+
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError(
-        "lm-evaluation-harness needs the extra: pip install 'mlx-densesteer[lm-eval]'."
-    ) from error
+    kind = SystemExit if __name__ == "__main__" else ImportError
+    raise kind(f"lm-evaluation-harness needs an extra: {install_command('lm-eval')}") from error
 
 from .batch import generate_batch
 from .demo import NAME, VECTOR

@@ -18,6 +18,12 @@ from .hub import fetch_config, fetch_model
 from .model_folder import is_hub_id, origin, read_config, rope
 from .patch import decoder_blocks, patch
 
+_FILES = {  # what somebody may take for a model
+    ".gguf": "is a GGUF file; make an MLX folder of it with `densesteer convert {}`.",
+    ".npz": "is a steering vector's file: -v takes it. A model is a folder.",
+    ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
+    ".safetensors": "is one file of a model; name its folder.",
+}
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # warned of once, by this name
 
 
@@ -96,10 +102,8 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
-        raise ModelError(
-            f"{path}: is {kind}; make an MLX folder of it with `densesteer convert {path}`."
-        )
+        found = _FILES.get(path.suffix, "is a file, expected a folder.")
+        raise ModelError(f"{path}: {found.format(path)}")
     repo = str(path_or_repo)
     if not is_hub_id(repo):
         raise ModelError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from .atomic import atomic_file
 from .errors import InputError
+from .extras import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +63,7 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            "pictures need matplotlib: `pip install 'mlx-densesteer[plot]'`."
-        ) from error
+        raise InputError(f"pictures need matplotlib: `{install_command('plot')}`.") from error
     sweep = _arrange(table)
     pictures = {"heatmap.png": _heatmap(sweep), "curves.png": _curves(sweep)}
     paths = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import InputError
+from .extras import install_command
 from .grading import last_boxed
 from .jsonl import read_jsonl
 
@@ -148,7 +149,7 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, object]]:
     except ImportError as error:
         raise InputError(
             f"{name}: its file on the Hub is Parquet, which needs pyarrow: "
-            "`pip install 'mlx-densesteer[eval]'`. Or name a local JSONL file."
+            f"`{install_command('eval')}`. Or name a local JSONL file."
         ) from error
     try:
         return pyarrow.parquet.read_table(path).to_pylist()

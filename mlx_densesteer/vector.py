@@ -257,7 +257,7 @@ def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
     if type(version) is not int or version != FORMAT_VERSION:
         raise VectorFormatError(
             f"{path}: format version {version!r}, but this is mlx-densesteer {__version__}, which "
-            f"reads version {FORMAT_VERSION}. Upgrade with `pip install -U mlx-densesteer`."
+            f"reads version {FORMAT_VERSION}. Install a newer mlx-densesteer."
         )
     return _from_document(path, document)
 

@@ -413,6 +413,7 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch, capsys):
 
     from mlx_densesteer.chat.screen import Screen
     from mlx_densesteer.cli.chat import _faces
+    from mlx_densesteer.extras import install_command
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -420,4 +421,4 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     _, screen = _faces(False)
     assert type(screen) is Screen
-    assert "pip install 'mlx-densesteer[chat]'" in capsys.readouterr().err
+    assert install_command("chat") in capsys.readouterr().err

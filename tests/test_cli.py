@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import mlx_densesteer as ds
+from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.defaults import default_layer
 from mlx_densesteer.vector import SteeringVector, VectorMeta
@@ -231,6 +232,24 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(run, tmp_path, monkeypatch):
 def test_standard_input_that_is_no_text(run, hf_folder):
     result = run("generate", "-m", hf_folder, input=b"\xff\xfe\x00")
     assert result.exit_code == 2 and "not UTF-8" in result.stderr
+
+
+def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
+    for arguments, said in (
+        (
+            ("-m", "demo", "What", "is", "3 + 4"),
+            "quote it: densesteer generate ... 'What is 3 + 4'",
+        ),
+        (("hello",), "Try -m demo"),
+        (("-m", demo.VECTOR, "hello"), "is a steering vector's file: -v takes it"),
+        (("-m", tmp_path / "{}.gguf", "hello"), f"`densesteer convert {tmp_path}/{{}}.gguf`"),
+        (("-m", tmp_path / "x.txt", "hello"), "is a file, expected a folder"),
+        (("-m", hf_folder, "-v", tmp_path, "hello"), "is a folder, expected a .npz file"),
+    ):
+        for name in ("{}.gguf", "x.txt"):
+            (tmp_path / name).touch()
+        done = run("generate", *arguments)
+        assert done.exit_code and said in " ".join(done.stderr.split()), done.stderr
 
 
 def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -7,6 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_densesteer.conversion import convert
 from mlx_densesteer.errors import ConversionError, UnsupportedModelError
+from mlx_densesteer.extras import install_command
 from mlx_densesteer.interop.gguf_model import hf_name, open_gguf
 from mlx_densesteer.model import load
 from mlx_densesteer.self_check import tiny_model
@@ -257,5 +259,5 @@ def test_names():
 
 def test_without_the_extra_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ConversionError, match=r"pip install 'mlx-densesteer\[gguf\]'"):
+    with pytest.raises(ConversionError, match=re.escape(install_command("gguf"))):
         open_gguf(tmp_path / "x.gguf")

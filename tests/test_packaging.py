@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,11 @@ def test_it_installs_and_runs_outside_the_repository(install, dist, uv, tmp_path
     assert answer["steering"]["relative_dose"]
     assert "mlx-lm" in run(densesteer, "doctor", cwd=empty).stdout
     assert "compdef" in run(densesteer, "completion", "zsh", cwd=empty).stdout
+    place = shlex.quote(f"{dist / WHEEL}[gguf]")
+    tool = "uv tool" if install is install_with_uv else "pipx"
+    import_it = "from mlx_densesteer.extras import install_command; print(install_command('gguf'))"
+    told = run(python, "-c", import_it, cwd=empty).stdout
+    assert told == f"{tool} install --force {place} (and name what other extras you use)\n"
     if install is install_with_uv:
         run(python, "-c", "import starlette, uvicorn, prompt_toolkit, rich", cwd=empty)
     assert list(empty.iterdir()) == []

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_densesteer.errors import DiskError, InputError
+from mlx_densesteer.extras import install_command
 from mlx_densesteer.plot import plot_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +173,7 @@ def test_a_missing_folder(matplotlib, tmp_path):
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pip install 'mlx-densesteer\[plot\]'"):
+    with pytest.raises(InputError, match=re.escape(install_command("plot"))):
         plot_sweep(TABLE, tmp_path)
 
 
@@ -180,6 +182,7 @@ def test_no_global_state_is_touched(matplotlib, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from mlx_densesteer.extras import install_command
 from mlx_densesteer.plot import plot_sweep
 assert "matplotlib" not in sys.modules
 plot_sweep({TABLE!r}, Path("."))

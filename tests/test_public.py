@@ -14,6 +14,7 @@ ROOMS = [
     {
         "_version",
         "errors",
+        "extras",
         "density",
         "intervals",
         "quantities",

@@ -12,6 +12,7 @@ from conftest import SHARED
 from hub_server import HubServer
 
 from mlx_densesteer.errors import InputError
+from mlx_densesteer.extras import install_command
 from mlx_densesteer.grading import grade
 from mlx_densesteer.tasks import Problem, load_task
 
@@ -337,6 +338,6 @@ def test_a_failing_hub(ask, hub):
 
 def test_without_pyarrow(ask, hub):
     parquet, jsonl = ask(("gsm8k", {}), ("math500", {}), mode="without pyarrow")
-    assert "pip install 'mlx-densesteer[eval]'" in parquet
+    assert install_command("eval") in parquet
     assert "name a local JSONL file" in parquet
     assert jsonl[0]["rule"] == "boxed"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from ..extras import install_command
 from .options import decoding_options, model_option, steering_options
 from .output import count, note
 from .speculate import check_draft_options, load_draft
@@ -97,7 +98,7 @@ def _faces(plain: bool) -> "tuple[Keyboard, Screen]":
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         return Keyboard(), Screen()
     if any(find_spec(name) is None for name in ("prompt_toolkit", "rich")):
-        note("plain lines; for editing, history and Markdown: pip install 'mlx-densesteer[chat]'")
+        note(f"plain lines; for editing, history and Markdown: {install_command('chat')}")
         return Keyboard(), Screen()
     from ..chat.terminal_keyboard import TerminalKeyboard
     from ..chat.terminal_screen import TerminalScreen

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..extras import install_command
 from . import completers
 from .options import model_option, run_options, steering_options, task_options
 from .output import count, note
@@ -121,7 +122,7 @@ def tell_grader(problems: "Sequence[Problem]") -> None:
 
     if any(problem.rule == "boxed" for problem in problems) and not installed():
         note("boxed answers are graded by the string rule alone; for math-verify, which accepts more "
-             "forms of an answer: pip install 'mlx-densesteer[eval]'")  # fmt: skip
+             f"forms of an answer: {install_command('eval')}")  # fmt: skip
 
 
 def which_problems(task: str, problems: "Sequence[Problem]", **choice: object) -> dict[str, object]:

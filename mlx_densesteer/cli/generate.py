@@ -1,6 +1,7 @@
 """``densesteer generate``."""
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
 @click.option("--pipeline", is_flag=True,
               help="Under mlx.launch: give every rank some of the blocks, not a slice of each.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]")
 def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
              positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float, seed: int | None,
              system: str | None, stop: tuple[str, ...], raw: bool, draft_model: str | None,
              draft_vector: str | None, draft_tokens: int, no_brake: bool, pipeline: bool,
-             as_json: bool, prompt: str | None) -> None:  # fmt: skip
+             as_json: bool, prompt: tuple[str, ...]) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
 
     PROMPT is read from standard input where it is missing or "-", without its last newline unless
@@ -98,16 +99,20 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
         raise interrupt
 
 
-def _read_prompt(prompt: str | None, raw: bool) -> str:
+def _read_prompt(prompt: tuple[str, ...], raw: bool) -> str:
     """Return the prompt; ``echo TEXT |`` is the same as the argument TEXT, as ``$(...)`` would make it."""
-    if prompt not in (None, "-"):
-        return prompt  # type: ignore[return-value]
+    if len(prompt) > 1:
+        raise click.UsageError(
+            f"{len(prompt)} prompts, expected one; quote it: densesteer generate ... {shlex.quote(' '.join(prompt))}"
+        )
+    if prompt not in ((), ("-",)):
+        return prompt[0]
     if launched_rank() is not None:
         raise click.UsageError(
             "under mlx.launch the prompt is an argument: mlx.launch never ends standard input. For a "
             'file: "$(cat problem.txt)".'
         )
-    if prompt is None and sys.stdin.isatty():
+    if not prompt and sys.stdin.isatty():
         raise click.UsageError("no prompt: give it as an argument or on standard input.")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")

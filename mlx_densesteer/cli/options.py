@@ -10,10 +10,19 @@ from . import completers
 Command = Callable[..., Any]
 
 
+class _Model(click.ParamType):
+    """A text; whoever leaves it out is told what it could be."""
+
+    name = "model"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return "Try -m demo, which is embedded, or a folder that `densesteer convert` wrote."
+
+
 def model_option(command: Command, *, required: bool = True) -> Command:
     """Add ``-m/--model``."""
     return click.option(
-        "-m", "--model", required=required, metavar="MODEL", shell_complete=completers.models,
+        "-m", "--model", required=required, type=_Model(), metavar="MODEL", shell_complete=completers.models,
         help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
     )(command)  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..extras import install_command
 from . import completers
 from .agent import install, uninstall
 from .options import model_option, positions_option, relative_option
@@ -129,7 +130,7 @@ def _check_extra() -> None:
     from importlib.util import find_spec
 
     if any(find_spec(name) is None for name in ("pydantic", "starlette", "uvicorn")):
-        raise click.ClickException("the server needs an extra: pip install 'mlx-densesteer[serve]'")
+        raise click.ClickException(f"the server needs an extra: {install_command('serve')}")
 
 
 def _read_vectors(

@@ -104,8 +104,9 @@ def read_vector(name: str) -> "SteeringVector":
 
     path = demo.VECTOR if name == demo.NAME else Path(name)
     if not path.is_file():
+        found = "is a folder, expected a .npz file" if path.is_dir() else "no such file"
         raise click.UsageError(
-            f"{name}: no such file. Make one with `densesteer extract`, or import one with "
+            f"{name}: {found}. Make one with `densesteer extract`, or import one with "
             "`densesteer vector import`."
         )
     if path.suffix in (".gguf", ".pt", ".safetensors"):

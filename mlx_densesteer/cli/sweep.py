@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..extras import install_command
 from . import completers
 from .eval import tell_grader, tell_kept, tell_ranks, which_problems
 from .options import (
@@ -261,7 +262,7 @@ def _draw(folder: Path, result: "Sweep") -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        note("no pictures without matplotlib: pip install 'mlx-densesteer[plot]', run this again.")
+        note(f"no pictures without matplotlib; run this again after: {install_command('plot')}")
         return
     from ..plot import plot_sweep
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConversionError, DenseSteerError
+from ..extras import install_command
 
 
 def gguf_package(path: Path, kind: type[DenseSteerError] = ConversionError) -> Any:
@@ -18,8 +19,7 @@ def gguf_package(path: Path, kind: type[DenseSteerError] = ConversionError) -> A
         import gguf
     except ImportError as error:
         raise kind(
-            f"{path}: GGUF files need the package gguf: pip install 'mlx-densesteer[gguf]', or install the "
-            "command again with this extra (docs/install.md)."
+            f"{path}: GGUF files need the package gguf: {install_command('gguf')}"
         ) from error
     return gguf
 
