@@ -6,6 +6,7 @@ import os
 import plistlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ TESTS = {
     "library_call.py": "test_a_library_call",
     "menubar.py": "test_the_menu_bar",
     "raycast/solve-densely.sh": "test_the_raycast_command",
+    "settings.py": "test_the_python_examples_take_the_same_settings",
     "shortcuts/solve-densely.sh": "test_the_shortcuts_action",
     "streaming_callback.py": "test_a_streaming_callback",
     f"{WORKFLOW}/Info.plist": "test_the_service_is_in_the_menu",
@@ -128,6 +130,64 @@ def test_an_asyncio_program(run, solved):
     assert done.stdout == 2 * (solved[4.76] + "\n")
     assert int(re.search(r"ticked (\d+) times", done.stderr)[1]) > 0
     assert "given up" in done.stderr
+
+
+PROGRAMS = ["library_call", "streaming_callback", "asyncio_stream"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_python_examples_take_the_same_settings(run, solved, name):
+    """Empty is unset; an empty vector is the stock model; "demo" is the embedded one."""
+    program = (sys.executable, EXAMPLES / f"{name}.py", QUESTION)
+    empty = dict.fromkeys(("DENSESTEER_MODEL", "DENSESTEER_LAYER", "DENSESTEER_STRENGTH"), "")
+
+    def said(**settings):
+        answer = solved[settings.pop("is_answer")]
+        if name == "streaming_callback":
+            answer = answer.partition("\n\n")[0]
+        return run(*program, **settings).stdout == (answer + "\n") * (1 + (name == PROGRAMS[2]))
+
+    assert said(DENSESTEER_VECTOR="", is_answer=0.0, **empty)
+    assert said(DENSESTEER_VECTOR="demo", DENSESTEER_STRENGTH="-7.13", is_answer=-7.13)
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "menubar"])
+@pytest.mark.parametrize("setting", ["STRENGTH=abc", "STRENGTH=nan", "STRENGTH=0,5", "LAYER=4,5"])
+def test_a_wrong_setting_is_named(run, name, setting):
+    variable, _, value = f"DENSESTEER_{setting}".partition("=")
+    done = run(sys.executable, EXAMPLES / f"{name}.py", code=1, **{variable: value})
+    assert done.stdout == ""
+    assert re.fullmatch(
+        rf"{variable}={value}: expected a (whole )?number, such as [-\d.]+\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_wrong_takes_one_line(run, name):
+    program = (sys.executable, EXAMPLES / f"{name}.py")
+    for words, settings, error in (
+        ([""], {}, "the prompt is empty"),
+        ([], {"DENSESTEER_MODEL": "/nowhere"}, "/nowhere: no such folder"),
+        ([], {"DENSESTEER_VECTOR": "nowhere.npz"}, "nowhere.npz: no such file"),
+    ):
+        done = run(*program, *words, code=1, **settings)
+        assert done.stdout == "" and done.stderr.startswith(f"{name}: {error}")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nobody_reads_on(name):
+    """As in `... | head`, at its worst: the reader is gone before the first piece."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE and b"Error" not in done.stderr
 
 
 # The filter
@@ -315,6 +375,8 @@ def menu_bar(monkeypatch, tmp_path):
     started = []
 
     def start():
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.delitem(sys.modules, "settings", raising=False)
         spec = importlib.util.spec_from_file_location("menubar", EXAMPLES / "menubar.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -387,3 +449,49 @@ def test_the_menu_bar_says_what_is_wrong(menu_bar, monkeypatch):
     app, rumps, _ = menu_bar()
     tick(app, lambda: rumps.alerts)
     assert "nowhere: no such folder" in rumps.alerts[0] and app.solve_item.callback is None
+
+    monkeypatch.setenv("DENSESTEER_MODEL", "")
+    monkeypatch.setenv("DENSESTEER_VECTOR", "nowhere.npz")
+    app, rumps, _ = menu_bar()
+    tick(app, lambda: len(rumps.alerts) > 1)
+    assert "nowhere.npz: no such file" in rumps.alerts[1] and app.solve_item.callback is None
+
+
+def test_the_menu_bar_shows_a_bug_and_goes_on(menu_bar, monkeypatch):
+    app, rumps, clipboard = menu_bar()
+    tick(app, lambda: app.solve_item.callback)
+    clipboard.write_text(QUESTION, "utf-8")
+    monkeypatch.setattr(app, "_answer", lambda *_: 1 // 0)
+    app.solve_item.callback(app.solve_item)
+    with pytest.raises(ZeroDivisionError):
+        tick(app, lambda: False)
+    assert rumps.alerts == ["integer division or modulo by zero"] and app.solve_item.callback
+
+
+def test_the_menu_bar_unsteered(menu_bar, monkeypatch, solved):
+    """At strength 0 the slider has a range all the same; without a vector there is an answer."""
+    monkeypatch.setenv("DENSESTEER_STRENGTH", "0")
+    app, _, _ = menu_bar()
+    assert app.label.title == "Unsteered"
+    assert app.slider.min_value < app.slider.value < app.slider.max_value
+    app.slider.value = app.slider.max_value
+    app.slider.callback(app.slider)
+    assert app.strength == app.slider.max_value
+
+    monkeypatch.setenv("DENSESTEER_VECTOR", "")
+    app, rumps, clipboard = menu_bar()
+    tick(app, lambda: app.solve_item.callback)
+    clipboard.write_text(QUESTION, "utf-8")
+    app.slider.value = 4.76
+    app.slider.callback(app.slider)
+    app.solve_item.callback(app.solve_item)
+    tick(app, lambda: rumps.windows)
+    assert rumps.windows[0].text == solved[0.0]
+
+
+def test_the_menu_bar_without_rumps(run, tmp_path):
+    """Where rumps is installed it cannot be imported here: a module of its name stands before it."""
+    (tmp_path / "rumps.py").write_text("raise ImportError('no AppKit')\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = run(sys.executable, EXAMPLES / "menubar.py", code=1, PYTHONPATH=path)
+    assert done.stderr == "menubar: no AppKit. On a Mac: pip install -e '.[menubar]'\n"
