@@ -226,15 +226,91 @@ def test_the_filter_asks_a_server_that_has_the_model(run, home, solved):
 
         refused = ask("", code=1)  # what the server says, and nothing on standard output
         assert refused.stdout == "" and "dense-filter: no message of the user" in refused.stderr
-        assert "much: expected a number" in ask(DENSESTEER_STRENGTH="much", code=1).stderr
+        for ending in ("/", "/v1", "/v1/"):
+            assert ask(DENSESTEER_SERVER=server.url + ending).stdout == solved[4.76] + "\n"
+        begun = ask("Mia has 7 bags").stdout  # one newline is no part of it, as in the command
+        assert begun == ask("Mia has 7 bags\n").stdout == ask("Mia has 7 bags\r\n").stdout
+        assert begun != ask("Mia has 7 bags\n\n").stdout
+
         for other in ({"DENSESTEER_MODEL": "converted/other"}, {"DENSESTEER_VECTOR": "other.npz"}):
-            assert "no no-such-command" in ask(code=127, **other).stderr  # the command is for those
+            said = ask(code=127, **other).stderr  # the command is for those, and the user knows
+            assert "no no-such-command" in said and "no server with" in said
+            assert f" at {server.url}: running the command." in said
+        for setting in (
+            "LAYER=4,5",
+            "LAYER=all",
+            "LAYER=3-5",
+            "VECTOR= LAYER=5",
+            "VECTOR= STRENGTH=1",
+        ):
+            more = dict(f"DENSESTEER_{one}".split("=") for one in setting.split(" "))
+            assert "no no-such-command" in ask(code=127, **more).stderr  # and for these
     assert not (home / "pwned").exists()
 
 
 def test_the_filter_goes_on_without_a_server(run, solved):
-    done = run(EXAMPLES / "dense-filter", text=QUESTION, DENSESTEER_SERVER="http://127.0.0.1:9")
+    need("curl")
+    need("jq")
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, DENSESTEER_SERVER="http://127.0.0.1:9/v1")
     assert done.stdout == solved[4.76] + "\n"
+    nobody = (
+        "dense-filter: no server with demo and dense at http://127.0.0.1:9: running the command.\n"
+    )
+    assert done.stderr.startswith(nobody)
+
+
+@pytest.fixture
+def command(run, tmp_path):
+    """Return what the filter runs, as a list of words: a command stands in that prints its own."""
+    printer = tmp_path / "printer"
+    printer.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    printer.chmod(0o755)
+
+    def command(*words, **settings):
+        settings = {f"DENSESTEER_{name}": value for name, value in settings.items()}
+        done = run(EXAMPLES / "dense-filter", *words, DENSESTEER=str(printer), **settings)
+        assert not done.stderr
+        return done.stdout.split()
+
+    return command
+
+
+def test_an_argument_takes_the_place_of_the_settings(command):
+    """-l may be given twice, and then both layers are steered; a vector has a strength of its own."""
+    mine = {"VECTOR": "mine.npz", "LAYER": "4", "STRENGTH": "-2.5e0"}
+    base, vector = ["generate", "-m", "demo"], ["-v", "mine.npz"]
+    layer, strength = ["-l", "4"], ["-s", "-2.5e0"]
+    assert command(**mine) == [*base, *vector, *layer, *strength]
+    for words in (["-l", "3"], ["-l3"], ["--layer", "3"], ["--layer=3"]):
+        assert command(*words, **mine) == [*base, *vector, *strength, *words]
+    for words in (["-s", "1"], ["-s1"], ["--strength", "1"], ["--lambda=1"]):
+        assert command(*words, **mine) == [*base, *vector, *layer, *words]
+    for words in (["-v", "a"], ["-va"], ["--vector", "a"], ["--vector=a"]):
+        assert command(*words, **mine) == [*base, *words]
+    for words in (["--stop", "x", "--seed", "1"], ["--", "-l"]):
+        assert command(*words, **mine) == [*base, *vector, *layer, *strength, *words]
+
+
+@pytest.mark.parametrize("server", ["", "http://127.0.0.1:9"])
+def test_the_filter_names_a_wrong_setting(run, command, server):
+    for setting in ("STRENGTH=much", "STRENGTH=nan", "STRENGTH=inf", "STRENGTH=0,5", "STRENGTH=-",
+                    "LAYER=x", "LAYER=-1", "LAYER=4,", "LAYER=1.5"):  # fmt: skip
+        name, _, value = f"DENSESTEER_{setting}".partition("=")
+        more = {name: value, "DENSESTEER_SERVER": server, "DENSESTEER": "no-such-command"}
+        done = run(EXAMPLES / "dense-filter", text=QUESTION, code=2, **more)
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+        expected = "a number, such as 1.5" if "STRENGTH" in name else "a layer, such as 14"
+        assert done.stderr.startswith(f"dense-filter: {name}={value}: expected {expected}")
+    for strength in ("1", "-7.13", "+.5", "2.", "1e-2"):
+        assert command(STRENGTH=strength)[-1] == strength
+    for layers in ("14", "4,5", "all", "3-5", "1,3-5"):
+        assert command(LAYER=layers)[-1] == layers
+
+
+def test_a_strength_without_a_vector_is_refused(run):
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, code=2, DENSESTEER_VECTOR="",
+               DENSESTEER_STRENGTH="1")  # fmt: skip
+    assert done.stdout == "" and "need a vector" in done.stderr
 
 
 # The Mac's menus
@@ -259,7 +335,9 @@ def test_the_raycast_command(run, home, solved):
     assert text.startswith("#!") and os.access(script, os.X_OK) and ".template." not in script.name
 
     assert run(script, QUESTION).stdout == solved[4.76] + "\n"
+    assert run(script, QUESTION, "-7,13").stdout == run(script, QUESTION, "-7.13").stdout
     assert run(script, QUESTION, "-7.13").stdout == solved[-7.13] + "\n"
+    assert run(script, QUESTION, "").stdout == solved[4.76] + "\n"
     assert run(script, ODD).stdout and not (home / "pwned").exists()
 
 
