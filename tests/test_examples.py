@@ -316,6 +316,24 @@ def test_a_strength_without_a_vector_is_refused(run):
 # The Mac's menus
 
 
+@pytest.mark.parametrize("venv", [True, False])
+def test_the_installation_as_it_is_printed(run, home, solved, tmp_path, venv):
+    """Run in a clone with and without a .venv, the command being elsewhere in the second."""
+    text = (ROOT / "docs/embedding.md").read_text("utf-8")
+    (block,) = re.findall(r"^```sh\n(mkdir .*?)^```", text, re.DOTALL | re.MULTILINE)
+    clone, mine = tmp_path / "clone", tmp_path / "home"
+    for folder in (clone / "examples", clone / ".venv/bin", mine):
+        folder.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "dense-filter", clone / "examples")
+    link, densesteer = mine / ".local/bin/densesteer", home / ".local/bin/densesteer"
+    if venv:
+        (clone / ".venv/bin/densesteer").symlink_to(densesteer)
+    path = "/usr/bin:/bin" if venv else f"/usr/bin:/bin:{densesteer.parent}"
+    done = run("sh", "-euc", f"cd '{clone}'\n{block}", HOME=str(mine), PATH=path)
+    assert done.stdout == solved[4.76] + "\n"
+    assert link.is_symlink() == link.exists() == venv
+
+
 @pytest.mark.parametrize("shell", ["sh", "zsh"])
 def test_the_shortcuts_action(run, solved, shell):
     """Shortcuts has zsh chosen unless another shell is."""
