@@ -3,29 +3,27 @@
     python examples/asyncio_stream.py [QUESTION]
 
 The model lives on a thread of its own (ModelThread); a piece of text is computed when it is asked
-for. The settings are those of library_call.py.
+for. The settings are in settings.py.
 """
 
 import asyncio
 import contextlib
-import os
+import signal
 import sys
 from collections.abc import AsyncGenerator
 
-from mlx_densesteer import ModelThread, Steering, SteeringVector, demo, load, stream
+from settings import LAYER, MODEL, QUESTION, STRENGTH, VECTOR
 
-MODEL = os.environ.get("DENSESTEER_MODEL", "demo")
-VECTOR = os.environ.get("DENSESTEER_VECTOR", demo.VECTOR)
-LAYER = int(os.environ.get("DENSESTEER_LAYER", "5"))
-STRENGTH = float(os.environ.get("DENSESTEER_STRENGTH", "4.76"))
-QUESTION = "Mia has 7 bags with 4 nuts in each. Later Mia finds 6. How many nuts does Mia have now?"
+from mlx_densesteer import DenseSteerError, ModelThread, Steering, SteeringVector, load, stream
 
 
 async def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
     with ModelThread() as thread:
         model, tokenizer = await asyncio.wrap_future(thread.submit(load, MODEL))
-        steering = Steering(SteeringVector.load(VECTOR), STRENGTH, layers=(LAYER,))
+        vector = SteeringVector.load(VECTOR) if VECTOR else None
+        steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
 
         def ask() -> AsyncGenerator[str, None]:
             return thread.iterate(
@@ -61,4 +59,7 @@ async def count_ticks() -> int:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except DenseSteerError as error:  # says what is wrong and what helps
+        sys.exit(f"asyncio_stream: {error}")

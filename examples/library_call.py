@@ -1,34 +1,33 @@
 """One question, one steered answer, in one process.
 
     python examples/library_call.py
-    python examples/library_call.py "What is 17 * 24?"
+    python examples/library_call.py "Tom has 3 boxes with 5 pens in each. How many pens does Tom have?"
 
-It runs on the embedded toy model. For your own model set DENSESTEER_MODEL (a folder that
-`densesteer convert` wrote), DENSESTEER_VECTOR (a file), DENSESTEER_LAYER and DENSESTEER_STRENGTH.
+It runs on the embedded toy model; settings.py says how to take your own.
 """
 
-import os
+import signal
 import sys
 
-from mlx_densesteer import DenseSteerError, Steering, SteeringVector, demo, generate, load
+from settings import LAYER, MODEL, QUESTION, STRENGTH, VECTOR
 
-MODEL = os.environ.get("DENSESTEER_MODEL", "demo")
-VECTOR = os.environ.get("DENSESTEER_VECTOR", demo.VECTOR)
-LAYER = int(os.environ.get("DENSESTEER_LAYER", "5"))
-STRENGTH = float(os.environ.get("DENSESTEER_STRENGTH", "4.76"))  # 0 is the stock model
-QUESTION = "Mia has 7 bags with 4 nuts in each. Later Mia finds 6. How many nuts does Mia have now?"
+from mlx_densesteer import DenseSteerError, Steering, SteeringVector, generate, load
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
     try:
         model, tokenizer = load(MODEL)
-        steering = Steering(SteeringVector.load(VECTOR), STRENGTH, layers=(LAYER,))
+        vector = SteeringVector.load(VECTOR) if VECTOR else None
+        steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
         answer = generate(model, tokenizer, question, steering=steering, max_tokens=400)
     except DenseSteerError as error:  # says what is wrong and what helps; anything else is a bug
         sys.exit(f"library_call: {error}")
     print(answer.text)
-    print(f"{answer.tokens} tokens, {answer.steps} steps, {answer.finish_reason}", file=sys.stderr)
+    print(
+        f"tokens: {answer.tokens}, steps: {answer.steps}, {answer.finish_reason}", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

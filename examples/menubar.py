@@ -4,18 +4,19 @@
     python examples/menubar.py
 
 The model has a thread of its own; the window and the menu belong to the main thread, where a timer
-looks after them. The settings are those of library_call.py. Nobody here has a Mac: this was tried
+looks after them. The settings are in settings.py. Nobody here has a Mac: this was tried
 with a stand-in for rumps and the real model (tests/test_examples.py), not in a menu bar.
 """
 
 import contextlib
 import os
 import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
 import mlx.nn as nn
-import rumps
+from settings import LAYER, MODEL, STRENGTH, VECTOR
 
 from mlx_densesteer import (
     Brake,
@@ -24,16 +25,16 @@ from mlx_densesteer import (
     ModelThread,
     Steering,
     SteeringVector,
-    demo,
     load,
     stream,
 )
 
-MODEL = os.environ.get("DENSESTEER_MODEL", "demo")
-VECTOR = os.environ.get("DENSESTEER_VECTOR", demo.VECTOR)
-LAYER = int(os.environ.get("DENSESTEER_LAYER", "5"))
-STRENGTH = float(os.environ.get("DENSESTEER_STRENGTH", "4.76"))
-LARGEST = 2 * abs(STRENGTH)  # the ends of the slider
+try:
+    import rumps
+except ImportError as error:
+    sys.exit(f"menubar: {error}. On a Mac: pip install -e '.[menubar]'")
+
+LARGEST = 2 * abs(STRENGTH) or 10.0  # the ends of the slider
 
 
 class MenuBar(rumps.App):
@@ -88,12 +89,11 @@ class MenuBar(rumps.App):
         self.stop_item.set_callback(None)
         if self._model is not None:
             self.solve_item.set_callback(self.solve)
-        try:
-            result = job.result()
-        except DenseSteerError as error:
-            rumps.alert("DenseSteer", str(error))
-            return
-        if result is not None:
+        if error := job.exception():
+            rumps.alert("DenseSteer", str(error) or repr(error))
+            if not isinstance(error, DenseSteerError):
+                raise error  # a bug: let its traceback be seen as well
+        elif result := job.result():
             show(result)
 
     def quit(self, _: rumps.MenuItem) -> None:
@@ -102,11 +102,12 @@ class MenuBar(rumps.App):
         rumps.quit_application()
 
     def _load(self) -> None:
-        self._vector = SteeringVector.load(VECTOR)
+        self._vector = SteeringVector.load(VECTOR) if VECTOR else None
         self._model, self._tokenizer = load(MODEL)
 
     def _answer(self, question: str, strength: float) -> Generation:
-        steering = Steering(self._vector, strength, layers=(LAYER,))
+        vector = self._vector
+        steering = Steering(vector, strength, layers=(LAYER,)) if vector else None
         pieces = stream(self._model, self._tokenizer, question, steering=steering, brake=Brake())
         with contextlib.closing(pieces):
             for self._pieces, _ in enumerate(pieces, 1):
@@ -117,7 +118,7 @@ class MenuBar(rumps.App):
 
 def show(result: Generation) -> None:
     """Show an answer in a window that can copy it."""
-    said = f"{result.tokens} tokens, {result.steps} steps, {result.finish_reason}"
+    said = f"tokens: {result.tokens}, steps: {result.steps}, {result.finish_reason}"
     window = rumps.Window(said, "DenseSteer", result.text, "Copy", "Close", dimensions=(480, 240))
     response = window.run()
     if response.clicked:

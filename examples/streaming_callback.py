@@ -2,24 +2,21 @@
 
     python examples/streaming_callback.py [QUESTION]
 
-Here it shows the first step and leaves the others out. The settings are those of library_call.py.
+Here it shows the first step and leaves the others out. The settings are in settings.py.
 """
 
 import contextlib
-import os
+import signal
 import sys
 from collections.abc import Callable
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from settings import LAYER, MODEL, QUESTION, VECTOR, number
 
-from mlx_densesteer import Generation, Steering, SteeringVector, demo, load, stream
+from mlx_densesteer import DenseSteerError, Generation, Steering, SteeringVector, load, stream
 
-MODEL = os.environ.get("DENSESTEER_MODEL", "demo")
-VECTOR = os.environ.get("DENSESTEER_VECTOR", demo.VECTOR)
-LAYER = int(os.environ.get("DENSESTEER_LAYER", "5"))
-STRENGTH = float(os.environ.get("DENSESTEER_STRENGTH", "-7.13"))  # towards sparse: many steps
-QUESTION = "Mia has 7 bags with 4 nuts in each. Later Mia finds 6. How many nuts does Mia have now?"
+STRENGTH = number("DENSESTEER_STRENGTH", -7.13)  # towards sparse: many steps
 
 
 def answer(
@@ -51,13 +48,18 @@ class FirstStep:
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
     model, tokenizer = load(MODEL)
-    steering = Steering(SteeringVector.load(VECTOR), STRENGTH, layers=(LAYER,))
+    vector = SteeringVector.load(VECTOR) if VECTOR else None
+    steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
     result = answer(model, tokenizer, question, FirstStep(), steering)
     print()
-    print(f"{result.tokens} tokens, {result.finish_reason}", file=sys.stderr)
+    print(f"tokens: {result.tokens}, {result.finish_reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DenseSteerError as error:  # says what is wrong and what helps
+        sys.exit(f"streaming_callback: {error}")

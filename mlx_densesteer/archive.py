@@ -5,10 +5,12 @@ A vector file is a few hundred kilobytes. Whatever its directory claims, no more
 """
 
 import re
+import stat
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,15 +26,11 @@ def read_archive(
     """Return every member of the zip file at ``path`` by name, uncompressed.
 
     Raises:
-        VectorFormatError: no zip file, truncated, damaged (CRC), encrypted, a duplicate
-            name, or more than ``max_members`` members or ``max_bytes`` bytes unpacked.
-        FileNotFoundError, PermissionError: as the operating system reports them.
+        VectorFormatError: no such file, no zip file, truncated, damaged (CRC), encrypted, a
+            duplicate name, or more than ``max_members`` members or ``max_bytes`` bytes unpacked.
     """
     path = Path(path)
-    if not path.is_file():
-        path.stat()  # raises where there is nothing
-        raise VectorFormatError(f"{path}: is no regular file; a steering vector is one.")
-    with path.open("rb") as file:  # what the system refuses is an OSError here, and only here
+    with _open(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
@@ -47,6 +45,24 @@ def read_archive(
                 f"{path}: not a complete zip archive ({error}). The file is truncated, damaged or "
                 "of another kind; copy or download it again."
             ) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VectorFormatError(
+            f"{path}: no such file. Make one with `densesteer extract`, or import one with "
+            "`densesteer vector import`."
+        ) from error
+    except OSError as error:
+        raise VectorFormatError(
+            f"{path}: cannot be read ({error.strerror}). Name a vector's file."
+        ) from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    raise VectorFormatError(f"{path}: is {kind}; expected a vector's file (.npz).")
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:

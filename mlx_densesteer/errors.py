@@ -2,7 +2,7 @@
 
     DenseSteerError
     ├── VectorError          a steering vector that cannot be used
-    │   ├── VectorFormatError    the file is not what it claims to be
+    │   ├── VectorFormatError    the file is not there, or not what it claims to be
     │   └── VectorMismatchError  the vector does not fit the model or the request
     ├── SteeringError        a steering that cannot be applied (strength, layers, positions, cache)
     ├── ModelError           a model that cannot be loaded or patched
@@ -30,7 +30,7 @@ class VectorError(DenseSteerError):
 
 
 class VectorFormatError(VectorError):
-    """A vector file that is damaged, hostile, or of another format or version."""
+    """A vector file that is missing, damaged, hostile, or of another format or version."""
 
 
 class VectorMismatchError(VectorError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import demo
 from ._version import __version__
 from .archive import parse_npy, read_archive
 from .atomic import atomic_file
@@ -167,10 +168,15 @@ class SteeringVector:
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read a ``.npz`` file of this format. Nothing in the file is executed.
 
+        The text ``"demo"`` is the embedded demo model's vector; a file of that name is ``./demo``.
+
         Raises:
-            VectorFormatError: truncated, damaged, hostile, not of this format, an unknown
-                version, a missing layer, a wrong shape or dtype, NaN or infinity.
+            VectorFormatError: no such file, truncated, damaged, hostile, not of this format, an
+                unknown version, a missing layer, a wrong shape or dtype, NaN or infinity.
         """
+        name = None
+        if path == demo.NAME:  # a Path is a file
+            path, name = demo.VECTOR, demo.NAME
         path = Path(path)
         members = read_archive(path)
         if "meta.npy" not in members:
@@ -192,7 +198,7 @@ class SteeringVector:
             layer: parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
         }
-        return cls(layers, meta, name=path.name)
+        return cls(layers, meta, name=name or path.name)
 
 
 def format_layers(layers: Iterable[int]) -> str:

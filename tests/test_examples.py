@@ -6,6 +6,7 @@ import os
 import plistlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ TESTS = {
     "library_call.py": "test_a_library_call",
     "menubar.py": "test_the_menu_bar",
     "raycast/solve-densely.sh": "test_the_raycast_command",
+    "settings.py": "test_the_python_examples_take_the_same_settings",
     "shortcuts/solve-densely.sh": "test_the_shortcuts_action",
     "streaming_callback.py": "test_a_streaming_callback",
     f"{WORKFLOW}/Info.plist": "test_the_service_is_in_the_menu",
@@ -130,6 +132,64 @@ def test_an_asyncio_program(run, solved):
     assert "given up" in done.stderr
 
 
+PROGRAMS = ["library_call", "streaming_callback", "asyncio_stream"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_python_examples_take_the_same_settings(run, solved, name):
+    """Empty is unset; an empty vector is the stock model; "demo" is the embedded one."""
+    program = (sys.executable, EXAMPLES / f"{name}.py", QUESTION)
+    empty = dict.fromkeys(("DENSESTEER_MODEL", "DENSESTEER_LAYER", "DENSESTEER_STRENGTH"), "")
+
+    def said(**settings):
+        answer = solved[settings.pop("is_answer")]
+        if name == "streaming_callback":
+            answer = answer.partition("\n\n")[0]
+        return run(*program, **settings).stdout == (answer + "\n") * (1 + (name == PROGRAMS[2]))
+
+    assert said(DENSESTEER_VECTOR="", is_answer=0.0, **empty)
+    assert said(DENSESTEER_VECTOR="demo", DENSESTEER_STRENGTH="-7.13", is_answer=-7.13)
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "menubar"])
+@pytest.mark.parametrize("setting", ["STRENGTH=abc", "STRENGTH=nan", "STRENGTH=0,5", "LAYER=4,5"])
+def test_a_wrong_setting_is_named(run, name, setting):
+    variable, _, value = f"DENSESTEER_{setting}".partition("=")
+    done = run(sys.executable, EXAMPLES / f"{name}.py", code=1, **{variable: value})
+    assert done.stdout == ""
+    assert re.fullmatch(
+        rf"{variable}={value}: expected a (whole )?number, such as [-\d.]+\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_wrong_takes_one_line(run, name):
+    program = (sys.executable, EXAMPLES / f"{name}.py")
+    for words, settings, error in (
+        ([""], {}, "the prompt is empty"),
+        ([], {"DENSESTEER_MODEL": "/nowhere"}, "/nowhere: no such folder"),
+        ([], {"DENSESTEER_VECTOR": "nowhere.npz"}, "nowhere.npz: no such file"),
+    ):
+        done = run(*program, *words, code=1, **settings)
+        assert done.stdout == "" and done.stderr.startswith(f"{name}: {error}")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nobody_reads_on(name):
+    """As in `... | head`, at its worst: the reader is gone before the first piece."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE and b"Error" not in done.stderr
+
+
 # The filter
 
 
@@ -166,18 +226,112 @@ def test_the_filter_asks_a_server_that_has_the_model(run, home, solved):
 
         refused = ask("", code=1)  # what the server says, and nothing on standard output
         assert refused.stdout == "" and "dense-filter: no message of the user" in refused.stderr
-        assert "much: expected a number" in ask(DENSESTEER_STRENGTH="much", code=1).stderr
+        for ending in ("/", "/v1", "/v1/"):
+            assert ask(DENSESTEER_SERVER=server.url + ending).stdout == solved[4.76] + "\n"
+        begun = ask("Mia has 7 bags").stdout  # one newline is no part of it, as in the command
+        assert begun == ask("Mia has 7 bags\n").stdout == ask("Mia has 7 bags\r\n").stdout
+        assert begun != ask("Mia has 7 bags\n\n").stdout
+
         for other in ({"DENSESTEER_MODEL": "converted/other"}, {"DENSESTEER_VECTOR": "other.npz"}):
-            assert "no no-such-command" in ask(code=127, **other).stderr  # the command is for those
+            said = ask(code=127, **other).stderr  # the command is for those, and the user knows
+            assert "no no-such-command" in said and "no server with" in said
+            assert f" at {server.url}: running the command." in said
+        for setting in (
+            "LAYER=4,5",
+            "LAYER=all",
+            "LAYER=3-5",
+            "VECTOR= LAYER=5",
+            "VECTOR= STRENGTH=1",
+        ):
+            more = dict(f"DENSESTEER_{one}".split("=") for one in setting.split(" "))
+            assert "no no-such-command" in ask(code=127, **more).stderr  # and for these
     assert not (home / "pwned").exists()
 
 
 def test_the_filter_goes_on_without_a_server(run, solved):
-    done = run(EXAMPLES / "dense-filter", text=QUESTION, DENSESTEER_SERVER="http://127.0.0.1:9")
+    need("curl")
+    need("jq")
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, DENSESTEER_SERVER="http://127.0.0.1:9/v1")
     assert done.stdout == solved[4.76] + "\n"
+    nobody = (
+        "dense-filter: no server with demo and dense at http://127.0.0.1:9: running the command.\n"
+    )
+    assert done.stderr.startswith(nobody)
+
+
+@pytest.fixture
+def command(run, tmp_path):
+    """Return what the filter runs, as a list of words: a command stands in that prints its own."""
+    printer = tmp_path / "printer"
+    printer.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    printer.chmod(0o755)
+
+    def command(*words, **settings):
+        settings = {f"DENSESTEER_{name}": value for name, value in settings.items()}
+        done = run(EXAMPLES / "dense-filter", *words, DENSESTEER=str(printer), **settings)
+        assert not done.stderr
+        return done.stdout.split()
+
+    return command
+
+
+def test_an_argument_takes_the_place_of_the_settings(command):
+    """-l may be given twice, and then both layers are steered; a vector has a strength of its own."""
+    mine = {"VECTOR": "mine.npz", "LAYER": "4", "STRENGTH": "-2.5e0"}
+    base, vector = ["generate", "-m", "demo"], ["-v", "mine.npz"]
+    layer, strength = ["-l", "4"], ["-s", "-2.5e0"]
+    assert command(**mine) == [*base, *vector, *layer, *strength]
+    for words in (["-l", "3"], ["-l3"], ["--layer", "3"], ["--layer=3"]):
+        assert command(*words, **mine) == [*base, *vector, *strength, *words]
+    for words in (["-s", "1"], ["-s1"], ["--strength", "1"], ["--lambda=1"]):
+        assert command(*words, **mine) == [*base, *vector, *layer, *words]
+    for words in (["-v", "a"], ["-va"], ["--vector", "a"], ["--vector=a"]):
+        assert command(*words, **mine) == [*base, *words]
+    for words in (["--stop", "x", "--seed", "1"], ["--", "-l"]):
+        assert command(*words, **mine) == [*base, *vector, *layer, *strength, *words]
+
+
+@pytest.mark.parametrize("server", ["", "http://127.0.0.1:9"])
+def test_the_filter_names_a_wrong_setting(run, command, server):
+    for setting in ("STRENGTH=much", "STRENGTH=nan", "STRENGTH=inf", "STRENGTH=0,5", "STRENGTH=-",
+                    "LAYER=x", "LAYER=-1", "LAYER=4,", "LAYER=1.5"):  # fmt: skip
+        name, _, value = f"DENSESTEER_{setting}".partition("=")
+        more = {name: value, "DENSESTEER_SERVER": server, "DENSESTEER": "no-such-command"}
+        done = run(EXAMPLES / "dense-filter", text=QUESTION, code=2, **more)
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+        expected = "a number, such as 1.5" if "STRENGTH" in name else "a layer, such as 14"
+        assert done.stderr.startswith(f"dense-filter: {name}={value}: expected {expected}")
+    for strength in ("1", "-7.13", "+.5", "2.", "1e-2"):
+        assert command(STRENGTH=strength)[-1] == strength
+    for layers in ("14", "4,5", "all", "3-5", "1,3-5"):
+        assert command(LAYER=layers)[-1] == layers
+
+
+def test_a_strength_without_a_vector_is_refused(run):
+    done = run(EXAMPLES / "dense-filter", text=QUESTION, code=2, DENSESTEER_VECTOR="",
+               DENSESTEER_STRENGTH="1")  # fmt: skip
+    assert done.stdout == "" and "need a vector" in done.stderr
 
 
 # The Mac's menus
+
+
+@pytest.mark.parametrize("venv", [True, False])
+def test_the_installation_as_it_is_printed(run, home, solved, tmp_path, venv):
+    """Run in a clone with and without a .venv, the command being elsewhere in the second."""
+    text = (ROOT / "docs/embedding.md").read_text("utf-8")
+    (block,) = re.findall(r"^```sh\n(mkdir .*?)^```", text, re.DOTALL | re.MULTILINE)
+    clone, mine = tmp_path / "clone", tmp_path / "home"
+    for folder in (clone / "examples", clone / ".venv/bin", mine):
+        folder.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "dense-filter", clone / "examples")
+    link, densesteer = mine / ".local/bin/densesteer", home / ".local/bin/densesteer"
+    if venv:
+        (clone / ".venv/bin/densesteer").symlink_to(densesteer)
+    path = "/usr/bin:/bin" if venv else f"/usr/bin:/bin:{densesteer.parent}"
+    done = run("sh", "-euc", f"cd '{clone}'\n{block}", HOME=str(mine), PATH=path)
+    assert done.stdout == solved[4.76] + "\n"
+    assert link.is_symlink() == link.exists() == venv
 
 
 @pytest.mark.parametrize("shell", ["sh", "zsh"])
@@ -199,7 +353,9 @@ def test_the_raycast_command(run, home, solved):
     assert text.startswith("#!") and os.access(script, os.X_OK) and ".template." not in script.name
 
     assert run(script, QUESTION).stdout == solved[4.76] + "\n"
+    assert run(script, QUESTION, "-7,13").stdout == run(script, QUESTION, "-7.13").stdout
     assert run(script, QUESTION, "-7.13").stdout == solved[-7.13] + "\n"
+    assert run(script, QUESTION, "").stdout == solved[4.76] + "\n"
     assert run(script, ODD).stdout and not (home / "pwned").exists()
 
 
@@ -315,6 +471,8 @@ def menu_bar(monkeypatch, tmp_path):
     started = []
 
     def start():
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.delitem(sys.modules, "settings", raising=False)
         spec = importlib.util.spec_from_file_location("menubar", EXAMPLES / "menubar.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -387,3 +545,49 @@ def test_the_menu_bar_says_what_is_wrong(menu_bar, monkeypatch):
     app, rumps, _ = menu_bar()
     tick(app, lambda: rumps.alerts)
     assert "nowhere: no such folder" in rumps.alerts[0] and app.solve_item.callback is None
+
+    monkeypatch.setenv("DENSESTEER_MODEL", "")
+    monkeypatch.setenv("DENSESTEER_VECTOR", "nowhere.npz")
+    app, rumps, _ = menu_bar()
+    tick(app, lambda: len(rumps.alerts) > 1)
+    assert "nowhere.npz: no such file" in rumps.alerts[1] and app.solve_item.callback is None
+
+
+def test_the_menu_bar_shows_a_bug_and_goes_on(menu_bar, monkeypatch):
+    app, rumps, clipboard = menu_bar()
+    tick(app, lambda: app.solve_item.callback)
+    clipboard.write_text(QUESTION, "utf-8")
+    monkeypatch.setattr(app, "_answer", lambda *_: 1 // 0)
+    app.solve_item.callback(app.solve_item)
+    with pytest.raises(ZeroDivisionError):
+        tick(app, lambda: False)
+    assert rumps.alerts == ["integer division or modulo by zero"] and app.solve_item.callback
+
+
+def test_the_menu_bar_unsteered(menu_bar, monkeypatch, solved):
+    """At strength 0 the slider has a range all the same; without a vector there is an answer."""
+    monkeypatch.setenv("DENSESTEER_STRENGTH", "0")
+    app, _, _ = menu_bar()
+    assert app.label.title == "Unsteered"
+    assert app.slider.min_value < app.slider.value < app.slider.max_value
+    app.slider.value = app.slider.max_value
+    app.slider.callback(app.slider)
+    assert app.strength == app.slider.max_value
+
+    monkeypatch.setenv("DENSESTEER_VECTOR", "")
+    app, rumps, clipboard = menu_bar()
+    tick(app, lambda: app.solve_item.callback)
+    clipboard.write_text(QUESTION, "utf-8")
+    app.slider.value = 4.76
+    app.slider.callback(app.slider)
+    app.solve_item.callback(app.solve_item)
+    tick(app, lambda: rumps.windows)
+    assert rumps.windows[0].text == solved[0.0]
+
+
+def test_the_menu_bar_without_rumps(run, tmp_path):
+    """Where rumps is installed it cannot be imported here: a module of its name stands before it."""
+    (tmp_path / "rumps.py").write_text("raise ImportError('no AppKit')\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = run(sys.executable, EXAMPLES / "menubar.py", code=1, PYTHONPATH=path)
+    assert done.stderr == "menubar: no AppKit. On a Mac: pip install -e '.[menubar]'\n"

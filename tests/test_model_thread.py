@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
@@ -228,6 +229,74 @@ def test_what_is_left_open_ends_with_the_thread(capfd):
 
     asyncio.run(main())
     assert capfd.readouterr().err == ""
+
+
+def test_an_answer_read_by_hand_is_closed_on_the_thread(thread, model, monkeypatch):
+    """Collected elsewhere when closed, it has nothing left of which mlx could complain."""
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: complaints.append(str(one.exc_value)))
+    pieces = thread.submit(stream, *model, QUESTION, max_tokens=400).result()
+    assert thread.submit(next, pieces).result()
+    thread.submit(pieces.close).result()
+    assert pieces.result.finish_reason == "interrupted"
+    del pieces
+    gc.collect()
+    assert not complaints
+
+
+def test_a_shutdown_cancels_no_task(capfd):
+    """What it cancels ends in a RuntimeError, for the answer that waits and for the one that is made."""
+
+    async def main():
+        thread, held, busy = ModelThread(), Held(), threading.Event()
+        held.go.release()
+        read = thread.iterate(thread.submit(lambda: held))
+        left = thread.iterate(thread.submit(lambda: other))
+        other = Held()
+        other.go.release()
+        assert await read.__anext__() == await left.__anext__() == "a"
+        thread.submit(busy.wait)
+        waiting = [
+            asyncio.create_task(read.__anext__()),
+            asyncio.create_task(collect(thread.iterate(thread.submit(Held)))),
+            asyncio.create_task(left.aclose()),
+        ]
+        for _ in range(10):
+            await asyncio.sleep(0)  # each has submitted what it waits for
+        thread.shutdown(wait=False, cancel_futures=True)
+        busy.set()
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        thread.shutdown()
+        assert held.closed and other.closed  # by the thread
+        return ends
+
+    *cancelled, closed = asyncio.run(main())
+    for error in cancelled:
+        assert isinstance(error, RuntimeError) and "was shut down" in str(error)
+    assert closed is None and capfd.readouterr().err == ""
+
+
+def test_what_is_no_answer(capfd, caplog):
+    async def main():
+        with ModelThread() as thread:
+            model = await on(thread, load, "demo")
+            whole = thread.submit(generate, *model, QUESTION, max_tokens=4)
+            for wrong in (stream(*model, QUESTION), whole, asyncio.wrap_future(whole)):
+                with pytest.raises(TypeError, match=r"the future of thread\.submit\(stream"):
+                    await collect(thread.iterate(wrong))
+            begun, go = threading.Event(), threading.Event()
+            task = asyncio.create_task(
+                collect(thread.iterate(thread.submit(lambda: begun.set() or go.wait(60))))
+            )
+            while not begun.is_set():
+                await asyncio.sleep(0)
+            task.cancel()  # there is nothing to close once it is made
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go.set()
+
+    asyncio.run(main())
+    assert capfd.readouterr().err == "" and not caplog.records
 
 
 @pytest.mark.parametrize("ending", ["", "thread.shutdown()"])

@@ -1,6 +1,7 @@
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mlx_densesteer import demo
 from mlx_densesteer.errors import DiskError, VectorFormatError, VectorMismatchError
 from mlx_densesteer.vector import FORMAT_VERSION, SteeringVector, VectorMeta, format_layers
 
@@ -288,12 +290,16 @@ class TestHostileFiles:
             SteeringVector.load(file)
 
     def test_what_is_no_file(self, tmp_path):
-        with pytest.raises(VectorFormatError, match="is no regular file"):
+        with pytest.raises(VectorFormatError, match="is a folder; expected a vector's file"):
             SteeringVector.load(tmp_path)
         with pytest.raises(VectorFormatError, match="is no regular file"):
             SteeringVector.load("/dev/zero")
-        with pytest.raises(FileNotFoundError):
-            SteeringVector.load(tmp_path / "nowhere.npz")
+        (tmp_path / "file").touch()
+        for nowhere in ("nowhere.npz", "nowhere/v.npz", "file/v.npz"):
+            with pytest.raises(VectorFormatError, match="no such file. Make one with"):
+                SteeringVector.load(tmp_path / nowhere)
+        with pytest.raises(VectorFormatError, match="cannot be read"):
+            SteeringVector.load(tmp_path / ("long" * 1000))
 
     def test_a_number_of_a_million_digits(self, file):
         def change(members):
@@ -415,3 +421,15 @@ def test_unknown_metadata_keys_are_kept(file, tmp_path):
 def test_layers_are_written_the_way_people_read_them():
     assert format_layers([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"
     assert format_layers([]) == ""
+
+
+def test_the_embedded_vector_has_a_name(tmp_path, monkeypatch, file):
+    """As the embedded model has; a file of that name is reached with a folder before it."""
+    embedded = SteeringVector.load("demo")
+    assert (
+        embedded.name == "demo" and embedded.sha256() == SteeringVector.load(demo.VECTOR).sha256()
+    )
+    monkeypatch.chdir(file.rename(tmp_path / "demo").parent)
+    assert SteeringVector.load("demo").sha256() == embedded.sha256()
+    for path in ("./demo", Path("demo")):
+        assert SteeringVector.load(path).meta.model == "Qwen/Tiny"

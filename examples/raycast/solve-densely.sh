@@ -13,5 +13,8 @@
 # @raycast.description Solve a problem in few, dense steps, with a steered local model.
 
 # The problem goes through standard input: it may begin with a dash, or hold quotes.
-[ -z "${2-}" ] || export DENSESTEER_STRENGTH="$2"
+if [ -n "${2-}" ]; then
+    DENSESTEER_STRENGTH=$(printf '%s' "$2" | tr , .) # 0,5 is 0.5
+    export DENSESTEER_STRENGTH
+fi
 printf '%s' "$1" | "$HOME/.local/bin/dense-filter"
