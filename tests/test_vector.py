@@ -372,7 +372,7 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format_version": 2}, "format version 2, .*pip install -U"),
+            ({"format_version": 2}, "format version 2, .*Install a newer"),
             ({"format_version": "DELETE"}, "format version None"),
             ({"operator": "multiply"}, "operator 'multiply'"),
             ({"hook_point": "attention"}, "hook point 'attention'"),
