@@ -244,7 +244,10 @@ def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
         (("-m", demo.VECTOR, "hello"), "is a steering vector's file: -v takes it"),
         (("-m", tmp_path / "{}.gguf", "hello"), f"`densesteer convert {tmp_path}/{{}}.gguf`"),
         (("-m", tmp_path / "x.txt", "hello"), "is a file, expected a folder"),
-        (("-m", hf_folder, "-v", tmp_path, "hello"), "is a folder, expected a .npz file"),
+        (
+            ("-m", hf_folder, "-v", tmp_path, "hello"),
+            "is a folder; expected a vector's file (.npz)",
+        ),
     ):
         for name in ("{}.gguf", "x.txt"):
             (tmp_path / name).touch()

@@ -134,7 +134,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=0"], "nothing to sweep"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "-l", "9", "--strengths=1"], "layer 9"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=1", "--write"], "embedded"),
-        (["sweep", "-m", "demo", "demo", "-v", "none.npz", "--strengths=1"], "no such file"),
+        (["sweep", "-m", "demo", "demo", "-v", "none.npz", "--strengths=1"], "Make one with `densesteer extract`"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_anything_is_written(run, tmp_path, words, message):

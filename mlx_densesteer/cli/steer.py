@@ -99,24 +99,13 @@ def steering_over_ranks(
 
 def read_vector(name: str) -> "SteeringVector":
     """Return the vector of a file, or the embedded one for ``demo``."""
-    from .. import demo
     from ..vector import SteeringVector
 
-    path = demo.VECTOR if name == demo.NAME else Path(name)
-    if not path.is_file():
-        found = "is a folder, expected a .npz file" if path.is_dir() else "no such file"
-        raise click.UsageError(
-            f"{name}: {found}. Make one with `densesteer extract`, or import one with "
-            "`densesteer vector import`."
-        )
-    if path.suffix in (".gguf", ".pt", ".safetensors"):
+    if Path(name).suffix in (".gguf", ".pt", ".safetensors"):
         raise click.UsageError(
             f"{name}: is another program's file. `densesteer vector import {name} -o FILE.npz` first."
         )
-    loaded = SteeringVector.load(path)
-    if name == demo.NAME:
-        loaded.name = demo.NAME
-    return loaded
+    return SteeringVector.load(name)
 
 
 def read_steering(
