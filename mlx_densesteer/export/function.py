@@ -233,8 +233,9 @@ def _check(
     function = mx.import_function(str(path))
     if json.loads(bytes(function()[0])) != metadata:
         raise ExportError(f"{path.name}: came back with other metadata than was written.")
-    # half of the largest: what several layers add must not overflow together either
-    strength = steering.strength or min(1.0, metadata["largest_strength"] / 2)
+    # what all layers add must not overflow together either
+    room = metadata["largest_strength"] / (2 * len(steering.layers))
+    strength = steering.strength or min(1.0, room)
     differences, sizes = [], []
     for one in (strength, -strength, 0.0):
         # every trace once; then the short ones will do
