@@ -92,7 +92,7 @@ class Metadata {
         value = take_text(json);
       } else {
         const bool list = json.starts_with('[');
-        const auto end = json.find_first_of(list ? "]" : ",} ");
+        const auto end = json.find_first_of(list ? "]" : ",} \n");
         value = json.substr(list, end - list);
         skip_to(end);
       }
