@@ -266,7 +266,7 @@ void generate(const Options& options) {
   }
   const auto positions = options.positions.value_or(metadata.text("positions"));
   if (positions != "all" && positions != "generated" && positions != "prompt") {
-    throw Failure("positions '" + positions + "': expected all, generated or prompt.");
+    throw Failure("positions " + quote(positions) + ": expected all, generated or prompt.");
   }
   const auto eos = options.eos.value_or(metadata.integers("eos"));
   const auto prompt = parse_ids(options.ids);
