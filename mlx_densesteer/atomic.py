@@ -16,8 +16,7 @@ from .errors import DiskError
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` that takes its name when the block ends well."""
-    if not path.parent.is_dir():
-        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
+    check_parent(path)
     with _refusals(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
@@ -69,6 +68,12 @@ def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
     except BaseException:
         old.rename(folder)
         raise
+
+
+def check_parent(path: Path) -> None:
+    """Raise ``DiskError`` unless the folder that ``path`` is to lie in is there."""
+    if not path.parent.is_dir():
+        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
 
 
 def check_disk(folder: Path, need: int, what: str) -> None:

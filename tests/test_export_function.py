@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,11 +22,19 @@ from mlx_densesteer import Steering, demo, generate, load, make_cache
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.demo.settings import LAYER
-from mlx_densesteer.errors import ExportError, SteeringError, VectorMismatchError
+from mlx_densesteer.dose import mean_norms
+from mlx_densesteer.errors import (
+    DiskError,
+    ExportError,
+    InputError,
+    SteeringError,
+    VectorMismatchError,
+)
 from mlx_densesteer.export import function as function_module
-from mlx_densesteer.export.function import export_function
+from mlx_densesteer.export.function import export_function, file_size
 from mlx_densesteer.export.step import empty_cache, steered_step
 from mlx_densesteer.prompt import encode_prompt
+from mlx_densesteer.steering import LARGE_DOSE
 from mlx_densesteer.vector import SteeringVector, VectorMeta
 
 ROOT = Path(__file__).parents[1]
@@ -158,13 +168,12 @@ def test_other_precisions_and_an_untied_head(kind, tiny_loaded, make_vector, tmp
     else:
         model.set_dtype(getattr(mx, kind))
     steering = Steering(make_vector(), 2.0, (1, 2))
-    made = export_function(
-        model, tokenizer, steering, tmp_path / "f.mlxfn", capacity=16, chunks=[8]
-    )
+    options = {"norms": {1: 1.0, 2: 1.0}, "capacity": 16, "chunks": [8]}
+    made = export_function(model, tokenizer, steering, tmp_path / "f.mlxfn", **options)
     dtype = {"untied": "float32", "bfloat16": "bfloat16"}.get(kind, "float16")
     assert made.metadata["cache_dtype"] == dtype
     weights = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-    assert weights < made.path.stat().st_size < weights + 200_000
+    assert weights < made.path.stat().st_size <= file_size(model, 2) < weights + 200_000
 
 
 def test_the_file_says_what_it_is(write, tiny_loaded):
@@ -179,6 +188,58 @@ def test_the_file_says_what_it_is(write, tiny_loaded):
     assert {tuple(a.shape) for a in cache} == {tuple(said["cache_shape"])} == {(1, 2, CAPACITY, 16)}
     assert said["cache_bytes"] == sum(a.nbytes for a in cache) == 2 * 4 * 2 * 16 * CAPACITY * 4
     assert not any(a.any() for a in cache)
+
+
+@pytest.mark.parametrize("layers", [(2,), (0, 1, 3)])
+def test_the_file_tells_the_dose(layers, write, tiny_loaded, make_vector):
+    said = write(layers)[1].metadata
+    norms = mean_norms(*tiny_loaded, make_vector(), layers)
+    doses = Steering(make_vector(), -3.0, layers).relative_dose(norms)
+    assert 3 * said["dose_per_strength"] == pytest.approx(sum(doses.values()))
+    assert said["large_dose"] == LARGE_DOSE
+    halved = {layer: norm / 2 for layer, norm in norms.items()}
+    again = write(layers, norms=halved, force=True)[1].metadata
+    assert again["dose_per_strength"] == pytest.approx(2 * said["dose_per_strength"])
+
+
+def test_the_program_of_the_page_runs_again_and_hands_its_cache_over(
+    hf_folder, make_vector, tmp_path, monkeypatch, capsys
+):
+    """What it needs beside the weights is one cache and a step's scratch, not a cache per token."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hf_folder, tmp_path / "converted/Qwen2.5-1.5B-Instruct-4bit")
+    make_vector().save(tmp_path / "dense.npz")
+    page = (ROOT / "docs/export-function.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace("layers=(14,)", "layers=(2,)").replace("What is", "What is " + "1 + " * 20)
+    writing, reading = code.split("f = mx.import_function")
+    for _ in range(2):
+        names = {}
+        exec(writing, names)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        exec("f = mx.import_function" + reading, names)
+        grown = mx.get_peak_memory() - before
+        cache = sum(array.nbytes for array in names["cache"])
+        assert names["position"] > 80
+        assert cache < grown < 3 * cache + (tmp_path / "steered.mlxfn").stat().st_size
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_large_vector_can_be_checked_where_the_strength_is_0(kind, layers, tiny_loaded, tmp_path):
+    model, tokenizer = tiny_loaded
+    model.set_dtype(getattr(mx, kind))
+    size = float(mx.finfo(getattr(mx, kind)).max)
+    size = 2 * size if kind == "float16" else 0.9 * size  # strength 1 overflows, or four of it do
+    meta = VectorMeta(model="tiny", hidden_size=64, layer_count=4)
+    vector = SteeringVector({k: np.full(64, size, np.float32) for k in layers}, meta)
+    path = tmp_path / "f.mlxfn"
+    made = export_function(model, tokenizer, Steering(vector, 0.0), path, capacity=16, chunks=[8])
+    assert made.metadata["strength"] == 0
+    assert 0 < made.strengths[0] * len(layers) <= made.metadata["largest_strength"] / 2
 
 
 def test_the_model_stays_what_it_was(write, tiny_loaded):
@@ -219,10 +280,15 @@ def test_a_wrong_name_or_vector_is_refused(write, tiny_loaded, make_vector, tmp_
         export_function(model, tokenizer, steering, tmp_path / "dense.npz")
     assert not list(tmp_path.iterdir())
     (tmp_path / "tiny.mlxfn").write_text("mine")
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match=r"exists already.*--force; in Python force=True"):
         write()
     assert (tmp_path / "tiny.mlxfn").read_text() == "mine"
     write(force=True)
+    assert [one.name for one in tmp_path.iterdir()] == ["tiny.mlxfn"]
+    with pytest.raises(DiskError, match="there is no folder .*nope. Make it first"):
+        export_function(*tiny_loaded, steering, tmp_path / "nope/f.mlxfn")
+    with pytest.raises(ExportError, match=r"dcff\.mlxfn': the name is not UTF-8"):
+        export_function(*tiny_loaded, steering, tmp_path / os.fsdecode(b"\xff.mlxfn"))
     assert [one.name for one in tmp_path.iterdir()] == ["tiny.mlxfn"]
 
 
@@ -291,6 +357,7 @@ def test_the_command(tmp_path):
     assert (said["model"], said["vector"], said["layers"]) == ("demo", "demo", [LAYER])
     assert (said["positions"], said["chunks"]) == ("generated", [16, 1])
     assert said["strength"] == pytest.approx(2.38, abs=0.01)
+    assert said["strength"] * said["dose_per_strength"] == pytest.approx(0.1)
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
     assert "exists already" in done.stderr
@@ -372,7 +439,29 @@ def test_text_goes_in_and_comes_out(program, demo_file, demo_loaded):
     answer = run(program, demo_file, "--strength", 0, input=encoded.stdout)
     decoded = run(sys.executable, script, "decode", "demo", input=answer.stdout)
     assert decoded.stdout == generate(*demo_loaded, text).text + "\n"
-    assert run(sys.executable, script).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "input", "message"),
+    [
+        (["encode", "demo", " "], "", "the prompt is empty"),
+        (["decode", "/nope"], "", "/nope: no such folder"),
+        (["decode", "demo"], "3 -5", "token id '-5': expected 0 to 575"),
+    ],
+)
+def test_tokens_says_in_a_line_what_is_wrong(arguments, input, message):
+    done = run(sys.executable, ROOT / "examples/cpp/tokens.py", *arguments, input=input)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"tokens.py: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_tokens_knows_what_an_id_is():
+    read_ids = runpy.run_path(str(ROOT / "examples/cpp/tokens.py"))["read_ids"]
+    assert read_ids("0 575\n7", 576) == [0, 575, 7]
+    for word in ("abc", "576", "1_0", "+1", "\N{FULLWIDTH DIGIT ONE}", "9" * 5000):
+        with pytest.raises(InputError, match="expected 0 to 575"):
+            read_ids(f"3 {word}", 576)
 
 
 def test_the_program_says_when_the_cache_is_full(program, demo_file):
@@ -394,14 +483,16 @@ def test_the_program_says_when_the_cache_is_full(program, demo_file):
         (["FILE"], "the prompt has no tokens"),
         (["FILE", 576], "token id 576: expected 0 to 575"),
         (["FILE", -1], "token id -1"),
-        (["FILE", "one"], "token id 'one': expected a number"),
+        (["FILE", "one"], "token id 'one': expected a whole number"),
+        (["FILE", "7" * 50], f"token id '{'7' * 40}...': expected a whole number, of 32 bits"),
         (["FILE", "--strength", "dense", 1], "--strength 'dense': expected a finite number"),
         (["FILE", "--strength", "nan", 1], "expected a finite number"),
         (["FILE", "--strength", "1e38", 1], "overflows the model's dtype"),
         (["FILE", "--positions", "some", 1], "expected all, generated or prompt"),
         (["FILE", "--max-tokens", 0, 1], "expected 1 or more"),
         (["FILE", "--strength"], "--strength needs a value"),
-        (["FILE", "--steps", 1], "no option --steps"),
+        (["FILE", "--steps", 1], "no option '--steps'"),
+        (["FILE", "-s", 1], "no option '-s'"),
         ([], "usage: generate FILE"),
     ],
 )
@@ -410,6 +501,98 @@ def test_the_program_refuses(arguments, message, program, demo_file):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("generate: ")
     assert message in done.stderr
+
+
+def test_help_is_a_result(program):
+    for option in ("-h", "--help"):
+        done = run(program, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: generate FILE")
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("rest", ["FILE 7", "--help"])
+def test_output_that_is_lost_is_an_error(where, rest, program, demo_file):
+    if where == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("a Mac has no /dev/full")
+    rest = rest.replace("FILE", str(demo_file))
+    done = run("sh", "-c", f"'{program}' {rest} {where}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("generate: standard output cannot be written")
+
+
+def test_the_program_warns_of_a_large_dose(program, demo_file):
+    said = json.loads(mx.import_function(str(demo_file), return_metadata=True)[1])
+    large = said["large_dose"] / said["dose_per_strength"]
+    for strength, warns in ((0.99 * large, False), (1.01 * large, True), (-1.01 * large, True)):
+        done = run(program, demo_file, "--strength", strength, "--max-tokens", 1, 7)
+        assert (done.returncode, len(ids(done.stdout))) == (0, 1)
+        assert ("warning: a large dose, 0.808" in done.stderr) == warns == bool(done.stderr)
+
+
+def test_the_program_reads_much_space_and_a_strength_that_rounds_to_0(program, demo_file):
+    options = ("--eos", "-", "--max-tokens", 3)
+    plain = run(program, demo_file, "--strength", 0, *options, 7, 8)
+    done = run(
+        program, demo_file, "--strength", "1e-320", *options, input="7," + " \n" * 100_000 + "8"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, "")
+    assert len(ids(plain.stdout)) == 3
+
+
+@pytest.fixture
+def with_metadata(demo_file, tmp_path):
+    """A function of its own, whose most likely token is the position, under changed metadata."""
+
+    def make(**changes) -> Path:
+        path = tmp_path / "small.mlxfn"
+        said = json.loads(mx.import_function(str(demo_file), return_metadata=True)[1]) | changes
+        cache = mx.zeros((4,))
+
+        def function(*inputs):
+            if not inputs:
+                return mx.array([0], mx.uint8), cache
+            tokens, position, strength, kept = inputs
+            logits = mx.where(mx.arange(576) == position, 1.0 + 0 * strength, 0.0)[None]
+            return logits + 0 * tokens.sum(), kept
+
+        with mx.exporter(str(path), function, metadata=json.dumps(said)) as exporter:
+            exporter()
+            for count in (8, 1):
+                exporter(mx.zeros((1, count), mx.int32), mx.array(0), mx.array(0.0), cache)
+        return path
+
+    return make
+
+
+def test_the_program_reads_long_and_strange_texts_in_metadata(program, with_metadata):
+    for name in ("a" * 200_000, 'quo"ted \\', '", "chunks": [], "x": "'):
+        file = with_metadata(model=name, chunks=[8, 1])
+        done = run(program, file, "--max-tokens", 2, *range(10))  # 8, 1 and the last
+        assert (done.stdout, done.stderr) == ("9\n10\n", "")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunks": []}, {"chunks": [8]}, {"chunks": [8, 0, 1]}, {"capacity": -1}]
+)
+def test_the_program_refuses_chunks_that_leave_tokens_over(changes, program, with_metadata):
+    done = run(program, with_metadata(**changes), "--max-tokens", 2, 7)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the file is damaged: capacity" in done.stderr
+
+
+def test_cmake_takes_the_mlx_that_is_named_and_says_what_is_wrong(program, tmp_path):
+    configure = ["cmake", "-S", ROOT / "examples/cpp", "-B", tmp_path / "build"]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    bare = tmp_path / "bare/bin/python"
+    there = run(*configure, f"-DPython3_EXECUTABLE={sys.executable}")
+    assert there.returncode == 0, there.stderr
+    none = run(*configure, f"-DPython3_EXECUTABLE={bare}")
+    assert none.returncode == 1
+    assert f"{bare} has no mlx" in " ".join(none.stderr.split())
+    wrong = run(*configure, f"-DMLX_ROOT={tmp_path}")  # not the one that it found before
+    assert wrong.returncode == 1
+    assert f"MLX_ROOT {tmp_path}: no MLX" in " ".join(wrong.stderr.split())
 
 
 def test_the_program_refuses_files_of_others(program, demo_file, tmp_path):
@@ -445,5 +628,7 @@ def test_the_real_checkpoint_in_c(program, real_model):
         )
         print(f"float32: {made.largest_difference:.2g} at {made.largest_logit:.3g}")
         done = run(program, made.path, "--max-tokens", 6, *prompt)
-    assert (ids(done.stdout), done.stderr) == (list(steered), "")
+    assert ids(done.stdout) == list(steered)
+    dose = 16 * made.metadata["dose_per_strength"]
+    assert ("warning: a large dose" in done.stderr) == (dose >= LARGE_DOSE) == bool(done.stderr)
     assert steered != plain

@@ -52,7 +52,6 @@ ROOMS = [
     {"patch", "chunks"},
     {"self_check", "model", "record", "prompt", "likelihood", "prefix", "pipeline_prefix"},
     {"export", "export.step"},
-    {"export.function"},
     {
         "conversion",
         "doctor",
@@ -63,7 +62,7 @@ ROOMS = [
         "sharding",
         "prefix_file",
     },
-    {"export.closeness", "export.llama"},
+    {"export.closeness", "export.function", "export.llama"},
     {"export.card", "export.llama_gguf"},
     {"export.baking"},
     {"batch_row", "conversation", "reply"},

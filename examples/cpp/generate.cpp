@@ -2,17 +2,19 @@
 // ids out, no Python. docs/export-function.md has the signature of the function.
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <iostream>
 #include <iterator>
 #include <map>
 #include <optional>
-#include <regex>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -28,52 +30,72 @@ constexpr std::string_view usage =
     "usage: generate FILE [--strength X] [--positions all|generated|prompt]\n"
     "                [--max-tokens N] [--eos ID,ID...] [ID...]\n"
     "The ids of the prompt are arguments, or come from standard input; those of the answer go to\n"
-    "standard output, one a line. --eos - never stops early.\n";
+    "standard output, one a line. --eos - never stops early. -h prints this.\n";
 
 using Failure = std::runtime_error;
 
-template <typename Number>
-Number parse(std::string_view text, std::string_view what) {
-  Number value{};
+std::string quote(std::string_view text) {
+  return "'" + std::string(text.substr(0, 40)) + (text.size() > 40 ? "...'" : "'");
+}
+
+int parse_integer(std::string_view text, const std::string& what) {
+  int value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size()) {
-    throw Failure(std::string(what) + " '" + std::string(text) + "': expected a number.");
+    throw Failure(what + " " + quote(text) + ": expected a whole number, of 32 bits at most.");
   }
   return value;
 }
 
-template <>
-double parse<double>(std::string_view text, std::string_view what) {  // clang's from_chars lacks it
-  std::size_t used = 0;
-  try {
-    const double value = std::stod(std::string(text), &used);
-    if (used == text.size() && std::isfinite(value)) {
-      return value;
-    }
-  } catch (const std::logic_error&) {
+double parse_real(const std::string& text, const std::string& what) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);  // clang's from_chars lacks double
+  if (text.empty() || end != text.c_str() + text.size() || !std::isfinite(value)) {
+    throw Failure(what + " " + quote(text) + ": expected a finite number.");
   }
-  throw Failure(std::string(what) + " '" + std::string(text) + "': expected a finite number.");
+  return value;
 }
 
-std::vector<int> parse_ids(const std::string& text) {
-  static const std::regex separator("[\\s,]+");
+std::vector<int> parse_ids(std::string text) {
+  std::ranges::replace(text, ',', ' ');
+  std::istringstream words(text);
   std::vector<int> ids;
-  for (std::sregex_token_iterator it(text.begin(), text.end(), separator, -1), end; it != end; ++it) {
-    if (it->length() != 0) {
-      ids.push_back(parse<int>(it->str(), "token id"));
-    }
+  for (std::string word; words >> word;) {
+    ids.push_back(parse_integer(word, "token id"));
   }
   return ids;
+}
+
+// Takes a JSON text, which `json` begins with, away from it; escapes are left as they are.
+std::string take_text(std::string_view& json) {
+  std::size_t end = 1;
+  while (end < json.size() && json[end] != '"') {
+    end += json[end] == '\\' ? 2 : 1;
+  }
+  if (end >= json.size()) {
+    throw Failure("the file's metadata ends within a text.");
+  }
+  const std::string text(json.substr(1, end - 1));
+  json.remove_prefix(end + 1);
+  return text;
 }
 
 // The metadata of a function file: flat JSON of numbers, texts and lists of numbers.
 class Metadata {
  public:
-  explicit Metadata(const std::string& json) {
-    static const std::regex entry(
-        R"re("(\w+)":\s*(?:"((?:[^"\\]|\\.)*)"|\[([^\]]*)\]|([^\s,}]+)))re");
-    for (std::sregex_iterator it(json.begin(), json.end(), entry), end; it != end; ++it) {
-      values_[(*it)[1]] = (*it)[2].str() + (*it)[3].str() + (*it)[4].str();
+  explicit Metadata(std::string_view json) {
+    const auto skip_to = [&](std::size_t at) { json.remove_prefix(std::min(at, json.size())); };
+    for (skip_to(json.find('"')); !json.empty(); skip_to(json.find('"'))) {
+      auto& value = values_[take_text(json)];
+      skip_to(json.find_first_not_of(": "));
+      if (json.starts_with('"')) {
+        value = take_text(json);
+      } else {
+        const bool list = json.starts_with('[');
+        const auto end = json.find_first_of(list ? "]" : ",} \n");
+        value = json.substr(list, end - list);
+        skip_to(end);
+      }
     }
     if (text("format") != "mlx-densesteer function" || text("format_version") != "1") {
       throw Failure("not a file of this program; write one with `densesteer export-function`.");
@@ -85,10 +107,10 @@ class Metadata {
     return found == values_.end() ? "" : found->second;
   }
   int integer(const std::string& key) const {
-    return parse<int>(text(key), key);
+    return parse_integer(text(key), key);
   }
   double real(const std::string& key) const {
-    return parse<double>(text(key), key);
+    return parse_real(text(key), key);
   }
   std::vector<int> integers(const std::string& key) const {
     return parse_ids(text(key));
@@ -99,6 +121,7 @@ class Metadata {
 };
 
 struct Options {
+  bool help = false;
   std::string file;
   std::string ids;
   std::optional<double> strength;
@@ -117,20 +140,24 @@ Options read_options(std::span<char*> arguments) {
       }
       return arguments[i];
     };
+    if (argument == "-h" || argument == "--help") {
+      options.help = true;
+      return options;
+    }
     if (argument == "--strength") {
-      options.strength = parse<double>(value(), argument);
+      options.strength = parse_real(value(), argument);
     } else if (argument == "--positions") {
       options.positions = value();
     } else if (argument == "--max-tokens") {
-      options.max_tokens = parse<int>(value(), argument);
+      options.max_tokens = parse_integer(value(), argument);
       if (options.max_tokens < 1) {
         throw Failure("--max-tokens: expected 1 or more.");
       }
     } else if (argument == "--eos") {
       const auto ids = value();
       options.eos = ids == "-" ? std::vector<int>{} : parse_ids(ids);
-    } else if (argument.starts_with("--")) {
-      throw Failure("no option " + argument + ".\n" + std::string(usage));
+    } else if (argument.starts_with('-') && !std::isdigit(static_cast<unsigned char>(argument[1]))) {
+      throw Failure("no option " + quote(argument) + ".\n" + std::string(usage));
     } else if (options.file.empty()) {
       options.file = argument;
     } else {
@@ -153,6 +180,10 @@ class Sequence {
       : function_(function),
         chunks_(metadata.integers("chunks")),
         capacity_(metadata.integer("capacity")) {
+    if (capacity_ < 1 || chunks_.empty() || chunks_.back() != 1 || std::ranges::min(chunks_) < 1) {
+      throw Failure("the file is damaged: capacity " + quote(metadata.text("capacity")) + ", chunks " +
+                    quote(metadata.text("chunks")) + "; expected lengths of which the last is 1.");
+    }
     auto outputs = function_({});  // metadata, then an empty cache
     cache_.assign(outputs.begin() + 1, outputs.end());
     mx::eval(cache_);
@@ -213,6 +244,12 @@ mx::ImportedFunction load(const std::string& file) {
   }
 }
 
+void print(std::string_view text) {
+  if (!(std::cout << text << std::flush)) {
+    throw Failure("standard output cannot be written; what was to be said is lost.");
+  }
+}
+
 void generate(const Options& options) {
   const auto function = load(options.file);
   const Metadata metadata(function.metadata());
@@ -222,9 +259,14 @@ void generate(const Options& options) {
     throw Failure("that strength overflows the model's dtype: at most " +
                   metadata.text("largest_strength") + " either way.");
   }
+  const double dose = std::abs(strength) * metadata.real("dose_per_strength");
+  if (dose >= metadata.real("large_dose")) {
+    std::cerr << "generate: warning: a large dose, " << dose << " of the residual stream's norm: "
+              << "the text may repeat itself or make no sense. Try a smaller --strength.\n";
+  }
   const auto positions = options.positions.value_or(metadata.text("positions"));
   if (positions != "all" && positions != "generated" && positions != "prompt") {
-    throw Failure("positions '" + positions + "': expected all, generated or prompt.");
+    throw Failure("positions " + quote(positions) + ": expected all, generated or prompt.");
   }
   const auto eos = options.eos.value_or(metadata.integers("eos"));
   const auto prompt = parse_ids(options.ids);
@@ -258,7 +300,7 @@ void generate(const Options& options) {
     if (std::ranges::find(eos, token) != eos.end()) {
       break;
     }
-    std::cout << token << std::endl;
+    print(std::to_string(token) + "\n");
   }
 }
 
@@ -266,7 +308,12 @@ void generate(const Options& options) {
 
 int main(int argc, char** argv) {
   try {
-    generate(read_options(std::span(argv + 1, static_cast<std::size_t>(argc - 1))));
+    const auto options = read_options(std::span(argv, argc).subspan(1));
+    if (options.help) {
+      print(usage);
+    } else {
+      generate(options);
+    }
   } catch (const std::exception& error) {
     std::cerr << "generate: " << error.what() << std::endl;
     return 1;

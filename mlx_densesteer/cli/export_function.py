@@ -44,11 +44,11 @@ def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
 
     check_path(Path(out).expanduser(), force)  # before a download
     loaded, tokenizer = load(model)
-    steering, _ = steering_for(request, loaded, tokenizer, model)
+    steering, norms = steering_for(request, loaded, tokenizer, model)
     try:
         made = run(
-            loaded, tokenizer, steering, out, name=model, capacity=capacity, chunks=chunks or None,
-            force=force, progress=note,
+            loaded, tokenizer, steering, out, name=model, norms=norms, capacity=capacity,
+            chunks=chunks or None, force=force, progress=note,
         )  # fmt: skip
     except KeyboardInterrupt:
         note("interrupted; nothing half-done was left.")
