@@ -77,8 +77,8 @@ class _Judge:
         if not self._process.stdout.readline():
             error = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
             raise InputError(
-                f"math-verify is installed but does not start ({error[0]}). Install it again "
-                f"with `{install_command('eval')}`."
+                f"math-verify is installed but does not start ({error[0]}). Install it "
+                f"again: {install_command('eval')}"
             )
         return self._process
 

@@ -2,7 +2,8 @@
 
 lm-eval finds it under the name ``densesteer``: through the entry point ``lm_eval.models``
 where its version looks for one, else with ``python -m mlx_densesteer.harness``, which is
-lm-eval's own command with this one model more (docs/lm-eval.md). No torch. Not covered: several processes, images, and lm-eval's cache of responses.
+lm-eval's own command with this one model more (docs/lm-eval.md). No torch. Not covered: several
+processes, images, and lm-eval's cache of responses.
 """
 
 import logging

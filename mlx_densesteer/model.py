@@ -75,9 +75,16 @@ def load_folder(
     told = rope(read_config(path))
     with loading(path):
         model, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[:2]
-    # transformers would speak of indexing errors; how long a prompt may be is checked by who generates
+    return patch(model), quiet(tokenizer)
+
+
+def quiet(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
+    """Return the tokenizer, which no longer warns of long texts: who generates checks how long a prompt is.
+
+    transformers would foretell indexing errors.
+    """
     tokenizer.deprecation_warnings[_TOO_LONG] = True
-    return patch(model), tokenizer
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError(f"pictures need matplotlib: `{install_command('plot')}`.") from error
+        raise InputError(f"pictures need matplotlib: {install_command('plot')}") from error
     sweep = _arrange(table)
     pictures = {"heatmap.png": _heatmap(sweep), "curves.png": _curves(sweep)}
     paths = []

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from ._version import __version__
 from .errors import DistributedError
-from .model import ModelInfo, chat_template_sha256, inspect, loading, set_dtype
+from .model import ModelInfo, chat_template_sha256, inspect, loading, quiet, set_dtype
 from .model_folder import read_config, rope
 from .patch import decoder_blocks, patch
 from .ranks import Ranks
@@ -44,7 +44,7 @@ def load_sharded(
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     with loading(folder):
         model, config = load_model(folder, lazy=True, model_config=rope(config))
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = quiet(load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")))
     set_dtype(model, folder)
     info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
     ranks.same(_identity(info, config, tokenizer), "models")

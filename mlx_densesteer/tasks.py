@@ -148,8 +148,8 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, object]]:
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(
-            f"{name}: its file on the Hub is Parquet, which needs pyarrow: "
-            f"`{install_command('eval')}`. Or name a local JSONL file."
+            f"{name}: its file on the Hub is Parquet, which needs pyarrow; or name a local JSONL file. "
+            f"To get pyarrow: {install_command('eval')}"
         ) from error
     try:
         return pyarrow.parquet.read_table(path).to_pylist()

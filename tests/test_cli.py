@@ -235,6 +235,8 @@ def test_standard_input_that_is_no_text(run, hf_folder):
 
 
 def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
+    for name in ("{}.gguf", "x.txt"):
+        (tmp_path / name).touch()
     for arguments, said in (
         (
             ("-m", "demo", "What", "is", "3 + 4"),
@@ -249,8 +251,6 @@ def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
             "is a folder; expected a vector's file (.npz)",
         ),
     ):
-        for name in ("{}.gguf", "x.txt"):
-            (tmp_path / name).touch()
         done = run("generate", *arguments)
         assert done.exit_code and said in " ".join(done.stderr.split()), done.stderr
 

@@ -182,7 +182,6 @@ def test_no_global_state_is_touched(matplotlib, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from mlx_densesteer.extras import install_command
 from mlx_densesteer.plot import plot_sweep
 assert "matplotlib" not in sys.modules
 plot_sweep({TABLE!r}, Path("."))

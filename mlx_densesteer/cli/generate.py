@@ -53,8 +53,8 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     """Generate text, steered if a vector is given.
 
     PROMPT is read from standard input where it is missing or "-", without its last newline unless
-    --raw. The text goes to standard output as it is made, everything else to standard error. Under mlx.launch the model is spread
-    over the ranks (docs/distributed.md).
+    --raw. The text goes to standard output as it is made, everything else to standard error. Under
+    mlx.launch the model is spread over the ranks (docs/distributed.md).
     """
     text = _read_prompt(prompt, raw)
     check_spread(pipeline, draft_model)

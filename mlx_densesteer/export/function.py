@@ -176,7 +176,7 @@ def _metadata(
     cache = empty_cache(model, capacity)
     dtype = cache[0].dtype
     largest = max(abs(steering.vector.layers[layer]).max() for layer in steering.layers)
-    sizes = steering.vector.norms()
+    doses = replace(steering, strength=1.0).relative_dose(norms)
     float32, limit = (float(mx.finfo(kind).max) for kind in (mx.float32, dtype))
     return {
         "format": FORMAT,
@@ -189,7 +189,7 @@ def _metadata(
         "layers": list(steering.layers),
         "strength": steering.strength,
         "largest_strength": min(float32, limit / float(largest)) if largest else float32,
-        "dose_per_strength": sum(sizes[layer] / norms[layer] for layer in steering.layers),
+        "dose_per_strength": sum(doses.values()),
         "large_dose": LARGE_DOSE,
         "positions": steering.positions,
         "vocab_size": model.args.vocab_size,

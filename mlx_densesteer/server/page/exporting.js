@@ -22,7 +22,8 @@ export function asMarkdown(conversation, server) {
 export function asJson(conversation, server) {
   const { model, version } = server;
   const head = { format: "mlx-densesteer conversation", version: 2, model, server: version, exported: new Date().toISOString() };
-  return `${JSON.stringify({ ...head, ...conversation }, null, 2)}\n`;
+  const { earlier, ...said } = conversation; // revisions are for the tabs of this browser
+  return `${JSON.stringify({ ...head, ...said }, null, 2)}\n`;
 }
 
 /** Offer a text as a download named after the conversation. */
