@@ -10,60 +10,60 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .batch import Batch as Batch
-    from .batch import generate_batch as generate_batch
-    from .brake import Brake as Brake
-    from .conversion import convert as convert
     from .errors import DenseSteerError as DenseSteerError
-    from .evaluation import evaluate as evaluate
-    from .export.baking import bake as bake
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.sweep import sweep as sweep
+    from .export.bake import bake as bake
     from .export.function import export_function as export_function
-    from .extraction import extract as extract
-    from .generation import Generation as Generation
-    from .generation import Sampling as Sampling
-    from .generation import generate as generate
-    from .generation import stream as stream
-    from .grid import sweep as sweep
-    from .interop import export_vector as export_vector
-    from .interop import import_vector as import_vector
-    from .model import load as load
-    from .model_thread import ModelThread as ModelThread
-    from .pairs import Pair as Pair
-    from .patch import make_cache as make_cache
-    from .session import Session as Session
-    from .speculation import Draft as Draft
-    from .steering import Steering as Steering
-    from .vector import SteeringVector as SteeringVector
-    from .vector import VectorMeta as VectorMeta
+    from .extraction.extract import extract as extract
+    from .extraction.pairs import Pair as Pair
+    from .generation.batch import Batch as Batch
+    from .generation.batch import generate_batch as generate_batch
+    from .generation.brake import Brake as Brake
+    from .generation.session import Session as Session
+    from .generation.speculation import Draft as Draft
+    from .generation.stream import Generation as Generation
+    from .generation.stream import Sampling as Sampling
+    from .generation.stream import generate as generate
+    from .generation.stream import stream as stream
+    from .generation.thread import ModelThread as ModelThread
+    from .model.block import make_cache as make_cache
+    from .model.convert import convert as convert
+    from .model.model import load as load
+    from .steering.formats import export_vector as export_vector
+    from .steering.formats import import_vector as import_vector
+    from .steering.steering import Steering as Steering
+    from .steering.vector import SteeringVector as SteeringVector
+    from .steering.vector import VectorMeta as VectorMeta
 
 # Imported on first use (PEP 562): mlx-lm takes seconds to import, a vector file needs numpy
-# alone. No module has the name of a function here: importing it would hide the function.
+# alone. No room has the name of a function here: importing it would hide the function.
 _HOMES = {
-    "Batch": "batch",
-    "Brake": "brake",
+    "Batch": "generation.batch",
+    "Brake": "generation.brake",
     "DenseSteerError": "errors",
-    "Draft": "speculation",
-    "Generation": "generation",
-    "ModelThread": "model_thread",
-    "Pair": "pairs",
-    "Sampling": "generation",
-    "Session": "session",
-    "Steering": "steering",
-    "SteeringVector": "vector",
-    "VectorMeta": "vector",
-    "bake": "export.baking",
-    "convert": "conversion",
-    "evaluate": "evaluation",
+    "Draft": "generation.speculation",
+    "Generation": "generation.stream",
+    "ModelThread": "generation.thread",
+    "Pair": "extraction.pairs",
+    "Sampling": "generation.stream",
+    "Session": "generation.session",
+    "Steering": "steering.steering",
+    "SteeringVector": "steering.vector",
+    "VectorMeta": "steering.vector",
+    "bake": "export.bake",
+    "convert": "model.convert",
+    "evaluate": "evaluation.evaluate",
     "export_function": "export.function",
-    "export_vector": "interop",
-    "extract": "extraction",
-    "generate": "generation",
-    "generate_batch": "batch",
-    "import_vector": "interop",
-    "load": "model",
-    "make_cache": "patch",
-    "stream": "generation",
-    "sweep": "grid",
+    "export_vector": "steering.formats",
+    "extract": "extraction.extract",
+    "generate": "generation.stream",
+    "generate_batch": "generation.batch",
+    "import_vector": "steering.formats",
+    "load": "model.model",
+    "make_cache": "model.block",
+    "stream": "generation.stream",
+    "sweep": "evaluation.sweep",
 }
 
 __all__ = sorted(_HOMES)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mlx_densesteer import Pair, SteeringVector, extract, load
 from mlx_densesteer.errors import VectorError
-from mlx_densesteer.model_folder import recorded
-from mlx_densesteer.pairs import pairs_sha256, read_pairs
+from mlx_densesteer.extraction.pairs import pairs_sha256, read_pairs
+from mlx_densesteer.model.config import recorded
 
 
 def main() -> None:

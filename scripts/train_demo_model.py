@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.qwen2 import Model, ModelArgs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_densesteer.atomic import move_into_place, scratch_folder
 from mlx_densesteer.demo import MODEL
 from mlx_densesteer.demo.problems import (
     DemoProblem,
@@ -32,7 +31,8 @@ from mlx_densesteer.demo.problems import (
     draw_solution,
     reserved_questions,
 )
-from mlx_densesteer.model_folder import RECORD
+from mlx_densesteer.files import move_into_place, scratch_folder
+from mlx_densesteer.model.config import RECORD
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 576

@@ -17,17 +17,34 @@ import pytest
 
 mx.default_stream(mx.default_device())  # a function file runs on the thread that has the first one
 
-from mlx_densesteer.vector import SteeringVector, VectorMeta
+from mlx_lm.models.base import create_attention_mask
+
+from mlx_densesteer.model.block import decoder_blocks
+from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
 
 
+def streams(model, tokens, deltas=None, within=lambda position: True):
+    """The residual stream after every block, worked out by hand: ``h_l + delta_l``."""
+    h = model.model.embed_tokens(mx.array([tokens]))
+    mask = create_attention_mask(h)
+    steered = mx.array([[float(within(p))] for p in range(len(tokens))])
+    found = []
+    for layer, block in decoder_blocks(model).items():
+        h = block(h, mask, None)
+        if deltas and layer in deltas:
+            h = h + steered * mx.array(deltas[layer])
+        found.append(h)
+    return found
+
+
 @pytest.fixture
 def tiny():
     """A random float32 Qwen2 model with stock blocks, new for every test."""
-    from mlx_densesteer.self_check import tiny_model
+    from mlx_densesteer.cli.self_check import tiny_model
 
     return tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=VOCABULARY)
 
@@ -83,7 +100,7 @@ def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_densesteer.self_check import tiny_model
+    from mlx_densesteer.cli.self_check import tiny_model
 
     folder = tmp_path_factory.mktemp("hf") / "Tiny-Qwen2"
     shutil.copytree(tiny_tokenizer_files, folder)
@@ -130,7 +147,7 @@ def real_model(checkpoint):
 def pytest_report_header() -> str:
     if sys.platform != "linux":
         return ""
-    from mlx_densesteer.doctor import openblas_core
+    from mlx_densesteer.cli.doctor_report import openblas_core
 
     core = openblas_core()
     if core is None:

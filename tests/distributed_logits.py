@@ -1,4 +1,4 @@
-"""Run under mlx.launch by tests/test_distributed.py: logits of models that are spread over ranks.
+"""Run under mlx.launch by tests/distributed/test_distributed.py: logits of models that are spread over ranks.
 
     distributed_logits.py VECTOR.npz OUT.npz KIND=FOLDER...        KIND is tensor or pipeline
 
@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_densesteer import Steering, SteeringVector, make_cache
-from mlx_densesteer.ranks import Ranks
-from mlx_densesteer.sharding import load_sharded, settle
+from mlx_densesteer.distributed.ranks import Ranks
+from mlx_densesteer.distributed.sharding import load_sharded, settle
 
 vector, out, *models = sys.argv[1:]
 ranks = Ranks.connect()

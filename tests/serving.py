@@ -75,7 +75,7 @@ def serving(
     """Serve ``model`` on a thread; ``given`` maps names to ``Wanted``, by default the demo's."""
     from mlx_densesteer.server.listening import listen, open_socket
     from mlx_densesteer.server.settings import Access, Limits, Settings
-    from mlx_densesteer.server.starting import model_id, start
+    from mlx_densesteer.server.start import model_id, start
 
     settings = Settings(
         model_id(str(model), None), replace(Limits(grace=2.0), **limits), access or Access(), folder

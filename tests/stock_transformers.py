@@ -1,4 +1,4 @@
-"""Run by tests/test_bake.py with .venv-torch: stock transformers, nothing of ours.
+"""Run by tests/export/test_bake.py with .venv-torch: stock transformers, nothing of ours.
 
     python stock_transformers.py FOLDER IN.npz OUT.npz COUNT
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import mlx_densesteer as ds
-from mlx_densesteer.model import fingerprint, inspect
-from mlx_densesteer.pairs import read_pairs
-from mlx_densesteer.prompt import encode_prompt
-from mlx_densesteer.vector import VectorMeta
+from mlx_densesteer.extraction.pairs import read_pairs
+from mlx_densesteer.model.model import fingerprint, inspect
+from mlx_densesteer.model.prompt import encode_prompt
+from mlx_densesteer.steering.vector import VectorMeta
 
 pytestmark = pytest.mark.checkpoint
 

@@ -11,9 +11,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_densesteer.errors import DenseSteerError, InputError
-from mlx_densesteer.model import find, loading
-from mlx_densesteer.model_folder import read_config
-from mlx_densesteer.prompt import encode_prompt
+from mlx_densesteer.model.config import read_config
+from mlx_densesteer.model.model import find, loading
+from mlx_densesteer.model.prompt import encode_prompt
 
 
 def load(folder: Path) -> tuple[TokenizerWrapper, int]:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..batch import Batch
-from ..patch import unpatch
-from ..steering import Steering
+from ..generation.batch import Batch
+from ..model.block import unpatch
+from ..steering.steering import Steering
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread

@@ -6,7 +6,7 @@ import time
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from ..steering import Positions, Steering, parse_layers
+from ..steering.steering import Positions, Steering, parse_layers
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread

@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Sequence
 
-from ..batch import generate_batch
-from ..density import split_steps
-from ..dose import mean_norms
-from ..generation import Generation
-from ..steering import Steering, parse_layers
-from ..vector import SteeringVector
+from ..generation.batch import generate_batch
+from ..generation.density import split_steps
+from ..generation.stream import Generation
+from ..model.dose import mean_norms
+from ..steering.steering import Steering, parse_layers
+from ..steering.vector import SteeringVector
 from .subject import Subject
 from .timing import Tell, quiet
 

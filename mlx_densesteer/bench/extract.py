@@ -10,13 +10,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..demo.problems import calibration, draw_solution
-from ..density import split_steps
-from ..extraction import ReadOut, encode_pairs, extract_with_report
-from ..model import find
-from ..pairs import Pair, read_pairs
-from ..rewriting.rules import merge_steps
-from ..steering import SMALLEST, parse_layers
-from ..token_tree import TokenPair, TokenTree
+from ..extraction.extract import ReadOut, encode_pairs, extract_with_report
+from ..extraction.pairs import Pair, read_pairs
+from ..extraction.rewriting.rules import merge_steps
+from ..generation.density import split_steps
+from ..model.model import find
+from ..model.token_tree import TokenPair, TokenTree
+from ..steering.steering import SMALLEST, parse_layers
 from .oracle import Oracle
 from .report import Row, ratio
 from .subject import Subject

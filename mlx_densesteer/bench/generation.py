@@ -5,7 +5,7 @@ import time
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from ..steering import Steering
+from ..steering.steering import Steering
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread

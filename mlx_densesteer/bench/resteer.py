@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from ..prefix import Chunk, Prefix
-from ..steering import Steering
+from ..model.prefix import Chunk, Prefix
+from ..steering.steering import Steering
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread, timed

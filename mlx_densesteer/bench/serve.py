@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..demo.problems import draw_problem
-from ..dose import strength_for
-from ..prompt import encode_prompt
+from ..model.dose import strength_for
+from ..model.prompt import encode_prompt
 from .clients import CHAT, Answer, Drive, drive, get
 from .servers import Server, common_folder, our_server, random_vector, stock_server
 from .subject import Subject

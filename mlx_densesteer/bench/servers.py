@@ -16,8 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import demo
-from ..model import find
-from ..vector import SteeringVector, VectorMeta
+from ..model.model import find
+from ..steering.vector import SteeringVector, VectorMeta
 from .clients import Address
 from .subject import Subject
 

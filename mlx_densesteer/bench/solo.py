@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..demo.problems import held_out
-from ..dose import strength_for
-from ..generation import generate
-from ..patch import make_cache
-from ..prompt import encode_prompt
-from ..steering import Positions, Steering
-from ..vector import SteeringVector
+from ..generation.stream import generate
+from ..model.block import make_cache
+from ..model.dose import strength_for
+from ..model.prompt import encode_prompt
+from ..steering.steering import Positions, Steering
+from ..steering.vector import SteeringVector
 from .clients import CHAT, COMPLETIONS
 from .servers import random_vector
 from .subject import Subject

@@ -5,10 +5,10 @@ from dataclasses import replace
 import mlx.nn as nn
 from mlx_lm.models.qwen2 import Model
 
-from ..generation import Generation, generate
-from ..model import load
-from ..patch import decoder_blocks, patch
-from ..speculation import Draft
+from ..generation.speculation import Draft
+from ..generation.stream import Generation, generate
+from ..model.block import decoder_blocks, patch
+from ..model.model import load
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread, timed

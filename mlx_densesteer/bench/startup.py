@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from .. import demo
 from ..demo.problems import held_out
-from ..model import find
-from ..vector import SteeringVector, VectorMeta
+from ..model.model import find
+from ..steering.vector import SteeringVector, VectorMeta
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread, timed

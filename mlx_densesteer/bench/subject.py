@@ -9,12 +9,12 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..demo.problems import held_out
-from ..dose import mean_norms, strength_for
-from ..model import dtype_name, fingerprint, load
-from ..patch import make_cache, patch, unpatch
-from ..prompt import encode_prompt
-from ..steering import Positions, Steering
-from ..vector import SteeringVector, VectorMeta
+from ..model.block import make_cache, patch, unpatch
+from ..model.dose import mean_norms, strength_for
+from ..model.model import dtype_name, fingerprint, load
+from ..model.prompt import encode_prompt
+from ..steering.steering import Positions, Steering
+from ..steering.vector import SteeringVector, VectorMeta
 
 DOSE = 0.1  # where the text matters: a mild one, so that it stays text
 

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..answering import Answer, answer
-from ..grid import Setting, settings_of
-from ..tasks import Problem, load_task
+from ..evaluation.answers import Answer, answer
+from ..evaluation.sweep import Setting, settings_of
+from ..evaluation.tasks import Problem, load_task
 from .report import Row, ratio
 from .subject import Subject
 from .timing import Tell, alternate, over, quiet, spread, timed

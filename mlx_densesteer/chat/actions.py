@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli.output import count
-from ..cli.steer import read_steering, read_vector, tell_dose, tell_fit
+from ..cli.steering import read_steering, read_vector, tell_dose, tell_fit
 from ..cli.tables import signed
-from ..defaults import default_layer
+from ..cli.text import count
 from ..errors import InputError, SessionError
+from ..steering.request import default_layer
 from .commands import Call, help_lines
 from .dial import Doses, read_strength, sweep_strengths
 from .printable import one_line
@@ -17,10 +17,10 @@ from .status import receipt
 from .tables import stats_lines, sweep_lines
 
 if TYPE_CHECKING:
-    from ..conversation import Turn
-    from ..generation import Generation
-    from ..session import Session
-    from ..steering import Steering
+    from ..generation.conversation import Turn
+    from ..generation.session import Session
+    from ..generation.stream import Generation
+    from ..steering.steering import Steering
     from .loop import Chat
 
 MOST_ROWS = 16  # of one sweep
@@ -65,7 +65,7 @@ class Actions:
         self._tell_steering()
 
     def _layer(self, argument: str) -> None:
-        from ..steering import parse_layers
+        from ..steering.steering import parse_layers
 
         steering = self._steering()
         if argument:
@@ -137,7 +137,7 @@ class Actions:
         self._screen.note(f"saved {count(len(self._session.turns), 'turn')} in {path}")
 
     def _load(self, argument: str) -> None:
-        from ..session import Session
+        from ..generation.session import Session
 
         now, path = self._session, _path(argument, "/load")
         if not path.is_file():

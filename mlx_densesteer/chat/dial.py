@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..steering import Steering
+    from ..steering.steering import Steering
 
 DOSES = (-0.1, 0.0, 0.1, 0.2, 0.4)  # of a sweep from strength 0
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a sweep around another strength
@@ -25,7 +25,7 @@ class Doses:
 
     def norms(self, steering: "Steering") -> dict[int, float]:
         """Return the mean ``||h_l||`` at the steered layers."""
-        from ..dose import mean_norms
+        from ..model.dose import mean_norms
 
         vector, layers = steering.vector, steering.layers
         key = vector.sha256(), layers
@@ -39,7 +39,7 @@ class Doses:
 
     def strength(self, steering: "Steering", dose: float) -> float:
         """Return the strength at which the relative dose is ``dose``."""
-        from ..dose import strength_for
+        from ..model.dose import strength_for
 
         return strength_for(steering.vector, self.norms(steering), dose)
 

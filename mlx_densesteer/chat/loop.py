@@ -19,9 +19,9 @@ from .screen import Screen
 from .status import Status, brake_lines, receipt
 
 if TYPE_CHECKING:
-    from ..model import ModelInfo
-    from ..reply import Reply
-    from ..session import Session
+    from ..generation.reply import Reply
+    from ..generation.session import Session
+    from ..model.model import ModelInfo
 
 
 class Chat:

@@ -9,10 +9,10 @@ from ..errors import ContextError, SessionError
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
 
-    from ..conversation import Turn
-    from ..generation import Generation
-    from ..session import Session
-    from ..steering import Steering
+    from ..generation.conversation import Turn
+    from ..generation.session import Session
+    from ..generation.stream import Generation
+    from ..steering.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Rows(Iterator[tuple[int, str]]):
     """
 
     def __init__(self, session: "Session", asked: Asked, steerings: Sequence["Steering | None"]):
-        from ..batch import Batch
+        from ..generation.batch import Batch
 
         self.states = [State(steering) for steering in steerings]
         self._batch = Batch(session.model, session.tokenizer, rows=len(steerings))
@@ -98,7 +98,7 @@ def _caches(
     session: "Session", asked: Asked, steering: "Steering | None"
 ) -> tuple[int, list["KVCache"], int]:
     """Return the question's last token, caches of all that precedes it, and how long that is."""
-    from ..conversation import lay_out
+    from ..generation.conversation import lay_out
 
     exchanges = [(turn.user, turn.reply.token_ids) for turn in asked.before]
     chunks, last = lay_out(session.tokenizer, exchanges, asked.text, session.system)
@@ -117,7 +117,7 @@ def context_tokens(session: "Session") -> int:
     """Return how many tokens the conversation has."""
     if not session.turns:
         return 0
-    from ..conversation import lay_out
+    from ..generation.conversation import lay_out
 
     *before, turn = session.turns
     exchanges = [(one.user, one.reply.token_ids) for one in before]

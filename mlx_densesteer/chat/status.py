@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..cli.output import count
 from ..cli.speculate import tell_draft
 from ..cli.tables import signed
+from ..cli.text import count
 from .printable import one_line
 
 if TYPE_CHECKING:
-    from ..generation import Generation
-    from ..steering import Steering
+    from ..generation.stream import Generation
+    from ..steering.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Status:
     def of(cls, model: str, steering: "Steering | None", tokens: int, context: int) -> "Status":
         if steering is None:
             return cls(model, None, "", 0.0, "", tokens, context)
-        from ..vector import format_layers
+        from ..steering.vector import format_layers
 
         return cls(
             model, steering.vector.name, format_layers(steering.layers), steering.strength,

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..cli.tables import aligned, signed
-from ..density import split_steps
+from ..generation.density import split_steps
 from .printable import one_line
 
 if TYPE_CHECKING:
-    from ..generation import Generation
-    from ..steering import Steering
+    from ..generation.stream import Generation
+    from ..steering.steering import Steering
     from .rows import State
 
 ENDINGS = {"stop": "end", "length": "cut off", "interrupted": "stopped"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from .._version import __version__
+from ..distributed.ranks import launched_rank
 from ..errors import DenseSteerError
-from ..ranks import launched_rank
 from .bake import bake
 from .bench import bench
 from .chat import chat

@@ -8,8 +8,8 @@ import click
 from click.core import ParameterSource
 
 from .. import demo
-from .output import note
-from .steer import Request
+from .steering import Request
+from .text import note
 
 PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in another folder
 
@@ -21,9 +21,9 @@ def install(
 
     What would keep the server from starting is refused now: launchd would try for ever.
     """
-    from ..launch_agent import agent, install, log, path
-    from ..model import find
-    from ..model_folder import read_config
+    from ..model.config import read_config
+    from ..model.model import find
+    from ..server.launch_agent import agent, install, log, path
 
     if key_in_environment:
         raise click.UsageError(
@@ -51,7 +51,7 @@ def install(
 
 def uninstall() -> None:
     """Stop and remove the agent."""
-    from ..launch_agent import uninstall
+    from ..server.launch_agent import uninstall
 
     if sys.platform != "darwin":
         raise click.ClickException("only macOS has launchd agents; there is none to remove here.")

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import layers_option, model_option, relative_option, strength_option, vector_option
-from .output import note
+from .text import note
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ..export.closeness import Closeness
-    from ..steering import Steering
-    from .steer import Request
+    from ..steering.steering import Steering
+    from .steering import Request
 
 NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
 
@@ -48,7 +48,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
     """
     from pathlib import Path
 
-    from .steer import read_steering, tell_dose, tell_fit
+    from .steering import read_steering, tell_dose, tell_fit
 
     if check and (force or format):
         raise click.UsageError("--check writes nothing: leave out --force and --format.")
@@ -59,7 +59,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
     request = read_steering(vector, strength, layers, "all", relative)
     assert request is not None  # a vector is required
 
-    from ..export import baking
+    from ..export import bake as baking
 
     steering = _for_model(request, model) if request.relative else request.steering(request.number)
     if check:
@@ -75,7 +75,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
 
 
 def _recorded(path: "Path") -> tuple[float, tuple[str, ...]]:
-    from ..export.baking import baked_record
+    from ..export.bake import baked_record
 
     setting = baked_record(path)["baked"]
     return setting["strength"], tuple(map(str, setting["layers"]))  # type: ignore[index]
@@ -83,7 +83,7 @@ def _recorded(path: "Path") -> tuple[float, tuple[str, ...]]:
 
 def _for_model(request: "Request", model: str) -> "Steering":
     """A relative strength needs the model, as it is written: in the dtype of its file."""
-    from ..model import find, load_folder
+    from ..model.model import find, load_folder
 
     return request.for_model(*load_folder(find(model)))
 

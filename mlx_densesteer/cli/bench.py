@@ -8,8 +8,8 @@ from collections.abc import Callable
 import click
 
 from . import completers
-from .output import note
 from .progress import Live
+from .text import note
 
 
 @click.command()

@@ -9,9 +9,9 @@ from click.core import ParameterSource
 
 from ..extras import install_command
 from .options import decoding_options, model_option, steering_options
-from .output import count, note
 from .speculate import check_draft_options, load_draft
-from .steer import read_steering, steering_for
+from .steering import read_steering, steering_for
+from .text import count, note
 
 if TYPE_CHECKING:
     from ..chat.keyboard import Keyboard
@@ -48,11 +48,11 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
     check_draft_options(draft_model, draft_vector, request is not None)
     keyboard, screen = _faces(plain)
 
-    from ..brake import Brake
     from ..chat.loop import Chat
-    from ..generation import Sampling
-    from ..model import inspect, load
-    from ..session import Session
+    from ..generation.brake import Brake
+    from ..generation.session import Session
+    from ..generation.stream import Sampling
+    from ..model.model import inspect, load
 
     loaded, tokenizer = load(model)
     steering, _ = steering_for(request, loaded, tokenizer, model)

@@ -35,7 +35,7 @@ def vectors(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
 def tasks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the names of tasks, and files."""
-    from ..tasks import TASKS
+    from ..evaluation.tasks import TASKS
 
     return _offer("file", TASKS, incomplete)
 

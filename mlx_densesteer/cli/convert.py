@@ -5,7 +5,7 @@ import sys
 import click
 
 from . import completers
-from .output import note
+from .text import note
 
 
 @click.command()
@@ -46,7 +46,7 @@ def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str
     file. The folder is checked with one forward pass before it gets its name, which is
     printed on standard output.
     """
-    from ..conversion import convert as run
+    from ..model.convert import convert as run
 
     try:
         folder = run(

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .output import count, note
 from .progress import Live
 from .tables import aligned, signed
+from .text import count, note
 
 if TYPE_CHECKING:
-    from ..grid import GridRow
+    from ..evaluation.sweep import GridRow
 
 WHAT_IT_IS = """\
 A toy shows the whole of it: a Qwen2 model of 2.5 million parameters, trained for this purpose by
@@ -29,13 +29,13 @@ def demo(problems: int, as_json: bool) -> None:
     Prints one problem solved at a negative strength, at 0, at a positive one and at an overdose,
     then a table over problems that the model never saw: accuracy, steps, tokens, density, NLL.
     """
-    from ..answering import answer
     from ..demo import NAME, VECTOR
     from ..demo.settings import DOSES, LAYER, POSITIONS
-    from ..grid import settings_of, table
-    from ..model import load
-    from ..tasks import load_task
-    from ..vector import SteeringVector
+    from ..evaluation.answers import answer
+    from ..evaluation.sweep import settings_of, table
+    from ..evaluation.tasks import load_task
+    from ..model.model import load
+    from ..steering.vector import SteeringVector
 
     if not as_json:
         click.echo(WHAT_IT_IS)

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from .output import count
+from .text import count
 
 
 @click.command()
@@ -13,7 +13,7 @@ def doctor() -> None:
 
     Exits with 1 if something is wrong that keeps models from running.
     """
-    from ..doctor import examine
+    from .doctor_report import examine
 
     wrong = fatal = 0
     for finding in examine():

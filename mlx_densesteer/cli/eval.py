@@ -10,19 +10,19 @@ import click
 from ..extras import install_command
 from . import completers
 from .options import model_option, run_options, steering_options, task_options
-from .output import count, note
 from .progress import Live
-from .steer import read_steering, tell_dose, tell_fit
+from .steering import read_steering, tell_dose, tell_fit
 from .tables import aligned, estimate, percent, share
+from .text import count, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..answering import Answer
-    from ..journal import Journal
-    from ..ranks import Ranks
-    from ..scoring import Score
-    from ..tasks import Problem
+    from ..distributed.ranks import Ranks
+    from ..evaluation.answers import Answer
+    from ..evaluation.journal import Journal
+    from ..evaluation.scoring import Score
+    from ..evaluation.tasks import Problem
 
 
 @click.command("eval")
@@ -54,16 +54,16 @@ def evaluate(model: str, vector: str | None, strength: float | None, layers: tup
     """
     request = read_steering(vector, strength, layers, positions, relative)
 
-    from ..tasks import load_task
+    from ..evaluation.tasks import load_task
 
     problems = load_task(task, split=split, skip=skip, limit=limit, revision=revision)
 
-    from ..answering import by_steering, journal_header
-    from ..dose import mean_norms
-    from ..evaluation import evaluate as run
-    from ..journal import journal_of
-    from ..model import inspect, load
-    from ..ranks import Ranks
+    from ..distributed.ranks import Ranks
+    from ..evaluation.answers import by_steering, journal_header
+    from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.journal import journal_of
+    from ..model.dose import mean_norms
+    from ..model.model import inspect, load
 
     ranks = Ranks.connect()
     loaded, tokenizer = load(model)
@@ -118,7 +118,7 @@ def tell_ranks(ranks: "Ranks") -> None:
 
 def tell_grader(problems: "Sequence[Problem]") -> None:
     """Say that boxed answers are graded by the string rule alone, if they are."""
-    from ..equivalence import installed
+    from ..evaluation.equivalence import installed
 
     if any(problem.rule == "boxed" for problem in problems) and not installed():
         note("boxed answers are graded by the string rule alone; for math-verify, which accepts more "

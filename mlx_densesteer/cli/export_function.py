@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from .options import layers_option, model_option, positions_option, relative_option, vector_option
-from .output import note
-from .steer import read_steering, steering_for
+from .steering import read_steering, steering_for
+from .text import note
 
 
 @click.command("export-function")
@@ -40,7 +40,7 @@ def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
 
     from ..export.function import check_path
     from ..export.function import export_function as run
-    from ..model import load
+    from ..model.model import load
 
     check_path(Path(out).expanduser(), force)  # before a download
     loaded, tokenizer = load(model)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import model_option
-from .output import count, note, refuse_existing
 from .progress import Live
 from .tables import aligned
+from .text import count, note, refuse_existing
 
 if TYPE_CHECKING:
-    from ..extraction import Extraction
+    from ..extraction.extract import Extraction
 
 
 @click.command()
@@ -52,10 +52,10 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
     if not path.parent.is_dir():
         raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
 
-    from ..extraction import ReadOut, extract_with_report
-    from ..model import load
-    from ..pairs import read_pairs
-    from ..steering import parse_layers
+    from ..extraction.extract import ReadOut, extract_with_report
+    from ..extraction.pairs import read_pairs
+    from ..model.model import load
+    from ..steering.steering import parse_layers
 
     read = read_pairs(pairs)
     ReadOut.of(token)  # before the model is loaded
@@ -96,8 +96,8 @@ def _tell(found: "Extraction", pairs: int) -> None:
         f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
         f"would be {found.tokens_apart:,}"
     )
-    from ..steering import SMALLEST
-    from ..vector import format_layers
+    from ..steering.steering import SMALLEST
+    from ..steering.vector import format_layers
 
     nothing = [layer for layer, row in found.layers.items() if row.relative_norm < SMALLEST]
     if nothing:

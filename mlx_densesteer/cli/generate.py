@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..ranks import launched_rank
+from ..distributed.ranks import launched_rank
 from .options import decoding_options, model_option, steering_options
-from .output import count, note
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
 from .spread import check_spread, load_steered
-from .steer import read_steering
+from .steering import read_steering
+from .text import count, note
 
 if TYPE_CHECKING:
-    from ..generation import Generation
+    from ..generation.stream import Generation
 
 
 @click.command()
@@ -61,10 +61,10 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     request = read_steering(vector, strength, layers, positions, relative)
     check_draft_options(draft_model, draft_vector, request is not None)
 
-    from ..brake import Brake
-    from ..generation import Sampling, stream
-    from ..prompt import encode_prompt
-    from ..sharding import settle
+    from ..distributed.sharding import settle
+    from ..generation.brake import Brake
+    from ..generation.stream import Sampling, stream
+    from ..model.prompt import encode_prompt
 
     _tell_demo(model, text)
     loaded, tokenizer, steering, norms, ranks = load_steered(model, request, pipeline=pipeline)

@@ -9,16 +9,16 @@ import click
 
 from . import completers
 from .options import model_option, run_options, task_options
-from .output import count, note
 from .progress import Live
 from .tables import aligned
+from .text import count, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..pair_files import Files, Summary
-    from ..rewriting import Rewriter
-    from ..solving import Progress
+    from ..extraction.make_pairs import Progress
+    from ..extraction.pair_files import Files, Summary
+    from ..extraction.rewriting import Rewriter
 
 
 @click.command()
@@ -76,8 +76,8 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
     else:
         rewriter = _without_model(kind, rest)
 
-    from ..pair_files import Files
-    from ..tasks import load_task
+    from ..evaluation.tasks import load_task
+    from ..extraction.pair_files import Files
 
     files = Files(Path(out))
     files.check()
@@ -85,9 +85,9 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
         split = "train"
     loaded_problems = load_task(problems, split=split, skip=skip, limit=limit, revision=revision)
 
-    from ..model import load
-    from ..solving import make_pairs
-    from ..verification import NLL_MARGIN
+    from ..extraction.make_pairs import make_pairs
+    from ..extraction.verification import NLL_MARGIN
+    from ..model.model import load
 
     loaded, tokenizer = load(model)
     if rewriter is None:
@@ -125,11 +125,11 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
 
 def _without_model(kind: str, rest: str) -> "Rewriter | None":
     if kind == "file":
-        from ..rewriting.file import FileRewriter
+        from ..extraction.rewriting.file import FileRewriter
 
         return FileRewriter(rest)
     if kind == "rules":
-        from ..rewriting.rules import RulesRewriter
+        from ..extraction.rewriting.rules import RulesRewriter
 
         return RulesRewriter()
     return None
@@ -139,7 +139,7 @@ def _endpoint(
     address: str, timeout: float, attempts: int, at_once: int, per_minute: float,
     fields: str | None,
 ) -> "Rewriter":  # fmt: skip
-    from ..rewriting.openai import KEY, Limits, OpenAIRewriter
+    from ..extraction.rewriting.openai import KEY, Limits, OpenAIRewriter
 
     try:
         more = json.loads(fields) if fields else {}
@@ -155,8 +155,8 @@ def _endpoint(
 
 def _local(name: str, target: str, loaded, tokenizer, rows: int) -> "Rewriter":
     """Load the rewriting model, unless it is the target."""
-    from ..model import find, load
-    from ..rewriting.model import ModelRewriter
+    from ..extraction.rewriting.model import ModelRewriter
+    from ..model.model import find, load
 
     path = find(name)
     if path.resolve() != find(target).resolve():
@@ -182,7 +182,7 @@ def _progress(live: Live, wanted: int | None) -> "Callable[[Progress], None]":
 
 
 def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
-    from ..verification import REASONS
+    from ..extraction.verification import REASONS
 
     note(
         f"{count(summary.problems, 'problem')}: {summary.accepted} accepted, "

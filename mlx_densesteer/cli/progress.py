@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import click
 
-from ..ranks import launched_rank
-from .output import note
+from ..distributed.ranks import launched_rank
+from .text import note
 
 
 class Live:

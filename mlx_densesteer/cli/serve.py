@@ -13,14 +13,14 @@ from ..extras import install_command
 from . import completers
 from .agent import install, uninstall
 from .options import model_option, positions_option, relative_option
-from .output import count, note
-from .steer import Request, read_steering, tell_dose, tell_fit
+from .steering import Request, read_steering, tell_dose, tell_fit
+from .text import count, note
 
 if TYPE_CHECKING:
     import socket
 
     from ..server.settings import Access
-    from ..server.starting import Server
+    from ..server.start import Server
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
@@ -103,7 +103,7 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
 
     from ..server.listening import listen
     from ..server.settings import Limits, Settings
-    from ..server.starting import model_id, start
+    from ..server.start import model_id, start
     from ..server.wanted import Wanted
 
     limits = Limits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))

@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .output import note
-from .steer import read_vector, tell_fit
+from .steering import read_vector, tell_fit
+from .text import note
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..generation import Generation
-    from ..speculation import Draft
-    from ..steering import Steering
-    from ..vector import SteeringVector
+    from ..generation.speculation import Draft
+    from ..generation.stream import Generation
+    from ..steering.steering import Steering
+    from ..steering.vector import SteeringVector
 
 
 def check_draft_options(draft_model: str | None, draft_vector: str | None, steered: bool) -> None:
@@ -36,9 +36,9 @@ def load_draft(
     """Load a draft for ``model``; its vector is applied at the dose of ``steering``."""
     if name is None:
         return None
-    from ..dose import mean_norms, strength_for
-    from ..model import inspect, load
-    from ..speculation import Draft
+    from ..generation.speculation import Draft
+    from ..model.dose import mean_norms, strength_for
+    from ..model.model import inspect, load
 
     drafting, its_tokenizer = load(name)
     if vector_name is None or steering is None:
@@ -59,8 +59,8 @@ def load_draft(
 def _layer(vector: "SteeringVector", name: str) -> int:
     """Return the layer of the demo, of a recommendation, or the middle one."""
     from .. import demo
-    from ..defaults import default_layer
     from ..demo.settings import LAYER
+    from ..steering.request import default_layer
 
     if name == demo.NAME:
         return LAYER

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..ranks import launched_rank
-from .output import note
-from .steer import Request, steering_for, steering_over_ranks
+from ..distributed.ranks import launched_rank
+from .steering import Request, steering_for, steering_over_ranks
+from .text import note
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..ranks import Ranks
-    from ..steering import Steering
+    from ..distributed.ranks import Ranks
+    from ..steering.steering import Steering
 
 COMMANDS = ("generate", "eval", "sweep")  # what can run on several ranks
 
@@ -33,17 +33,17 @@ def load_steered(
     name: str, request: Request | None, *, pipeline: bool
 ) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], Ranks]":
     """Return model, tokenizer, steering, the norms that its dose is relative to, and the ranks."""
-    from ..ranks import Ranks
+    from ..distributed.ranks import Ranks
 
     ranks = Ranks.connect()
     if ranks.size == 1:
-        from ..model import load
+        from ..model.model import load
 
         model, tokenizer = load(name)
         return model, tokenizer, *steering_for(request, model, tokenizer, name), ranks
-    from ..model import find
-    from ..sharding import load_sharded, own_layers
-    from ..vector import format_layers
+    from ..distributed.sharding import load_sharded, own_layers
+    from ..model.model import find
+    from ..steering.vector import format_layers
 
     model, tokenizer, info = load_sharded(find(name), ranks, pipeline=pipeline)
     if pipeline:

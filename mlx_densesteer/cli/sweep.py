@@ -18,17 +18,17 @@ from .options import (
     task_options,
     vector_option,
 )
-from .output import count, note
 from .progress import Live
-from .steer import read_vector, tell_fit
+from .steering import read_vector, tell_fit
 from .tables import aligned, percent, signed
+from .text import count, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..answering import Answer
-    from ..grid import GridRow, Setting, Sweep
-    from ..vector import SteeringVector
+    from ..evaluation.answers import Answer
+    from ..evaluation.sweep import GridRow, Setting, Sweep
+    from ..steering.vector import SteeringVector
 
 
 @click.command()
@@ -75,19 +75,19 @@ def sweep(model: str, vector: str, layers: tuple[str, ...], strengths: str, rela
     steering_vector.select(chosen)  # refuses layers that it does not hold
     numbers = _numbers(strengths)
 
-    from ..tasks import load_task
+    from ..evaluation.tasks import load_task
 
     if split is None and task in ("gsm8k", demo.NAME):
         split = "train"  # what chooses a setting must not be what it is judged by
     problems = load_task(task, split=split, skip=skip, limit=limit, revision=revision)
 
-    from ..answering import journal_header
-    from ..dose import mean_norms
-    from ..grid import settings_of, with_recommendation
-    from ..grid import sweep as run
-    from ..journal import journal_of
-    from ..model import inspect, load
-    from ..ranks import Ranks
+    from ..distributed.ranks import Ranks
+    from ..evaluation.answers import journal_header
+    from ..evaluation.journal import journal_of
+    from ..evaluation.sweep import settings_of, with_recommendation
+    from ..evaluation.sweep import sweep as run
+    from ..model.dose import mean_norms
+    from ..model.model import inspect, load
 
     ranks = Ranks.connect()
     loaded, tokenizer = load(model)
@@ -167,7 +167,7 @@ def _write(file: str, updated: "SteeringVector") -> None:
 
 
 def _layers(texts: tuple[str, ...], vector) -> tuple[int, ...]:
-    from ..steering import parse_layers
+    from ..steering.steering import parse_layers
 
     if texts:
         return parse_layers(texts, vector.layers)
@@ -203,7 +203,7 @@ def _progress(
 
 def _so_far(settings: "Sequence[Setting]", answers: "list[Answer]") -> list[str]:
     """Return a table of plain means: intervals take too long to be worked out all the time."""
-    from ..answering import by_steering
+    from ..evaluation.answers import by_steering
 
     groups = by_steering(answers)
     rows = [["layer", "strength", "problems", "accuracy", "steps", "tokens"]]
@@ -246,7 +246,7 @@ def _table(rows: "Sequence[GridRow]") -> list[str]:
 def _save(folder: Path, result: "Sweep", about: dict[str, object]) -> dict[str, object]:
     from dataclasses import asdict
 
-    from ..atomic import atomic_file
+    from ..files import atomic_file
 
     document = about | {
         "rows": [row.describe() for row in result.rows],
@@ -264,7 +264,7 @@ def _draw(folder: Path, result: "Sweep") -> None:
     if find_spec("matplotlib") is None:
         note(f"no pictures without matplotlib; run this again after: {install_command('plot')}")
         return
-    from ..plot import plot_sweep
+    from ..evaluation.plot import plot_sweep
 
     for path in plot_sweep([row.describe() for row in result.rows], folder):
         note(f"wrote {path}")

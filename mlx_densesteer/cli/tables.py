@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..scoring import Estimate
+    from ..evaluation.scoring import Estimate
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

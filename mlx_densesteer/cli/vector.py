@@ -7,14 +7,14 @@ import click
 
 from . import completers
 from .options import layers_option
-from .output import count, note, refuse_existing
 from .tables import aligned
+from .text import count, note, refuse_existing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
 
 
 @click.group()
@@ -27,8 +27,8 @@ def vector() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, as_json: bool) -> None:
     """Print a vector's metadata and the norm of each layer. FILE may be demo (embedded)."""
-    from ..vector import format_layers
-    from .steer import read_vector
+    from ..steering.vector import format_layers
+    from .steering import read_vector
 
     loaded = read_vector(file)
     document = loaded.describe()
@@ -115,8 +115,8 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     from pathlib import Path
 
     from .. import demo
-    from ..interop import import_vector
-    from ..model_folder import is_hub_id
+    from ..model.config import is_hub_id
+    from ..steering.formats import import_vector
 
     out = str(Path(out).expanduser())
     if Path(out).suffix != ".npz":
@@ -160,10 +160,10 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
     """
     from pathlib import Path
 
-    from ..defaults import default_for
-    from ..interop import export_vector
-    from ..steering import parse_layers
-    from .steer import read_vector
+    from ..steering.formats import export_vector
+    from ..steering.request import default_for
+    from ..steering.steering import parse_layers
+    from .steering import read_vector
 
     path = Path(out).expanduser()
     refuse_existing(path, force)
@@ -190,8 +190,8 @@ def _fit_to_folder(vector: "SteeringVector", folder: "Path") -> "SteeringVector"
     """Check the vector against the folder's config, and record what the folder is."""
     from dataclasses import replace
 
-    from ..model_folder import origin, read_config, recorded
-    from ..vector import SteeringVector
+    from ..model.config import origin, read_config, recorded
+    from ..steering.vector import SteeringVector
 
     config = read_config(folder)
     size = {"hidden_size": config["hidden_size"], "layer_count": config["num_hidden_layers"]}

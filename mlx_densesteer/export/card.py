@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._version import __version__
-from ..model import ModelInfo
-from ..model_folder import is_hub_id
-from ..steering import Steering
-from ..vector import format_layers
+from ..model.config import is_hub_id
+from ..model.model import ModelInfo
+from ..steering.steering import Steering
+from ..steering.vector import format_layers
 from .closeness import Closeness
 
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ExportError
-from ..model import dtype_name
-from ..patch import make_cache
-from ..steering import Steering
+from ..model.block import make_cache
+from ..model.model import dtype_name
+from ..steering.steering import Steering
 
 T, U = TypeVar("T"), TypeVar("U")
 

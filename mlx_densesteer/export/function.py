@@ -19,12 +19,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .._version import __version__
-from ..atomic import check_disk, check_parent, move_into_place, scratch_folder
-from ..dose import mean_norms
 from ..errors import ExportError
-from ..model import dtype_name, inspect
-from ..patch import deltas, make_cache, patch
-from ..steering import LARGE_DOSE, Steering
+from ..files import check_disk, check_parent, move_into_place, scratch_folder
+from ..model.block import deltas, make_cache, patch
+from ..model.dose import mean_norms
+from ..model.model import dtype_name, inspect
+from ..steering.steering import LARGE_DOSE, Steering
 from .step import empty_cache, next_logits, steered_step
 
 FORMAT = "mlx-densesteer function"

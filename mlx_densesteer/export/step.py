@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import EVERYWHERE, Shift
-from ..likelihood import head_of
+from ..model.cache import EVERYWHERE, Shift
+from ..model.likelihood import head_of
 
 Step = Callable[..., tuple[mx.array, ...]]
 

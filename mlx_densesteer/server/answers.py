@@ -10,17 +10,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..generation import Sampling
+from ..generation.stream import Sampling
 from .encoding import Encoder
 from .engine import Engine
 from .faults import Fault
 from .job import Failed, Job, Said, Started
 from .model_name import format_model_name, parse_model_name
 from .replies import Reply
+from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
-from .shelf import Shelf
+from .vectors import Shelf
 from .wanted import wanted
-from .wire import ChatRequest, CompletionRequest, check_extra
 from .within import within
 
 IGNORED = "X-DenseSteer-Ignored"

@@ -18,7 +18,7 @@ from .description import describe
 from .faults import Fault, internal
 from .guard import Application, Guard
 from .overview import Overview
-from .wire import ChatRequest, Completing, CompletionRequest
+from .schema import ChatRequest, Completing, CompletionRequest
 
 PAGE = files(__package__) / "page"
 TYPES = {

@@ -4,7 +4,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .._version import __version__
-from .wire import ChatRequest, CompletionRequest
+from .schema import ChatRequest, CompletionRequest
 
 ERROR = {
     "type": "object",

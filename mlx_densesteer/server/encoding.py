@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .faults import bad
-from .wire import ChatRequest, CompletionRequest, Message
+from .schema import ChatRequest, CompletionRequest, Message
 
 
 class Encoder:

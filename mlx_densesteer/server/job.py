@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..batch import Piece
-from ..generation import Sampling
+from ..generation.batch import Piece
+from ..generation.stream import Sampling
 from .faults import Fault
 from .wanted import Wanted
 

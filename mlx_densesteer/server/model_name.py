@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from .faults import Fault, bad, excerpt
-from .wire import STRENGTH
+from .schema import STRENGTH
 
 
 class Named(NamedTuple):

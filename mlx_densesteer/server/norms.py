@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..dose import mean_norms
-from ..model import fingerprint
-from ..vector import SteeringVector
+from ..model.dose import mean_norms
+from ..model.model import fingerprint
+from ..steering.vector import SteeringVector
 
 
 class Norms:

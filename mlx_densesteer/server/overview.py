@@ -7,12 +7,12 @@ from typing import get_args
 from .. import demo
 from .._version import __version__
 from ..demo.problems import held_out
-from ..steering import LARGE_DOSE, Positions
+from ..steering.steering import LARGE_DOSE, Positions
 from .job import ModelFacts
 from .model_name import format_model_name, parse_model_name
 from .norms import Norms
 from .settings import Settings
-from .shelf import Shelf, Shelved
+from .vectors import Shelf, Shelved
 
 EXAMPLES = (
     "Anna picks 48 apples in the morning, and in the afternoon half as many. How many apples does she "

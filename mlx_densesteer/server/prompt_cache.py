@@ -17,10 +17,10 @@ from typing import NamedTuple
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from ..chunks import Chunk, common_beginning
-from ..patch import make_cache
-from ..prefix import Prefix
-from ..steering import UNSTEERED, Steering
+from ..model.block import make_cache
+from ..model.chunks import Chunk, common_beginning
+from ..model.prefix import Prefix
+from ..steering.steering import UNSTEERED, Steering
 
 SMALL, LARGE = 64, 256  # tokens of a chunk: ended by a message from here on, ended anyway
 FIRST = 16  # tokens of a first message that is a chunk, the system message above all

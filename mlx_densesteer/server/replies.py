@@ -5,10 +5,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..batch import Piece
-from ..batch_row import TokenLogprob
-from ..density import density
-from ..generation import Generation
+from ..generation.batch import Piece
+from ..generation.batch_row import TokenLogprob
+from ..generation.density import density
+from ..generation.stream import Generation
 
 TokenBytes = Callable[[int], bytes]
 

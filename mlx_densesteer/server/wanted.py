@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..combination import combine
-from ..dose import strength_for
 from ..errors import DenseSteerError
-from ..steering import Positions, Steering
-from ..vector import SteeringVector
+from ..model.dose import strength_for
+from ..steering.combination import combine
+from ..steering.steering import Positions, Steering
+from ..steering.vector import SteeringVector
 from .faults import Fault, bad, excerpt
 from .model_name import Named
-from .shelf import Shelf, Shelved
-from .wire import STRENGTH, EasySteer, EasySteerVector, SteeringField
+from .schema import STRENGTH, EasySteer, EasySteerVector, SteeringField
+from .vectors import Shelf, Shelved
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..batch import PREFILL_BESIDE, Batch, Piece
 from ..errors import DenseSteerError
-from ..generation import Sampling
-from ..patch import deltas
-from ..steering import LARGE_DOSE, Steering
+from ..generation.batch import PREFILL_BESIDE, Batch, Piece
+from ..generation.stream import Sampling
+from ..model.block import deltas
+from ..steering.steering import LARGE_DOSE, Steering
 from .faults import Fault, bad, ending
 from .job import Event, Failed, Job, Said, Started
 from .norms import Norms

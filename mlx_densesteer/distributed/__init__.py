@@ -1,0 +1,1 @@
+"""Several processes under ``mlx.launch``: the only room that knows of ranks."""

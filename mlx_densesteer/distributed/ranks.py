@@ -1,0 +1,129 @@
+"""The processes of one `mlx.launch`: who am I, and what do the others know. mlx when there are several.
+
+A rank is one of them, on this machine or another. What the ranks tell each other is JSON, in the
+collectives of ``mx.distributed``; every rank has to take part in every call, in the same order.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import DistributedError
+
+Sampler = Callable[[Any], Any]  # log-probabilities (rows, vocabulary) -> tokens (rows,)
+
+
+def launched_rank() -> int | None:
+    """Return this process's rank under ``mlx.launch``, ``None`` elsewhere; without mlx.
+
+    ``mlx.launch -n 1`` is an ordinary process: mlx 0.32 cannot read the host file that it makes of it.
+    """
+    rank = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if rank is None or not rank.isdecimal():
+        return None
+    if hosts and Path(hosts).is_file() and not Path(hosts).read_text("utf-8").strip():
+        return None
+    return int(rank)
+
+
+class Ranks:
+    """All ranks as one of them sees them. ``Ranks()`` is a process alone: nothing is sent.
+
+    ``size`` is how many there are, ``rank`` counts from 0, ``group`` is mlx's, ``None`` alone.
+    """
+
+    def __init__(self, group: Any = None):
+        self.group = group
+        self.rank: int = group.rank() if group else 0
+        self.size: int = group.size() if group else 1
+
+    @classmethod
+    def connect(cls) -> "Ranks":
+        """Connect to the other ranks of this ``mlx.launch``; a process alone if there is none.
+
+        Raises:
+            DistributedError: the other ranks could not be reached.
+        """
+        if launched_rank() is None:
+            return cls()
+        import mlx.core as mx
+
+        try:
+            group = mx.distributed.init(strict=True)
+        except (RuntimeError, ValueError) as error:
+            raise DistributedError(
+                f"rank {launched_rank()}: the other ranks cannot be reached ({error}). Check the hosts of "
+                "mlx.launch, its --backend, and that its ports are free (--starting-port)."
+            ) from error
+        return cls(group if group.size() > 1 else None)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes results: rank 0 does."""
+        return self.rank == 0
+
+    def gather(self, value: object) -> list[Any]:
+        """Return what every rank gave, by rank: plain JSON values."""
+        if self.group is None:
+            return [json.loads(json.dumps(value))]
+        import mlx.core as mx
+
+        data = json.dumps(value).encode()
+        lengths = self._all(mx.array([len(data)], dtype=mx.int32)).tolist()
+        room = max(lengths)
+        padded = mx.array(list(data + bytes(room - len(data))), dtype=mx.uint8)
+        parts = bytes(memoryview(self._all(padded)))
+        return [json.loads(parts[i * room : i * room + n]) for i, n in enumerate(lengths)]
+
+    def share(self, value: object) -> Any:
+        """Return what rank 0 gave."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def agree(self, sampler: Sampler) -> Sampler:
+        """Return ``sampler`` with rank 0's choice on every rank.
+
+        Ranks compute the same logits, but on unlike machines not to the last bit; two that go on with
+        different tokens would wait for each other for ever.
+        """
+        if self.group is None:
+            return sampler
+        import mlx.core as mx
+
+        def chosen(logprobs: Any) -> Any:
+            tokens = sampler(logprobs)
+            return mx.distributed.all_gather(tokens, group=self.group)[: tokens.shape[0]]
+
+        return chosen
+
+    def same(self, value: object, what: str) -> None:
+        """Raise ``DistributedError`` unless every rank gives the same ``value``."""
+        found = self.gather(value)
+        if any(one != found[0] for one in found):
+            if isinstance(value, dict):  # of same keys
+                kept = [key for key in value if any(one[key] != found[0][key] for one in found)]
+                found = [", ".join(f"{key} {one[key]}" for key in kept) for one in found]
+            listed = "; ".join(f"rank {i}: {one}" for i, one in enumerate(found))
+            raise DistributedError(
+                f"the ranks have different {what} ({listed}). Give every machine the same files."
+            )
+
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        self.gather(None)
+
+    def mine(self, things: list) -> list:
+        """Return this rank's part of what all ranks hold in the same order: every ``size``-th."""
+        return things[self.rank :: self.size]
+
+    def _all(self, array: Any) -> Any:
+        import mlx.core as mx
+
+        gathered = mx.distributed.all_gather(array, group=self.group, stream=mx.cpu)
+        mx.eval(gathered)
+        return gathered
+
+
+ALONE = Ranks()

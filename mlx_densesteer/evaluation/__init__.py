@@ -1,0 +1,1 @@
+"""Problems, grades, scores, and sweeps over layers and strengths."""

@@ -1,0 +1,320 @@
+"""A model class for lm-evaluation-harness, so that its tasks run steered.
+
+lm-eval finds it under the name ``densesteer``: through the entry point ``lm_eval.models``
+where its version looks for one, else with ``python -m mlx_densesteer.evaluation.harness``, which is
+lm-eval's own command with this one model more (docs/lm-eval.md). No torch. Not covered: several
+processes, images, and lm-eval's cache of responses.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..extras import install_command
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    kind = SystemExit if __name__ == "__main__" else ImportError
+    raise kind(f"lm-evaluation-harness needs an extra: {install_command('lm-eval')}") from error
+
+from ..demo import NAME, VECTOR
+from ..errors import DenseSteerError, InputError, SteeringError
+from ..generation.batch import generate_batch
+from ..generation.stream import Sampling
+from ..model.block import make_cache
+from ..model.model import ModelInfo, inspect, load
+from ..model.steered_likelihood import log_likelihoods
+from ..steering.steering import Steering, parse_layers
+from ..steering.vector import SteeringVector, format_layers
+
+ROWS = 16  # of --batch_size auto
+
+log = logging.getLogger(__name__)
+
+
+class DenseSteerLM(TemplateLM):
+    """A Qwen2 model under one steering, for lm-eval; its arguments are the ``--model_args``.
+
+    Generated text and likelihoods are both those of the steered model: a continuation is
+    read as if the model had written it after the context, under the same ``positions``.
+
+    Args:
+        pretrained: a folder that ``densesteer convert`` wrote, a Hub id, or ``demo``.
+        vector: a steering vector (``.npz``) or ``demo``; nothing is steered without it.
+        strength: lambda; by default what a sweep recommended (with its positions), else 1.
+        layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``; else the recommended or only one.
+        positions: ``"all"`` (default), ``"prompt"`` or ``"generated"``.
+        revision: of a Hub id.
+        max_length: of context and continuation together, by default the model's own limit; a
+            longer context loses its beginning, with a warning.
+        max_gen_toks: length of a response where the task does not say.
+        seed: for tasks that sample.
+        batch_size, max_batch_size: contexts, or responses, at a time; ``"auto"`` is 16 at most.
+        device: not heeded; lm-eval always names one, and MLX chooses its own.
+
+    Raises:
+        InputError, SteeringError, VectorMismatchError: arguments that cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        vector: str | None = None,
+        strength: float | None = None,
+        layer: int | str | Sequence[int] | None = None,
+        positions: str | None = None,
+        revision: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 1234,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **unknown: object,
+    ):
+        super().__init__()
+        if unknown:
+            raise InputError(
+                f"model_args {', '.join(sorted(unknown))}: unknown. Expected some of pretrained, "
+                "vector, strength, layer, positions, revision, max_length, max_gen_toks, seed."
+            )
+        if pretrained is None:
+            raise InputError("no model: expected --model_args pretrained=FOLDER_OR_HUB_ID.")
+        self.steering = _read_steering(vector, strength, layer, positions)
+        self.rows = _read_rows(batch_size, max_batch_size)
+        self.max_gen_toks, self.seed = _whole("max_gen_toks", max_gen_toks), seed
+        self.model, self.tokenizer = load(pretrained, revision=revision)
+        self.info = inspect(self.model, pretrained)
+        limit = self.model.args.max_position_embeddings if max_length is None else max_length
+        self.max_length = _whole("max_length", limit)
+        if self.steering is not None:
+            _check_fit(self.steering, self.info)
+            make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: begin of text, else end of text."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def get_model_info(self) -> dict[str, object]:
+        """Return what lm-eval writes beside its results: which model, steered how."""
+        return {
+            "model_name": self.info.name,
+            "model_dtype": self.info.dtype,
+            "model_quantization": self.info.quantization,
+            "model_fingerprint": self.info.fingerprint,
+            "steering": self.steering.describe() if self.steering else None,
+        }
+
+    def set_cache_hook(self, cache_hook: object) -> None:
+        raise InputError(
+            "--use_cache: lm-eval's cache knows a request by its text alone and would answer "
+            "for another steering. Leave it out."
+        )
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
+    ) -> list[int]:
+        """Return token ids; a text that begins with the begin-of-text token gets no second one."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the conversation as the text that the model was trained on."""
+        if not self.tokenizer.has_chat_template:
+            raise InputError("the model has no chat template; leave --apply_chat_template out.")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Return the steered response to each request, up to the first of its stop texts."""
+        alike: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
+        for i, request in enumerate(requests):
+            options = _read_options(request.args[1], self.max_gen_toks, self.max_length, self.seed)
+            alike.setdefault(options, []).append(i)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+            for (max_tokens, sampling, stops), members in alike.items():
+                room = self.max_length - max_tokens
+                prompts = [self._clip(self.tok_encode(requests[i].args[0]), room) for i in members]
+                for number, response in generate_batch(
+                    self.model, self.tokenizer, prompts, steering=self.steering,
+                    max_tokens=max_tokens, sampling=sampling, stop=stops, rows=self.rows,
+                ):  # fmt: skip
+                    texts[members[number]] = response.text
+                    bar.update()
+        return texts
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood in nats of each text, in windows of ``max_length`` tokens.
+
+        All of it counts as generated: the prompt is ``prefix_token_id``.
+        """
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for i, (score, _) in zip(owners, scores, strict=True):
+            totals[i] += score
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **kwargs: object
+    ) -> list[tuple[float, bool]]:
+        """Score continuations: requests are ``(_, context, continuation)`` in token ids."""
+        contexts, continuations = [], []
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise InputError(
+                    f"a continuation has {len(continuation)} tokens, but max_length is "
+                    f"{self.max_length}; it cannot be scored."
+                )
+            room = self.max_length + 1 - len(continuation)  # the last token is not read
+            contexts.append(self._clip(context, room))
+            continuations.append(continuation)
+        found: dict[int, tuple[float, bool]] = {}
+        scores = log_likelihoods(
+            self.model, contexts, continuations, steering=self.steering, rows=self.rows
+        )
+        for i, score, greedy in tqdm(
+            scores, total=len(requests), disable=disable_tqdm, desc="loglikelihood"
+        ):
+            found[i] = score, greedy
+        return [found[i] for i in range(len(requests))]
+
+    def _clip(self, context: list[int], room: int) -> list[int]:
+        """Return at most the last ``room`` tokens; ``prefix_token_id`` if there are none."""
+        if (lost := len(context) - room) > 0:
+            log.warning("a context of %d tokens loses its first %d", len(context), lost)
+        return context[-room:] or [self.prefix_token_id]
+
+
+def _read_options(
+    given: dict[str, object], max_gen_toks: int, max_length: int, seed: int
+) -> tuple[int, Sampling, tuple[str, ...]]:
+    """Read a task's ``generation_kwargs``: length, how tokens are chosen, stop texts."""
+    options = dict(normalize_gen_kwargs(given, max_gen_toks))
+    max_tokens = _whole("max_gen_toks", options.pop("max_gen_toks"))
+    if max_tokens >= max_length:
+        raise InputError(
+            f"max_gen_toks {max_tokens} leaves no room for a prompt: the model takes {max_length} "
+            "tokens. Choose fewer with --gen_kwargs max_gen_toks=N."
+        )
+    stops = tuple(stop for stop in options.pop("until") if stop)
+    temp, top_p = float(options.pop("temperature", 0.0)), options.pop("top_p", 1.0)
+    sample = options.pop("do_sample") and temp > 0
+    if not sample:  # then these mean nothing
+        options = {k: v for k, v in options.items() if k not in ("top_k", "min_p")}
+    if options:
+        raise InputError(
+            f"generation_kwargs {', '.join(sorted(options))}: not supported. Expected until, "
+            "max_gen_toks, do_sample, temperature and top_p."
+        )
+    return max_tokens, Sampling(temp, float(top_p), seed) if sample else Sampling(), stops
+
+
+def _read_steering(
+    vector: str | None, strength: object, layer: object, positions: str | None
+) -> Steering | None:
+    """Return the steering that the model_args ask for, ``None`` without a vector."""
+    if vector is None:
+        asked = {"strength": strength, "layer": layer, "positions": positions}
+        if unused := [name for name, value in asked.items() if value is not None]:
+            raise InputError(f"model_args {', '.join(unused)}: need a vector; add vector=FILE.")
+        return None
+    path = VECTOR if vector == NAME else Path(str(vector)).expanduser()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a steering vector (.npz) or {NAME!r}.")
+    loaded = SteeringVector.load(path)
+    best = loaded.meta.recommended or {}
+    if best and layer in (None, best["layer"]):
+        layer = best["layer"]
+        if strength is None:
+            strength, positions = best["strength"], positions or best.get("positions")
+    if layer is None and len(loaded.layers) > 1:
+        raise InputError(
+            f"{path}: holds layers {format_layers(loaded.layers)}; say which with layer=N."
+        )
+    texts = [str(part) for part in layer] if isinstance(layer, (list, tuple)) else [str(layer)]
+    try:
+        number = 1.0 if strength is None else float(strength)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise SteeringError(f"strength {strength!r}: expected a number.") from error
+    layers = None if layer is None else parse_layers(texts, loaded.layers)
+    return Steering(loaded, number, layers, positions or "all")  # type: ignore[arg-type]
+
+
+def _check_fit(steering: Steering, info: ModelInfo) -> None:
+    """Raise if the vector does not fit the model; warn if it was made for other weights."""
+    vector = steering.vector
+    vector.check_fits(hidden_size=info.hidden_size, layer_count=info.layer_count, model=info.name)
+    if vector.meta.fingerprint and vector.meta.fingerprint != info.fingerprint:
+        log.warning(
+            "%s was extracted from other weights (%s, fingerprint %s; this model is %s, %s)",
+            vector.name, vector.meta.model, vector.meta.fingerprint, info.name, info.fingerprint,
+        )  # fmt: skip
+
+
+def _read_rows(batch_size: int | str | None, max_batch_size: int | None) -> int:
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return min(ROWS, max_batch_size or ROWS)
+    return _whole("batch_size", batch_size)
+
+
+def _whole(name: str, value: object) -> int:
+    """Read a whole number of at least 1."""
+    number = str(value)
+    if not (number.isascii() and number.isdecimal() and int(number)):
+        raise InputError(f"{name} {value!r}: expected a whole number of at least 1.")
+    return int(number)
+
+
+def register() -> None:
+    """Make ``densesteer`` a model of lm-eval in this process. Calling it again is harmless."""
+    import lm_eval.models  # noqa: F401  (its own models; lm-eval adds them to an empty list only)
+    from lm_eval.api.registry import model_registry
+
+    if "densesteer" not in model_registry:
+        model_registry.register("densesteer", target=f"{__package__}.harness:DenseSteerLM")
+
+
+def main() -> None:
+    """Run lm-eval's own command line, which then knows ``--model densesteer``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    try:
+        cli_evaluate()
+    except DenseSteerError as error:
+        sys.exit(f"densesteer: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""A baked checkpoint as a GGUF file of the architecture ``llama``, for llama.cpp.
+
+Matrices keep the model's dtype, norms and biases are float32. llama.cpp's ``llama`` rotates pairs of
+neighbours where Hugging Face rotates halves, so the rows of q and k, and their biases, are reordered.
+
+Format: the GGUF specification of ggml; tensor names and the order of rows as llama.cpp's
+``convert_hf_to_gguf`` writes them, its loader reads the biases as optional tensors.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ExportError
+from ..files import scratch_folder
+from ..model.gguf import SPLIT, gguf_name
+from ..steering.formats.gguf_package import check_header, damage, gguf_package
+from .closeness import differing
+
+if TYPE_CHECKING:
+    import gguf
+
+RECORD_KEY = "mlx_densesteer.baked"  # JSON, as `densesteer.json` of a folder
+ARCHITECTURE = "llama"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+Shards = Callable[[], Iterable[dict[str, mx.array]]]
+
+
+def write(
+    folder: Path, config: Mapping[str, object], shards: Shards, out: Path, name: str, record: str
+) -> None:
+    """Write the file, to a temporary name first.
+
+    Args:
+        folder: of the source: its tokenizer.
+        config: of ``llama.llama_config``.
+        shards: makes the tensors of ``llama.llama_shards``, dequantised; called twice.
+        name: of the model, for people.
+        record: JSON that ``recorded`` gives back.
+
+    Raises:
+        ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
+    """
+    gguf = gguf_package(out, ExportError)
+    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
+    with scratch_folder(out) as work:
+        writer = gguf.GGUFWriter(work / out.name, ARCHITECTURE)
+        writer.add_name(f"{name}, steered")
+        writer.add_string(RECORD_KEY, record)
+        _add_shape(writer, config)
+        _add_tokenizer(writer, folder, vocabulary)
+        for tensor, array in _tensors(shards, config):
+            dtype = _dtype(gguf, array)
+            writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, array in _tensors(shards, config):  # no more than one is in memory
+            writer.write_tensor_data(_numpy(array))
+        writer.close()
+        (work / out.name).replace(out)
+
+
+def differences(
+    path: Path, folder: Path, config: Mapping[str, object], shards: Shards
+) -> list[str]:
+    """Compare every tensor and field of a file with what ``write`` would write, bit for bit."""
+    gguf = gguf_package(path, ExportError)
+    wanted_fields = gguf.GGUFWriter(None, ARCHITECTURE)
+    _add_shape(wanted_fields, config)
+    _add_tokenizer(wanted_fields, folder, _vocabulary(folder, int(config["vocab_size"])))
+    with damage(path, ExportError):
+        reader = gguf.GGUFReader(path)
+        found = {tensor.name: tensor for tensor in reader.tensors}
+        fields = {key: reader.get_field(key) for key in wanted_fields.kv_data[0]}
+        problems = [
+            f"{key} is another"
+            for key, wanted in wanted_fields.kv_data[0].items()
+            if fields[key] is None or not _same(fields[key].contents(), wanted.value)
+        ]
+    return problems + differing(
+        found,
+        _tensors(shards, config),
+        lambda tensor, array: tensor.data.tobytes() == _numpy(array).tobytes(),
+    )
+
+
+def _same(found: object, wanted: object) -> bool:
+    return found == (float(np.float32(wanted)) if isinstance(wanted, float) else wanted)
+
+
+def recorded(path: Path) -> object:
+    """Return the record of a file that ``write`` wrote, else ``None``.
+
+    Raises:
+        ExportError: no complete GGUF file.
+    """
+    check_header(path, ExportError)
+    with damage(path, ExportError):
+        field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
+        return None if field is None else json.loads(field.contents())
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse to write over a file unless told to, and over anything but a file of ours."""
+    if out.exists() and not force:
+        raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
+    if out.exists() and not _is_ours(out):
+        raise ExportError(
+            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose "
+            "another name (-o), or remove it yourself."
+        )
+    gguf_package(out, ExportError)
+
+
+def _is_ours(out: Path) -> bool:
+    try:
+        return out.is_file() and recorded(out) is not None
+    except ExportError:  # damaged
+        return False
+
+
+def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
+    if config.get("rope_scaling"):
+        raise ExportError(
+            f"rope_scaling {config['rope_scaling']!r}: is not written to GGUF here. Use a model "
+            "without a stretched context, or --format hf."
+        )
+    heads = int(config["num_attention_heads"])
+    writer.add_context_length(int(config.get("max_position_embeddings", 32768)))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+    writer.add_rope_dimension_count(int(config["hidden_size"]) // heads)
+    writer.add_vocab_size(int(config["vocab_size"]))
+
+
+def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary") -> None:
+    tokens, kinds, merges = vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_add_bos_token(False)
+    settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    for key, add in (
+        ("eos_token", writer.add_eos_token_id), ("pad_token", writer.add_pad_token_id)
+    ):  # fmt: skip
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in tokens:
+            add(tokens.index(token))
+    file = folder / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+_Vocabulary = tuple[list[str], list[int], list[str]]
+
+
+def _vocabulary(folder: Path, size: int) -> _Vocabulary:
+    """Return tokens, their types and the merges of ``tokenizer.json``."""
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    if SPLIT not in json.dumps(document.get("pre_tokenizer"), ensure_ascii=False).replace(
+        "\\\\", "\\"
+    ):
+        raise ExportError(
+            f"{folder}: its tokenizer does not cut text as Qwen2's does, and llama.cpp would. "
+            "Use --format hf."
+        )
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    kinds = [_UNUSED] * size
+    for token, i in document["model"]["vocab"].items():
+        tokens[i], kinds[i] = token, _NORMAL
+    for added in document["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    merges = document["model"]["merges"]
+    return tokens, kinds, [m if isinstance(m, str) else " ".join(m) for m in merges]
+
+
+def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:
+    """Yield llama.cpp's tensors under its names, one after the other."""
+    heads = {
+        "q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])
+    }  # fmt: skip
+    for shard in shards():
+        for name in list(shard):
+            array = shard.pop(name)
+            if name == "lm_head.weight" and config["tie_word_embeddings"]:
+                continue
+            part = name.split(".")[-2]
+            if part in heads:
+                array = _neighbours(array, heads[part])
+            if array.ndim == 1:
+                array = array.astype(mx.float32)
+            yield gguf_name(name), array
+
+
+def _neighbours(array: mx.array, heads: int) -> mx.array:
+    """Reorder rows so that the two that rotate together are neighbours: halves -> pairs."""
+    rows = array.shape[0]
+    return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+
+def _dtype(gguf: Any, array: mx.array) -> "gguf.GGMLQuantizationType":
+    names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+    return gguf.GGMLQuantizationType[names[array.dtype]]
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)

@@ -1,0 +1,1 @@
+"""From problems to contrastive pairs, and from pairs to a steering vector."""

@@ -1,0 +1,286 @@
+"""Contrastive pairs -> recorded activations -> ``SteeringVector``, and a report on it."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import InputError, ModelError
+from ..model.model import chat_template_sha256, inspect
+from ..model.prompt import encode_prompt
+from ..model.residual import record_pairs
+from ..model.token_tree import TokenPair, TokenTree
+from ..steering.steering import SMALLEST
+from ..steering.vector import SteeringVector, VectorMeta
+from .directions import Halves, MeanDifference, PrincipalComponent
+from .pairs import Pair, pairs_sha256
+
+Method = Literal["mean", "pca"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How large and how stable the vector of one layer is.
+
+    ``norm`` is ``||v_l||``, ``residual_norm`` the mean of ``||h_l||`` over the responses'
+    tokens, unsteered. ``agreement`` is the mean cosine between the vectors of two random halves
+    of the pairs, ``noise`` its root mean square if positive and negative were swapped at
+    random; ``None`` for one pair.
+    """
+
+    norm: float
+    residual_norm: float
+    agreement: float | None
+    noise: float | None
+
+    @property
+    def relative_norm(self) -> float:
+        """The relative dose of strength 1."""
+        return self.norm / self.residual_norm
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A steering vector and what was seen on the way.
+
+    ``identical`` are the numbers of the pairs whose responses do not differ. ``tokens``
+    counts the positions that went through the model, padding included; ``tokens_apart``
+    those of the same sequences one by one.
+    """
+
+    vector: SteeringVector
+    layers: dict[int, LayerReport]
+    identical: tuple[int, ...]
+    tokens: int
+    tokens_apart: int
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """The tokens of a response that are averaged: ``response[start:stop]``."""
+
+    start: int | None
+    stop: int | None
+    needs: int
+    name: str
+
+    @classmethod
+    def of(cls, token: int | str) -> "ReadOut":
+        """Read ``-1``, ``"-1"``, ``"mean-response"`` or ``"first-16"``.
+
+        Raises:
+            InputError: none of these.
+        """
+        text = str(token).strip()
+        if text == "mean-response":
+            return cls(None, None, 1, "mean of the response")
+        if match := re.fullmatch(r"first-([1-9]\d{0,5})", text, re.ASCII):
+            count = int(match[1])
+            return cls(0, count, count, f"mean of the first {count} of the response")
+        if match := re.fullmatch(r"-([1-9]\d{0,5})", text, re.ASCII):
+            back = int(match[1])
+            return cls(-back, 1 - back or None, back, f"{-back} of the response")
+        raise InputError(
+            f"token {text}: expected a negative number, counted from the end of the response (-1 "
+            "is its last token), mean-response, or first-N with N from 1 on."
+        )
+
+    def weights(self, length: int) -> np.ndarray:
+        """Return the weight of each of a response's tokens, float32 ``(length,)``; sum 1."""
+        weights = np.zeros(length, np.float32)
+        weights[self.start : self.stop] = 1
+        return weights / weights.sum()
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    pairs: Sequence[Pair],
+    *,
+    layers: Iterable[int] | None = None,
+    token: int | str = -1,
+    method: Method = "mean",
+) -> SteeringVector:
+    """Return the mean difference of the pairs' residual streams at a read-out of the responses.
+
+        v_l = mean_i( h_l(prompt_i + positive_i)[token] - h_l(prompt_i + negative_i)[token] )
+
+    The prompt goes through the chat template, the responses are plain text after it, so
+    token -1 (the default) is the last content token of the response, never an end-of-turn token.
+    Not normalised. ``extract_with_report`` also says how stable it is. Source: arXiv 2605.29247,
+    section 3.
+
+    Args:
+        layers: 0-based layer numbers, by default all; nothing above the last one is computed.
+        token: a negative number, counted from the end of the response; ``"mean-response"``,
+            the mean over all its tokens; or ``"first-N"``, the mean over its first N.
+        method: ``"mean"``, or ``"pca"`` for the first principal component of the differences
+            (``directions.PrincipalComponent``).
+
+    Raises:
+        InputError: no pairs, only pairs without a difference, a response shorter than the
+            read-out, a pair longer than the model's context, a layer that the model does not have.
+        ModelError: the residual stream holds NaN or infinity.
+    """
+    return extract_with_report(
+        model, tokenizer, pairs, layers=layers, token=token, method=method
+    ).vector
+
+
+def extract_with_report(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    pairs: Sequence[Pair],
+    *,
+    layers: Iterable[int] | None = None,
+    token: int | str = -1,
+    method: Method = "mean",
+    progress: Progress | None = None,
+) -> Extraction:
+    """Return what ``extract`` does, and how large and stable each layer is; the file keeps it too.
+
+    ``progress`` is called with the pairs that are done and their number.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method {method!r}: expected one of {', '.join(get_args(Method))}.")
+    readout = ReadOut.of(token)
+    token_pairs = encode_pairs(tokenizer, pairs, readout, model.args.max_position_embeddings)
+    identical = tuple(i for i, pair in enumerate(token_pairs) if pair.positive == pair.negative)
+    if len(identical) == len(pairs):
+        raise InputError(
+            "the two responses are the same in every pair, so nothing can be learnt from them; "
+            "positive is the dense one, negative the sparse one."
+        )
+    info = inspect(model, tokenizer.name_or_path)
+    chosen = range(info.layer_count) if layers is None else sorted(set(layers))
+    tree = TokenTree.of(token_pairs)
+    kind = {"mean": MeanDifference, "pca": PrincipalComponent}[method]
+    arrays, report = _read_layers(model, tree, chosen, readout, kind, len(pairs), progress)
+    if all(row.relative_norm < SMALLEST for row in report.values()):
+        raise InputError(
+            f"read at {readout.name} the two responses of the pairs do not differ: every layer's "
+            "vector is zero. They begin with the same words, or end so; choose another token."
+        )
+    meta = VectorMeta(
+        model=info.name,
+        hidden_size=info.hidden_size,
+        layer_count=info.layer_count,
+        fingerprint=info.fingerprint,
+        method=kind.name,
+        token=readout.name,
+        pair_count=len(pairs),
+        pairs_sha256=pairs_sha256(pairs),
+        chat_template_sha256=chat_template_sha256(tokenizer),
+        quantization=info.quantization,
+        residual_norms={str(k): _rounded(row.residual_norm) for k, row in report.items()},
+        extra={"dtype": info.dtype, "stability": _stability(report)},
+    )
+    return Extraction(
+        SteeringVector(arrays, meta), report, identical, tree.tokens, tree.tokens_apart
+    )
+
+
+def _read_layers(
+    model: nn.Module,
+    tree: TokenTree,
+    layers: Sequence[int],
+    readout: ReadOut,
+    kind: type[MeanDifference] | type[PrincipalComponent],
+    count: int,
+    progress: Progress | None,
+) -> tuple[dict[int, np.ndarray], dict[int, LayerReport]]:
+    halves = Halves(count)
+    found = {layer: kind(halves) for layer in layers}
+    norms = dict.fromkeys(layers, 0.0)
+    done = 0
+    for reading in record_pairs(model, tree, layers, readout.weights):
+        _check_finite(reading.layer, reading.pairs, reading.rows)
+        found[reading.layer].add(reading.pairs, reading.rows[:, 0] - reading.rows[:, 1])
+        norms[reading.layer] += float(reading.norms.mean(axis=1).sum()) / count
+        if reading.layer == layers[-1]:
+            done += len(reading.pairs)
+            if progress:
+                progress(done, count)
+    arrays, report = {}, {}
+    for layer, differences in found.items():
+        direction = differences.direction()
+        arrays[layer] = direction.vector
+        norm = float(np.linalg.norm(direction.vector.astype(np.float64)))
+        report[layer] = LayerReport(norm, norms[layer], direction.agreement, direction.noise)
+    return arrays, report
+
+
+def _check_finite(layer: int, pairs: Sequence[int], rows: np.ndarray) -> None:
+    bad = [pair for pair, row in zip(pairs, rows, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        raise ModelError(
+            f"layer {layer}: the residual stream of pair {min(bad)} holds NaN or infinity. Load the "
+            "model in bfloat16 or float32, or convert it again."
+        )
+
+
+def encode_pairs(
+    tokenizer: TokenizerWrapper,
+    pairs: Sequence[Pair],
+    readout: ReadOut,
+    longest: int | None = None,
+) -> list[TokenPair]:
+    """Return the tokens of the pairs: the prompt in the chat template, and both responses.
+
+    Raises:
+        InputError: no pairs, a response shorter than the read-out, an end of turn inside one,
+            or a prompt and response of more than ``longest`` tokens.
+    """
+    if not pairs:
+        raise InputError("no contrastive pairs; expected at least one.")
+    encoded = []
+    for number, pair in enumerate(pairs):
+        responses = [
+            _encode_response(tokenizer, text, number) for text in (pair.positive, pair.negative)
+        ]
+        if (shortest := min(map(len, responses))) < readout.needs:
+            raise InputError(
+                f"pair {number} has a response of {shortest} tokens, expected at least "
+                f"{readout.needs} in both (read-out: {readout.name})."
+            )
+        prompt = encode_prompt(tokenizer, pair.prompt, system=pair.system)
+        if longest and (length := len(prompt) + max(map(len, responses))) > longest:
+            raise InputError(
+                f"pair {number} has {length} tokens, but the model reads at most {longest}. "
+                "Leave it out."
+            )
+        encoded.append(TokenPair(prompt, *responses))
+    return encoded
+
+
+def _encode_response(tokenizer: TokenizerWrapper, text: str, number: int) -> list[int]:
+    """Return the tokens of a response's content: an end of turn behind it is cut off."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"pair {number} is not valid UTF-8 text; convert it to UTF-8 first.")
+    ends = [tokenizer.convert_ids_to_tokens(end) for end in tokenizer.eos_token_ids]
+    text = text.strip()
+    while cut := next((end for end in ends if end and text.endswith(end)), None):
+        text = text.removesuffix(cut).rstrip()
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if set(tokens) & set(tokenizer.eos_token_ids):
+        raise InputError(
+            f"pair {number} has an end-of-turn token inside a response; expected one turn's text."
+        )
+    return tokens
+
+
+def _stability(report: dict[int, LayerReport]) -> dict[str, dict[str, float | None]]:
+    return {
+        str(layer): {"agreement": _rounded(row.agreement), "noise": _rounded(row.noise)}
+        for layer, row in report.items()
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Keep six digits: what is measured is not better than that."""
+    return None if value is None else float(f"{value:.6g}")

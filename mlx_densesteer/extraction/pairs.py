@@ -1,0 +1,98 @@
+"""Contrastive pairs: one problem, a dense response and a sparse one; their files. No mlx.
+
+A file has one JSON object a line, in UTF-8. ``docs/pairs.md`` describes the fields.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..jsonl import read_jsonl
+
+# our own field first, then those of the reference's files
+_POSITIVE = ("positive", "pos_response", "resp_after")
+_NEGATIVE = ("negative", "neg_response", "resp_before")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One problem with two responses: ``positive`` is dense, ``negative`` sparse.
+
+    ``prompt`` is the user turn; ``system`` the system message, ``None`` for the template's own.
+    """
+
+    prompt: str
+    positive: str
+    negative: str
+    system: str | None = None
+
+
+def pairs_sha256(pairs: Iterable[Pair]) -> str:
+    """Return the SHA-256 of the pairs' texts in order, in hexadecimal."""
+    rows = [
+        [pair.prompt, pair.positive, pair.negative, *([] if pair.system is None else [pair.system])]
+        for pair in pairs
+    ]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Return the pairs of a JSONL file: what ``densesteer pairs`` wrote, or the reference's.
+
+    The prompt is ``prompt`` or ``doc.question``; the dense response ``positive``,
+    ``pos_response`` or ``resp_after``; the sparse one ``negative``, ``neg_response`` or
+    ``resp_before``. A response may be a list of one text.
+
+    Raises:
+        InputError: no file, no pairs, or a line that is none; the message has its number.
+    """
+    pairs = []
+    for number, fields in read_jsonl(Path(path)):
+        place = f"{path}: line {number}"
+        doc = fields.get("doc")
+        question = doc.get("question") if isinstance(doc, dict) else fields.get("doc.question")
+        pairs.append(Pair(
+            prompt=text_of(place, {"prompt": fields.get("prompt"), "doc.question": question},
+                           ("prompt", "doc.question"), fields),
+            positive=text_of(place, fields, _POSITIVE, fields),
+            negative=text_of(place, fields, _NEGATIVE, fields),
+            system=_system(place, fields),
+        ))  # fmt: skip
+    return pairs
+
+
+def text_of(
+    place: str,
+    fields: Mapping[str, object],
+    names: tuple[str, ...],
+    shown: Mapping[str, object] | None = None,
+) -> str:
+    """Return the first of the fields ``names`` that is there: a text, or a list of one.
+
+    Raises:
+        InputError: none is there, or it is empty or something else.
+    """
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            continue
+        while isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, str):
+            kind = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+            raise InputError(f"{place}: {name} is {kind}; expected a text or a list of one text.")
+        if not value.strip():
+            raise InputError(f"{place}: {name} is empty; remove the line or fill it in.")
+        return value
+    found = ", ".join(fields if shown is None else shown) or "none"
+    raise InputError(f"{place}: expected a field {' or '.join(names)}; found {found}.")
+
+
+def _system(place: str, fields: Mapping[str, object]) -> str | None:
+    system = fields.get("system")
+    if system is not None and not isinstance(system, str):  # "" takes the template's own away
+        raise InputError(f"{place}: system is {type(system).__name__}; expected a text or null.")
+    return system

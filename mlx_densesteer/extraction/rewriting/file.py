@@ -1,0 +1,64 @@
+"""Rewrites that were made elsewhere, in a JSONL file."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...errors import InputError
+from ...jsonl import read_jsonl
+from ..pairs import text_of
+from .draft import Draft, Rewrite, whole_characters
+
+_REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
+
+
+class FileRewriter:
+    """Looks rewrites up by problem id, then by the text of the question.
+
+    A line has ``id`` or ``question`` (``prompt`` and ``doc.question`` will do), and the
+    rewrite as ``rewrite``, ``positive``, ``pos_response`` or ``resp_after``. The name has the
+    SHA-256 (first 12 digits) of all rewrites, so that those of a corrected file are taken anew.
+
+    Raises:
+        InputError: an unreadable line, or two different rewrites of one problem.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path).expanduser()
+        self._rewrites: dict[tuple[str, str], str] = {}
+        for number, fields in read_jsonl(path):
+            place = f"{path}: line {number}"
+            text = text_of(place, fields, _REWRITE)
+            for key in _keys(place, fields):
+                if self._rewrites.setdefault(key, text) != text:
+                    raise InputError(
+                        f"{place}: another rewrite of the problem with {key[0]} {key[1][:60]!r} "
+                        "stands above. Keep one of them."
+                    )
+        held = json.dumps(sorted([*key, text] for key, text in self._rewrites.items()))
+        digest = hashlib.sha256(held.encode()).hexdigest()[:12]
+        self.name = f"file:{whole_characters(path.name)} {digest}"
+
+    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite | None]]:
+        for index, draft in enumerate(drafts):
+            found = self._rewrites.get(("id", draft.id))
+            if found is None:
+                found = self._rewrites.get(("question", draft.question.strip()))
+            yield index, None if found is None else Rewrite(found.strip())
+
+
+def _keys(place: str, fields: dict[str, object]) -> list[tuple[str, str]]:
+    doc = fields.get("doc") if isinstance(fields.get("doc"), dict) else {}
+    question = next(
+        (q for q in (fields.get("question"), fields.get("prompt"), doc.get("question")) if q), None
+    )
+    keys = [("id", str(fields["id"]))] if fields.get("id") is not None else []
+    if isinstance(question, str):
+        keys.append(("question", question.strip()))
+    if not keys:
+        found = ", ".join(fields)
+        raise InputError(
+            f"{place}: expected a field id or question that names the problem; found {found}."
+        )
+    return keys

@@ -1,0 +1,190 @@
+"""Denser without a model: adjacent steps are merged by fixed rules.
+
+What goes: blank lines, headings, the numbers of steps, an announced plan that holds no
+calculation, and sentences that only say the last result again. What stays: every other
+sentence, every calculation, code as it is, and the final answer. Nothing is added but a colon.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from ...generation.density import split_steps
+from ..quantities import given, written
+from .draft import Draft, Rewrite
+
+VERSION = 1  # of the rules: rewrites of another version are made anew
+
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_CALCULATION = re.compile(r"=|≈|\\approx")
+_ANSWER = re.compile(r"\\boxed|^[^\S\n]*####\s*[-$(]*[0-9.]", re.M)
+_HEADING = re.compile(r"^(?:#{1,6}\s+.*|(?:[0-9]+[.)]\s+|[-*]\s+)?\*\*[^*]+\*\*:?)$")
+_RULE = re.compile(r"^[-*_]{3,}$")
+_STEP = re.compile(r"^(?:#{1,6}\s+)?(?:\*\*)?step\s+[0-9]+\s*[:.)](?:\*\*)?\s*", re.I)
+_ITEM = re.compile(r"^(?:[0-9]+[.)]|[-*•])\s+")
+_NUMBERED = re.compile(r"^[0-9]+[.)]\s+")
+_ANNOUNCEMENT = re.compile(r"step[- ]by[- ]step|\b(?:these|following|the|few) steps\b", re.I)
+_REFERENCE = re.compile(r"[a-z,] steps?\s+[0-9]")  # "the costs from steps 1 and 2"
+_SENTENCES = re.compile(r"(?<=[.!?:])\s+(?=[A-Z])")
+_SAID_AGAIN = re.compile(r"^(?:so|thus|therefore|hence|that|this|which)\b", re.I)
+_BARE_SUM = re.compile(r"^[-+*/×÷·x().,$%0-9\s]*=[-+*/×÷·x().,$%0-9\s=]*$")
+_ENDED = re.compile(r"[.!?:;,)]\**$")
+_OWN_LINE = re.compile(r"^(?:[-*•|>]|#{1,6}\s|\\\[|\\begin|\$\$|```|~~~)|(?:\\\]|\$\$|```|~~~)$")
+
+Block = list[str]  # lines of a step without blank ones; code keeps them
+
+
+class RulesRewriter:
+    """Merges steps by the rules of this module."""
+
+    name = f"rules {VERSION}"
+
+    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite]]:
+        for index, draft in enumerate(drafts):
+            yield index, Rewrite(merge_steps(draft.response))
+
+
+def merge_steps(response: str) -> str:
+    """Return ``response`` with its steps merged into one; code with blank lines stays apart."""
+    blocks = _without_plan(list(_blocks(response)))
+    numbered = bool(_REFERENCE.search(response))
+    blocks = [kept for block in blocks if (kept := _without_labels(block, numbered))]
+    blocks = _without_repetition(blocks)
+    merged = _join(blocks)
+    return merged if split_steps(merged) else response
+
+
+def _blocks(response: str) -> Iterator[Block]:
+    block: Block = []
+    fence = ""
+    for line in response.strip().splitlines():
+        mark = _FENCE.match(line)
+        if fence:
+            block.append(line)
+            if mark and mark[1] == fence:
+                yield block
+                block, fence = [], ""
+        elif mark:
+            if block:
+                yield block
+            block, fence = [line], mark[1]
+        elif line.strip():
+            block.append(line.strip())
+        elif block:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _is_code(block: Block) -> bool:
+    return bool(_FENCE.match(block[0]))
+
+
+def _without_plan(blocks: list[Block]) -> list[Block]:
+    """Drop the sentence that announces steps, and the list of what will be calculated."""
+    kept: list[Block] = []
+    announced = False
+    for number, block in enumerate(blocks):
+        text, before, later = _text([block]), _text(kept), _text(blocks[number + 1 :])
+        if _is_code(block) or not _may_go(text, f"{before}\n{later}", later):
+            kept.append(block)
+            announced = False
+        elif block[0].endswith(":") and _is_list(block[1:]):
+            continue
+        elif not (announced and _is_list(block)):
+            announced = block[-1].endswith(":")
+            if rest := _without_announcement(block):
+                kept.append(rest)
+    return kept
+
+
+def _text(blocks: list[Block]) -> str:
+    return "\n".join(line for block in blocks for line in block)
+
+
+def _is_list(lines: Block) -> bool:
+    return bool(lines) and all(_ITEM.match(line) for line in lines)
+
+
+def _may_go(text: str, others: str, later: str) -> bool:
+    """Nothing is lost with ``text``: no calculation, no number of its own, and more to come."""
+    return (
+        not _CALCULATION.search(text)
+        and not _ANSWER.search(text)
+        and bool(_CALCULATION.search(later))
+        and not _REFERENCE.search(later)
+        and written(text) <= given(others)
+    )
+
+
+def _without_announcement(block: Block) -> Block:
+    """Drop a last sentence that only says that steps will follow."""
+    if len(block) > 1 or not block[0].endswith((".", ":")):
+        return block
+    *sentences, last = _SENTENCES.split(block[0])
+    if not _ANNOUNCEMENT.search(last):
+        return block
+    return [" ".join(sentences)] if sentences else []
+
+
+def _without_labels(block: Block, numbered: bool) -> Block:
+    """Drop headings and "Step 1:"; the numbers of a list too, unless the text refers to them."""
+    if _is_code(block):
+        return block
+    kept = []
+    for line in block:
+        said = bool(_CALCULATION.search(line) or _ANSWER.search(line))
+        if _RULE.match(line) or (_HEADING.match(line) and not said):
+            continue
+        bare = _STEP.sub("", line)
+        if bare != line and not said and not bare.endswith((".", "!")) and not written(bare):
+            continue  # "Step 2: The cost of the pens"
+        if bare := bare if numbered else _NUMBERED.sub("", bare):
+            kept.append(bare)
+    return kept
+
+
+def _without_repetition(blocks: list[Block]) -> list[Block]:
+    """Drop sentences that hold no number but the result of the calculation before them."""
+    text, kept = "", []
+    for number, block in enumerate(blocks):
+        if _is_code(block):
+            kept.append(block)
+            continue
+        lines = []
+        for place, line in enumerate(block):
+            later = [*block[place + 1 :], *(one for other in blocks[number + 1 :] for one in other)]
+            sentences = _SENTENCES.split(line)
+            rest = " ".join(s for s in sentences if not _says_again(s, text, "\n".join(later)))
+            if rest:
+                lines.append(rest)
+                text += rest + "\n"
+        if lines:
+            kept.append(lines)
+    return kept
+
+
+def _says_again(sentence: str, before: str, later: str) -> bool:
+    if not _SAID_AGAIN.match(sentence) or _CALCULATION.search(sentence):
+        return False
+    if _ANSWER.search(sentence) or not (_CALCULATION.search(later) or _ANSWER.search(later)):
+        return False
+    _, equals, result = before.rpartition("=")
+    numbers = written(sentence)
+    return bool(equals) and len(numbers) == 1 and numbers <= written(result)
+
+
+def _join(blocks: list[Block]) -> str:
+    text = last = ""
+    for block in blocks:
+        body, first = "\n".join(block), block[0]
+        if not text:
+            text = body
+        elif _BARE_SUM.match(first) and last.endswith(".") and not _CALCULATION.search(last):
+            text = f"{text[:-1]}: {body}"
+        elif _OWN_LINE.search(last) or _OWN_LINE.search(first) or not _ENDED.search(last):
+            text = f"{text}\n{body}"
+        else:
+            text = f"{text} {body}"
+        last = block[-1]
+    return text

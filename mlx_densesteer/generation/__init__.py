@@ -1,0 +1,1 @@
+"""Tokens out: one answer, many in a batch, a conversation."""

@@ -1,0 +1,140 @@
+"""From the turns of a conversation to the chunks of tokens that the model reads.
+
+An answer stays the tokens that were generated, whatever its text would be encoded to. The text
+between the answers is the chat template's, encoded piece by piece.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import ContextError
+from ..model.chunks import Chunk
+from ..model.prompt import check_prompt
+from .stream import Generation
+
+KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
+
+Exchange = tuple[str, Sequence[int]]  # a question, and the tokens of its answer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer, with the steering under which the answer ended."""
+
+    user: str
+    reply: Generation
+
+
+def lay_out(
+    tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange], question: str, system: str | None
+) -> tuple[list[Chunk], int]:
+    """Return the chunks of a conversation that ends with ``question``, and its last token.
+
+    That token is left out of the chunks: the first token of the answer is chosen by its output.
+    Each answer is a chunk, together with the last token of its question.
+
+    A template that writes earlier answers otherwise than they were generated (one that drops
+    the thoughts of a reasoning model) makes the whole conversation one chunk, encoded from text:
+    right, but read anew in every turn, and all of it prompt.
+
+    Raises:
+        InputError: an empty question, or no chat template.
+    """
+    check_prompt(tokenizer, question, system=system)
+    pieces = _between(tokenizer, exchanges, question, system)
+    if pieces is None:
+        texts = [tokenizer.decode(list(ids)) for _, ids in exchanges]
+        messages = _messages([q for q, _ in exchanges], texts, question, system)
+        *rest, last = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return [Chunk(tuple(rest))], last
+    chunks: list[Chunk] = []
+    last = None
+    for number, piece in enumerate(pieces):
+        if last is not None:
+            chunks.append(Chunk((last, *exchanges[number - 1][1]), answer=True))
+        *rest, last = tokenizer.encode(piece, add_special_tokens=False)
+        chunks.append(Chunk(tuple(rest)))
+    return chunks, last
+
+
+def fit(
+    lay_out: Callable[[Sequence[Turn]], tuple[list[Chunk], int]],
+    turns: Sequence[Turn],
+    context: int,
+    *,
+    drop: bool,
+) -> tuple[int, list[Chunk], int, int]:
+    """Lay out as much of a conversation as leaves room for an answer.
+
+    With ``drop`` the oldest turns may be left out. What is left is then read again, so once a
+    turn must go, room is made for more than this question.
+
+    Args:
+        lay_out: returns the chunks and the last token of the given turns and a next question.
+        context: tokens that the conversation may have.
+
+    Returns:
+        How many turns are left out; the chunks; the last token; the number of tokens.
+
+    Raises:
+        ContextError: no room.
+    """
+    limit = context - 1
+    for dropped in range(len(turns) + 1):
+        chunks, last = lay_out(turns[dropped:])
+        length = sum(len(chunk.tokens) for chunk in chunks) + 1
+        if length <= limit or (length < context and len(turns) - dropped <= 1):
+            return dropped, chunks, last, length
+        if not drop:
+            break
+        limit = int(context * KEPT_WHEN_FULL)
+    raise ContextError(
+        f"the conversation has {length} tokens, and the context {context}: no room for an answer. "
+        "Shorten the question, drop the oldest turns (drop, or drop_oldest=True), or begin anew "
+        "(reset)."
+    )
+
+
+def _between(
+    tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange], question: str, system: str | None
+) -> list[str] | None:
+    """Return the rendered text before, between and after the answers.
+
+    ``None`` if an answer does not stand where it was generated, or not as it is.
+    """
+    questions = [q for q, _ in exchanges]
+    everything = "".join([system or "", question, *questions])
+    mark = next(m for m in (f"answer{n}mark" for n in count()) if m not in everything)
+    marks = [f"{mark}{number}." for number in range(len(exchanges))]
+    rest = _render(tokenizer, _messages(questions, marks, question, system))
+    pieces = []
+    for one in marks:
+        piece, found, rest = rest.partition(one)
+        if not found or one in rest:
+            return None
+        pieces.append(piece)
+    pieces.append(rest)
+    for number in {0, len(exchanges) - 1} if exchanges else ():
+        # what was read when that answer was generated
+        before = _render(tokenizer, _messages(questions[:number], marks, questions[number], system))
+        stands = "".join(p + m for p, m in zip(pieces[:number], marks, strict=False))
+        if before != stands + pieces[number]:
+            return None
+    return pieces
+
+
+def _messages(
+    questions: Sequence[str], answers: Sequence[str], question: str, system: str | None
+) -> list[dict[str, str]]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in zip(questions, answers, strict=False):
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answered})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

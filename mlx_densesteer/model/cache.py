@@ -1,0 +1,215 @@
+"""The KV caches that carry the steering.
+
+A KV cache is only valid for the steering under which it was filled, so the cache holds it:
+``Shift`` is ``lambda * v`` of one layer for each row, and the positions where it is added.
+
+Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+
+from ..errors import SteeringError
+
+FOREVER = 2**31 - 1
+
+
+class Span(NamedTuple):
+    """Steered positions of one sequence: ``start <= position < stop``."""
+
+    start: int = 0
+    stop: int = FOREVER
+
+
+EVERYWHERE = Span()
+NOWHERE = Span(0, 0)
+
+
+@partial(mx.compile, shapeless=True)
+def _add(h: mx.array, r: mx.array, delta: mx.array) -> mx.array:
+    return ((h + r).astype(mx.float32) + delta).astype(h.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _add_alone(h: mx.array, delta: mx.array) -> mx.array:
+    return (h.astype(mx.float32) + delta).astype(h.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _add_within(
+    h: mx.array, r: mx.array, delta: mx.array, at: mx.array, start: mx.array, stop: mx.array
+) -> mx.array:
+    within = mx.logical_and(at >= start, at < stop)
+    return ((h + r).astype(mx.float32) + mx.where(within, delta, 0.0)).astype(h.dtype)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What one layer adds to the residual stream of each row of a batch.
+
+    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``; a row that is not steered is
+    zero. ``start`` and ``stop`` are int32 ``(rows, 1, 1)``.
+    """
+
+    delta: mx.array
+    spans: tuple[Span, ...]
+    start: mx.array
+    stop: mx.array
+
+    @cached_property
+    def everywhere(self) -> bool:
+        """Whether every row is steered at every position: then no position is looked at."""
+        return all(span == EVERYWHERE for span in self.spans)
+
+    @classmethod
+    def of(cls, delta: mx.array, spans: Sequence[Span]) -> "Shift":
+        start, stop = (
+            mx.array(bound, dtype=mx.int32)[:, None, None] for bound in zip(*spans, strict=True)
+        )
+        return cls(delta, tuple(spans), start, stop)
+
+    @classmethod
+    def stack(cls, rows: Sequence["Shift | None"]) -> "Shift | None":
+        """Join single-row shifts; ``None`` if no row is steered."""
+        steered = [row for row in rows if row is not None]
+        if not steered:
+            return None
+        zero = mx.zeros_like(steered[0].delta)
+        delta = mx.concatenate([zero if row is None else row.delta for row in rows])
+        return cls.of(delta, [EVERYWHERE if row is None else row.spans[0] for row in rows])
+
+    def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
+        """Tell which of ``length`` tokens from position ``offset`` on are steered.
+
+        All, none, or the int32 positions ``(rows, length, 1)`` to compare with the bounds.
+        ``offset`` is one number or ``(rows,)``. Call it before attention: in mlx-lm 0.31 the
+        cache advances that array in place.
+        """
+        if self.everywhere:
+            return True
+        if isinstance(offset, int) and len(self.spans) == 1:  # no mask where none is needed
+            start, stop = self.spans[0]
+            if start <= offset and offset + length <= stop:
+                return True
+            if offset + length <= start or stop <= offset:
+                return False
+        at = mx.array(offset).reshape(-1, 1, 1)
+        return at if length == 1 else at + mx.arange(length)[None, :, None]
+
+    def within(self, span: Span) -> "Shift":
+        """Return the same shift of one row at other positions."""
+        return self if self.spans == (span,) else Shift.of(self.delta, [span])
+
+    def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
+        """Return ``h``, and ``+ delta`` at the steered positions; shapes as in ``add``.
+
+        Bit for bit what ``add`` gives, for an ``h`` that was summed before.
+        """
+        if where is True:
+            return _add_alone(h, self.delta)
+        if where is False:
+            return h
+        return _add_within(h, mx.zeros((), h.dtype), self.delta, where, self.start, self.stop)
+
+    def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
+        """Return ``h + r``, and ``+ delta`` at the steered positions.
+
+        ``h`` and ``r`` are ``(rows, tokens, hidden)``, and so is the result, in the dtype of
+        ``h``. ``h + r`` is what the stock block puts out, in that dtype; ``delta`` is added to it
+        in float32. So a residual stream that was kept can be steered later, exactly.
+        """
+        if where is True:
+            return _add(h, r, self.delta)
+        if where is False:
+            return h + r
+        return _add_within(h, r, self.delta, where, self.start, self.stop)
+
+
+class _Carrier:
+    """What the steered caches share: the shift, and a guard against blocks that ignore it."""
+
+    shift: Shift | None = None
+    expecting = False  # an update, from a block that will add the shift
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        if self.shift is not None and not self.expecting:
+            raise SteeringError(
+                "a steered cache was used by a block that does not steer: the model is not "
+                "patched, or was restored. Call make_cache(model, steering) for this model."
+            )
+        return super().update_and_fetch(keys, values)  # type: ignore[misc]
+
+
+class SteeredKVCache(_Carrier, KVCache):
+    """mlx-lm's ``KVCache`` of one sequence at one layer, and the shift that filled it."""
+
+    def __init__(self, shift: Shift | None = None):
+        super().__init__()
+        self.shift = shift
+
+    @classmethod
+    def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
+        return SteeredBatchKVCache.merge(caches)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
+        stock = super().to_quantized(group_size=group_size, bits=bits)
+        quantized = SteeredQuantizedKVCache(group_size=group_size, bits=bits)
+        quantized.__dict__.update(stock.__dict__)
+        quantized.shift = self.shift
+        return quantized
+
+
+class SteeredQuantizedKVCache(_Carrier, QuantizedKVCache):
+    """A ``SteeredKVCache`` whose keys and values were quantised (mlx-lm's ``kv_bits``)."""
+
+
+class SteeredBatchKVCache(_Carrier, BatchKVCache):
+    """mlx-lm's ``BatchKVCache`` with a shift of its own, or none, for every row."""
+
+    def __init__(self, left_padding: list[int]):
+        super().__init__(left_padding)
+        self._rows: list[Shift | None] = [None] * len(left_padding)
+
+    def _carry(self, rows: list[Shift | None]) -> None:
+        self._rows = rows
+        self.shift = Shift.stack(rows)
+
+    @classmethod
+    def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
+        merged = super().merge(caches)
+        merged.__class__ = cls  # for empty caches BatchKVCache.merge names its own class
+        merged._carry([getattr(cache, "shift", None) for cache in caches])
+        return merged
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        super().filter(batch_indices)
+        indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        self._carry([self._rows[i] for i in indices])
+
+    def extend(self, other: BatchKVCache) -> None:
+        theirs = getattr(other, "_rows", None) or [None] * other.offset.shape[0]
+        super().extend(other)
+        self._carry(self._rows + theirs)
+
+    def extract(self, idx: int) -> SteeredKVCache:
+        extracted = SteeredKVCache(self._rows[idx])
+        extracted.__dict__.update(super().extract(idx).__dict__)
+        return extracted
+
+
+def twin_of(cache: KVCache) -> KVCache:
+    """Return a cache with the same content, stock or quantised; filling either leaves the other alone."""
+    twin = object.__new__(type(cache))
+    twin.__dict__.update(cache.__dict__)
+    if cache.keys is not None:
+        # mlx writes into an array object in place: a twin needs objects of its own
+        twin.keys, twin.values = tree_map(
+            lambda a: a[..., : cache.offset, :], (cache.keys, cache.values)
+        )
+    return twin

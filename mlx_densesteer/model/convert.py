@@ -1,0 +1,274 @@
+"""Hub repository, Hugging Face folder or GGUF file -> MLX folder. mlx-lm converts."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from .._version import __version__
+from ..errors import ConversionError
+from ..files import check_disk, file_sha256, move_into_place, scratch_folder
+from . import gguf as gguf_model
+from .config import RECORD, check_target, is_hub_id, origin, read_config, rope
+from .hub import fetch_config, fetch_model, missing_bytes
+from .model import fingerprint
+
+DTYPES = ("bfloat16", "float16", "float32")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+OUT = Path("converted")
+
+Progress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What to write."""
+
+    bits: int | None
+    group_size: int
+    dtype: str | None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, *BITS):
+            raise ConversionError(f"{self.bits} bits: expected 4, 8 or none.")
+        if self.group_size not in GROUP_SIZES:
+            raise ConversionError(f"group size {self.group_size}: expected one of {GROUP_SIZES}.")
+        if self.dtype not in (None, *DTYPES):
+            raise ConversionError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}.")
+
+    def folder(self, name: str, dtype: str) -> Path:
+        return OUT / f"{name}-{f'{self.bits}bit' if self.bits else dtype}"
+
+    def bytes(self, parameters: int, dtype: str) -> int:
+        """Estimate the converted weights; a scale and a bias of 16 bits for each group."""
+        plain = _width(dtype)
+        per_weight = self.bits / 8 + 2 * plain / self.group_size if self.bits else plain
+        return int(parameters * per_weight * 1.02)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights come from. ``prepare`` returns a Hugging Face folder."""
+
+    name: str  # of the folder that we write
+    record: dict[str, str]  # what we write of it beside the weights
+    dtype: str
+    config: dict[str, object]
+    parameters: int
+    scratch_bytes: int
+    prepare: Callable[[Path, Progress], Path]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    bits: int | None = 4,
+    group_size: int = 64,
+    dtype: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Path:
+    """Convert a Qwen2 model for MLX and return the folder, by default in ``converted/``.
+
+    The folder is written under a temporary name, loaded again, checked with one forward
+    pass, and renamed: an interrupted run leaves no half model behind.
+
+    Args:
+        source: a Hub id, a Hugging Face folder, or a Qwen2 GGUF file (extra ``gguf``).
+        out: the folder to write.
+        bits: 4 or 8 quantises the matrices; ``None`` keeps ``dtype``.
+        dtype: of what is not quantised; by default the source's own, bfloat16 for GGUF.
+        revision: branch, tag or commit of a Hub repository.
+        force: replace ``out`` if it exists; the old one stays until the new one is checked.
+
+    Raises:
+        ConversionError: ``out`` exists, an option does not fit the model, or the result
+            fails its check.
+        DiskError: the disk is too small.
+        UnsupportedModelError: not of the Qwen2 family.
+        ModelError, HubError: the source cannot be read.
+    """
+    target = _Target(bits, group_size, dtype)
+    out = None if out is None else Path(out).expanduser()
+    if revision is not None and Path(source).expanduser().exists():
+        raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
+    if out is not None or bits is not None or dtype is not None:  # refuse before a download
+        check_target(out or target.folder(_name(source), str(dtype)), source, force)
+    found = _open_source(source, target, revision, progress)
+    folder = out if out is not None else target.folder(found.name, found.dtype)
+    check_target(folder, source, force)
+    _check_groups(found, target)
+    need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
+    check_disk(folder.parent, need, "the conversion")
+    with scratch_folder(folder) as work:
+        hf_folder = found.prepare(work / "hf", progress)
+        progress(f"converting to {folder.name}", 0, 0)
+        _run_mlx_lm(found.name, hf_folder, work / "mlx", target, found.dtype)
+        progress("checking with one forward pass", 0, 0)
+        _finish(work / "mlx", found, target)
+        move_into_place(work / "mlx", folder, replace=force)
+    return folder
+
+
+def _name(source: str | Path) -> str:
+    path = Path(source).expanduser()
+    return path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.name
+
+
+def _open_source(
+    source: str | Path, target: _Target, revision: str | None, progress: Progress
+) -> _Source:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _gguf_source(path, target, progress)
+    if path.is_dir():
+        if any(path.glob("*.gguf")) and not (path / "config.json").exists():
+            files = ", ".join(sorted(p.name for p in path.glob("*.gguf")))
+            raise ConversionError(f"{path}: is a folder of GGUF files; name one of {files}.")
+        return _folder_source(path, _name(path), {"source": origin(path)}, target)
+    repo = str(source)
+    if not is_hub_id(repo):
+        raise ConversionError(
+            f"{repo}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a "
+            "Hugging Face folder, or a GGUF file."
+        )
+    fetch_config(repo, revision=revision)
+    need = missing_bytes(repo, revision=revision)
+    check_disk(Path(HF_HUB_CACHE), need, "the download")
+    progress(f"downloading {repo}", 0, 0)
+    folder = fetch_model(repo, revision=revision)
+    return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)
+
+
+def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Target) -> _Source:
+    config = read_config(folder)
+    if "quantization" in config or "quantization_config" in config:
+        raise ConversionError(
+            f"{folder}: is quantised already. Convert from the original weights "
+            "(quantising twice would lose more), or use it as it is."
+        )
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise ConversionError(f"{folder}: no model*.safetensors. Get the safetensors version.")
+    try:
+        parameters = sum(array.size for file in weights for array in mx.load(str(file)).values())
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(
+            f"{folder}: its weights are damaged or incomplete ({error}). Copy or download them again."
+        ) from error
+    dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    return _Source(
+        name=name, record=record, dtype=str(dtype), config=config, parameters=parameters,
+        scratch_bytes=0, prepare=lambda work, progress: folder,
+    )  # fmt: skip
+
+
+def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
+    progress(f"reading {path.name}", 0, 0)
+    reader = gguf_model.open_gguf(path)
+    dtype = target.dtype or "bfloat16"
+    parameters = gguf_model.parameter_count(reader)
+    with gguf_model.damage(path):
+        config = gguf_model.read_config(reader, dtype)
+
+    def prepare(work: Path, progress: Progress) -> Path:
+        label = f"dequantising {path.name}"
+        with gguf_model.damage(path):
+            gguf_model.write_hf_folder(
+                reader, work, config, lambda done, n: progress(label, done, n)
+            )
+        return work
+
+    return _Source(
+        name=_name(path),
+        record={"source": path.stem, "gguf_sha256": file_sha256(path)},
+        dtype=dtype,
+        config=config,
+        parameters=parameters,
+        scratch_bytes=parameters * _width(dtype),
+        prepare=prepare,
+    )
+
+
+def _check_groups(source: _Source, target: _Target) -> None:
+    """mlx-lm leaves a matrix unquantised, without a word, if the groups do not fit."""
+    if not target.bits:
+        return
+    for key in ("hidden_size", "intermediate_size"):
+        width = source.config.get(key)
+        if not isinstance(width, int) or width % target.group_size:
+            raise ConversionError(
+                f"{source.name}: group size {target.group_size} does not divide its {key} {width}. "
+                f"Choose another --group-size ({', '.join(map(str, GROUP_SIZES))}) or --bits none."
+            )
+
+
+def _run_mlx_lm(name: str, source: Path, out: Path, target: _Target, dtype: str) -> None:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            mlx_lm.convert(
+                str(source),
+                str(out),
+                quantize=target.bits is not None,
+                q_bits=target.bits,
+                q_group_size=target.group_size if target.bits else None,
+                dtype=dtype,
+            )
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError, OSError) as error:
+        raise ConversionError(
+            f"{name}: mlx-lm cannot convert it ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _finish(out: Path, source: _Source, target: _Target) -> None:
+    """Load what was written, run it once, and write the record of where it came from."""
+    _set_config(out / "config.json", source)
+    try:
+        model, tokenizer = mlx_lm.load(str(out))[:2]
+        tokens = tokenizer.encode("What is 12 + 30?")
+        logits = model(mx.array([tokens]))
+        finite = mx.isfinite(logits).all().item()
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ConversionError(
+            f"{source.name}: the converted model does not load ({error})."
+        ) from error
+    if logits.shape != (1, len(tokens), model.args.vocab_size) or not finite:
+        raise ConversionError(
+            f"{source.name}: the converted model gives logits of shape {logits.shape}, "
+            f"{'finite' if finite else 'not finite'}. Try --dtype bfloat16 or float32."
+        )
+    record = {
+        **source.record,
+        "bits": target.bits,
+        "group_size": target.group_size if target.bits else None,
+        "dtype": source.dtype,
+        "fingerprint": fingerprint(model),
+        "created_by": f"mlx-densesteer {__version__}, mlx-lm {mlx_lm.__version__}",
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _set_config(file: Path, source: _Source) -> None:
+    """mlx-lm keeps the source's dtype in the config, whatever it wrote, and a rope that it does not read."""
+    config = json.loads(file.read_text("utf-8"))
+    for key in ("dtype", "rope_parameters"):
+        config.pop(key, None)
+    config |= {"torch_dtype": source.dtype, **rope(source.config)}
+    file.write_text(json.dumps(config, indent=4, sort_keys=True), "utf-8")

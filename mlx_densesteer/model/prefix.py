@@ -1,0 +1,320 @@
+"""The KV caches of one sequence, always those of its tokens under its steering.
+
+A KV cache belongs to a sequence and a steering. When the steering of layer l changes, the keys
+and values of layers up to l are still right: block l reads its input, and adds at its output.
+So ``Prefix`` keeps the residual stream at the lowest steered layer, before anything is added
+there, and recomputes the layers above it alone.
+
+Tokens are read in chunks, and a chunk is always read as a whole. The caches are therefore a pure
+function of (chunks, steering): bit for bit those of a new ``Prefix``, whatever happened before.
+
+Not covered: rotating caches, which cannot be cut back, and pipeline parallelism.
+"""
+
+import json
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from ..errors import SteeringError
+from ..steering.steering import Steering
+from .block import decoder_blocks, deltas, patch
+from .cache import EVERYWHERE, Shift, SteeredKVCache, SteeredQuantizedKVCache, twin_of
+from .chunks import Chunk, common_beginning, pieces, steered_span
+
+
+class Work(NamedTuple):
+    """What a ``fill`` had to compute: tokens times decoder blocks, and how many tokens of them
+    went through the upper blocks alone."""
+
+    block_tokens: int
+    resteered: int
+
+
+class Prefix:
+    """The KV caches of one sequence, one for each decoder block.
+
+    Args:
+        model: a Qwen2 model of mlx-lm; its blocks are patched.
+        keep_bytes: how much of the residual stream to keep for re-steering, in bytes;
+            ``hidden_size`` times the bytes of the model's dtype for a token. 0: nothing.
+        kv_bits: quantise keys and values (4 or 8), in groups of ``group_size``.
+
+    Raises:
+        SteeringError: keys and values of this model cannot be quantised like that.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_bytes: int = 0, kv_bits: int | None = None):
+        self.model = patch(model)
+        self._blocks = list(decoder_blocks(model).values())
+        self._keep_bytes = keep_bytes
+        self._quantization = _quantization(model, kv_bits)
+        self.reset()
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of the residual stream that are kept."""
+        return sum(h.nbytes for kept in self._residual for h in kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, the values and the kept residual stream."""
+        return self.residual_bytes + sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def captured(self) -> int | None:
+        """The layer whose output is kept, before anything is added to it."""
+        return self._captured if self._residual else None
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return tuple(self._chunks)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
+        self._chunks: list[Chunk] = []
+        self._ends: list[int] = []
+        self._plan: dict[int, tuple[str, bytes]] = {}
+        self._shifts: dict[int, tuple[Shift, str]] = {}
+        self._captured: int | None = None  # the layer whose output is kept
+        self._residual: list[list[mx.array]] = []  # of the first chunks, (1, tokens, hidden) each
+
+    def fill(
+        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+    ) -> Work:
+        """Make the caches those of ``chunks`` under ``steering``, with as little work as it takes.
+
+        What follows, one token at a time, is an answer: its first token is the last of the
+        prompt, so leave that one out of ``chunks``. ``answering``: the last chunk is the beginning
+        of that answer. Tokens that were added to the caches since are cut off again by the next
+        call. An exception, Ctrl-C too, leaves the prefix empty.
+
+        Raises:
+            VectorMismatchError, SteeringError: before anything is changed.
+        """
+        filling = self.filling(chunks, steering, answering=answering)
+        while True:
+            try:
+                next(filling)
+            except StopIteration as end:
+                return end.value
+
+    def filling(
+        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+    ) -> Generator[None, None, Work]:
+        """Fill as ``fill`` does, one chunk at a time, so that others can work in between.
+
+        Closing the iterator leaves the prefix empty.
+        """
+        made = deltas(self.model, steering)
+        positions = steering.positions if steering else "all"
+        plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
+        wanted = [chunk for chunk in chunks if chunk.tokens]
+        try:
+            self._cut(common_beginning(self._chunks, wanted))
+            changed = [k for k in {*plan, *self._plan} if plan.get(k) != self._plan.get(k)]
+            again: list[Chunk] = []
+            if changed and self._chunks:
+                again = self._keep_below(min(changed))
+            self._plan = plan
+            self._shifts = {k: (Shift.of(made[k], [EVERYWHERE]), positions) for k in made}
+            if not self._chunks and not again and self._keep_bytes:
+                self._captured = min(steering.layers) if steering and steering.layers else None
+            work = 0
+            for done in self._read_above(again):
+                work += done
+                yield
+            for chunk in wanted[len(self._chunks) :]:
+                work += self._read(chunk)
+                yield
+            begun = len(wanted[-1].tokens) if answering and wanted else 0
+            self._aim(answer=True, start=self.length - begun)
+        except BaseException:
+            self.reset()
+            raise
+        return Work(work, sum(len(chunk.tokens) for chunk in again))
+
+    def cut(self, chunks: Sequence[Chunk]) -> None:
+        """Forget all that does not belong to ``chunks``."""
+        self._cut(common_beginning(self._chunks, [chunk for chunk in chunks if chunk.tokens]))
+
+    def fork(self) -> "Prefix":
+        """Return a prefix that shares what is computed; filling either leaves the other alone."""
+        twin = object.__new__(Prefix)
+        twin.__dict__.update(self.__dict__)
+        twin.caches = [twin_of(cache) for cache in self.caches]
+        twin._chunks, twin._ends = list(self._chunks), list(self._ends)
+        twin._residual = list(self._residual)
+        return twin
+
+    @property
+    def state(self) -> dict[str, object]:
+        """The arrays: keys and values of each layer, the kept residual stream, and ``lambda * v``."""
+        kept = [
+            tree_map(lambda a: a[..., : self.length, :], (c.keys, c.values)) for c in self.caches
+        ]
+        state = {"keys": [keys for keys, _ in kept], "values": [values for _, values in kept]}
+        state["residual"] = {f"chunk{i}": kept for i, kept in enumerate(self._residual)}
+        state["delta"] = {f"layer{k}": shift.delta for k, (shift, _) in self._shifts.items()}
+        return state
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the arrays belong to, the weights aside, as plain values."""
+        return {
+            "chunks": self._chunks,
+            "positions": {f"layer{k}": positions for k, (_, positions) in self._shifts.items()},
+            "captured": self._captured,
+            "quantization": self._quantization,
+            "dtype": str(self.model.model.norm.weight.dtype),
+        }
+
+    def restore(self, state: Mapping[str, object], identity: Mapping[str, object]) -> bool:
+        """Become the prefix that had this ``state``; ``False`` if it cannot have been of this model."""
+        own = json.loads(json.dumps(self.identity))
+        if any(own[key] != identity[key] for key in ("quantization", "dtype")):
+            return False
+        if len(state["keys"]) != len(self._blocks):
+            return False
+        self.reset()
+        for chunk in identity["chunks"]:
+            self._add(Chunk(tuple(chunk[0]), chunk[1]))
+        for cache, keys, values in zip(self.caches, state["keys"], state["values"], strict=True):
+            cache.keys, cache.values, cache.offset = keys, values, self.length
+        self._captured = identity["captured"] if self._keep_bytes else None
+        for i in range(len(state.get("residual", {}))):
+            kept = state["residual"][f"chunk{i}"]
+            if self.residual_bytes + sum(h.nbytes for h in kept) > self._keep_bytes:
+                break
+            self._residual.append(kept)
+        for name, positions in identity["positions"].items():
+            layer, delta = int(name.removeprefix("layer")), state["delta"][name]
+            self._plan[layer] = positions, bytes(memoryview(delta))
+            self._shifts[layer] = Shift.of(delta, [EVERYWHERE]), positions
+        return True
+
+    def _cut(self, count: int) -> None:
+        """Keep the first ``count`` chunks, and nothing that was added behind them."""
+        del self._chunks[count:], self._ends[count:], self._residual[count:]
+        for cache in self.caches:
+            cache.trim(cache.offset - self.length)
+
+    def _keep_below(self, changed: int) -> list[Chunk]:
+        """Forget what the steering at layer ``changed`` and above had a part in.
+
+        Return the chunks that must go through the blocks above the kept residual stream.
+        """
+        if self._captured is None or self._captured > changed or not self._residual:
+            self.reset()
+            return []
+        self._cut(len(self._residual))
+        again, self._chunks, self._ends = self._chunks, [], []
+        for layer in range(self._captured + 1, len(self._blocks)):
+            self.caches[layer] = self._new_cache()
+        return again
+
+    def _read_above(self, chunks: Sequence[Chunk]) -> Iterator[int]:
+        """Send the kept residual stream through the blocks above it; yield the work of each chunk."""
+        if not chunks:
+            return
+        first = self._captured + 1
+        for layer in range(first, len(self._blocks)):
+            self._carry(layer)
+        self._carry(self._captured)
+        for chunk, kept in zip(chunks, self._residual, strict=True):
+            start = self.length
+            self._aim(answer=chunk.answer, start=start)
+            for h in kept:
+                h = self._steer(self._captured, h, start)
+                start += h.shape[1]
+                self._blocks_from(first, h)
+            self._add(chunk)
+            yield len(chunk.tokens) * (len(self._blocks) - first)
+
+    def _read(self, chunk: Chunk) -> int:
+        """Send a chunk through all blocks, and keep the residual stream if there is room."""
+        for layer in range(len(self._blocks)):
+            self._carry(layer)
+        self._aim(answer=chunk.answer, start=self.length)
+        keep = self._captured is not None and len(self._residual) == len(self._chunks)
+        kept = []
+        for tokens in pieces(chunk.tokens):
+            h = self.model.model.embed_tokens(mx.array([tokens]))
+            kept.append(self._blocks_from(0, h, capture=keep))
+        if keep and self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
+            self._residual.append(kept)
+        self._add(chunk)
+        return len(chunk.tokens) * len(self._blocks)
+
+    def _blocks_from(self, first: int, h: mx.array, *, capture: bool = False) -> mx.array | None:
+        """Fill the caches from block ``first`` on; return what is kept at ``_captured``.
+
+        ``h`` is that block's input, ``(1, tokens, hidden)``. The last block's output is never
+        looked at, so its MLP is not computed.
+        """
+        if first == len(self._blocks):
+            return None
+        kept = None
+        start = self.caches[first].offset
+        mask = create_attention_mask(h, self.caches[first])
+        for layer in range(first, len(self._blocks)):
+            block, cache = self._blocks[layer], self.caches[layer]
+            if capture and layer == self._captured:
+                shift, cache.shift = cache.shift, None
+                kept = block(h, mask, cache)
+                cache.shift = shift
+                h = self._steer(layer, kept, start)
+            else:
+                h = block(h, mask, cache)
+        mx.eval([cache.state for cache in self.caches[first:]], [] if kept is None else kept)
+        mx.clear_cache()
+        return kept
+
+    def _steer(self, layer: int, h: mx.array, start: int) -> mx.array:
+        shift = self.caches[layer].shift
+        return h if shift is None else shift.add_alone(h, shift.where(start, h.shape[1]))
+
+    def _add(self, chunk: Chunk) -> None:
+        self._ends.append(self.length + len(chunk.tokens))
+        self._chunks.append(chunk)
+
+    def _carry(self, layer: int) -> None:
+        self.caches[layer].shift = self._shifts[layer][0] if layer in self._shifts else None
+
+    def _aim(self, *, answer: bool, start: int) -> None:
+        """Steer the positions of a chunk, or of an answer, that begins at ``start``."""
+        for layer, (shift, positions) in self._shifts.items():
+            aimed = shift.within(steered_span(positions, answer, start))
+            mx.eval(aimed.delta, aimed.start, aimed.stop)  # on the thread that made them
+            self.caches[layer].shift = aimed
+
+    def _new_cache(self) -> KVCache:
+        if self._quantization is None:
+            return SteeredKVCache()
+        group_size, bits = self._quantization
+        return SteeredQuantizedKVCache(group_size=group_size, bits=bits)
+
+
+def _quantization(model: nn.Module, bits: int | None) -> tuple[int, int] | None:
+    """Return the group size and the bits of quantised keys and values."""
+    if bits is None:
+        return None
+    width = model.args.hidden_size // model.args.num_attention_heads
+    group_size = next((size for size in (64, 32) if width % size == 0), None)
+    if bits not in (4, 8) or group_size is None:
+        raise SteeringError(
+            f"{bits} bits for keys and values of width {width}: expected 4 or 8 bits, and a width "
+            "that is a multiple of 32. Leave kv_bits out."
+        )
+    return group_size, bits

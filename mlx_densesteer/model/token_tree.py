@@ -1,0 +1,144 @@
+"""The sequences of contrastive pairs as a tree, so that what they share is computed once. No mlx.
+
+The *root* is what all prompts begin with (the chat template), a *stem* is what else the two
+sequences of a pair begin with (the prompt, and the words that both responses start with), the
+two *tails* are where the responses differ.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import InputError
+
+BATCH_TOKENS = 4096
+PADDING = 0.9  # a row is at least this long, relative to the longest of its array
+
+Tokens = Sequence[int]
+
+
+class TokenPair(NamedTuple):
+    """Token ids of a prompt and of its two responses; none of them empty."""
+
+    prompt: Tokens
+    positive: Tokens
+    negative: Tokens
+
+
+class Tail(NamedTuple):
+    """The tokens ``start`` to ``stop`` of one sequence: side ``side`` of a batch's ``row``."""
+
+    row: int
+    side: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stem:
+    """Pair ``number``: its two whole sequences, of which ``stop`` tokens are shared.
+
+    ``prompt`` is the length of the prompt. Every tail has at least one token.
+    """
+
+    number: int
+    whole: tuple[list[int], list[int]]
+    prompt: int
+    stop: int
+
+    @classmethod
+    def of(cls, number: int, pair: TokenPair) -> "Stem":
+        whole = ([*pair.prompt, *pair.positive], [*pair.prompt, *pair.negative])
+        stop = min(_common(*whole), len(whole[0]) - 1, len(whole[1]) - 1)
+        return cls(number, whole, len(pair.prompt), stop)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that are read together, their stems of like length; tails grouped by length."""
+
+    stems: tuple[Stem, ...]
+    groups: tuple[tuple[Tail, ...], ...]
+
+    @classmethod
+    def of(cls, stems: Sequence[Stem]) -> "Batch":
+        return cls(tuple(stems), tuple(map(tuple, _groups(stems))))
+
+    def tokens(self, offset: int) -> int:
+        """Return the positions of the batch behind a root of ``offset``, padding included."""
+        stems = len(self.stems) * (max(stem.stop for stem in self.stems) - offset)
+        return stems + sum(len(group) * (group[0].stop - group[0].start) for group in self.groups)
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """The tokens of the root, and the pairs behind it in batches.
+
+    ``tokens`` counts the positions that go through the blocks, padding included;
+    ``tokens_apart`` those of the same sequences one by one.
+    """
+
+    root: tuple[int, ...]
+    batches: tuple[Batch, ...]
+    tokens: int
+    tokens_apart: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenPair]) -> "TokenTree":
+        """Find what ``pairs`` share.
+
+        Raises:
+            InputError: no pairs, an empty prompt or an empty response.
+        """
+        if not pairs:
+            raise InputError("no pairs to read; expected at least one.")
+        for number, pair in enumerate(pairs):
+            if not all(map(len, pair)):
+                raise InputError(f"pair {number} has an empty prompt or response.")
+        stems = [Stem.of(number, pair) for number, pair in enumerate(pairs)]
+        first = pairs[0].prompt
+        root = min(_common(first, pair.prompt) for pair in pairs)
+        root = min(root, min(len(pair.prompt) for pair in pairs) - 1)  # no stem without a token
+        batches = tuple(Batch.of(batch) for batch in _batches(stems, root))
+        tokens = root + sum(batch.tokens(root) for batch in batches)
+        apart = sum(len(sequence) for stem in stems for sequence in stem.whole)
+        return cls(tuple(first[:root]), batches, tokens, apart)
+
+
+def _common(one: Tokens, other: Tokens) -> int:
+    """Return how many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _groups(stems: Sequence[Stem]) -> list[list[Tail]]:
+    """Group the tails of a batch by length, the longest of each group first."""
+    tails = [
+        Tail(row, side, stem.stop, len(sequence))
+        for row, stem in enumerate(stems)
+        for side, sequence in enumerate(stem.whole)
+    ]
+    groups: list[list[Tail]] = []
+    for tail in sorted(tails, key=lambda t: t.start - t.stop):
+        longest = groups[-1][0].stop - groups[-1][0].start if groups else 0
+        if groups and tail.stop - tail.start >= PADDING * longest:
+            groups[-1].append(tail)
+        else:
+            groups.append([tail])
+    return groups
+
+
+def _batches(stems: Sequence[Stem], offset: int) -> Iterator[list[Stem]]:
+    """Group pairs with stems of like length, about ``BATCH_TOKENS`` tokens a group."""
+    batch: list[Stem] = []
+    total = 0
+    for stem in sorted(stems, key=lambda s: -s.stop):
+        size = sum(map(len, stem.whole)) - stem.stop - offset
+        longest = batch[0].stop - offset if batch else 0
+        if batch and (total + size > BATCH_TOKENS or stem.stop - offset < PADDING * longest):
+            yield batch
+            batch, total = [], 0
+        batch.append(stem)
+        total += size
+    if batch:
+        yield batch

@@ -1,0 +1,153 @@
+"""A launchd agent for ``densesteer serve``: it starts with the session and again after a crash.
+
+There is one agent; installing another replaces it. Source: launchd.plist(5), launchctl(1).
+"""
+
+import os
+import plistlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from xml.parsers.expat import ExpatError
+
+from ..errors import DenseSteerError, InputError
+from ..files import atomic_file
+
+LABEL = "com.mlx-densesteer.serve"
+LOG = "serve.log"
+THROTTLE = 30  # seconds between two starts
+ENDS = 10  # seconds that a server takes to end when its answers have
+PATIENCE = 60.0  # seconds that an older agent is given to end
+KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # of the environment; never a secret
+
+# The types of launchd.plist(5) for the keys that we write.
+_TYPES: Mapping[str, type] = {
+    "Label": str, "ProgramArguments": list, "RunAtLoad": bool, "KeepAlive": dict,
+    "ThrottleInterval": int, "ExitTimeOut": int, "ProcessType": str, "WorkingDirectory": str, "StandardErrorPath": str,
+    "StandardOutPath": str, "EnvironmentVariables": dict,
+}  # fmt: skip
+
+
+def agent(
+    arguments: Sequence[str], *, home: Path, grace: int = 10,
+    environment: Mapping[str, str] = os.environ,
+) -> bytes:  # fmt: skip
+    """Return the agent's property list: ``densesteer serve`` with these arguments.
+
+    Paths in them must be absolute: launchd starts the server elsewhere. Of the environment only
+    what finds models is kept. ``grace``: seconds that answers have when the server ends.
+
+    Raises:
+        InputError: a text that a property list cannot hold.
+    """
+    logs = str(log(home))
+    document = {
+        "Label": LABEL,
+        "ProgramArguments": [sys.executable, "-m", "mlx_densesteer", "serve", *arguments],
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False, "Crashed": True},
+        "ThrottleInterval": THROTTLE,
+        "ExitTimeOut": grace + ENDS,  # then launchd kills it
+        # Interactive: macOS does not throttle it while somebody waits for an answer
+        "ProcessType": "Interactive",
+        "WorkingDirectory": str(home),
+        "StandardErrorPath": logs,
+        "StandardOutPath": logs,
+    }
+    if kept := {name: environment[name] for name in KEPT if name in environment}:
+        document["EnvironmentVariables"] = kept
+    try:
+        made = plistlib.dumps(document)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"the agent cannot be written as a property list ({error}).") from error
+    check(made)
+    return made
+
+
+def check(made: bytes) -> None:
+    """Read a property list back as launchd will.
+
+    Raises:
+        InputError: it is none, or has keys of another type than launchd expects.
+    """
+    try:
+        document = plistlib.loads(made)
+    except (plistlib.InvalidFileException, ExpatError, ValueError) as error:
+        raise InputError(f"the agent is no property list ({error}).") from error
+    wrong = [k for k, kind in _TYPES.items() if k in document and type(document[k]) is not kind]
+    wrong += [k for k in document if k not in _TYPES]
+    arguments = document.get("ProgramArguments") or []
+    if wrong or not document.get("Label") or not all(type(one) is str for one in arguments):
+        raise InputError(f"the agent has keys that launchd does not read: {', '.join(wrong)}.")
+
+
+def path(home: Path) -> Path:
+    """Return where macOS looks for the agent."""
+    return home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
+
+
+def log(home: Path) -> Path:
+    """Return where the agent's server writes."""
+    return home / "Library" / "Logs" / "mlx-densesteer" / LOG
+
+
+def install(made: bytes, *, home: Path) -> Path:
+    """Write the agent and start it, in place of an older one; return its file.
+
+    Raises:
+        DenseSteerError: launchd did not take it.
+    """
+    file = path(home)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log(home).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as out:
+        out.write(made)
+    file.chmod(0o644)  # launchd refuses what others may write
+    if lint := shutil.which("plutil"):
+        _run([lint, "-lint", str(file)])
+    _boot_out()
+    _launchctl("bootstrap", _domain(), str(file))
+    return file
+
+
+def uninstall(*, home: Path) -> bool:
+    """Stop the agent and remove its file; ``False`` if there was none."""
+    file = path(home)
+    there = file.exists()
+    _boot_out()
+    file.unlink(missing_ok=True)
+    return there
+
+
+def _boot_out() -> None:
+    """Stop the agent, and wait for its end: launchd refuses to start one that still ends."""
+    service = f"{_domain()}/{LABEL}"
+    _launchctl("bootout", service, may_fail=True)
+    until = time.monotonic() + PATIENCE
+    while _launchctl("print", service, may_fail=True) and time.monotonic() < until:
+        time.sleep(0.2)
+
+
+def _domain() -> str:
+    return f"gui/{os.getuid()}"
+
+
+def _launchctl(*arguments: str, may_fail: bool = False) -> bool:
+    """Run launchctl; tell whether it succeeded."""
+    launchctl = shutil.which("launchctl")
+    if launchctl is None:
+        raise DenseSteerError("no launchctl: an agent can be installed on macOS alone.")
+    return _run([launchctl, *arguments], may_fail=may_fail)
+
+
+def _run(command: list[str], *, may_fail: bool = False) -> bool:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode and not may_fail:
+        said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        raise DenseSteerError(
+            f"`{' '.join(command)}`: {said}. Look at the file, or try `launchctl bootstrap` by hand."
+        )
+    return not done.returncode

@@ -1,0 +1,1 @@
+"""What is added to the residual stream: vectors, steerings, and how a request becomes one. No mlx."""

@@ -1,0 +1,70 @@
+"""Other people's vector files, one module each. No torch."""
+
+from pathlib import Path
+
+from ...errors import VectorFormatError
+from ..vector import SteeringVector
+from .gguf import load_control_vector, save_control_vector
+from .pt import load_pt
+from .safetensors import load_safetensors, save_safetensors
+
+_WRITERS = {"gguf": save_control_vector, "safetensors": save_safetensors}
+
+
+def import_vector(
+    path: str | Path, *, model: str | None = None, layer_offset: int | None = None
+) -> SteeringVector:
+    """Read another project's vector file; its ending says which: ``.pt``, ``.gguf``, ``.safetensors``.
+
+    Args:
+        path: the file; nothing in it is executed.
+        model: that the vector was made for; needed where the file does not say.
+        layer_offset: number N in the file is layer ``N - layer_offset``; by default what the file says of
+            itself, else 0. 1 for files of llama.cpp's ``cvector-generator``.
+
+    Raises:
+        VectorFormatError: an ending that is not known, ``model`` is needed, or see the reader's own module.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending == ".gguf":
+        return load_control_vector(path, model=model, layer_offset=layer_offset)
+    if ending == ".safetensors":
+        return load_safetensors(path, model=model, layer_offset=layer_offset)
+    if ending == ".npz":
+        raise VectorFormatError(f"{path}: is a file of ours, by its ending. Use it as it is.")
+    if ending != ".pt":
+        raise VectorFormatError(
+            f"{path}: cannot tell what it is by its ending; known are .pt, .gguf and .safetensors."
+        )
+    if not model or layer_offset:
+        raise VectorFormatError(
+            f"{path}: a .pt file does not say which model it was made for: name it with --model "
+            "(model=...). Its layers are numbered as ours; no --layer-offset."
+        )
+    return load_pt(path, model=model)
+
+
+def export_vector(
+    vector: SteeringVector, path: str | Path, *, to: str | None = None, layer_offset: int = 0
+) -> list[str]:
+    """Write a vector for other programs; return, in words, what they will not do with it.
+
+    ``import_vector`` gives the same vector back: layers bit for bit, and all metadata.
+
+    Args:
+        path: the file, replaced if it exists, written to a temporary name first.
+        to: ``"gguf"``, llama.cpp's control vector (extra ``gguf``), or ``"safetensors"``; by default
+            what the ending of ``path`` says.
+        layer_offset: layer L gets the number ``L + layer_offset`` in the file.
+
+    Raises:
+        VectorFormatError: an unknown format, or no layer of the vector can be expressed in it.
+    """
+    path = Path(path)
+    kind = to or path.suffix.lower().removeprefix(".")
+    if kind not in _WRITERS:
+        raise VectorFormatError(
+            f"{path}: format {kind!r}, expected {' or '.join(_WRITERS)}: --to, or the file's ending."
+        )
+    return _WRITERS[kind](vector, path, layer_offset=layer_offset)

@@ -1,0 +1,82 @@
+"""What is known of a vector whose file does not say where it comes from."""
+
+import hashlib
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import VectorFormatError
+from ..vector import VectorMeta, format_layers, parse_document
+
+LARGEST_NUMBER = 9999  # of a layer in a file
+
+
+def check_numbers(path: Path, numbers: Iterable[int]) -> None:
+    """Raise ``VectorFormatError`` for layer numbers that no reader takes, ours included."""
+    if bad := [number for number in numbers if number > LARGEST_NUMBER]:
+        raise VectorFormatError(
+            f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
+        )
+
+
+def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[int]) -> int:
+    """Return the layer of a tensor that the file numbers ``number``.
+
+    Raises:
+        VectorFormatError: below 0, or one of ``taken``.
+    """
+    layer = number - offset
+    if layer < 0:
+        raise VectorFormatError(
+            f"{path}: {name} would be layer {layer}; --layer-offset {offset} does not fit."
+        )
+    if layer in taken:
+        raise VectorFormatError(f"{path}: layer {layer} is there twice.")
+    return layer
+
+
+def meta_of(
+    path: Path, kind: str, document: str | None, layers: Mapping[int, np.ndarray], model: str | None
+) -> VectorMeta:
+    """Return the metadata that a file holds, or what is known without; ``model`` counts for more.
+
+    Raises:
+        VectorFormatError: the document lists other layers than the file holds; or as ``foreign_meta``.
+    """
+    if document is None:
+        return foreign_meta(path, kind, layers, model)
+    meta, listed = parse_document(path, document.encode())
+    if sorted(listed) != sorted(layers):
+        raise VectorFormatError(
+            f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
+            f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
+        )
+    if model in (None, meta.model):
+        return meta
+    return replace(meta, model=model, fingerprint=None)  # somebody knows better
+
+
+def foreign_meta(
+    path: Path, kind: str, layers: Mapping[int, np.ndarray], model: str | None
+) -> VectorMeta:
+    """Return metadata for another project's file; the layer count is taken to be that of the file.
+
+    Raises:
+        VectorFormatError: no layers, several widths, or ``model`` is not given.
+    """
+    widths = sorted({array.shape[-1] if array.ndim else 0 for array in layers.values()})
+    if len(widths) != 1:
+        raise VectorFormatError(f"{path}: its layers have widths {widths}, expected one width.")
+    if not model:
+        raise VectorFormatError(
+            f"{path}: does not say which model it was made for. Name it: --model (model=...)."
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return VectorMeta(
+        model=model,
+        hidden_size=widths[0],
+        layer_count=max(layers) + 1,
+        source=f"{path.name} ({kind}, sha256 {digest})",
+    )

@@ -1,0 +1,106 @@
+"""Steering vectors as safetensors: ``layer.L`` for each layer, our metadata in the header.
+
+Files of other projects are read if their tensors are vectors whose names end in the layer's number:
+``layer.14``, ``layer_14``, ``direction.14``, ``14``.
+
+Format: the safetensors format of Hugging Face; ``__metadata__["densesteer"]`` is the JSON document of
+docs/vector-format.md.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...archive import MAX_BYTES
+from ...errors import VectorFormatError
+from ...files import atomic_file
+from ..vector import SteeringVector
+from .foreign import check_numbers, layer_of, meta_of
+
+_KEY = "densesteer"
+_NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 0) -> list[str]:
+    """Write the file, to a temporary name first; return what it cannot say (nothing).
+
+    Layer L is written as ``layer.(L + layer_offset)``.
+
+    Raises:
+        VectorFormatError: a layer would get a number below 0.
+    """
+    from safetensors.numpy import save
+
+    numbers = {layer: layer + layer_offset for layer in vector.layers}
+    if min(numbers.values()) < 0:
+        raise VectorFormatError(f"{path}: --layer-offset {layer_offset} gives a layer below 0.")
+    check_numbers(path, numbers.values())
+    arrays = {f"layer.{numbers[layer]}": np.array(a) for layer, a in vector.layers.items()}
+    document = json.dumps(vector.describe(), ensure_ascii=False)
+    data = save(arrays, metadata={_KEY: document, "layer_offset": str(layer_offset)})
+    with atomic_file(path) as file:
+        file.write(data)
+    return []
+
+
+def load_safetensors(
+    path: Path, *, model: str | None = None, layer_offset: int | None = None
+) -> SteeringVector:
+    """Read such a file; tensor number N becomes layer ``N - layer_offset``.
+
+    Args:
+        model: that it was made for; needed where the file does not say.
+        layer_offset: by default what the file says of itself, else 0.
+
+    Raises:
+        VectorFormatError: no safetensors file, damaged, larger than 64 MiB, or a tensor that is no
+            float vector of one layer.
+    """
+    from safetensors import SafetensorError, deserialize, safe_open
+
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
+    try:
+        tensors = deserialize(path.read_bytes())
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise VectorFormatError(f"{path}: no complete safetensors file ({error}).") from error
+    offset = _offset(path, metadata) if layer_offset is None else layer_offset
+    layers: dict[int, np.ndarray] = {}
+    for name, tensor in tensors:
+        layer = layer_of(path, name, _number(path, name, tensor), offset, layers)
+        layers[layer] = _array(tensor)
+    meta = meta_of(path, "safetensors", metadata.get(_KEY), layers, model)
+    return SteeringVector(layers, meta, name=path.name)
+
+
+def _offset(path: Path, metadata: Mapping[str, str]) -> int:
+    text = metadata.get("layer_offset", "0") if _KEY in metadata else "0"
+    if not re.fullmatch(r"-?\d{1,4}", text):
+        raise VectorFormatError(f"{path}: its layer_offset {text[:20]!r} is no number.")
+    return int(text)
+
+
+def _number(path: Path, name: str, tensor: Mapping[str, object]) -> int:
+    match = _NAME.fullmatch(name)
+    shape = tensor["shape"]
+    if match is None or tensor["dtype"] not in _DTYPES or len(shape) != 1:  # type: ignore[arg-type]
+        raise VectorFormatError(
+            f"{path}: {name[:60]!r} of type {tensor['dtype']} and shape {shape}, expected one float vector "
+            "for each layer: layer.14, layer_14, direction.14."
+        )
+    return int(match[1])
+
+
+def _array(tensor: Mapping[str, object]) -> np.ndarray:
+    array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])  # type: ignore[arg-type,index]
+    if tensor["dtype"] == "BF16":  # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # SteeringVector refuses an infinity
+        return array.astype(np.float32)

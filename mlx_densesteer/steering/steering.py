@@ -1,0 +1,148 @@
+"""``Steering``: which vector, how strong, at which layers and positions. numpy only."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from ..errors import SteeringError
+from .vector import SteeringVector, format_layers
+
+Positions = Literal["all", "generated", "prompt"]
+
+# Relative dose from which on we warn. At about 1 our 0.5B test checkpoint repeats itself without
+# end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
+LARGE_DOSE = 0.8
+
+SMALLEST = 1e-5  # of ||v_l|| / mean ||h_l||: below, a vector is nothing but float32's rounding
+
+UNSTEERED = "unsteered"  # the fingerprint of no steering
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Add ``lambda * v_l`` to the residual stream at the output of some decoder blocks.
+
+        h_l <- h_l + strength * v_l        for every layer l in ``layers``
+
+    Positive strength is towards dense, 0 is the unsteered model (bit for bit).
+
+    Args:
+        vector: the steering vector.
+        strength: lambda, any finite number.
+        layers: 0-based layer numbers, by default every layer that the vector holds.
+        positions: at which tokens of the sequence the vector is added.
+            ``"all"``: everywhere, as the reference does.
+            ``"prompt"``: at every prompt token.
+            ``"generated"``: at every position whose output chooses a generated token: from
+            the *last prompt token* on (that position belongs to ``"prompt"`` as well).
+            Both are those of one turn; see ``patch.make_cache``.
+
+    Raises:
+        SteeringError: a strength that is not finite, no layers, unknown positions, or
+            ``strength * v_l`` overflows float32.
+        VectorMismatchError: a layer that the vector does not hold.
+
+    Source: arXiv 2605.29247, section 3; one layer there, any number here.
+    """
+
+    vector: SteeringVector
+    strength: float = 1.0
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "all"
+    _deltas: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise SteeringError(
+                f"positions {self.positions!r}: expected one of {', '.join(get_args(Positions))}."
+            )
+        strength = float(self.strength)
+        if not math.isfinite(strength):
+            raise SteeringError(f"strength {self.strength}: expected a finite number.")
+        wanted = self.vector.layers if self.layers is None else self.layers
+        layers = tuple(sorted({int(layer) for layer in wanted}))
+        if not layers:
+            raise SteeringError("no layers to steer: name at least one.")
+        chosen = self.vector.select(layers).layers
+        with np.errstate(over="ignore"):  # refused just below
+            deltas = {k: np.float32(strength) * array for k, array in chosen.items()}
+        if bad := [layer for layer, delta in deltas.items() if not np.isfinite(delta).all()]:
+            raise SteeringError(
+                f"strength {strength:g} overflows float32 at layer {format_layers(bad)}: "
+                "choose a smaller one."
+            )
+        for delta in deltas.values():
+            delta.setflags(write=False)
+        object.__setattr__(self, "strength", strength)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "_deltas", deltas)
+
+    def delta(self, layer: int) -> np.ndarray | None:
+        """Return ``strength * v_layer``, float32 ``(hidden_size,)``; ``None`` if nothing is added."""
+        return self._deltas.get(layer) if self.strength else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify what is added to the stream: equal fingerprints, equal steering.
+
+        Every steering of strength 0 has the fingerprint of no steering at all.
+        """
+        if not self.strength:
+            return UNSTEERED
+        digest = hashlib.sha256(json.dumps([self.positions, self.layers]).encode())
+        for layer in self._deltas:
+            digest.update(self._deltas[layer].astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def relative_dose(self, residual_norms: dict[int, float]) -> dict[int, float]:
+        """Return ``|lambda| * ||v_l|| / mean ||h_l||`` of each steered layer.
+
+        Comparable between vectors, where a raw strength is not: norms of the reference's
+        vectors lie between 0.06 and 72. ``residual_norms`` as ``record.residual_norms``
+        measures them.
+        """
+        norms = self.vector.norms()
+        return {k: abs(self.strength) * norms[k] / residual_norms[k] for k in self._deltas}
+
+    def describe(self) -> dict[str, object]:
+        """Return the setting as plain values for JSON output."""
+        return {
+            "vector": self.vector.name,
+            "strength": self.strength,
+            "layers": list(self.layers or ()),
+            "positions": self.positions,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:
+    """Read layer options: ``14``, ``10-14``, ``10,12``, ``all``.
+
+    Raises:
+        SteeringError: a text that is none of these.
+    """
+    layers: set[int] = set()
+    for text in texts:
+        for part in text.split(","):
+            part = part.strip()
+            first, dash, last = part.partition("-")
+            if part == "all":
+                layers.update(available)
+            elif _is_layer(part):
+                layers.add(int(part))
+            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
+                layers.update(range(int(first), int(last) + 1))
+            else:
+                raise SteeringError(
+                    f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
+                )
+    return tuple(sorted(layers))
+
+
+def _is_layer(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 4

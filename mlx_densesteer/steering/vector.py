@@ -1,0 +1,302 @@
+"""``SteeringVector`` and its ``.npz`` file (docs/vector-format.md). numpy only, no mlx."""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from .. import demo
+from .._version import __version__
+from ..archive import parse_npy, read_archive
+from ..errors import VectorFormatError, VectorMismatchError
+from ..files import atomic_file
+
+FORMAT = "mlx-densesteer steering vector"
+FORMAT_VERSION = 1
+HOOK_POINT = "output of decoder block, before the next block"
+OPERATOR = "add"
+MAX_META_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class VectorMeta:
+    """Where a steering vector comes from and what it fits.
+
+    ``None`` means "not recorded", as for a vector imported from a file that does not say.
+    """
+
+    model: str
+    hidden_size: int
+    layer_count: int
+    fingerprint: str | None = None
+    method: str | None = None
+    token: str | None = None
+    pair_count: int | None = None
+    pairs_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    quantization: str | None = None
+    tested: tuple[Mapping[str, object], ...] = ()
+    residual_norms: Mapping[str, float] | None = None
+    recommended: Mapping[str, object] | None = None
+    source: str | None = None
+    created_by: str = f"mlx-densesteer {__version__}"
+    hook_point: str = HOOK_POINT
+    operator: str = OPERATOR
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+class SteeringVector:
+    """One direction in the residual stream for each of some decoder blocks.
+
+    ``layers`` maps a layer number (0-based, the *output* of that block) to a float32
+    array of shape ``(hidden_size,)``. The arrays are copies and read-only.
+
+    Source: arXiv 2605.29247, section 3; v_l of docs and design notes.
+
+    Raises:
+        VectorFormatError: no layers, a wrong shape or width, NaN or infinity, a layer
+            number outside the model, or a hook point or operator other than ours.
+    """
+
+    def __init__(self, layers: Mapping[int, np.ndarray], meta: VectorMeta, *, name: str = "vector"):
+        problems = _meta_problems(meta)
+        arrays: dict[int, np.ndarray] = {}
+        if not layers:
+            problems.append("it holds no layer; at least one is needed")
+        for layer in sorted(layers):
+            if not 0 <= layer < meta.layer_count:
+                problems.append(f"layer {layer} is outside 0..{meta.layer_count - 1}")
+            with np.errstate(over="ignore"):  # an overflow shows up as infinity below
+                array = np.array(layers[layer], dtype=np.float32)
+            if array.shape != (meta.hidden_size,):
+                problems.append(
+                    f"layer {layer} has shape {array.shape}, expected ({meta.hidden_size},)"
+                )
+            elif not np.isfinite(array).all():
+                problems.append(f"layer {layer} holds NaN or infinity in float32")
+            array.setflags(write=False)
+            arrays[layer] = array
+        if problems:
+            raise VectorFormatError(f"{name}: " + "; ".join(problems) + ".")
+        self.layers: Mapping[int, np.ndarray] = arrays
+        self.meta = meta
+        self.name = name
+
+    def __repr__(self) -> str:
+        layers = format_layers(self.layers)
+        return f"SteeringVector({self.meta.model}, layers {layers}, width {self.meta.hidden_size})"
+
+    def describe(self) -> dict[str, object]:
+        """Return the metadata as plain values: the JSON document of the file."""
+        known = asdict(self.meta)
+        document: dict[str, object] = dict(known.pop("extra"))
+        document |= {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return document | {"layers": list(self.layers)} | known | {"tested": list(known["tested"])}
+
+    def norms(self) -> dict[int, float]:
+        """Return the Euclidean norm of each layer's vector, ``||v_l||``."""
+        return {k: float(np.linalg.norm(a.astype(np.float64))) for k, a in self.layers.items()}
+
+    @property
+    def residual_norms(self) -> dict[int, float] | None:
+        """The mean ``||h_l||`` of each layer that was recorded at extraction, if it was."""
+        stored = self.meta.residual_norms
+        return None if stored is None else {int(k): float(v) for k, v in stored.items()}
+
+    def select(self, layers: Iterable[int]) -> "SteeringVector":
+        """Return the same vector with only ``layers``.
+
+        Raises:
+            VectorMismatchError: a layer is asked for that the vector does not hold.
+        """
+        wanted = sorted(set(layers))
+        missing = [layer for layer in wanted if layer not in self.layers]
+        if missing:
+            raise VectorMismatchError(
+                f"{self.name}: no vector for layer {format_layers(missing)}; "
+                f"it holds {format_layers(self.layers)}. Choose among these."
+            )
+        return SteeringVector({k: self.layers[k] for k in wanted}, self.meta, name=self.name)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of layer numbers and float32 values, in hexadecimal."""
+        digest = hashlib.sha256()
+        for layer, array in self.layers.items():
+            digest.update(layer.to_bytes(4, "little") + array.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def check_fits(self, *, hidden_size: int, layer_count: int, model: str) -> None:
+        """Raise unless every layer fits a model of these dimensions.
+
+        Raises:
+            VectorMismatchError: with every mismatch found, and the remedy.
+        """
+        problems = []
+        if self.meta.hidden_size != hidden_size:
+            problems.append(
+                f"layer {min(self.layers)} has width {self.meta.hidden_size}, "
+                f"but {model} has hidden size {hidden_size}"
+            )
+        if beyond := [layer for layer in self.layers if layer >= layer_count]:
+            problems.append(
+                f"it holds layer {format_layers(beyond)}, but {model} has layers 0..{layer_count - 1}"
+            )
+        if problems:
+            raise VectorMismatchError(
+                f"{self.name}: {'; '.join(problems)}. It was made for {self.meta.model}. "
+                "Use a vector that was extracted from this model."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the ``.npz`` file, to a temporary name first, and return its path.
+
+        The same vector always gives the same bytes.
+        """
+        path = Path(path)
+        document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
+        arrays = {"meta": np.frombuffer(document, dtype=np.uint8)}
+        arrays |= {_entry(layer): array.astype("<f4") for layer, array in self.layers.items()}
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read a ``.npz`` file of this format. Nothing in the file is executed.
+
+        The text ``"demo"`` is the embedded demo model's vector; a file of that name is ``./demo``.
+
+        Raises:
+            VectorFormatError: no such file, truncated, damaged, hostile, not of this format, an
+                unknown version, a missing layer, a wrong shape or dtype, NaN or infinity.
+        """
+        name = None
+        if path == demo.NAME:  # a Path is a file
+            path, name = demo.VECTOR, demo.NAME
+        path = Path(path)
+        members = read_archive(path)
+        if "meta.npy" not in members:
+            raise VectorFormatError(
+                f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
+                "Convert other files with `densesteer vector import`."
+            )
+        data = parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
+        meta, listed = parse_document(path, data.tobytes())
+        expected = {f"{_entry(layer)}.npy": layer for layer in listed}
+        if missing := [layer for entry, layer in expected.items() if entry not in members]:
+            raise VectorFormatError(
+                f"{path}: its metadata lists layer {format_layers(missing)}, but the file holds "
+                "no such array. The file is incomplete; make or download it again."
+            )
+        if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
+            raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
+        layers = {
+            layer: parse_npy(path, entry, members[entry], "<f4")
+            for entry, layer in expected.items()
+        }
+        return cls(layers, meta, name=name or path.name)
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Write layer numbers the way people read them: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _entry(layer: int) -> str:
+    return f"layer.{layer}"
+
+
+def _meta_problems(meta: VectorMeta) -> list[str]:
+    problems = []
+    if not (0 < meta.hidden_size < 2**24 and 0 < meta.layer_count < 2**16):
+        problems.append(
+            f"hidden size {reprlib.repr(meta.hidden_size)} and layer count "
+            f"{reprlib.repr(meta.layer_count)} are of no model"
+        )
+    if meta.hook_point != HOOK_POINT:
+        problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
+    if meta.operator != OPERATOR:
+        problems.append(f"operator {meta.operator!r}, but this version knows only {OPERATOR!r}")
+    if not all(
+        key.isdecimal() and _is_number(value) and value > 0
+        for key, value in (meta.residual_norms or {}).items()
+    ):
+        problems.append("`residual_norms` does not give a positive number for each layer")
+    best = meta.recommended
+    if best is not None and not (
+        type(best.get("layer")) is int and _is_number(best.get("strength"))
+    ):
+        problems.append("`recommended` has no layer and strength")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and bool(np.isfinite(value))
+
+
+def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
+    """Read the JSON document that ``SteeringVector.describe`` gives: metadata, and the layers it lists.
+
+    Raises:
+        VectorFormatError: too long, no such document, or of another version.
+    """
+    if len(data) > MAX_META_BYTES:
+        raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
+    try:
+        document = json.loads(data.decode("utf-8"))
+        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
+    if not isinstance(document, dict):
+        raise VectorFormatError(f"{path}: `meta` holds no JSON object.")
+    version = document.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise VectorFormatError(
+            f"{path}: format version {version!r}, but this is mlx-densesteer {__version__}, which "
+            f"reads version {FORMAT_VERSION}. Install a newer mlx-densesteer."
+        )
+    return _from_document(path, document)
+
+
+# Every other key is text.
+_TYPES = {
+    "hidden_size": int, "layer_count": int, "pair_count": int, "tested": list,
+    "residual_norms": dict, "recommended": dict,
+}  # fmt: skip
+
+
+def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta, list[int]]:
+    document = dict(document)
+    for key in ("format", "format_version"):
+        document.pop(key, None)
+    layers = document.pop("layers", None)
+    if (
+        not isinstance(layers, list)
+        or not all(type(layer) is int and layer >= 0 for layer in layers)
+        or len(set(layers)) != len(layers)
+    ):
+        raise VectorFormatError(f"{path}: `layers` in its metadata is no list of layer numbers.")
+    names = {f.name for f in fields(VectorMeta)} - {"extra"}
+    known = {key: document.pop(key) for key in list(document) if key in names}
+    for key in ("model", "hidden_size", "layer_count", "hook_point", "operator"):
+        if key not in known:
+            raise VectorFormatError(f"{path}: its metadata lacks `{key}`.")
+    for key, value in known.items():
+        kind = _TYPES.get(key, str)
+        optional = value is None and key not in ("model", "hidden_size", "layer_count")
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise VectorFormatError(
+                f"{path}: `{key}` in its metadata is {value!r}, expected {kind.__name__}."
+            )
+    known["tested"] = tuple(known.get("tested") or ())
+    return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]

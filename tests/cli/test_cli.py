@@ -1,0 +1,528 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import mlx_densesteer as ds
+from mlx_densesteer import demo
+from mlx_densesteer.cli import main
+from mlx_densesteer.steering.request import default_layer
+from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
+
+
+@pytest.fixture
+def run():
+    """Run a command in this process; standard output and error apart."""
+
+    def invoke(*arguments, input=None):
+        return CliRunner().invoke(main, [str(a) for a in arguments], input=input)
+
+    return invoke
+
+
+@pytest.fixture
+def vector_file(make_vector, tmp_path):
+    return make_vector(size=3.0).save(tmp_path / "dense.npz")
+
+
+def process(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_densesteer", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def test_help_does_not_import_mlx():
+    code = (
+        "import sys\nfrom mlx_densesteer.cli import main\n"
+        "for arguments in (['--help'], ['generate', '--help'], ['vector', 'import', '--help'], ['--version']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "heavy = {'mlx', 'mlx_lm', 'numpy', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "heavy: []", done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["convert"],
+        ["generate"],
+        ["vector"],
+        ["vector", "show"],
+        ["vector", "import"],
+        ["doctor"],
+    ],
+)
+def test_every_command_has_help(run, command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout and len(result.stdout.splitlines()) > 5
+
+
+def test_choices_are_those_of_the_library():
+    """The command line cannot import them: its help must not load mlx."""
+    from typing import get_args
+
+    from mlx_densesteer.model.convert import BITS, DTYPES, GROUP_SIZES
+    from mlx_densesteer.steering.steering import Positions
+
+    def choices(command, name):
+        (found,) = (p.type.choices for p in main.commands[command].params if p.name == name)
+        return list(found)
+
+    assert choices("convert", "bits") == [*map(str, BITS), "none"]
+    assert choices("convert", "group_size") == [*map(str, GROUP_SIZES)]
+    assert choices("convert", "dtype") == list(DTYPES)
+    assert choices("generate", "positions") == list(get_args(Positions))
+
+
+def test_generate_streams_text_to_stdout_and_the_rest_to_stderr(run, hf_folder):
+    result = run("generate", "-m", hf_folder, "--max-tokens", 8, "hello")
+    expected = ds.generate(*ds.load(hf_folder), "hello", max_tokens=8)
+    assert result.exit_code == 0
+    assert result.stdout == expected.text + "\n"
+    assert "densesteer: 8 tokens" in result.stderr and "cut off at --max-tokens" in result.stderr
+
+
+def test_generate_reads_standard_input(run, hf_folder):
+    by_argument = run("generate", "-m", hf_folder, "-n", 5, "hello\n")
+    assert run("generate", "-m", hf_folder, "-n", 5, input="hello\n").stdout == by_argument.stdout
+    assert (
+        run("generate", "-m", hf_folder, "-n", 5, "-", input="hello\n").stdout == by_argument.stdout
+    )
+
+
+def test_generate_json_has_every_field(run, hf_folder, vector_file):
+    result = run(
+        "generate",
+        "-m",
+        hf_folder,
+        "-n",
+        6,
+        "-v",
+        vector_file,
+        "-s",
+        -0.5,
+        "-l",
+        "1,3",
+        "--json",
+        "hello",
+    )
+    found = json.loads(result.stdout)
+    assert set(found) == {
+        "text", "tokens", "steps", "density", "prompt_tokens", "tokens_per_second",
+        "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering", "draft", "brakes",
+    }  # fmt: skip
+    assert (found["tokens"], found["finish_reason"]) == (6, "length")
+    assert found["density"] == found["tokens"] / found["steps"]
+    steering = found["steering"]
+    assert (steering["vector"], steering["strength"], steering["layers"]) == (
+        "dense.npz",
+        -0.5,
+        [1, 3],
+    )
+    assert steering["positions"] == "all" and set(steering["relative_dose"]) == {"1", "3"}
+    assert "layer 1, 3, strength -0.5, positions all, relative dose" in result.stderr
+    plain = json.loads(run("generate", "-m", hf_folder, "-n", 6, "--json", "hello").stdout)
+    assert plain["steering"] is None and plain["text"] != found["text"]
+
+
+def test_generate_options_reach_the_model(run, hf_folder):
+    def text(*options):
+        result = run("generate", "-m", hf_folder, "-n", 12, "hello", *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    plain = text()
+    assert text("--raw") != plain
+    assert text("--system", "Be brief. Be kind.") != plain
+    assert text("--temp", 1, "--seed", 3) == text("--temp", 1, "--seed", 3)
+    assert text("--temp", 1, "--seed", 3) != text("--temp", 1, "--seed", 4)
+    stop = plain[2:4]
+    assert text("--stop", stop) == plain[: plain.index(stop)] + "\n"
+
+
+def test_the_default_layer_is_said(run, hf_folder, vector_file, make_vector, tmp_path):
+    result = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "hello")
+    assert "layer 2 (the middle one of 4); choose with -l" in result.stderr
+    single = make_vector([3]).save(tmp_path / "single.npz")
+    result = run("generate", "-m", hf_folder, "-n", 2, "-v", single, "hello")
+    assert "choose with -l" not in result.stderr and "layer 3, strength 1" in result.stderr
+    assert default_layer(range(28), 28) == 14
+    assert default_layer([0, 5], 28) == 5
+
+
+def test_a_large_dose_is_warned_of(run, hf_folder, vector_file):
+    small = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "-s", 0.001, "hello")
+    large = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "-s", 100, "hello")
+    assert "warning" not in small.stderr
+    assert (
+        "warning: a large dose" in large.stderr and "the same words over and over" in large.stderr
+    )
+
+
+def test_a_vector_of_other_weights_is_warned_of(run, hf_folder, tmp_path):
+    meta = VectorMeta(model="Other", hidden_size=64, layer_count=4, fingerprint="0" * 16)
+    file = SteeringVector({1: np.ones(64)}, meta).save(tmp_path / "v.npz")
+    result = run("generate", "-m", hf_folder, "-n", 2, "-v", file, "hello")
+    assert result.exit_code == 0 and "was extracted from other weights (Other" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-s", "1", "hello"], "need a vector"),
+        (["-l", "1", "hello"], "need a vector"),
+        (["-v", "nowhere.npz", "hello"], "nowhere.npz: no such file"),
+        (["-v", "VECTOR", "-l", "9", "hello"], "no vector for layer 9"),
+        (["-v", "VECTOR", "-l", "x", "hello"], "layer 'x': expected a number"),
+        (["-v", "VECTOR", "-s", "nan", "hello"], "strength nan: expected a finite number"),
+        (["-v", "VECTOR", "--positions", "here", "hello"], "'here' is not one of"),
+        (["--temp", "-1", "hello"], "-1.0 is not in the range"),
+        (["--top-p", "0", "hello"], "not in the range"),
+        (["--max-tokens", "0", "hello"], "not in the range"),
+        (["--seed", "-1", "hello"], "not in the range"),
+        (["caf\udce9"], "not valid UTF-8"),
+        (["   "], "the prompt is empty"),
+        (["--raw", "--system", "x", "hello"], "cannot go with raw"),
+    ],
+)  # fmt: skip
+def test_input_that_cannot_be_used_is_a_message_and_a_code(
+    run, hf_folder, vector_file, arguments, message
+):
+    arguments = [str(vector_file) if a == "VECTOR" else a for a in arguments]
+    result = run("generate", "-m", hf_folder, *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr and result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_models_that_cannot_be_used(run, tmp_path):
+    for model, message in [
+        (tmp_path / "nowhere", "no such folder"),
+        ("./nowhere/here", "no such folder"),
+        (tmp_path.parent / "nowhere", "no such folder"),
+        (tmp_path, "no config.json"),
+    ]:
+        result = run("generate", "-m", model, "hello")
+        assert result.exit_code == 1 and message in result.stderr, model
+    (tmp_path / "m.gguf").touch()
+    result = run("generate", "-m", tmp_path / "m.gguf", "hello")
+    assert result.exit_code == 1 and "densesteer convert" in result.stderr
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(run, tmp_path, monkeypatch):
+    (tmp_path / "converted").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for command in (["generate", "-m"], ["convert"]):
+        result = run(*command, "converted/Qwen2.5-4bti", *(["hello"] if len(command) > 1 else []))
+        assert result.exit_code == 1 and "converted/Qwen2.5-4bti: no such" in result.stderr
+
+
+def test_standard_input_that_is_no_text(run, hf_folder):
+    result = run("generate", "-m", hf_folder, input=b"\xff\xfe\x00")
+    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+
+
+def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
+    for name in ("{}.gguf", "x.txt"):
+        (tmp_path / name).touch()
+    for arguments, said in (
+        (
+            ("-m", "demo", "What", "is", "3 + 4"),
+            "quote it: densesteer generate ... 'What is 3 + 4'",
+        ),
+        (("hello",), "Try -m demo"),
+        (("-m", demo.VECTOR, "hello"), "is a steering vector's file: -v takes it"),
+        (("-m", tmp_path / "{}.gguf", "hello"), f"`densesteer convert {tmp_path}/{{}}.gguf`"),
+        (("-m", tmp_path / "x.txt", "hello"), "is a file, expected a folder"),
+        (
+            ("-m", hf_folder, "-v", tmp_path, "hello"),
+            "is a folder; expected a vector's file (.npz)",
+        ),
+    ):
+        done = run("generate", *arguments)
+        assert done.exit_code and said in " ".join(done.stderr.split()), done.stderr
+
+
+def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder):
+    """``echo TEXT |`` is the argument TEXT; raw text is taken as it is."""
+
+    def read(text, *options):
+        done = run("generate", "-m", hf_folder, "-n", 1, "--json", *options, input=text)
+        return json.loads(done.stdout)["prompt_tokens"]
+
+    plain = read("two\nlines")
+    assert read("two\nlines\n") == read("two\r\nlines\r\n") - 1 == plain
+    assert read("two\nlines\n\n") == plain + 1
+    assert read("line\n", "--raw") == read("line", "--raw") + 1
+
+
+@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_keeps_what_was_said(hf_folder, number, as_json):
+    """A real process and a real signal, in the middle of a long answer."""
+    options = ["--json", "--stop", "no such text"] if as_json else []
+    code = (
+        "import mlx_densesteer.generation.stopping as s, sys\n"
+        "feed = s.Pending.feed\n"
+        "def told(self, text):\n"
+        "    sys.stderr.write('PIECE\\n'); sys.stderr.flush(); return feed(self, text)\n"
+        "s.Pending.feed = told\n"
+        "from mlx_densesteer.cli import main; main()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", "-m", hf_folder, "-n", "400000", *options, "hello"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = 0
+    for line in child.stderr:
+        seen += "PIECE" in line
+        if seen == 3:
+            break
+    child.send_signal(number)
+    stdout, stderr = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert "interrupted" in stderr and "Traceback" not in stderr
+    if as_json:
+        found = json.loads(stdout)
+        assert found["finish_reason"] == "interrupted" and found["tokens"] >= 3 and found["text"]
+    else:
+        assert len(stdout) >= 3 and stdout.endswith("\n")  # the third piece may be on its way
+
+
+def test_ctrl_c_before_the_first_word(hf_folder):
+    code = (
+        "import mlx_densesteer.model.model as m, time\n"
+        "def slow(path): print('LOADING', flush=True); time.sleep(60)\n"
+        "m.load = slow\nfrom mlx_densesteer.cli import main; main()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", "-m", hf_folder, "hello"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "LOADING\n"
+    child.send_signal(2)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in stderr
+
+
+def test_closed_streams(hf_folder):
+    command = f'"{sys.executable}" -m mlx_densesteer generate -m "{hf_folder}" -n 3 hello'
+    plain = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    for closed in ("<&-", "2>&-", "<&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (0, plain.stdout), closed
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "standard output is closed" in done.stderr
+    if Path("/dev/full").exists():  # Linux only
+        command += " >/dev/full"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_huge_strength_is_still_json(run, hf_folder, vector_file):
+    arguments = (
+        "generate",
+        "-m",
+        hf_folder,
+        "-n",
+        2,
+        "-v",
+        vector_file,
+        "-s",
+        1e30,
+        "--json",
+        "hello",
+    )
+    found = json.loads(run(*arguments).stdout, parse_constant=lambda name: 1 / 0)
+    assert found["steering"]["relative_dose"]["2"] > 1e28
+
+
+def test_convert_prints_the_folder(run, hf_folder, tmp_path):
+    out = tmp_path / "out"
+    result = run(
+        "convert", hf_folder, "-o", out, "--bits", 8, "--group-size", 32, "--dtype", "float16"
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    record = json.loads((out / "densesteer.json").read_text())
+    assert (record["bits"], record["group_size"], record["dtype"]) == (8, 32, "float16")
+    again = run("convert", hf_folder, "-o", out)
+    assert again.exit_code == 1 and "exists already" in again.stderr and again.stdout == ""
+    assert run("convert", hf_folder, "-o", out, "--force", "--bits", "none").exit_code == 0
+
+
+def test_vector_show(run, make_vector, tmp_path):
+    vector = make_vector()
+    file = vector.save(tmp_path / "v.npz")
+    result = run("vector", "show", file)
+    assert result.exit_code == 0
+    table = re.split(r"layer +norm\n", result.stdout)[1].splitlines()
+    assert [line.split()[:2] for line in table] == [
+        [str(layer), f"{norm:.4f}"] for layer, norm in vector.norms().items()
+    ]
+    assert "hidden_size           64" in result.stdout
+    found = json.loads(run("vector", "show", file, "--json").stdout)
+    assert found["norms"]["2"] == pytest.approx(vector.norms()[2])
+    assert found["sha256"] == vector.sha256() and found["operator"] == "add"
+
+
+def test_vector_show_of_something_else(run, tmp_path):
+    (tmp_path / "v.npz").write_bytes(b"no vector")
+    result = run("vector", "show", tmp_path / "v.npz")
+    assert result.exit_code == 1 and "not a complete zip archive" in result.stderr
+
+
+def test_vector_import(run, hf_folder, tmp_path):
+    from test_pt import opcodes, pt_file
+
+    values = np.arange(64, dtype="<f2")
+    source = pt_file(tmp_path / "v.pt", opcodes(count=64, size=64), {"0": values.tobytes()})
+    out = tmp_path / "v.npz"
+    result = run("vector", "import", source, "-o", out, "--model", "Qwen/Qwen2.5-1.5B-Instruct")
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    assert SteeringVector.load(out).meta.model == "Qwen/Qwen2.5-1.5B-Instruct"
+    again = run("vector", "import", source, "-o", out, "--model", hf_folder)
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert run("vector", "import", source, "-o", out, "-m", hf_folder, "--force").exit_code == 0
+    meta = SteeringVector.load(out).meta
+    assert (meta.model, meta.layer_count) == ("Tiny-Qwen2", 4)
+    for model in ("", "nonsense", "/no/such/folder"):
+        result = run("vector", "import", source, "-o", tmp_path / "n.npz", "-m", model)
+        assert result.exit_code == 2 and "neither a folder nor a Hub id" in result.stderr
+    result = run("vector", "import", source, "-o", tmp_path / "no" / "v.npz", "-m", "Qwen/X")
+    assert result.exit_code == 1 and "there is no folder" in result.stderr
+    wide = pt_file(tmp_path / "w.pt", opcodes(), {"0": bytes(16)})
+    result = run("vector", "import", wide, "-o", tmp_path / "w.npz", "-m", hf_folder)
+    assert result.exit_code == 1 and "has hidden size 64" in result.stderr
+    assert not (tmp_path / "w.npz").exists()
+
+
+def test_doctor_says_what_is_there(run):
+    result = run("doctor")
+    assert result.exit_code == 0, result.stdout
+    for word in ("mlx-lm", "device", "memory", "steering        exact on a tiny random model"):
+        assert word in result.stdout
+
+
+def test_doctor_finds_what_is_wrong(run, monkeypatch):
+    import mlx_densesteer.cli.self_check as self_check
+
+    monkeypatch.setattr(self_check, "largest_error", lambda: 0.5)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "!!  steering" in result.stdout and "mlx-lm changed under us" in result.stdout
+
+    def broken():
+        raise RuntimeError("g++: not found\nmore")
+
+    monkeypatch.setattr(self_check, "largest_error", broken)
+    result = run("doctor")
+    assert result.exit_code == 1 and "fails: g++: not found\n" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux computes with OpenBLAS")
+@pytest.mark.parametrize(
+    ("core", "flags", "value", "remedy"),
+    [
+        (None, "avx2", "not loaded", "apt-get install libopenblas0-pthread"),
+        ("Prescott", "fpu avx2", "of 2004", "set OPENBLAS_CORETYPE=Haswell"),
+        ("Prescott", "fpu avx2 avx512vl", "of 2004", "set OPENBLAS_CORETYPE=SkylakeX"),
+        ("Prescott", "fpu sse3", "loaded, with the code for Prescott", None),
+        ("Haswell", "fpu avx2", "loaded, with the code for Haswell", None),
+    ],
+)
+def test_doctor_knows_a_slow_openblas(monkeypatch, core, flags, value, remedy):
+    from mlx_densesteer.cli import doctor_report as doctor
+
+    monkeypatch.setattr(doctor, "openblas_core", lambda: core)
+    monkeypatch.setattr(doctor.Path, "read_text", lambda self: f"flags : {flags}\n")
+    found = doctor._openblas()
+    assert value in found.value and (remedy in found.remedy if remedy else found.remedy is None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux computes with OpenBLAS")
+def test_the_core_is_that_of_the_openblas_that_is_loaded():
+    files = list(Path("/usr/lib").glob("*-linux-gnu/openblas-pthread/libopenblas.so.0"))
+    if not files:
+        pytest.skip("OpenBLAS is not installed")
+    ask = "from mlx_densesteer.cli.doctor_report import openblas_core; print(openblas_core())"
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, check=True,
+            env={**os.environ, "LD_PRELOAD": preload, "OPENBLAS_CORETYPE": "Haswell"},
+        ).stdout.strip()
+        for preload in ("", str(files[0]))
+    ]  # fmt: skip
+    assert told == ["None", "Haswell"]
+
+
+def test_doctor_on_an_old_mac(monkeypatch):
+    import platform
+
+    from mlx_densesteer.cli import doctor_report as doctor
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("13.6", ("", "", ""), "x86_64"))
+    remedies = [f.remedy for f in doctor._system() if f.fatal]
+    assert remedies[0] == "mlx needs macOS 14 or newer" and "Apple silicon" in remedies[1]
+
+
+def test_a_bug_keeps_its_traceback(run, hf_folder, monkeypatch):
+    monkeypatch.setattr("mlx_densesteer.model.model.load", lambda path: 1 / 0)
+    result = run("generate", "-m", hf_folder, "hello")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_the_installed_command_and_the_module_are_the_same():
+    assert process("--version").stdout == f"densesteer, version {ds.__version__}\n"
+
+
+def test_generate_with_a_draft_and_with_the_brake(run):
+    from mlx_densesteer.demo.problems import held_out
+
+    question = held_out(1)[0].question
+    plain = run("generate", "-m", "demo", "-v", "demo", "-n", "90", question)
+    options = ["--draft-model", "demo", "--draft-vector", "demo", "--draft-tokens", "4"]
+    drafted = run("generate", "-m", "demo", "-v", "demo", "-n", "90", *options, question)
+    assert drafted.stdout == plain.stdout
+    assert (
+        "tokens accepted (" in drafted.stderr
+        and "draft steered by demo: layer 5, 1 times" in drafted.stderr
+    )
+    overdose = ["generate", "-m", "demo", "-v", "demo", "-s", "1.5", "--relative", "-n", "150"]
+    braked = json.loads(run(*overdose, "--json", question).stdout)
+    assert braked["brakes"][0]["dropped"] > 0
+    assert braked["steering"]["strength"] == braked["brakes"][-1]["strength_after"]
+    assert braked["steering"]["relative_dose"]["5"] < 1.5
+    assert "brake: the answer repeated itself" in run(*overdose, question).stderr
+    off = json.loads(run(*overdose, "--json", "--no-brake", question).stdout)
+    assert off["brakes"] == [] and off["draft"] is None and off["tokens"] == 150
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-v", "demo", "--draft-vector", "demo"], "needs a --draft-model"),
+        (["--draft-model", "demo", "--draft-vector", "demo"], "add -v FILE"),
+    ],
+)
+def test_draft_options_that_cannot_go_together(run, options, message):
+    result = run("generate", "-m", "demo", *options, "hello")
+    assert result.exit_code == 2 and message in result.stderr

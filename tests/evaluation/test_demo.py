@@ -1,0 +1,176 @@
+"""The embedded demo: real, honest, and its effect where it is a plateau."""
+
+import hashlib
+import json
+import random
+import re
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+import mlx_densesteer as ds
+from mlx_densesteer import demo
+from mlx_densesteer.cli import main
+from mlx_densesteer.demo import problems as stories
+from mlx_densesteer.demo.settings import DOSES, LAYER, POSITIONS
+from mlx_densesteer.evaluation.answers import answer, by_steering
+from mlx_densesteer.evaluation.scoring import score
+from mlx_densesteer.evaluation.sweep import settings_of
+from mlx_densesteer.evaluation.tasks import load_task
+from mlx_densesteer.generation.density import split_steps
+from mlx_densesteer.model.model import fingerprint
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return ds.load("demo")
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return ds.SteeringVector.load(demo.VECTOR)
+
+
+def test_it_fits_into_the_wheel():
+    files = [demo.VECTOR, *demo.MODEL.iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 10_000_000
+
+
+def test_problems_are_the_same_everywhere_and_solved_by_their_clauses():
+    texts = [p.question for p in (*stories.held_out(500), *stories.calibration(500))]
+    assert len(set(texts)) == 1000
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "3022cbae8804792d"
+    for problem in stories.held_out(500):
+        assert 2 <= len(problem.clauses) <= 6
+        numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
+        value = numbers[0]
+        for clause in problem.clauses:
+            first, sign, second, result = re.fullmatch(
+                r"(\d+)([-+*/])(\d+)=(\d+)", clause.sum
+            ).groups()
+            a, b = int(first), int(second)
+            assert {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign] == int(result)
+            assert a == value
+            value = int(result)
+        assert value == problem.answer and 1 <= value <= stories.LARGEST
+
+
+def test_styles_differ_in_grouping_alone():
+    problem = max(stories.held_out(20), key=lambda p: len(p.clauses))
+    seen = set()
+    for seed in range(200):
+        text = stories.draw_solution(problem, random.Random(seed))
+        assert text.endswith(f"#### {problem.answer}")
+        assert re.findall(r"\d+[-+*/]\d+=\d+", text) == [c.sum for c in problem.clauses]
+        seen.add(len(split_steps(text)))
+    assert {1, len(problem.clauses)} < seen
+    assert max(seen) > 2 * len(problem.clauses) and len(seen) >= 8  # and much in between
+
+
+def test_no_training_example_holds_an_evaluation_or_calibration_problem(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import train_demo_model as training
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(demo.MODEL / "tokenizer.json"))
+    reserved = stories.reserved_questions()
+    hit, original = random.Random(0), training.draw_problem
+    wanted = stories.held_out(500)
+    offered = []
+
+    def draw(rng):  # every second draw is one that must be refused
+        problem = hit.choice(wanted) if len(offered) % 2 == 0 else original(rng)
+        offered.append(problem.question)
+        return problem
+
+    monkeypatch.setattr(training, "draw_problem", draw)
+    for n in range(100):
+        ids, trained = training.draw_example(tokenizer, random.Random(n), reserved)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert not any(question in text for question in reserved)
+        assert len(ids) == len(trained)
+    assert sum(question in reserved for question in offered) >= 100
+    sys.modules.pop("train_demo_model")
+
+
+def test_the_vector_is_of_this_model(loaded, vector):
+    assert vector.meta.fingerprint == fingerprint(loaded[0])
+    assert vector.meta.model == "demo"
+    assert vector.meta.pair_count == 50
+    assert set(vector.residual_norms) == set(vector.layers) == set(range(6))
+
+
+def test_the_vector_comes_out_again_from_the_models_own_solutions(vector, tmp_path):
+    runner, pairs = CliRunner(), tmp_path / "pairs.jsonl"
+    made = runner.invoke(main, [
+        "pairs", "-m", "demo", "demo", "--split", "train", "--rewriter", "rules", "--count", "50",
+        "-n", "300", "--rows", "32", "-o", str(pairs),
+    ])  # fmt: skip
+    assert made.exit_code == 0, made.output
+    file = tmp_path / "v.npz"
+    made = runner.invoke(
+        main, ["extract", "-m", "demo", str(pairs), "--token", "mean-response", "-o", str(file)]
+    )
+    assert made.exit_code == 0, made.output
+    again = ds.SteeringVector.load(file)
+    for layer in (4, 5):
+        a, b = vector.layers[layer], again.layers[layer]
+        assert a @ b > 0.95 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_the_effect_on_its_plateaus_with_a_random_direction_as_the_null(loaded, vector):
+    rng = np.random.default_rng(0)
+    arrays = {k: rng.normal(size=v.shape) for k, v in vector.layers.items()}
+    norms = vector.norms()
+    arrays = {k: a * norms[k] / np.linalg.norm(a) for k, a in arrays.items()}
+    noise = ds.SteeringVector(arrays, vector.meta, name="random")
+    options = {"positions": POSITIONS, "residual_norms": vector.residual_norms, "relative": True}
+    dense = settings_of(vector, [LAYER], [0.25, DOSES[-1]], **options)
+    null = settings_of(noise, [LAYER], [-0.25, 0.25], **options)[1:]
+    answers = answer(
+        *loaded, load_task("demo", limit=40), [s.steering for s in dense + null], rows=64,
+        max_tokens=150,
+    )  # fmt: skip
+    groups = by_steering(answers)
+    unsteered, steered, overdose = (score(groups[s.fingerprint]) for s in dense)
+    assert unsteered.accuracy.value >= 0.7
+    assert steered.steps.value < 0.5 * unsteered.steps.value
+    assert steered.density > 2 * unsteered.density
+    assert steered.nll.value < 0.5 < 1.0 < overdose.nll.value
+    assert overdose.accuracy.value <= 0.15
+    for setting in null:
+        random_direction = score(groups[setting.fingerprint])
+        assert random_direction.steps.value == pytest.approx(unsteered.steps.value, rel=0.1)
+
+
+def test_the_command_prints_what_it_says():
+    rows = json.loads(CliRunner().invoke(main, ["demo", "--problems", "2", "--json"]).stdout)[
+        "rows"
+    ]
+    assert [row["relative"] for row in rows] == pytest.approx(list(DOSES))
+    for row in rows:
+        assert {"strength", "accuracy", "steps", "tokens", "density", "nll"} <= set(row)
+    shown = CliRunner().invoke(main, ["demo", "--problems", "1"]).stdout
+    assert "toy" in shown and "no evidence about Qwen2.5" in shown
+    assert shown.count("--- strength") == len(DOSES)
+    assert stories.held_out(1)[0].question in shown
+
+
+def test_other_input_gets_a_word_about_what_the_model_is():
+    strange = CliRunner().invoke(main, ["generate", "-m", "demo", "-n", "3", "Who are you?"])
+    assert "is a toy" in strange.stderr and strange.exit_code == 0
+    known = stories.held_out(1)[0].question
+    assert "is a toy" not in CliRunner().invoke(
+        main, ["generate", "-m", "demo", "-v", "demo", "-l", "5", "-s", "0.1", "--relative", known]
+    ).stderr  # fmt: skip
+
+
+def test_what_the_page_suggests_is_answered_rightly_steered_or_not(loaded, vector):
+    for problem in stories.held_out(3):  # server/overview.py offers these
+        for strength in (0.0, 4.76):
+            steering = ds.Steering(vector, strength, (LAYER,))
+            text = ds.generate(*loaded, problem.question, steering=steering).text
+            assert text.endswith(f"#### {problem.answer}")

@@ -1,0 +1,199 @@
+"""Answering, evaluation and the grid: on a tiny model, and their resuming."""
+
+import contextlib
+import json
+
+import pytest
+
+import mlx_densesteer as ds
+from mlx_densesteer.errors import InputError, ModelError, VectorMismatchError
+from mlx_densesteer.evaluation.answers import answer, by_steering, journal_header
+from mlx_densesteer.evaluation.evaluate import evaluate
+from mlx_densesteer.evaluation.journal import Journal
+from mlx_densesteer.evaluation.sweep import settings_of, sweep, table, with_recommendation
+from mlx_densesteer.evaluation.tasks import Problem
+from mlx_densesteer.model.likelihood import nll
+from mlx_densesteer.model.prompt import encode_prompt
+
+PROBLEMS = [
+    Problem(f"p-{i}", text, text, gold, "number")
+    for i, (text, gold) in enumerate(
+        [("What is 1 + 1?", "2"), ("And 30 / 5?", "6"), ("7 * 8 is", "56"), ("Say 4.", "4")]
+    )
+]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def loaded(hf_folder, tmp_path_factory):
+    folder = ds.convert(hf_folder, tmp_path_factory.mktemp("m") / "t", bits=None, dtype="float32")
+    return ds.load(folder)
+
+
+@pytest.fixture
+def vector(make_vector):
+    return make_vector(size=0.5)
+
+
+def keep(loaded, path):
+    return Journal(path, journal_header(*loaded, TOKENS))
+
+
+def test_every_cell_of_the_grid_equals_the_same_setting_run_alone(loaded, vector):
+    model, tokenizer = loaded
+    settings = settings_of(vector, [0, 2], [-2, 0, 1, 4])
+    assert len(settings) == 1 + 2 * 3  # strength 0 once
+    answers = answer(model, tokenizer, PROBLEMS, [s.steering for s in settings], max_tokens=TOKENS)
+    groups = by_steering(answers)
+    assert len(answers) == len(PROBLEMS) * len(settings)
+    for setting in settings:
+        for problem in PROBLEMS:
+            alone = ds.generate(
+                model, tokenizer, problem.prompt, steering=setting.steering, max_tokens=TOKENS
+            )
+            cell = groups[setting.fingerprint][problem.id]
+            assert (cell.text, cell.token_ids) == (alone.text, alone.token_ids)
+            assert (cell.steps, cell.finish_reason) == (alone.steps, alone.finish_reason)
+    assert len({one.token_ids for one in answers if one.problem == "p-0"}) > 3
+
+
+def test_the_likelihood_is_that_of_the_unsteered_model(loaded, vector):
+    model, tokenizer = loaded
+    steering = ds.Steering(vector, 4.0, (2,))
+    answers = answer(model, tokenizer, PROBLEMS, [None, steering], max_tokens=TOKENS)
+    prompts = [encode_prompt(tokenizer, p.prompt) for p in PROBLEMS for _ in range(2)]
+    expected = nll(model, prompts, [one.token_ids for one in answers])
+    assert [one.nll for one in answers] == pytest.approx(expected, abs=1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 7, 12, 15])
+def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, after):
+    model, tokenizer = loaded
+    steerings = [None, ds.Steering(vector, 2.0, (1,)), ds.Steering(vector, -2.0, (3,))]
+    options = {"max_tokens": TOKENS, "rows": 4}
+    whole = answer(model, tokenizer, PROBLEMS, steerings, **options)
+    calls = 0
+
+    def stop(answers, tokens):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise Stop
+
+    path = tmp_path / "a.jsonl"
+    with keep(loaded, path) as journal, contextlib.suppress(Stop):
+        answer(model, tokenizer, PROBLEMS, steerings, journal, progress=stop, **options)
+    before = path.read_text().splitlines()
+    with keep(loaded, path) as journal:
+        kept = len(journal.records)
+        again = answer(model, tokenizer, PROBLEMS, steerings, journal, **options)
+    lines = path.read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert kept > 0 and len(lines) == 1 + 2 * len(whole)  # nothing was done twice
+    strip = [(a.problem, a.steering, a.token_ids, a.correct) for a in again]
+    assert strip == [(a.problem, a.steering, a.token_ids, a.correct) for a in whole]
+    assert [a.nll for a in again] == pytest.approx([a.nll for a in whole], abs=1e-5)
+
+
+def test_one_journal_grows_over_runs_and_notices_changed_problems(loaded, vector, tmp_path):
+    model, tokenizer = loaded
+    path, changed = tmp_path / "a.jsonl", [Problem(**(vars(PROBLEMS[0]) | {"answer": "3"}))]
+    generated = []
+
+    def run(problems, steering):
+        with keep(loaded, path) as journal:
+            before = len(journal.records)
+            scores, _ = evaluate(
+                model, tokenizer, problems, steering=steering, journal=journal,
+                max_tokens=TOKENS, with_nll=False,
+            )  # fmt: skip
+            generated.append(len(journal.records) - before)
+        return scores
+
+    assert list(run(PROBLEMS, None)) == ["unsteered"]
+    steered = run(PROBLEMS, ds.Steering(vector, 2.0, (1,)))
+    run(PROBLEMS, ds.Steering(vector, 2.0, (1,)))
+    run(changed, None)
+    assert generated == [4, 4, 0, 1]
+    assert steered["steered"].against_unsteered.problems == 4
+    with pytest.raises(InputError, match='has {"max_tokens": 12}, this one {"max_tokens": 5}'):
+        Journal(path, journal_header(*loaded, 5))
+
+
+def test_strength_zero_is_the_unsteered_model_and_needs_no_comparison(loaded, vector):
+    scores, answers = evaluate(
+        *loaded, PROBLEMS, steering=ds.Steering(vector, 0.0), max_tokens=TOKENS, with_nll=False
+    )
+    assert list(scores) == ["unsteered"]
+    assert {one.steering for one in answers} == {"unsteered"}
+    assert list(evaluate(
+        *loaded, PROBLEMS, steering=ds.Steering(vector, 1.0), baseline=False, max_tokens=TOKENS
+    )[0]) == ["steered"]  # fmt: skip
+
+
+def test_relative_strengths_are_fractions_of_the_residual_norm(vector):
+    norms = {1: 10.0, 2: 40.0}
+    settings = settings_of(vector, [1, 2], [-0.1, 0, 0.3], residual_norms=norms, relative=True)
+    assert [s.relative for s in settings] == pytest.approx([0, -0.1, 0.3, -0.1, 0.3])
+    for setting in settings[1:]:
+        added = setting.strength * vector.norms()[setting.layer]
+        assert added == pytest.approx(setting.relative * norms[setting.layer])
+    raw = settings_of(vector, [1], [2.0], residual_norms=norms)[1]
+    assert (raw.strength, raw.relative) == (2.0, pytest.approx(2 * vector.norms()[1] / 10))
+    with pytest.raises(InputError, match="need the mean norms"):
+        settings_of(vector, [1], [0.1], relative=True)
+    with pytest.raises(VectorMismatchError, match="no vector for layer 9"):
+        settings_of(vector, [9], [0.1])
+
+
+def test_a_sweep_has_rows_a_recommendation_and_stores_both(loaded, vector, tmp_path):
+    model, tokenizer = loaded
+    settings = settings_of(vector, [1, 2], [3.0, -3.0], residual_norms={1: 10.0, 2: 10.0})
+    seen = []
+
+    def watch(answers, tokens):
+        seen.append(len(table(settings, answers)))
+
+    result = sweep(model, tokenizer, PROBLEMS, settings, max_tokens=TOKENS, progress=watch)
+    assert [row.setting.strength for row in result.rows] == [0, -3, 3, -3, 3]
+    assert seen[-1] == 5
+    assert result.recommendation.layer is None  # four problems support nothing
+    rows = [row.describe() for row in result.rows]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert rows[0]["p"] is None and all(row["p"] == 1 for row in rows[1:])
+    stored = with_recommendation(vector, result, task={"task": "tiny"}, positions="all")
+    again = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
+    assert again.meta.recommended is None
+    assert [row["strength"] for row in again.meta.tested] == [0, -3, 3, -3, 3]
+    with pytest.raises(InputError, match="nothing to sweep"):
+        sweep(model, tokenizer, PROBLEMS, settings_of(vector, [1], [0]))
+
+
+def test_damaged_records_and_margins_that_mean_nothing_are_refused(loaded, vector, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with keep(loaded, path) as journal:
+        journal.append({"problem": "p-0"})
+        with pytest.raises(InputError, match=r"a\.jsonl: line 2 is no answer"):
+            answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    for margin in (0, 1, float("nan")):
+        with pytest.raises(InputError, match="margin"):
+            sweep(*loaded, PROBLEMS, settings_of(vector, [1], [1.0]), margin=margin)
+
+
+def test_a_likelihood_that_overflows_is_told_and_the_answers_are_kept(
+    loaded, tmp_path, monkeypatch
+):
+    from mlx_densesteer.evaluation import answers as answering
+
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr(answering, "nll", lambda model, prompts, responses: [float("nan")] * 4)
+    with keep(loaded, path) as journal, pytest.raises(ModelError, match="overflows its dtype"):
+        answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    with keep(loaded, path) as journal:
+        assert len(journal.records) == 4
+        again = answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS, with_nll=False)
+    assert len(again) == 4

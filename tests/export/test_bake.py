@@ -1,0 +1,412 @@
+"""Baked checkpoints, run by what they are for: stock mlx-lm, transformers and llama.cpp."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+import mlx_densesteer as ds
+from mlx_densesteer import demo
+from mlx_densesteer.cli import main
+from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModelError
+from mlx_densesteer.export import bake as baking
+from mlx_densesteer.export.closeness import compare, reference
+from mlx_densesteer.export.llama import llama_config
+from mlx_densesteer.model.dose import solutions
+from mlx_densesteer.model.model import load_folder
+
+TEXT = "Rosa has 3 boxes with 8 shells in each.\n\nIt's 1234567, she's sure."
+QUESTION = "Rosa has 3 boxes with 8 shells in each. Then Rosa sells 6. How many shells are left?"
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return ds.SteeringVector.load(demo.VECTOR)
+
+
+@pytest.fixture(scope="module")
+def steering(vector):
+    return ds.Steering(vector, 4.76, layers=(4, 5))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Return the demo model in a precision, converted once."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def get(bits, dtype):
+        if (bits, dtype) not in made:
+            out = folder / f"{bits}-{dtype}"
+            made[bits, dtype] = ds.convert(demo.MODEL, out, bits=bits, dtype=dtype, group_size=32)
+        return made[bits, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def plain(converted, steering, tmp_path_factory):
+    """The demo in float32, and the folder that was baked of it."""
+    out = tmp_path_factory.mktemp("baked") / "steered"
+    return converted(None, "float32"), ds.bake(converted(None, "float32"), steering, out)
+
+
+@pytest.mark.parametrize("format", ["mlx", "hf"])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(None, "float32"), (8, "float32"), (4, "float32"), (None, "float16"), (4, "bfloat16")],
+)
+def test_equal_to_run_time_steering(converted, steering, tmp_path, bits, dtype, format):
+    baked = ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
+    found = baked.closeness
+    print(f"\n{bits or 'no'} bits, {dtype}, {format}: {found}")
+    assert found.moved > 5 and found.tokens > 100
+    if dtype == "float32":
+        assert found.difference <= 1e-5 * found.largest
+        assert found.same == found.tokens
+    if format == "mlx":  # nothing but the vector was rounded
+        assert found.floor == 0
+        assert found.difference <= 0.1 * found.moved
+    config = json.loads((tmp_path / "steered/config.json").read_text())
+    assert ("quantization" in config) == (bits is not None and format == "mlx")
+
+
+def test_only_biases_were_added(plain, steering):
+    source, baked = plain
+    before = mx.load(str(source / "model.safetensors"))
+    after = mx.load(str(baked.path / "model.safetensors"))
+    for name, array in before.items():
+        assert mx.array_equal(after.pop(name), array)
+    assert all(name.endswith(".bias") for name in after)
+    for name, array in after.items():
+        layer = int(name.split(".")[2])
+        delta = steering.delta(layer) if name.endswith("down_proj.bias") else None
+        expected = np.zeros(array.shape, np.float32) if delta is None else delta
+        assert np.array_equal(np.array(array), expected), name
+
+
+def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
+    source, baked = plain
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "generate", "--model", baked.path, "--prompt", QUESTION,
+         "--max-tokens", "60"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.split("==========")[1].strip()
+    model, tokenizer = ds.load(source)
+    ours = ds.generate(model, tokenizer, QUESTION, steering=steering, max_tokens=60, brake=None)
+    other = ds.generate(model, tokenizer, QUESTION, max_tokens=60, brake=None)
+    assert text == ours.text.strip() != other.text.strip()
+
+
+def stock_transformers(folder, tokens, prompt, out, count):
+    python = ROOT / ".venv-torch/bin/python"
+    if not python.exists():
+        message = "no .venv-torch: make it with scripts/make-torch-env"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
+    script = Path(__file__).parents[1].joinpath("stock_transformers.py")
+    done = subprocess.run(
+        [python, "-I", script, folder, out / "in.npz", out / "out.npz", str(count)],
+        capture_output=True, text=True, timeout=300,
+        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "newly initialized" not in done.stderr and "not used" not in done.stderr, done.stderr
+    with np.load(out / "out.npz") as arrays:
+        return dict(arrays)
+
+
+def greedy(model, tokens, steering, count):
+    cache, made, batch = ds.make_cache(model, steering), [], list(tokens)
+    for _ in range(count):
+        batch = [int(model(mx.array([batch]), cache)[0, -1].argmax())]
+        made += batch
+    return made
+
+
+def test_stock_transformers_runs_it(plain, steering, tmp_path):
+    source, _ = plain
+    model, tokenizer = load_folder(source)
+    tokens, first = solutions(tokenizer)[0]
+    baked = ds.bake(source, steering, tmp_path / "hf", format="hf")
+    found = stock_transformers(baked.path, tokens, first, tmp_path, 24)
+    expected = np.array(reference(model, tokens, steering).steered)
+    difference = float(np.abs(found["logits"] - expected).max())
+    print(
+        f"\ntransformers: largest difference {difference:.1e} at logits up to {expected.max():.1f}"
+    )
+    assert difference < 1e-4
+    assert found["greedy"].tolist() == greedy(model, tokens[:first], steering, 24)
+    assert found["encoded"].tolist() == tokenizer.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    "scaling", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}]
+)
+def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
+    """Its rotary embedding is in rope_parameters alone: run, converted and baked, it keeps it."""
+    source = shutil.copytree(plain[0], tmp_path / "source")
+    weights = mx.load(str(source / "model.safetensors"))
+    mx.save_safetensors(str(source / "model.safetensors"), weights, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    config.pop("rope_scaling", None)
+    config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | scaling
+    (source / "config.json").write_text(json.dumps(config))
+
+    model, tokenizer = ds.load(source)
+    tokens, first = solutions(tokenizer)[0]
+    run = mx.array([tokens])
+    expected = np.array(model(run)[0])
+    theirs = stock_transformers(source, tokens, first, tmp_path, 4)["logits"]
+    assert np.abs(theirs - expected).max() < 5e-3
+    assert np.abs(np.array(mlx_lm.load(str(source))[0](run)[0]) - expected).max() > 1
+    written = ds.convert(source, tmp_path / "converted", bits=None, dtype="float32")
+    assert np.array_equal(np.array(mlx_lm.load(str(written))[0](run)[0]), expected)
+    baked = ds.bake(source, steering, tmp_path / "baked", format="hf")
+    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 4)["logits"]
+    assert np.abs(theirs - np.array(reference(model, tokens, steering).steered)).max() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpp_runs_the_gguf(converted, steering, tmp_path, dtype):
+    from llama_cpp import LlamaCpp
+
+    model, tokenizer = load_folder(converted(None, dtype))
+    tokens, first = solutions(tokenizer)[0]
+    expected = reference(model, tokens, steering)
+    differences = []
+    for strength, wanted in ((4.76, expected.steered), (0.0, expected.unsteered)):
+        file = tmp_path / f"{strength}.gguf"
+        ds.bake(model_path := converted(None, dtype), ds.Steering(steering.vector, strength, (4, 5)), file, format="gguf")  # fmt: skip
+        assert (
+            baking.check(file, model_path, ds.Steering(steering.vector, strength, (4, 5))) is None
+        )
+        with LlamaCpp(file) as theirs:
+            assert theirs.tokenize(TEXT) == tokenizer.encode(TEXT)
+            found = theirs.logits(tokens)
+            if dtype == "float32" and strength:
+                prompt = tokens[:first]
+                assert theirs.greedy(prompt, 24) == greedy(model, prompt, steering, 24)
+        differences.append(float(np.abs(found - np.array(wanted)).max()))
+    moved = float(mx.abs(expected.steered - expected.unsteered).max())
+    print(
+        f"\nllama.cpp, {dtype}: largest difference {differences[0]:.1e} steered, {differences[1]:.1e} "
+        f"unsteered; the steering moves {moved:.1f}"
+    )
+    assert differences[0] < (0.05 if dtype == "float32" else 0.5)
+
+
+def test_check_finds_what_is_not_the_source(plain, steering, vector, tmp_path):
+    source, baked = plain
+    assert baking.check(baked.path, source, steering).difference < 1e-3
+    with pytest.raises(ExportError, match=r"layers.5.mlp.down_proj.bias is another"):
+        baking.check(baked.path, source, ds.Steering(vector, 4.0, layers=(4, 5)))
+    with pytest.raises(ExportError, match=r"layers.3.mlp.down_proj.bias is another"):
+        baking.check(baked.path, source, ds.Steering(vector, 4.76, layers=(3, 4, 5)))
+    broken = tmp_path / "broken"
+    shutil.copytree(baked.path, broken)
+    arrays = mx.load(str(broken / "model.safetensors"))
+    arrays["model.layers.2.self_attn.q_proj.weight"] += 1e-3
+    arrays["model.layers.9.self_attn.q_proj.weight"] = mx.zeros(3)
+    del arrays["model.layers.0.mlp.up_proj.bias"]
+    mx.eval(arrays)
+    (broken / "model.safetensors").unlink()
+    mx.save_safetensors(str(broken / "model.safetensors"), arrays)
+    config = json.loads((broken / "config.json").read_text()) | {"rope_theta": 1e6}
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError) as caught:
+        baking.check(broken, source, steering)
+    for part in ("rope_theta 1000000.0, expected 10000.0", "layers.2.self_attn.q_proj.weight is another",
+                 "layers.9.self_attn.q_proj.weight was not expected",
+                 "layers.0.mlp.up_proj.bias is missing"):  # fmt: skip
+        assert part in str(caught.value)
+    with pytest.raises(ExportError, match="expected a checkpoint that `densesteer bake` wrote"):
+        baking.check(source, source, steering)
+    with pytest.raises(ExportError, match="no such file or folder"):
+        baking.check(tmp_path / "nothing", source, steering)
+
+    def damaged(name, content):
+        shutil.rmtree(broken)
+        shutil.copytree(baked.path, broken)
+        if content is None:
+            (broken / name).unlink()
+        else:
+            (broken / name).write_bytes(content)
+        with pytest.raises(DenseSteerError) as caught:
+            baking.check(broken, source, steering)
+        assert name in str(caught.value)
+
+    damaged("config.json", b"{")
+    damaged("densesteer.json", b"{")
+    damaged("tokenizer.json", None)
+    damaged("tokenizer.json", (source / "tokenizer.json").read_bytes().replace(b"Tom", b"Xom"))
+    damaged("model.safetensors", (baked.path / "model.safetensors").read_bytes()[:3_000_000])
+
+
+def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
+    source, baked = plain
+    with pytest.raises(ExportError, match="positions 'generated' cannot be baked"):
+        ds.bake(source, ds.Steering(vector, 1.0, (4,), "generated"), tmp_path / "x")
+    with pytest.raises(ExportError, match="exists already"):
+        ds.bake(source, steering, baked.path)
+    with pytest.raises(ExportError, match="is no model that densesteer wrote"):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/thesis.txt").write_text("years of work")
+        ds.bake(source, steering, tmp_path / "mine", force=True)
+    with pytest.raises(ExportError, match="is no file that densesteer baked"):
+        (tmp_path / "mine.gguf").write_bytes(b"GGUF is not all that is here")
+        ds.bake(source, steering, tmp_path / "mine.gguf", format="gguf", force=True)
+    for name, format in (("x.gguf", "mlx"), ("x", "gguf")):
+        with pytest.raises(ExportError, match=r"ends in \.gguf"):
+            ds.bake(source, steering, tmp_path / name, format=format)
+    shutil.copytree(baked.path, tmp_path / "mine too")
+    (tmp_path / "mine too/notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds notes\.txt"):
+        ds.bake(source, steering, tmp_path / "mine too", force=True)
+    shutil.rmtree(tmp_path / "mine too")
+    with pytest.raises(UnsupportedModelError, match="its steering baked in"):
+        ds.load(baked.path)
+    config = json.loads((source / "config.json").read_text())
+    with pytest.raises(ExportError, match="sliding-window"):
+        llama_config(config | {"use_sliding_window": True}, "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "factor", "format"),
+    [(None, "float32", 1.001, "mlx"), (None, "bfloat16", 0.5, "mlx"), (None, "bfloat16", 0.0, "mlx"),
+     (4, "bfloat16", -1.0, "hf")],
+)  # fmt: skip
+def test_a_result_that_is_not_run_time_steering_is_thrown_away(
+    converted, vector, tmp_path, monkeypatch, bits, dtype, factor, format
+):
+    """With a vector that went wrong on its way into the file, also where 16 bits are coarse."""
+    from mlx_densesteer.export import llama
+
+    real = llama._biases
+    steering = ds.Steering(vector, 1.0, layers=(4, 5))
+    right = ds.bake(converted(bits, dtype), steering, tmp_path / "right", format=format)
+    print(f"\n{bits or 'no'} bits, {dtype}, {format}: slope {right.closeness.slope:.3f}")
+    monkeypatch.setattr(
+        llama,
+        "_biases",
+        lambda *a: {k: (factor * v).astype(v.dtype) for k, v in real(*a).items()},
+    )
+    with pytest.raises(ExportError, match="so it was thrown away"):
+        ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
+    assert [p.name for p in tmp_path.iterdir()] == ["right"]
+
+
+def test_another_quantisation_is_undone_in_the_models_dtype(converted, steering, tmp_path):
+    """mlx dequantises mxfp4 to bfloat16 unless it is told."""
+    source = tmp_path / "mxfp4"
+    mlx_lm.convert(str(converted(None, "float16")), str(source), quantize=True, q_mode="mxfp4",
+                   q_group_size=32, q_bits=4, dtype="float16")  # fmt: skip
+    baked = ds.bake(source, steering, tmp_path / "hf", format="hf")
+    arrays = mx.load(str(tmp_path / "hf/model.safetensors"))
+    assert {array.dtype for array in arrays.values()} == {mx.float16}
+    assert baked.quantization == "undone (mxfp4, 4-bit, group 32)"
+
+
+def test_several_weight_files(tmp_path, steering, converted):
+    """Sharded as large models are: the biases of a layer go where its down_proj is."""
+    source, out = tmp_path / "sharded", tmp_path / "steered"
+    shutil.copytree(converted(None, "float32"), source)
+    arrays = mx.load(str(source / "model.safetensors"))
+    names = sorted(arrays)
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = source / f"model-{number:05d}-of-00002.safetensors"
+        mx.save_safetensors(str(file), {k: arrays[k] for k in part})
+    (source / "model.safetensors").unlink()
+    assert ds.bake(source, steering, out, format="hf").closeness.difference < 1e-3
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(index) == len(names) + 6 * 4
+    for name, file in index.items():
+        assert name in mx.load(str(out / file))
+
+
+def test_the_command_line_and_the_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return CliRunner().invoke(main, ["bake", "-m", "demo", "-v", "demo", *arguments])
+
+    done = run("-l", "5", "-s", "0.2", "--relative", "-o", "steered")
+    assert (done.exit_code, done.stdout) == (0, "steered\n"), done.output
+    assert "relative dose 0.2" in done.stderr and "largest difference" in done.stderr
+    card = Path("steered/README.md").read_text()
+    record = json.loads(Path("steered/densesteer.json").read_text())
+    assert re.search(r"layer 5, strength 4\.7\d*, relative dose\s0\.2", card)
+    assert record["baked"]["layers"] == [5] and record["source"] == "demo"
+    assert record["baked"]["vector_sha256"] in card and record["checked"]["same_argmax"] > 100
+    done = run("--check", "-o", "steered")  # strength and layer are those that it says
+    assert (done.exit_code, done.stdout) == (0, "steered\n"), done.output
+    assert "every tensor is what it should be" in done.stderr
+    assert run("-s", "1", "--check", "-o", "steered").exit_code == 1
+    assert run("--force", "--check", "-o", "steered").exit_code == 2
+    assert "exists already" in run("-o", "steered").output
+    assert run("-o", "steered", "--force", "-l", "4").exit_code == 0
+    done = run("-o", "steered", "--force")  # the demo's own dose, which is a relative one
+    assert done.exit_code == 0 and "relative dose 0.2" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["steered"]
+
+
+def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
+    """By its id: the card and the record name it, not the folder of the cache."""
+    from hub_server import HubServer
+
+    make_vector([2]).save(tmp_path / "v.npz")
+    with HubServer({"Org/Tiny-Qwen2": hf_folder}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_densesteer", "bake", "-m", "Org/Tiny-Qwen2", "-v", "v.npz",
+             "-o", "steered"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*",
+                              "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                              "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "steered\n"), done.stderr
+    assert (
+        json.loads((tmp_path / "steered/densesteer.json").read_text())["source"] == "Org/Tiny-Qwen2"
+    )
+    assert "base_model: Org/Tiny-Qwen2\n" in (tmp_path / "steered/README.md").read_text()
+
+
+@pytest.mark.checkpoint
+def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path):
+    """Qwen2.5 0.5B in float32: stock mlx-lm and stock transformers against run-time steering."""
+    model, tokenizer = real_model
+    rng = np.random.default_rng(0)
+    vector = ds.SteeringVector(
+        {16: rng.normal(size=896)}, ds.VectorMeta(model="random", hidden_size=896, layer_count=24)
+    )
+    steering = ds.Steering(vector, 0.5)
+    tokens, first = solutions(tokenizer)[0]
+    tokens = tokens[: first + 8]
+    expected = reference(model, tokens, steering)
+    baked = ds.bake(checkpoint, steering, tmp_path / "steered", format="hf")
+    stock, _ = mlx_lm.load(str(baked.path))
+    found = compare(expected, stock)
+    del stock
+    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 8)
+    difference = float(np.abs(theirs["logits"] - np.array(expected.steered)).max())
+    print(f"\nmlx-lm: {found}\ntransformers: largest difference {difference:.1e}")
+    (baked.path / "model.safetensors").unlink()  # 2.5 GB
+    assert found.difference <= 1e-5 * found.largest and found.moved > 1 and found.floor == 0
+    assert difference < 1e-3
+    assert theirs["greedy"].tolist() == greedy(model, tokens[:first], steering, 8)
+    assert theirs["encoded"].tolist() == tokenizer.encode(TEXT)

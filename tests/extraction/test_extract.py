@@ -1,0 +1,293 @@
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import streams
+
+import mlx_densesteer as ds
+from mlx_densesteer.cli import main
+from mlx_densesteer.errors import InputError, ModelError
+from mlx_densesteer.extraction.extract import ReadOut, extract_with_report
+from mlx_densesteer.extraction.pairs import pairs_sha256
+from mlx_densesteer.model.model import inspect
+from mlx_densesteer.model.prompt import encode_prompt
+
+PAIRS = [
+    ds.Pair("1 + 1?", "It is 2.", "We add.\n\nIt is 2."),
+    ds.Pair("What is 3 * 4?", "12", "We multiply 3 by 4.\n\nThat is 12."),
+    ds.Pair("And 9 - 5?", "9 - 5 = 4", "9.\n\nMinus 5.\n\n4.\n"),
+    ds.Pair("What is 3 * 4?", "We multiply: 12.", "We multiply 3 by 4.\n\nThat is 12."),
+    ds.Pair("And 2 * 2?", "That is 4.", "Two.\n\nTwice.\n\nThat is 4.", system="Be brief."),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(hf_folder):
+    """The tiny model in float32, so that batches can be held against single sequences."""
+    model, tokenizer = ds.load(hf_folder)
+    model.set_dtype(mx.float32)
+    return model, tokenizer, inspect(model, hf_folder)
+
+
+@pytest.fixture
+def run(hf_folder, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in PAIRS), "utf-8")
+
+    def invoke(*arguments, pairs=file):
+        words = ["extract", "-m", hf_folder, pairs, "-o", tmp_path / "v.npz", *arguments]
+        return CliRunner().invoke(main, [str(word) for word in words])
+
+    return invoke
+
+
+def differences(model, tokenizer, layer, read):
+    """``read(h)`` of dense minus sparse, each sequence by itself; h ``(tokens, hidden)``."""
+    rows = []
+    for pair in PAIRS:
+        prompt = encode_prompt(tokenizer, pair.prompt, system=pair.system)
+        both = [
+            np.array(streams(model, prompt + tokenizer.encode(text.strip()))[layer][0])
+            for text in (pair.positive, pair.negative)
+        ]
+        rows.append(read(both[0][len(prompt) :]) - read(both[1][len(prompt) :]))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    "token, read",
+    [
+        (-1, lambda h: h[-1]),
+        ("-2", lambda h: h[-2]),
+        ("mean-response", lambda h: h.mean(axis=0)),
+        ("first-2", lambda h: h[:2].mean(axis=0)),
+    ],
+)
+def test_the_vector_is_the_mean_difference_at_the_read_out(loaded, token, read):
+    model, tokenizer, _ = loaded
+    vector = ds.extract(model, tokenizer, PAIRS, token=token)
+    assert list(vector.layers) == [0, 1, 2, 3]
+    for layer, array in vector.layers.items():
+        expected = differences(model, tokenizer, layer, read).mean(axis=0)
+        np.testing.assert_allclose(array, expected, rtol=0, atol=2e-5)
+        assert np.linalg.norm(array) > 0.1
+
+
+def test_the_principal_component_lies_in_the_differences(loaded):
+    model, tokenizer, _ = loaded
+    vector = ds.extract(model, tokenizer, PAIRS, layers=[2], method="pca")
+    rows = differences(model, tokenizer, 2, lambda h: h[-1])
+    u = np.linalg.svd(rows)[2][0]
+    np.testing.assert_allclose(vector.layers[2], u * (rows @ u).mean(), rtol=0, atol=5e-5)
+    assert vector.meta.method == "first principal component"
+
+
+def test_metadata_says_where_it_comes_from(loaded):
+    model, tokenizer, info = loaded
+    meta = ds.extract(model, tokenizer, PAIRS, layers=[1], token="first-2").meta
+    assert (meta.model, meta.fingerprint) == ("Tiny-Qwen2", info.fingerprint)
+    assert (meta.hidden_size, meta.layer_count, meta.quantization) == (64, 4, "none")
+    assert (meta.method, meta.token, meta.pair_count) == (
+        "mean difference", "mean of the first 2 of the response", 5,
+    )  # fmt: skip
+    assert ds.extract(model, tokenizer, PAIRS, layers=[1]).meta.token == "-1 of the response"
+    assert meta.pairs_sha256 == pairs_sha256(PAIRS) != pairs_sha256(PAIRS[::-1])
+    assert len(meta.chat_template_sha256) == 64
+    assert meta.extra["dtype"] == "float32" and list(meta.extra["stability"]) == ["1"]
+
+
+def test_the_report_is_measured(loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    found = extract_with_report(model, tokenizer, PAIRS, layers=[1, 3])
+    means = []
+    for pair in PAIRS:
+        prompt = encode_prompt(tokenizer, pair.prompt, system=pair.system)
+        for text in (pair.positive, pair.negative):
+            h = np.array(streams(model, prompt + tokenizer.encode(text.strip()))[3][0])
+            means.append(np.linalg.norm(h[len(prompt) :], axis=-1).mean())
+    report = found.layers[3]
+    assert report.residual_norm == pytest.approx(np.mean(means), rel=1e-5)
+    assert report.norm == pytest.approx(found.vector.norms()[3], rel=1e-6)
+    assert report.relative_norm == report.norm / report.residual_norm
+    assert -1 <= report.agreement <= 1 and 0 < report.noise <= 1
+    assert found.tokens < found.tokens_apart
+    kept = ds.SteeringVector.load(found.vector.save(tmp_path / "v.npz"))
+    assert kept.residual_norms == {
+        layer: pytest.approx(row.residual_norm, rel=1e-5) for layer, row in found.layers.items()
+    }
+    assert kept.meta.extra["stability"]["3"] == {
+        "agreement": pytest.approx(report.agreement, rel=1e-5),
+        "noise": pytest.approx(report.noise, rel=1e-5),
+    }
+
+
+def test_swapping_the_responses_turns_the_vector_around(loaded):
+    model, tokenizer, _ = loaded
+    swapped = [ds.Pair(p.prompt, p.negative, p.positive, p.system) for p in PAIRS]
+    there = ds.extract(model, tokenizer, PAIRS).layers[1]
+    back = ds.extract(model, tokenizer, swapped).layers[1]
+    np.testing.assert_allclose(back, -there, rtol=0, atol=1e-5)
+
+
+def test_an_end_of_turn_is_never_read(loaded):
+    model, tokenizer, _ = loaded
+    plain = ds.extract(model, tokenizer, PAIRS[:1]).layers[3]
+    ended = [ds.Pair("1 + 1?", "It is 2. <|im_end|>\n<|im_end|>", "We add.\n\nIt is 2.<|im_end|>")]
+    assert np.array_equal(ds.extract(model, tokenizer, ended).layers[3], plain)
+    inside = [ds.Pair("1 + 1?", "It is<|im_end|> 2", "2")]
+    with pytest.raises(InputError, match="pair 0 has an end-of-turn token inside a response"):
+        ds.extract(model, tokenizer, inside)
+
+
+def test_pairs_without_a_difference_are_named(loaded):
+    model, tokenizer, _ = loaded
+    pairs = [PAIRS[0], ds.Pair("x", "same", "same \n"), PAIRS[1]]
+    found = extract_with_report(model, tokenizer, pairs, layers=[0])
+    assert found.identical == (1,)
+    alone = ds.extract(model, tokenizer, [PAIRS[0], PAIRS[1]], layers=[0]).layers[0]
+    np.testing.assert_allclose(found.vector.layers[0], alone * 2 / 3, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="the same in every pair"):
+        ds.extract(model, tokenizer, [ds.Pair("x", "same", "same")])
+
+
+def test_pairs_that_cannot_be_used(loaded):
+    model, tokenizer, _ = loaded
+    with pytest.raises(InputError, match="no contrastive pairs"):
+        ds.extract(model, tokenizer, [])
+    with pytest.raises(InputError, match="pair 1 has a response of 0 tokens"):
+        ds.extract(model, tokenizer, [PAIRS[0], ds.Pair("x", " ", "y")])
+    with pytest.raises(InputError, match="pair 1 has a response of 2 tokens, expected at least 3"):
+        ds.extract(model, tokenizer, PAIRS, token=-3)
+    with pytest.raises(InputError, match="8 tokens, expected at least 9"):
+        ds.extract(model, tokenizer, PAIRS, token="first-9")
+    with pytest.raises(InputError, match="pair 0 has 6.. tokens, but the model reads at most 512"):
+        ds.extract(model, tokenizer, [ds.Pair("x" * 600, "a", "b")])
+    with pytest.raises(InputError, match="pair 0 is not valid UTF-8 text"):
+        ds.extract(model, tokenizer, [ds.Pair("x", "\ud800", "b")])
+    with pytest.raises(InputError, match="layers 99"):
+        ds.extract(model, tokenizer, PAIRS, layers=[99])
+    with pytest.raises(InputError, match="layers none"):
+        ds.extract(model, tokenizer, PAIRS, layers=[])
+    with pytest.raises(InputError, match="method 'sum': expected one of mean, pca"):
+        ds.extract(model, tokenizer, PAIRS, method="sum")
+
+
+@pytest.mark.parametrize("token", [0, 3, "", "-0", "last", "first-0", "first--2", "-1.5", "--1"])
+def test_read_outs_that_are_none(token):
+    with pytest.raises(InputError, match=f"token {token}: expected a negative number"):
+        ReadOut.of(token)
+
+
+def test_weights_of_a_read_out_are_a_mean():
+    for token, expected in [
+        (-1, [0, 0, 0, 1]), (-4, [1, 0, 0, 0]), ("first-2", [0.5, 0.5, 0, 0]),
+        ("mean-response", [0.25] * 4),
+    ]:  # fmt: skip
+        assert ReadOut.of(token).weights(4).tolist() == expected
+
+
+def test_a_residual_stream_that_is_not_finite(hf_folder):
+    model, tokenizer = ds.load(hf_folder)
+    model.model.layers[1].mlp.down_proj.weight *= float("inf")
+    with pytest.raises(ModelError, match="layer 1: the residual stream of pair \\d holds NaN"):
+        ds.extract(model, tokenizer, PAIRS)
+    assert list(ds.extract(model, tokenizer, PAIRS, layers=[0]).layers) == [0]
+
+
+def test_the_command_writes_the_vector_that_the_function_returns(run, hf_folder, tmp_path):
+    result = run("--layers", "1-2", "--token", "mean-response")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'v.npz'}\n"), result.stderr
+    vector = ds.SteeringVector.load(tmp_path / "v.npz")
+    model, tokenizer = ds.load(hf_folder)
+    expected = ds.extract(model, tokenizer, PAIRS, layers=[1, 2], token="mean-response")
+    assert vector.sha256() == expected.sha256() and vector.meta == expected.meta
+    lines = result.stderr.splitlines()
+    head = ["layer", "norm", "residual", "relative", "halves", "noise"]
+    table = lines[[line.split() for line in lines].index(head) + 1 :][:2]
+    assert [line.split()[:2] for line in table] == [
+        [str(layer), f"{norm:.4f}"] for layer, norm in vector.norms().items()
+    ]
+    assert "sequence by sequence it would be" in result.stderr and "warning" not in result.stderr
+
+
+def test_the_command_as_json(run, tmp_path):
+    result = run("--json", "--method", "pca")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    vector = ds.SteeringVector.load(found["vector"])
+    assert found["sha256"] == vector.sha256()
+    assert found["meta"]["method"] == "first principal component"
+    assert found["layers"]["2"]["norm"] == pytest.approx(vector.norms()[2], rel=1e-6)
+    assert set(found["layers"]["2"]) == {
+        "norm", "residual_norm", "relative_norm", "agreement", "noise",
+    }  # fmt: skip
+    assert found["identical"] == [] and 0 < found["tokens"] < found["tokens_apart"]
+
+
+def test_the_command_warns_of_pairs_without_a_difference(run, tmp_path):
+    file = tmp_path / "some.jsonl"
+    rows = [vars(PAIRS[0]), {"prompt": "x", "positive": "same", "negative": "same"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(pairs=file)
+    assert result.exit_code == 0
+    assert "warning: in 1 pair (from 0: 1) the two responses are the same" in result.stderr
+
+
+def test_the_command_refuses_before_it_loads_a_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_densesteer.model.model.load", lambda path: pytest.fail("loaded"))
+    result = run("--token", "0")
+    assert result.exit_code == 1 and "token 0: expected a negative number" in result.stderr
+    result = run("-o", tmp_path / "no" / "v.npz")
+    assert result.exit_code == 1 and "there is no folder" in result.stderr
+    (tmp_path / "v.npz").write_bytes(b"mine")
+    result = run()
+    assert result.exit_code == 1 and "exists already" in result.stderr
+    assert (tmp_path / "v.npz").read_bytes() == b"mine"
+
+
+def test_the_command_replaces_only_when_told_to(run, tmp_path):
+    (tmp_path / "v.npz").write_bytes(b"mine")
+    assert run("--force", "--layers", "0").exit_code == 0
+    assert list(ds.SteeringVector.load(tmp_path / "v.npz").layers) == [0]
+
+
+def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_densesteer.cli.progress.Live.show", interrupt)
+    (tmp_path / "v.npz").write_bytes(b"mine")
+    before = sorted(tmp_path.iterdir())
+    result = run("--force")
+    assert result.exit_code == 130 and "interrupted; nothing was written" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "v.npz").read_bytes() == b"mine"
+
+
+def test_the_command_with_layers_that_are_not_there(run, tmp_path):
+    result = run("--layers", "4")
+    assert result.exit_code == 1 and "layers 4: expected some of 0-3" in result.stderr
+    assert not (tmp_path / "v.npz").exists()
+
+
+def test_a_read_out_where_nothing_differs_is_refused(loaded_demo):
+    pairs = [ds.Pair("How many?", "Tom has 4. He has 5.", "Tom has 4.\n\nHe has 5.")]
+    with pytest.raises(InputError, match="every layer's vector is zero"):
+        ds.extract(*loaded_demo, pairs, token="first-3")
+
+
+@pytest.fixture(scope="module")
+def loaded_demo():
+    return ds.load("demo")
+
+
+def test_the_command_never_overwrites_its_own_pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "positive": "b", "negative": "c"}\n')
+    before = file.read_bytes()
+    words = ["extract", "-m", "demo", str(file), "-o", str(file), "--force"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and "is the file of the pairs" in result.stderr
+    assert file.read_bytes() == before

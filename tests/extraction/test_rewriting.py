@@ -1,0 +1,439 @@
+import json
+import math
+import random
+import time
+
+import mlx.core as mx
+import pytest
+from chat_server import ChatServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_densesteer.demo.problems import calibration, draw_solution
+from mlx_densesteer.errors import InputError
+from mlx_densesteer.evaluation.tasks import Problem
+from mlx_densesteer.extraction import quantities
+from mlx_densesteer.extraction.rewriting import Draft, Rewrite
+from mlx_densesteer.extraction.rewriting.file import FileRewriter
+from mlx_densesteer.extraction.rewriting.instruction import read_answer, request
+from mlx_densesteer.extraction.rewriting.openai import Limits, OpenAIRewriter
+from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
+from mlx_densesteer.extraction.verification import Response, verify
+from mlx_densesteer.generation.density import split_steps
+
+NUMBERED = r"""To determine the change, we need to follow these steps:
+
+1. Calculate the cost of printing.
+2. Calculate the cost of the pens.
+3. Subtract both from the amount paid.
+
+First, let's calculate the cost of printing. The essay has 25 pages:
+\[
+25 \times \$0.10 = \$2.50
+\]
+So, printing costs $2.50.
+
+Next, let's calculate the cost of the pens:
+\[
+7 \times \$1.50 = \$10.50
+\]
+
+Therefore, the change is \(\boxed{9}\)."""
+
+MERGED = r"""First, let's calculate the cost of printing. The essay has 25 pages:
+\[
+25 \times \$0.10 = \$2.50
+\]
+Next, let's calculate the cost of the pens:
+\[
+7 \times \$1.50 = \$10.50
+\]
+Therefore, the change is \(\boxed{9}\)."""
+
+
+def drafts(count=3):
+    return [Draft(f"t-{i}", f"Question {i}?", f"A{i}.\n\nB{i}.\n\nC{i}.", 9) for i in range(count)]
+
+
+# rules
+
+
+def test_a_numbered_solution_with_displays():
+    assert merge_steps(NUMBERED) == MERGED
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Tom buys 4.\n\n29+4=33.\n\nThat makes 33.\n\nHalf.\n\n32/2=16.\n#### 16",
+         "Tom buys 4: 29+4=33. Half: 32/2=16.\n#### 16"),
+        ("5+4=9.\n\nThat makes 9.\n#### 9", "5+4=9.\n#### 9"),
+        ("5+4=9.\n\nSo the answer is 9.", "5+4=9. So the answer is 9."),
+        ("### Step 1: The eggs\nHe has 3*4=12 eggs.\n\n### Step 2: The rest\nHe eats 2: 12-2=10.\n\n#### 10",
+         "He has 3*4=12 eggs. He eats 2: 12-2=10.\n#### 10"),
+        ("Step 1: He has 3*4=12 eggs.\n\n**Step 2:** He eats 2, so 12-2=10.",
+         "He has 3*4=12 eggs. He eats 2, so 12-2=10."),
+        ("1. **The eggs:**\n   There are 12.\n\n2. **The rest:**\n   12-2=10 are left.",
+         "There are 12. 12-2=10 are left."),
+        ("We need these steps:\n\n1. Take 7 eggs.\n2. Add.\n\n5+1=6",
+         "Take 7 eggs.\nAdd: 5+1=6"),
+        ("1. Find a.\n\n2. From step 1, 2+2=4.\n\n3. The answer is 4.",
+         "1. Find a. 2. From step 1, 2+2=4. 3. The answer is 4."),
+        ("Here is code:\n\n```python\nx = 1\n\nprint(x)\n```\n\nIt prints 1.",
+         "Here is code:\n```python\nx = 1\n\nprint(x)\n```\nIt prints 1."),
+        ("- 1+1=2\n\n- 2+2=4", "- 1+1=2\n- 2+2=4"),
+        ("One step only.", "One step only."),
+        ("", ""),
+        ("# Title\n\n## Another", "# Title\n\n## Another"),
+    ],
+)  # fmt: skip
+def test_what_goes_and_what_stays(before, after):
+    assert merge_steps(before) == after
+
+
+def test_the_demo_models_solutions_become_one_verified_step():
+    rng = random.Random(0)
+    for problem in calibration(100):
+        text = draw_solution(problem, rng)
+        dense = merge_steps(text)
+        assert len(split_steps(dense)) == 1
+        for clause in problem.clauses:
+            assert f"{clause.event}: {clause.sum}." in dense
+        if len(split_steps(text)) > 1:
+            task = Problem(
+                problem.id, problem.question, problem.question, str(problem.answer), "number"
+            )
+            sizes = [len(one.split()) for one in (text, dense)]
+            found = verify(task, Response(text, sizes[0]), Response(dense, sizes[1]))
+            assert found == ()
+
+
+LINES = st.sampled_from([
+    "To find it, follow these steps:", "1. Add.", "2. 3+4=7", "So it is 7.", "x", "", "",
+    "**Step 2:** go on", r"\[", r"5 \times 2 = 10", r"\]", "```", "That makes 10.", "#### 7",
+    "From step 2 we get 8.", "- 12 eggs", "Then 7 is 7. Thus 3.", "---",
+])  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LINES, max_size=12).map("\n".join))
+def test_nothing_is_invented_and_no_calculation_lost(text):
+    dense = merge_steps(text)
+    assert len(split_steps(dense)) <= len(split_steps(text))
+    assert quantities.written(dense) <= quantities.given(text)
+    for line in text.splitlines():
+        if "=" in line or "####" in line:
+            assert line.removeprefix("2. ") in dense
+    assert set(dense.split()) - {":"} <= {
+        w.rstrip(".:") + e for w in text.split() for e in ("", ".", ":")
+    }
+
+
+# a file
+
+
+def test_rewrites_from_a_file_by_id_then_by_question(tmp_path):
+    lines = [
+        {"id": "t-1", "rewrite": "by id"},
+        {"question": "Question 1?", "positive": "by question"},
+        {"doc": {"question": " Question 0? "}, "resp_after": ["of the reference"]},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rewriter = FileRewriter(tmp_path / "r.jsonl")
+    found = list(rewriter.rewrite(drafts()))
+    assert found == [(0, Rewrite("of the reference")), (1, Rewrite("by id")), (2, None)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"rewrite": "x"}], "line 1: expected a field id or question"),
+        ([{"id": 1}], "line 1: expected a field rewrite or positive"),
+        ([{"id": 1, "rewrite": "a"}, {"id": "1", "rewrite": "b"}], "line 2: another rewrite"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path, lines, message):
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match=message):
+        FileRewriter(tmp_path / "r.jsonl")
+
+
+def test_a_files_name_is_that_of_its_rewrites(tmp_path):
+    lines = [{"id": "t-1", "rewrite": "a"}, {"id": "t-2", "rewrite": "b"}]
+    names = []
+    for folder, kept in (("0", lines), ("1", lines[::-1]), ("2", lines[:1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.jsonl").write_text("\n".join(map(json.dumps, kept)))
+        names.append(FileRewriter(tmp_path / folder / "r.jsonl").name)
+    assert names[0] == names[1] != names[2] and names[0].startswith("file:r.jsonl ")
+
+
+def test_half_a_surrogate_pair_in_a_file_is_refused(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "t-1", "rewrite": "abc \ud83d"}))
+    with pytest.raises(InputError, match="line 1: is not JSON .*surrogates"):
+        FileRewriter(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("abc \ud83d = 3", "abc \ufffd = 3"), ("\udc00\ud800", "\ufffd\ufffd"),
+     ("\ud83d\ude00", "\U0001f600"), ("\ufeffä \U0001f600", "\ufeffä \U0001f600"), ("", "")],
+)  # fmt: skip
+def test_a_rewrite_has_whole_characters(text, whole):
+    assert Rewrite(text).text == whole
+
+
+# a model
+
+
+def test_the_request_holds_problem_and_solution():
+    text = request(drafts()[1], 9)
+    assert "Question 1?" in text and drafts()[1].response in text and "3 paragraphs" in text
+    assert "one paragraph" in request(drafts()[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "rewrite"),
+    [
+        ("  2+2=4. \n", "2+2=4."),
+        ("Here is the denser solution:\n\n2+2=4.", "2+2=4."),
+        ("Sure! Here it is:\n2+2=4.", "2+2=4."),
+        ("**Here** we add: 2+2=4.", "**Here** we add: 2+2=4."),
+        ("Here we add 2 and 2: 2+2=4.", "Here we add 2 and 2: 2+2=4."),
+        ("```markdown\n2+2=4.\n```", "2+2=4."),
+        ("<think>Let me see.\n\n5</think>\n\n2+2=4.", "2+2=4."),
+    ],
+)
+def test_what_a_chat_model_says_around_it_goes(said, rewrite):
+    assert read_answer(said) == rewrite
+
+
+def test_a_local_model_is_asked_for_every_draft(hf_folder):
+    from mlx_densesteer.extraction.rewriting.instruction import SYSTEM
+    from mlx_densesteer.extraction.rewriting.model import ModelRewriter
+    from mlx_densesteer.generation.stream import generate
+    from mlx_densesteer.model.model import load
+
+    model, tokenizer = load(hf_folder)
+    model.set_dtype(mx.float32)
+    model.args.max_position_embeddings = 1024  # a token is a byte here
+    rewriter = ModelRewriter(model, tokenizer, "tiny", rows=2)
+    found = dict(rewriter.rewrite(drafts()))
+    assert sorted(found) == [0, 1, 2] and rewriter.name.startswith("mlx:tiny ")
+    for index, draft in enumerate(drafts()):
+        alone = generate(model, tokenizer, request(draft, 3), system=SYSTEM, max_tokens=9 + 2 + 64)
+        assert found[index] == Rewrite(read_answer(alone.text), alone.finish_reason == "length")
+
+
+def test_each_precision_of_a_model_is_another_rewriter(hf_folder):
+    import mlx.nn as nn
+
+    from mlx_densesteer.extraction.rewriting.model import ModelRewriter
+    from mlx_densesteer.model.model import load
+
+    model, tokenizer = load(hf_folder)
+    names = []
+    for dtype in (mx.float32, mx.bfloat16):
+        model.set_dtype(dtype)
+        names.append(ModelRewriter(model, tokenizer, "tiny").name)
+    for bits in (8, 4):
+        model, tokenizer = load(hf_folder)
+        nn.quantize(model, group_size=32, bits=bits)
+        names.append(ModelRewriter(model, tokenizer, "tiny").name)
+    assert len(set(names)) == 4 and len({name.split()[1] for name in names}) == 1
+    assert "float32" in names[0] and "4-bit" in names[3]
+
+
+# an endpoint
+
+QUICK = Limits(timeout=5, attempts=4, pause=0.01, at_once=1)
+
+
+def ask(server, count=1, limits=QUICK, **options):
+    return list(OpenAIRewriter(f"{server.url}#m", limits=limits, **options).rewrite(drafts(count)))
+
+
+def test_an_endpoint_gets_the_request_and_the_key():
+    with ChatServer(lambda text: "Here is it:\n\n" + text[-3:]) as server:
+        found = ask(server, 3, key="sk-secret", fields={"temperature": 0})
+    assert found == [(i, Rewrite(f"C{i}.")) for i in range(3)]
+    body = server.bodies[0]
+    assert body["model"] == "m" and body["temperature"] == 0
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+
+
+def test_no_key_no_header_and_a_cut_off_rewrite_is_marked():
+    with ChatServer() as server:
+        server.finish_reason = "length"
+        assert ask(server) == [(0, Rewrite("One step.", truncated=True))]
+    assert "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize("fate", [429, 500, 503, 408, "drop", "garbage", "huge"])
+def test_what_may_pass_is_tried_again(fate):
+    with ChatServer() as server:
+        server.plan = [fate, fate]
+        assert ask(server) == [(0, Rewrite("One step."))]
+        assert len(server.bodies) == 3
+
+
+def test_a_server_that_hangs_is_given_up_and_asked_again():
+    with ChatServer() as server:
+        server.plan = ["hang"]
+        assert ask(server, limits=Limits(timeout=0.2, pause=0.01)) == [(0, Rewrite("One step."))]
+
+
+@pytest.mark.parametrize("fate", ["drip", "drip body"])
+def test_a_server_that_drips_is_given_up_and_asked_again(fate):
+    with ChatServer() as server:
+        server.plan = [fate]
+        assert ask(server, limits=Limits(timeout=0.4, pause=0.01)) == [(0, Rewrite("One step."))]
+        assert len(server.bodies) == 2
+        server.plan = [fate]
+        with pytest.raises(InputError, match="timed out"):
+            ask(server, limits=Limits(timeout=0.4, attempts=1))
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_repaired():
+    with ChatServer(lambda text: "abc \ud83d = 3") as server:
+        assert ask(server) == [(0, Rewrite("abc \ufffd = 3"))]
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [(b"[" * 60000, r"\[\[\["), (b'{"error": {"message": null}}', "None"), (b"[1]", r"\[1\]"),
+     (b'{"error": "half \\ud83d"}', "half \ufffd"), (b"", "Bad Request")],
+)  # fmt: skip
+def test_whatever_an_error_says_it_is_told(body, shown):
+    with ChatServer() as server:
+        server.plan = [(400, {}, body)]
+        with pytest.raises(InputError, match=f"refuses: 400.*{shown}"):
+            ask(server)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"timeout": math.inf}, {"timeout": math.nan}, {"timeout": 0}, {"timeout": 1e10},
+     {"per_minute": math.inf}, {"per_minute": math.nan}, {"per_minute": 1e-300}, {"per_minute": -1},
+     {"pause": math.inf}, {"attempts": 0}, {"at_once": 0}],
+)  # fmt: skip
+def test_limits_that_cannot_be(limits):
+    with pytest.raises(InputError, match="expected"):
+        Limits(**limits)
+
+
+def test_the_last_attempt_tells_what_happened():
+    with ChatServer() as server:
+        server.plan = [500] * 9
+        with pytest.raises(InputError, match=r"no rewrite after 4 attempts; .*500.*no luck"):
+            ask(server)
+        assert len(server.bodies) == 4
+    with pytest.raises(InputError, match="no rewrite after 4 attempts"):
+        ask(server)  # nobody there
+
+
+@pytest.mark.parametrize("retry_after", ["1", "date"])
+def test_retry_after_is_honoured(retry_after):
+    if retry_after == "date":
+        retry_after = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+    with ChatServer() as server:
+        server.plan = [(429, {"Retry-After": retry_after})]
+        assert ask(server) == [(0, Rewrite("One step."))]
+        assert server.times[1] - server.times[0] > 0.9  # its own pause would be 0.01 s
+
+
+def test_a_server_that_wants_an_hour_is_told_about():
+    with ChatServer() as server:
+        server.plan = [(429, {"Retry-After": "3600"})]
+        with pytest.raises(InputError, match="wait for 3600 s"):
+            ask(server)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, "redirect"])
+def test_a_refusal_is_final_and_hides_the_key(status):
+    with ChatServer() as server:
+        server.plan = [status]
+        with pytest.raises(InputError, match="refuses: (no|3|4)") as caught:
+            ask(server, key="sk-secret")
+        assert len(server.bodies) == 1
+    assert "sk-secret" not in str(caught.value)
+    if status != "redirect":
+        assert "no luck, Bearer [OPENAI_API_KEY]" in str(caught.value)
+
+
+def test_rewrites_that_came_before_a_refusal_are_not_lost():
+    with ChatServer() as server:
+        server.plan = [200, 200, 401]
+        found = []
+        with pytest.raises(InputError, match="401"):
+            for one in OpenAIRewriter(f"{server.url}#m", limits=QUICK).rewrite(drafts(5)):
+                found.append(one)
+        assert [index for index, _ in found] == [0, 1] and len(server.bodies) == 3
+
+
+def test_requests_run_together_but_not_more_than_asked_for():
+    with ChatServer() as server:
+        server.slow = 0.1
+        found = ask(server, 9, Limits(at_once=3))
+        assert sorted(index for index, _ in found) == list(range(9))
+        assert server.most == 3
+
+
+def test_a_limit_of_requests_per_minute():
+    with ChatServer() as server:
+        ask(server, 4, Limits(at_once=4, per_minute=600))
+        gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
+        assert sum(gaps) > 0.25  # three gaps of 0.1 s, less what the threads' start costs
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["x", "http://host/v1", "ftp://host/v1#m", "http://u:p@host/v1#m", "http://a b/v1#m",
+     "http://host:port/v1#m", "#m", "http://host/v1?key=sk-query", "http://h/v1?key=sk-query \x7f#m",
+     "http://h:port/?key=sk-query#m", "http://host/ä?key=sk-query#m", "ftp://h/v1?key=sk-query#m"],
+)  # fmt: skip
+def test_addresses_that_cannot_be(address):
+    with pytest.raises(InputError, match="^openai:") as caught:
+        OpenAIRewriter(address)
+    assert "sk-query" not in str(caught.value)
+
+
+def test_a_refusal_hides_the_query():
+    with ChatServer() as server:
+        rewriter = OpenAIRewriter(f"{server.url}?key=sk-query#m", limits=QUICK)
+        for body in (b"", b"no such page: /v1/chat/completions?key=sk-query"):
+            server.plan = [(404, {}, body)]
+            with pytest.raises(InputError, match=f"the model: openai:{server.url}") as caught:
+                list(rewriter.rewrite(drafts(1)))
+            assert "sk-query" not in str(caught.value)
+
+
+def test_a_key_over_plain_http_to_another_host_is_warned_of():
+    said = []
+    OpenAIRewriter("http://example.org/v1#m", key="sk-secret", warn=said.append)
+    assert len(said) == 1 and "example.org" in said[0] and "sk-secret" not in said[0]
+    for address, key in [("http://127.0.0.1:1/v1#m", "k"), ("https://example.org#m", "k"),
+                         ("http://example.org#m", None)]:  # fmt: skip
+        OpenAIRewriter(address, key=key, warn=said.append)
+    assert len(said) == 1
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown():
+    with pytest.raises(InputError) as caught:
+        OpenAIRewriter("http://127.0.0.1:1/v1#m", key="sk-se\ncret")
+    assert "cret" not in str(caught.value).replace("secret", "")
+
+
+def test_names_tell_rewriters_apart_and_hide_the_query():
+    name = OpenAIRewriter("https://host/v1/?api-key=x#m").name
+    assert name.startswith("openai:https://host/v1/chat/completions#m") and "api-key" not in name
+    other = OpenAIRewriter("https://host/v1#m", fields={"temperature": 1}).name
+    colder = OpenAIRewriter("https://host/v1#m", fields={"temperature": 0}).name
+    assert len({name, other, colder, RulesRewriter.name}) == 4
+
+
+def test_a_name_has_no_value_of_a_field():
+    fields = {"api_key": "sk-field", "extra": {"token": "sk-inner"}}
+    name = OpenAIRewriter("https://host/v1#m", fields=fields).name
+    assert "api_key,extra" in name and "sk-" not in name

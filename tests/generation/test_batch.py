@@ -1,0 +1,487 @@
+import itertools
+import random
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import BatchGenerator
+
+import mlx_densesteer as ds
+from mlx_densesteer import demo
+from mlx_densesteer.demo import problems
+from mlx_densesteer.errors import InputError, SteeringError, VectorMismatchError
+from mlx_densesteer.generation import batch as batch_module
+from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
+from mlx_densesteer.generation.batch_row import make_row_sampler
+from mlx_densesteer.model.block import make_cache
+from mlx_densesteer.model.prompt import encode_prompt
+
+PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
+
+
+@pytest.fixture
+def loaded(hf_folder, tmp_path):
+    folder = ds.convert(hf_folder, tmp_path / "tiny", bits=None, dtype="float32")
+    return ds.load(folder)
+
+
+def rows_of(vector, positions="all"):
+    """One steering for each prompt: none, zero, and several strengths and layers."""
+    some = itertools.product((1.0, -2.0), ((0,), (2,), (0, 3)))
+    steered = [ds.Steering(vector, s, layers, positions) for s, layers in some]
+    return [None, ds.Steering(vector, 0.0), *steered, None]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_every_row_equals_its_solo_run(loaded, make_vector, positions, rows):
+    model, tokenizer = loaded
+    steering = rows_of(make_vector(), positions)
+    limits = [5, 12, 1, 7, 9, 12, 3, 8, 11]
+    found = dict(
+        generate_batch(model, tokenizer, PROMPTS, steering=steering, max_tokens=limits, rows=rows)
+    )
+    assert sorted(found) == list(range(len(PROMPTS)))
+    texts = set()
+    for index, (prompt, how, limit) in enumerate(zip(PROMPTS, steering, limits, strict=True)):
+        alone = ds.generate(model, tokenizer, prompt, steering=how, max_tokens=limit)
+        together = found[index]
+        for name in ("text", "token_ids", "prompt_tokens", "finish_reason", "steering"):
+            assert getattr(together, name) == getattr(alone, name), (index, name)
+        texts.add(together.token_ids)
+    assert len(texts) > 4  # the steerings do differ
+
+
+def test_one_steering_for_all_rows_and_rows_in_the_order_in_which_they_end(loaded, make_vector):
+    model, tokenizer = loaded
+    steering = ds.Steering(make_vector(), 3.0)
+    limits = [9, 2, 5]
+    results = list(
+        generate_batch(model, tokenizer, PROMPTS[:3], steering=steering, max_tokens=limits)
+    )
+    lengths = [one.tokens for _, one in results]
+    assert lengths == sorted(lengths)
+    assert all(one.steering is steering for _, one in results)
+    assert all(one.time_to_first_token > 0 for _, one in results)
+
+
+def test_a_stop_text_ends_one_row_and_not_its_neighbours(loaded):
+    model, tokenizer = loaded
+    free = [one for _, one in sorted(generate_batch(model, tokenizer, PROMPTS[:3], max_tokens=8))]
+    stop = free[0].text[2:4]
+    found = dict(generate_batch(model, tokenizer, PROMPTS[:3], max_tokens=8, stop=[stop]))
+    for index, before in enumerate(free):
+        expected = ds.generate(model, tokenizer, PROMPTS[index], max_tokens=8, stop=[stop])
+        assert found[index].text == expected.text
+        assert found[index].finish_reason == expected.finish_reason
+        if stop not in before.text:
+            assert found[index].text == before.text
+    assert found[0].finish_reason == "stop"
+    assert found[0].text == free[0].text[: free[0].text.find(stop)]
+
+
+def test_messages_go_through_the_chat_template(loaded):
+    model, tokenizer = loaded
+    ((_, one),) = generate_batch(model, tokenizer, ["Hello"], system="Be brief.", max_tokens=4)
+    alone = ds.generate(model, tokenizer, "Hello", system="Be brief.", max_tokens=4)
+    assert (one.token_ids, one.prompt_tokens) == (alone.token_ids, alone.prompt_tokens)
+
+
+def test_closing_early_ends_the_rows_that_run(loaded, monkeypatch):
+    model, tokenizer = loaded
+    made, closed = [], []
+
+    class Spy(BatchGenerator):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)  # alive, so that it is not closed by its own __del__
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr("mlx_densesteer.generation.batch.BatchGenerator", Spy)
+    rows = generate_batch(model, tokenizer, PROMPTS, max_tokens=[2] + [99] * 8, rows=4)
+    index, one = next(rows)
+    assert (index, one.tokens) == (0, 2)
+    assert len(made) == 1 and not closed
+    rows.close()
+    assert closed == made
+    list(generate_batch(model, tokenizer, PROMPTS[:2], max_tokens=3))
+    assert len(made) == 2 and closed == made
+
+
+def test_progress_is_told_in_tokens(loaded):
+    model, tokenizer = loaded
+    told = []
+    limits = [40, 10]
+    list(generate_batch(model, tokenizer, PROMPTS[:2], max_tokens=limits, progress=told.append))
+    assert told == [16 + 10, 32 + 10]
+
+
+def test_no_prompts_give_nothing(loaded):
+    assert list(generate_batch(*loaded, [])) == []
+
+
+def test_what_cannot_run_is_refused_before_anything_runs(loaded, make_vector):
+    model, tokenizer = loaded
+    wide = make_vector(hidden=96)
+    cases = [
+        ({"steering": [None]}, InputError, "1 steerings for 2 prompts"),
+        ({"steering": ds.Steering(wide)}, VectorMismatchError, "width 96"),
+        ({"max_tokens": [1, 0]}, InputError, "max tokens 0"),
+        ({"rows": 0}, InputError, "0 rows"),
+        ({"stop": [""]}, InputError, "stop text is empty"),
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            generate_batch(model, tokenizer, PROMPTS[:2], **options)
+    with pytest.raises(InputError, match="no tokens"):
+        generate_batch(model, tokenizer, [[]])
+
+
+def test_a_seed_makes_a_sampled_batch_repeatable(loaded):
+    model, tokenizer = loaded
+
+    def run(seed):
+        sampling = ds.Sampling(temp=1.0, seed=seed)
+        batch = generate_batch(model, tokenizer, PROMPTS, max_tokens=12, sampling=sampling)
+        return [one.token_ids for _, one in sorted(batch)]
+
+    assert run(1) == run(1) != run(2)
+
+
+def run(batch, results=None, pieces=None):
+    """Step until no row runs; return the results by row."""
+    results = {} if results is None else results
+    while batch.running:
+        for piece in batch.step():
+            if pieces is not None:
+                pieces.setdefault(piece.row, []).append(piece.text)
+            if piece.result:
+                assert piece.row not in results
+                results[piece.row] = piece.result
+    return results
+
+
+def assert_same(together, alone, where=None):
+    for name in ("text", "token_ids", "prompt_tokens", "finish_reason", "steering"):
+        assert getattr(together, name) == getattr(alone, name), (where, name)
+
+
+def check_arrivals(model, tokenizer, jobs, rng, rows, cancelled=0.2):
+    """Let ``jobs`` come and go at random times; each is its solo run, or the beginning of it."""
+    waiting, numbers, results, pieces = list(jobs), {}, {}, {}
+    gone = set()
+    with Batch(model, tokenizer, rows=rows) as batch:
+        while waiting or batch.running:
+            while waiting and (rng.random() < 0.3 or not batch.running):
+                job = waiting.pop()
+                numbers[batch.add(**job)] = job
+            for piece in batch.step():
+                pieces.setdefault(piece.row, []).append(piece.text)
+                if piece.result:
+                    results[piece.row] = piece.result
+                if waiting and rng.random() < 0.05:  # in the middle of the pieces of a step
+                    job = waiting.pop()
+                    numbers[batch.add(**job)] = job
+            left = sorted(set(numbers) - set(results))
+            if left and rng.random() < cancelled / 8:
+                row = rng.choice(left)
+                results[row] = batch.cancel(row)
+                assert batch.cancel(row) is None
+                gone.add(row)
+    assert len(results) == len(jobs)
+    distinct = set()
+    for row, job in numbers.items():
+        alone = ds.generate(model, tokenizer, **job)
+        said = "".join(pieces.get(row, []))
+        if row in gone:
+            assert results[row].finish_reason == "interrupted"
+            ids = results[row].token_ids
+            assert ids == alone.token_ids[: len(ids)]
+            assert alone.text.startswith(said) and results[row].text.startswith(said)
+        else:
+            assert_same(results[row], alone, row)
+            assert said == alone.text
+        distinct.add(alone.token_ids)
+    return len(gone), len(distinct)
+
+
+@pytest.mark.parametrize("seed, rows", [(0, 3), (1, 16), (2, 5), (3, 1)])
+def test_rows_that_join_and_leave_at_random_times_equal_their_solo_runs(
+    loaded, make_vector, monkeypatch, seed, rows
+):
+    monkeypatch.setattr(batch_module, "PREFILL_BESIDE", 16)
+    model, tokenizer = loaded
+    rng = random.Random(seed)
+    vectors = [make_vector(seed=n) for n in range(3)]
+    jobs = []
+    for _ in range(14):
+        steering = rng.choice([None, True, True, True])
+        if steering:
+            layers = tuple(sorted(rng.sample(range(4), rng.randrange(1, 4))))
+            positions = rng.choice(["all", "generated", "prompt"])
+            strength = rng.choice([0.0, -2.0, 0.5, 1.0, 3.0])
+            steering = ds.Steering(rng.choice(vectors), strength, layers, positions)
+        jobs.append(
+            {
+                "prompt": rng.choices(range(1, 250), k=rng.choice([1, 2, 7, 30, 90, 200])),
+                "steering": steering,
+                "max_tokens": rng.randrange(1, 40),
+                "stop": rng.choice([(), (), ("a", "b"), (" the", "e")]),
+            }
+        )
+    gone, distinct = check_arrivals(model, tokenizer, jobs, rng, rows)
+    assert distinct > 8
+    assert gone or seed not in (0, 1)
+
+
+def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs():
+    model, tokenizer = ds.load("demo")
+    vector, rng = ds.SteeringVector.load(demo.VECTOR), random.Random(4)
+    jobs = []
+    for number, problem in enumerate(problems.held_out(12)):
+        where = ("all", "generated", "prompt")[number % 3]
+        layers = tuple(sorted(vector.layers)[:: 1 + number % 2])
+        steering = ds.Steering(vector, (-6.0, 0.0, 4.0, 9.0)[number % 4], layers, where)
+        prompt = encode_prompt(tokenizer, problem.question)
+        jobs.append({"prompt": prompt, "steering": steering, "max_tokens": 20 + 9 * number})
+    _, distinct = check_arrivals(model, tokenizer, jobs, rng, rows=6, cancelled=0.1)
+    assert distinct > 8
+
+
+def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(loaded):
+    model, tokenizer = loaded
+    options = {"max_tokens": 30, "sampling": ds.Sampling(temp=1.0, seed=1)}  # greedy repeats
+    free = ds.generate(model, tokenizer, PROMPTS[2], **options)
+    stop = free.text[12:15]
+    with Batch(model, tokenizer) as batch:
+        row = batch.add(PROMPTS[2], stop=[stop], **options)
+        batch.add(PROMPTS[1], max_tokens=30)
+        pieces = {}
+        results = run(batch, pieces=pieces)
+    assert len(pieces[row]) > 3
+    assert results[row].finish_reason == "stop"
+    assert "".join(pieces[row]) == results[row].text == free.text[: free.text.find(stop)]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(loaded, make_vector, positions):
+    model, tokenizer = loaded
+    steering = ds.Steering(make_vector(), 2.0, (1, 3), positions)
+    prompt, cut = PROMPTS[2], 21
+    alone = ds.generate(model, tokenizer, prompt, steering=steering, max_tokens=12)
+    caches = make_cache(model, steering, prompt_length=len(prompt))
+    model(mx.array([prompt[:cut]]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    before = [[mx.array(array) for array in cache.state] for cache in caches]
+    with Batch(model, tokenizer) as batch:
+        batch.add(PROMPTS[1], max_tokens=20)
+        batch.step()
+        row = batch.add(prompt[cut:], cache=caches, steering=steering, max_tokens=12)
+        again = batch.add(prompt[cut:], cache=caches, steering=steering, max_tokens=12)
+        results = run(batch)
+    assert_same(results[row], alone)
+    assert_same(results[again], alone)
+    for cache, arrays in zip(caches, before, strict=True):
+        assert cache.offset == cut
+        assert all(mx.array_equal(a, b) for a, b in zip(cache.state, arrays, strict=True))
+
+
+@pytest.mark.parametrize("cut", [20, 256])
+def test_the_owner_of_the_caches_may_go_on_filling_them(loaded, make_vector, cut):
+    model, tokenizer = loaded
+    prompt = [1 + (7 * n) % 250 for n in range(cut + 4)]  # 256: the cache's array is full
+    options = {"steering": ds.Steering(make_vector(), 0.1), "max_tokens": 20}
+    options["sampling"] = ds.Sampling(temp=1.0, seed=2)  # draws tell logits apart, greedy may not
+    alone = ds.generate(model, tokenizer, prompt, **options)
+    caches = make_cache(model, options["steering"])
+    model(mx.array([prompt[:cut]]), cache=caches)
+    with Batch(model, tokenizer) as batch:
+        row = batch.add(prompt[cut:], cache=caches, **options)
+        for cache in caches:
+            cache.trim(9)
+        model(mx.array([[5] * 30]), cache=caches)
+        mx.eval([cache.state for cache in caches])
+        assert_same(run(batch)[row], alone)
+
+
+def test_caches_that_cannot_join_a_batch_are_refused(loaded, make_vector):
+    model, tokenizer = loaded
+    caches = make_cache(model)
+    model(mx.array([PROMPTS[2]]), cache=caches)
+    uneven = make_cache(model)
+    uneven[2] = caches[2]
+    with Batch(model, tokenizer) as batch:
+        for given, message in [
+            (caches[:3], "3 caches of class SteeredKVCache: expected 4"),
+            ([cache.to_quantized() for cache in make_cache(model)], "without kv_bits"),
+            (uneven, r"hold \[0, 31\] tokens"),
+            ([], "0 caches"),
+        ]:
+            with pytest.raises(SteeringError, match=message):
+                batch.add([1, 2], cache=given)
+        assert batch.running == 0
+        row = batch.add([1, 2], cache=make_cache(model), max_tokens=3)  # empty ones are fine
+        assert run(batch)[row].prompt_tokens == 2
+
+
+def test_a_seeded_row_draws_as_it_does_alone_whoever_is_beside_it(loaded):
+    model, tokenizer = loaded
+    kinds = [
+        ds.Sampling(temp=1.0, seed=5), ds.Sampling(temp=0.7, top_p=0.8, seed=5), ds.Sampling(),
+        ds.Sampling(temp=1.3, seed=6), ds.Sampling(temp=1.0), ds.Sampling(temp=1.0, seed=5),
+    ]  # fmt: skip
+    with Batch(model, tokenizer, rows=4) as batch:
+        rows = []
+        for kind in kinds:
+            rows.append(batch.add(PROMPTS[1], sampling=kind, max_tokens=25))
+            batch.step()
+            batch.step()
+        results = run(batch)
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind.seed is not None or not kind.temp:
+            alone = ds.generate(model, tokenizer, PROMPTS[1], sampling=kind, max_tokens=25)
+            assert_same(results[row], alone)
+    assert results[rows[0]].token_ids == results[rows[5]].token_ids
+    assert len({one.token_ids for one in results.values()}) == 5
+
+
+def test_rows_that_draw_alike_share_one_sampler():
+    greedy = make_row_sampler(ds.Sampling())
+    assert make_row_sampler(ds.Sampling(top_p=0.5, seed=3)) is greedy
+    warm = make_row_sampler(ds.Sampling(temp=0.5))
+    assert make_row_sampler(ds.Sampling(temp=0.5)) is warm is not greedy
+    seeded = make_row_sampler(ds.Sampling(temp=0.5, seed=1))
+    assert make_row_sampler(ds.Sampling(temp=0.5, seed=1)) is not seeded
+
+
+def test_equal_prompts_of_a_seeded_batch_draw_different_answers(loaded):
+    model, tokenizer = loaded
+    sampling = ds.Sampling(temp=1.0, seed=3)
+    found = generate_batch(model, tokenizer, [PROMPTS[1]] * 4, max_tokens=12, sampling=sampling)
+    assert len({one.token_ids for _, one in found}) == 4
+
+
+@pytest.fixture
+def calls(loaded, monkeypatch):
+    """The shapes ``(rows, tokens)`` of what the model was called with, as they come."""
+    seen, kind = [], type(loaded[0])
+    stock = kind.__call__
+
+    def spy(self, inputs, *args, **options):
+        seen.append(inputs.shape)
+        return stock(self, inputs, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", spy)
+    return seen
+
+
+def test_a_long_prompt_holds_the_others_up_by_one_part_a_step(loaded, calls, monkeypatch):
+    monkeypatch.setattr(batch_module, "PREFILL_BESIDE", 32)
+    model, tokenizer = loaded
+    with Batch(model, tokenizer) as batch:
+        early = batch.add(PROMPTS[1], max_tokens=60)
+        while not batch.tokens:
+            batch.step()
+        late = [batch.add([3] * 150, max_tokens=4), batch.add([4] * 100, max_tokens=4)]
+        del calls[:]
+        results = {}
+        while batch.running:
+            tokens, at = batch.tokens, len(calls)
+            results |= {piece.row: piece.result for piece in batch.step() if piece.result}
+            parts = [rows * length for rows, length in calls[at:] if length > 1]
+            assert sum(parts) <= 32
+            if batch.running and early not in results:
+                assert batch.tokens > tokens  # the first row is never passed over
+    assert max(length for _, length in calls) > 1
+    assert results[early].tokens == 60
+    for row, token, length in zip(late, (3, 4), (150, 100), strict=True):
+        assert_same(results[row], ds.generate(model, tokenizer, [token] * length, max_tokens=4))
+
+
+def test_a_prompt_that_nobody_waits_for_is_read_at_once(loaded, calls):
+    model, tokenizer = loaded
+    with Batch(model, tokenizer) as batch:
+        batch.add([3] * 400, max_tokens=2)
+        assert batch.step() == []
+        assert calls == [(1, 399)]
+    assert PREFILL > 400
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_broken_step_closes_the_batch_and_what_was_said_stays(loaded, monkeypatch, error):
+    model, tokenizer = loaded
+    made, closed, stock = [], [], type(model).__call__
+
+    class Spy(BatchGenerator):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr("mlx_densesteer.generation.batch.BatchGenerator", Spy)
+    batch = Batch(model, tokenizer, rows=2)
+    made.append(batch._generator)
+    rows = [batch.add(prompt, max_tokens=50) for prompt in PROMPTS[:3]]  # the last one waits
+    while batch.tokens < 12:
+        batch.step()
+
+    def broken(self, *args, **options):
+        raise error("in the middle of a step")
+
+    with monkeypatch.context() as patched, pytest.raises(error):
+        patched.setattr(type(model), "__call__", broken)
+        batch.step()
+    assert closed == made
+    assert batch.running == 0 and batch.step() == []
+    with pytest.raises(InputError, match="the batch is closed"):
+        batch.add([1])
+    batch.close()
+    assert closed == made
+    for row, prompt in zip(rows, PROMPTS, strict=False):
+        result = batch.cancel(row)
+        assert result.finish_reason == "interrupted"
+        alone = ds.generate(model, tokenizer, prompt, max_tokens=50)
+        assert result.token_ids == alone.token_ids[: result.tokens]
+        assert (result.tokens > 4) == (row != rows[2])
+        assert type(model).__call__ is stock
+    assert batch.cancel(rows[0]) is None
+
+
+def test_cancel_takes_out_rows_that_wait_read_or_decode(loaded):
+    model, tokenizer = loaded
+    with Batch(model, tokenizer, rows=2) as batch:
+        stays = batch.add(PROMPTS[1], max_tokens=30)
+        while batch.tokens < 3:
+            batch.step()
+        reads = batch.add([7] * 400, max_tokens=30)
+        waits = batch.add(PROMPTS[2], max_tokens=30)
+        batch.step()
+        assert batch.running == 3
+        for row in (waits, reads):
+            result = batch.cancel(row)
+            assert (result.text, result.tokens, result.time_to_first_token) == ("", 0, 0.0)
+            assert result.finish_reason == "interrupted"
+        assert batch.running == 1
+        late = batch.add(PROMPTS[3], max_tokens=5)
+        results = run(batch)
+        assert batch.cancel(stays) is batch.cancel(99) is None
+    assert set(results) == {stays, late}
+    assert_same(results[stays], ds.generate(model, tokenizer, PROMPTS[1], max_tokens=30))
+    assert_same(results[late], ds.generate(model, tokenizer, PROMPTS[3], max_tokens=5))
+
+
+def test_a_row_that_cannot_run_does_not_join(loaded, make_vector):
+    model, tokenizer = loaded
+    with pytest.raises(InputError, match="0 rows"):
+        Batch(model, tokenizer, rows=0)
+    with Batch(model, tokenizer) as batch:
+        with pytest.raises(InputError, match="no tokens"):
+            batch.add([])
+        with pytest.raises(InputError, match="max tokens 0"):
+            batch.add([1], max_tokens=0)
+        with pytest.raises(InputError, match="stop text is empty"):
+            batch.add([1], stop=[""])
+        with pytest.raises(VectorMismatchError, match="width 96"):
+            batch.add([1], steering=ds.Steering(make_vector(hidden=96)))
+        assert batch.running == 0 and batch.step() == []

@@ -1,0 +1,263 @@
+import json
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_densesteer.cli.self_check import tiny_model
+from mlx_densesteer.errors import ConversionError, UnsupportedModelError
+from mlx_densesteer.extras import install_command
+from mlx_densesteer.model.convert import convert
+from mlx_densesteer.model.gguf import hf_name, open_gguf
+from mlx_densesteer.model.model import load
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+def gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem == "model.embed_tokens":
+        return f"token_embd.{kind}"
+    if stem == "model.norm":
+        return f"output_norm.{kind}"
+    _, _, number, part = stem.split(".", 3)
+    return f"blk.{number}.{GGUF_NAMES[part]}.{kind}"
+
+
+def vocabulary():
+    """Bytes, two merges, specials, and an unused slot: as llama.cpp writes it."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "he", "hel"]
+    kinds = [1] * len(tokens)
+    tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD262]"]
+    return tokens, [*kinds, 3, 3, 3, 4, 5], ["h e", "he l"]
+
+
+def write_gguf(
+    path, model, *, architecture="qwen2", quantised=False, leave_out=(), extra=(), also=None
+):
+    writer = gguf.GGUFWriter(path, architecture)
+    args = model.args
+    tokens, kinds, merges = vocabulary()
+    fields = {
+        "block_count": lambda: writer.add_block_count(args.num_hidden_layers),
+        "context": lambda: writer.add_context_length(512),
+        "hidden": lambda: writer.add_embedding_length(args.hidden_size),
+        "mlp": lambda: writer.add_feed_forward_length(args.intermediate_size),
+        "heads": lambda: writer.add_head_count(args.num_attention_heads),
+        "kv heads": lambda: writer.add_head_count_kv(args.num_key_value_heads),
+        "rope": lambda: writer.add_rope_freq_base(args.rope_theta),
+        "eps": lambda: writer.add_layer_norm_rms_eps(args.rms_norm_eps),
+        "model": lambda: writer.add_tokenizer_model("gpt2"),
+        "tokens": lambda: writer.add_token_list(tokens),
+        "kinds": lambda: writer.add_token_types(kinds),
+        "merges": lambda: writer.add_token_merges(merges),
+        "eos": lambda: writer.add_eos_token_id(tokens.index("<|im_end|>")),
+        "pad": lambda: writer.add_pad_token_id(tokens.index("<|endoftext|>")),
+        "template": lambda: writer.add_chat_template(TEMPLATE),
+    }
+    for name, add in fields.items():
+        if name not in leave_out:
+            add()
+    if also:
+        also(writer)
+    for name, array in [*tree_flatten(model.parameters()), *extra]:
+        values = np.array(array)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if quantised and values.ndim == 2:
+            packed = gguf.quants.quantize(values, kind)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name(name) if "." in name else name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocabulary=263)
+
+
+def test_a_float_file_gives_the_same_model(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny-q.gguf", model)
+    folder = convert(path, tmp_path / "out", bits=None, dtype="float32")
+    loaded, _ = load(folder)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert mx.array_equal(loaded(tokens), model(tokens))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True and config["rms_norm_eps"] == 1e-6
+    record = json.loads((folder / "densesteer.json").read_text())
+    assert record["source"] == "tiny-q" and len(record["gguf_sha256"]) == 64
+
+
+def test_a_quantised_file_is_dequantised(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", model, quantised=True)
+    loaded, _ = load(convert(path, tmp_path / "out", bits=None, dtype="float32"))
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    difference = float(mx.abs(loaded(tokens) - model(tokens)).max())
+    assert 0 < difference < 0.05 * float(mx.abs(model(tokens)).max())
+
+
+def test_an_output_matrix_of_its_own_unties_the_embeddings(model, tmp_path, monkeypatch):
+    own = mx.random.normal((263, 64))
+    monkeypatch.setitem(
+        globals(),
+        "gguf_name",
+        lambda n, f=gguf_name: "output.weight" if n == "own.weight" else f(n),
+    )
+    path = write_gguf(tmp_path / "tiny.gguf", model, extra=[("own.weight", own)])
+    loaded, _ = load(convert(path, tmp_path / "out", bits=None, dtype="float32"))
+    assert mx.array_equal(loaded.lm_head.weight, own)
+    assert mx.array_equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_the_tokenizer(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", model)
+    _, tokenizer = load(convert(path, tmp_path / "out", bits=4, group_size=32))
+    tokens, *_ = vocabulary()
+
+    def texts(text):
+        return [tokens[i] for i in tokenizer.encode(text)]
+
+    assert texts("hello") == ["hel", "l", "o"]
+    assert texts(" 123") == ["Ġ", "1", "2", "3"]
+    assert texts("<|im_start|>he<tool_call>") == ["<|im_start|>", "he", "<tool_call>"]
+    assert texts("e\u0301") == list(texts("\u00e9"))  # NFC
+    assert "[PAD262]" not in tokenizer.get_vocab()
+    ends = {tokens.index("<|im_end|>"), tokens.index("<|endoftext|>")}
+    assert tokenizer.eos_token_ids == ends
+    text = "Hé, 12 + 30 = 42.\n\n日本 🙂"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_progress_counts_tensors(model, tmp_path):
+    told = []
+    path = write_gguf(tmp_path / "tiny.gguf", model)
+    convert(path, tmp_path / "out", progress=lambda *event: told.append(event))
+    counts = [event for event in told if event[2]]
+    assert counts[-1][1] == counts[-1][2] == len(tree_flatten(model.parameters()))
+    assert [event[1] for event in counts] == list(range(1, len(counts) + 1))
+
+
+def test_another_architecture_is_refused_by_name(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", model, architecture="llama")
+    with pytest.raises(UnsupportedModelError, match="GGUF of architecture 'llama'"):
+        convert(path, tmp_path / "out")
+
+
+VARIANTS = {
+    "split.count": lambda w: w.add_uint16("split.count", 3),
+    "qwen2.rope.scaling.type": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+    "qwen2.rope.scaling.factor": lambda w: w.add_rope_scaling_factor(4.0),
+    "tokenizer.ggml.pre": lambda w: w.add_tokenizer_pre("deepseek-r1-qwen"),
+    "tokenizer.ggml.add_bos_token": lambda w: w.add_add_bos_token(True),
+}
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+def test_what_would_be_left_out_is_refused(model, tmp_path, key):
+    path = write_gguf(tmp_path / "tiny.gguf", model, also=VARIANTS[key])
+    with pytest.raises(ConversionError, match=f"{key} is .*, expected"):
+        convert(path, tmp_path / "out")
+
+
+UNTRUE = {
+    "eos": lambda w: w.add_eos_token_id(99999),
+    "pad": lambda w: w.add_pad_token_id(99999),
+    "kinds": lambda w: w.add_token_types([1, 1]),
+    "merges": lambda w: w.add_token_merges(["h e", "hz zz"]),
+    "heads": lambda w: w.add_head_count(0),
+}
+
+
+@pytest.mark.parametrize("field", UNTRUE)
+def test_fields_that_cannot_be_true(model, tmp_path, field):
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[field], also=UNTRUE[field])
+    with pytest.raises(ConversionError, match="no complete GGUF file|cannot convert it"):
+        convert(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_merge_of_one_part(model, tmp_path):
+    def also(writer):
+        writer.add_token_merges(["h e", "unknown"])
+
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=["merges"], also=also)
+    with pytest.raises(ConversionError, match="the merge .* is not of the vocabulary"):
+        convert(path, tmp_path / "out")
+
+
+def test_the_usual_values_are_accepted(model, tmp_path):
+    def usual(writer):
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_add_bos_token(False)
+        writer.add_uint16("split.count", 1)
+
+    folder = convert(write_gguf(tmp_path / "tiny.gguf", model, also=usual), tmp_path / "out")
+    assert load(folder)[1].encode("he") == [256]
+
+
+@pytest.mark.parametrize("missing", ["rope", "tokens", "eos", "heads"])
+def test_a_missing_field_is_named(model, tmp_path, missing):
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[missing])
+    with pytest.raises(ConversionError, match=r"the GGUF file lacks (qwen2|tokenizer)\."):
+        convert(path, tmp_path / "out")
+
+
+def test_damaged_files(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", model)
+    data = path.read_bytes()
+    for content in (
+        b"",
+        b"GGUF",
+        b"not a gguf file at all" * 10,
+        data[:100],
+        data[: len(data) // 2],
+        data[:-1000],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(
+            ConversionError, match="no complete GGUF file|is no GGUF file, it begins with"
+        ):
+            convert(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_names():
+    assert hf_name("blk.11.ffn_down.weight") == "model.layers.11.mlp.down_proj.weight"
+    assert hf_name("blk.0.attn_q.bias") == "model.layers.0.self_attn.q_proj.bias"
+    assert hf_name("output.weight") == "lm_head.weight"
+    for name in (
+        "rope_freqs.weight",
+        "blk.x.attn_q.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk",
+        "",
+    ):
+        with pytest.raises(ConversionError, match="is no part of a Qwen2 model"):
+            hf_name(name)
+
+
+def test_without_the_extra_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ConversionError, match=re.escape(install_command("gguf"))):
+        open_gguf(tmp_path / "x.gguf")

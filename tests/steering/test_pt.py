@@ -1,0 +1,244 @@
+import hashlib
+import io
+import json
+import pickle
+import pickletools
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from mlx_densesteer.errors import VectorFormatError
+from mlx_densesteer.steering.formats import import_vector
+from mlx_densesteer.steering.vector import SteeringVector
+
+VECTORS = SHARED / "vectors"
+# What torch 2.13 loads, by scripts/make-pt-fixture: file sha256, and sha256 of every layer.
+TORCH = json.loads((Path(__file__).parents[1] / "fixtures" / "pt-vectors.json").read_text())
+
+
+def reference(name: str) -> Path:
+    if not (VECTORS / name).is_file():
+        pytest.skip(f"the authors' vector files are not in {VECTORS}; none is in the project")
+    return VECTORS / name
+
+
+@pytest.mark.parametrize("name", sorted(TORCH))
+def test_reference_vectors_equal_what_torch_loads(name, tmp_path):
+    path = reference(name)
+    expected = TORCH[name]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == expected["file_sha256"]
+    vector = import_vector(path, model="Qwen/Qwen2.5")
+    loaded = SteeringVector.load(vector.save(tmp_path / "v.npz"))
+    found = {str(k): hashlib.sha256(a.tobytes()).hexdigest() for k, a in loaded.layers.items()}
+    assert found == expected["layers_float32_sha256"]
+    assert loaded.meta.hidden_size == expected["hidden_size"]
+    assert loaded.meta.layer_count == len(found)
+    assert expected["file_sha256"] in loaded.meta.source
+
+
+@pytest.mark.parametrize("name", sorted(TORCH))
+def test_reference_vectors_equal_torch_itself(name):
+    """Where torch is installed; elsewhere the fixture above stands for it."""
+    torch = pytest.importorskip("torch", reason="torch is not installed; the fixture stands for it")
+    modules = pytest.importorskip("steering_vectors")
+    with torch.serialization.safe_globals([modules.SteeringVector]):
+        theirs = torch.load(reference(name), weights_only=True).layer_activations
+    ours = import_vector(reference(name), model="x").layers
+    assert sorted(theirs) == sorted(ours)
+    for layer, tensor in theirs.items():
+        assert np.array_equal(ours[layer], tensor.float().numpy())
+
+
+def pt_file(
+    path: Path, body: bytes, storages: dict[str, bytes] | None = None, root="archive"
+) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{root}/data.pkl", body)
+        archive.writestr(f"{root}/byteorder", b"little")
+        for key, data in (storages or {}).items():
+            archive.writestr(f"{root}/data/{key}", data)
+    return path
+
+
+def opcodes(
+    *, cls=b"csteering_vectors.steering_vector\nSteeringVector\n", rebuild=b"ctorch._utils\n_rebuild_tensor_v2\n",
+    storage=b"ctorch\nHalfStorage\n", count=8, offset=0, size=8, stride=1, layer_type=b"decoder_block",
+) -> bytes:  # fmt: skip
+    """Return the pickle of a vector with one layer, as torch.save writes it."""
+
+    def number(n: int) -> bytes:
+        return b"J" + n.to_bytes(4, "little", signed=True)
+
+    def text(t: bytes) -> bytes:
+        return b"X" + len(t).to_bytes(4, "little") + t
+
+    tensor = (
+        rebuild + b"((" + text(b"storage") + storage + text(b"0") + text(b"cpu") + number(count)
+        + b"tQ" + number(offset) + number(size) + b"\x85" + number(stride) + b"\x85\x89"
+        + b"ccollections\nOrderedDict\n)RtR"
+    )  # fmt: skip
+    return (
+        b"\x80\x02" + cls + b")\x81}(" + text(b"layer_activations") + b"}" + number(0) + tensor + b"s"
+        + text(b"layer_type") + text(layer_type) + b"ub."
+    )  # fmt: skip
+
+
+VALUES = np.arange(8, dtype="<f2")
+
+
+def test_the_hand_made_file_is_read(tmp_path):
+    """So that the refusals below are refusals of what they change."""
+    path = pt_file(tmp_path / "v.pt", opcodes(), {"0": VALUES.tobytes()})
+    vector = import_vector(path, model="Qwen/Qwen2.5-1.5B-Instruct")
+    assert np.array_equal(vector.layers[0], VALUES.astype(np.float32))
+    assert vector.meta.model == "Qwen/Qwen2.5-1.5B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("posix.system", 0), ("posix.system", 2), ("posix.system", 4), ("builtins.eval", 4)],
+)
+def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protocol):
+    witness = tmp_path / "witness"
+
+    class Hostile:
+        def __reduce__(self):
+            import builtins
+            import os
+
+            if name == "builtins.eval":
+                return builtins.eval, (f"open({str(witness)!r}, 'w').close()",)
+            return os.system, (f"touch {witness}",)
+
+    path = pt_file(tmp_path / "evil.pt", pickle.dumps(Hostile(), protocol=protocol))
+    expected = name.replace("builtins", "__builtin__") if protocol < 3 else name
+    with pytest.raises(
+        VectorFormatError, match=f"refused, its pickle asks for the global {expected}"
+    ):
+        import_vector(path, model="x")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cls": b"cos\nsystem\n"}, "the global os.system"),
+        ({"cls": b"csteering_vectors.steering_vector\nSteeringVector.__init__\n"}, "the global"),
+        ({"cls": b"ccollections\nOrderedDict\n"}, "holds no steering_vectors SteeringVector"),
+        (
+            {"rebuild": b"ctorch._utils\n_rebuild_tensor\n"},
+            "the global torch._utils._rebuild_tensor",
+        ),
+        ({"storage": b"ctorch\nFloatStorage\n"}, "the global torch.FloatStorage"),
+        ({"storage": b"ccollections\nOrderedDict\n"}, "the persistent id"),
+        ({"count": 9}, "a storage '0' of 9 values that is not in the file"),
+        ({"size": 9}, "a tensor of 9 values at 0 in a storage of 8"),
+        ({"size": -1}, "a tensor of -1 values"),
+        ({"offset": 4}, "a tensor of 8 values at 4"),
+        ({"offset": -4}, "a tensor of 8 values at -4"),
+        ({"stride": 0}, "stride"),
+        ({"layer_type": b"self_attn"}, "layer type 'self_attn', expected 'decoder_block'"),
+    ],
+)
+def test_whatever_is_not_such_a_vector_is_refused(tmp_path, changes, message):
+    path = pt_file(tmp_path / "v.pt", opcodes(**changes), {"0": VALUES.tobytes()})
+    with pytest.raises(VectorFormatError, match=message):
+        import_vector(path, model="x")
+
+
+def test_infinity_is_refused(tmp_path):
+    values = np.full(8, np.inf, dtype="<f2")
+    path = pt_file(tmp_path / "v.pt", opcodes(), {"0": values.tobytes()})
+    with pytest.raises(VectorFormatError, match="layer 0 holds NaN or infinity"):
+        import_vector(path, model="x")
+
+
+def test_nothing_of_a_pickle_outlives_it(tmp_path):
+    """BUILD with a slot state sets attributes: once, and on stand-ins made for this file."""
+    from mlx_densesteer.steering.formats import pt
+
+    text = b"X\x03\x00\x00\x00xyz"
+    for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nHalfStorage\n"):
+        body = b"\x80\x02" + target + b"}}" + text + b"K\x05s\x86b."
+        with pytest.raises(VectorFormatError):
+            import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+        twice = b"\x80\x02" + target + (b"}}" + text + b"K\x05s\x86b") * 2 + b"."
+        with pytest.raises(VectorFormatError, match="the operation BUILD"):
+            import_vector(pt_file(tmp_path / "v.pt", twice), model="x")
+    for stand_in in (*pt._GLOBALS.values(),):
+        assert not hasattr(stand_in, "xyz")
+
+
+def test_a_billion_laughs_are_not_spelled_out(tmp_path):
+    body = (
+        b"\x80\x02)"
+        + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+        + b"Q."
+    )
+    with pytest.raises(VectorFormatError, match="a tuple in two places"):
+        import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+    many = b"\x80\x04)" + b"\x94h\x00\x86" + b"Q."
+    with pytest.raises(VectorFormatError, match="a tuple in two places"):
+        import_vector(pt_file(tmp_path / "v.pt", many), model="x")
+
+
+def test_a_large_pickle_is_not_unpickled(tmp_path):
+    path = pt_file(tmp_path / "v.pt", b"\x80\x02" + b"}" * 2**21 + b".")
+    with pytest.raises(VectorFormatError, match="bytes of objects"):
+        import_vector(path, model="x")
+
+
+def test_a_far_memo_slot_is_not_given_room(tmp_path):
+    body = b"\x80\x02}r" + (2**32 - 1).to_bytes(4, "little") + b"."
+    with pytest.raises(VectorFormatError, match="memo slot 4294967295"):
+        import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x80\x02", b".", b"\x80\x02}b.", b"\x80\x02)R.", b"\x80\xff.", b"not a pickle"]
+)
+def test_a_damaged_pickle(tmp_path, body):
+    with pytest.raises(VectorFormatError, match=r"damaged|holds no|refused"):
+        import_vector(pt_file(tmp_path / "v.pt", body), model="x")
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape")
+def test_any_one_byte_of_damage_is_an_error_of_ours_or_harmless(tmp_path):
+    body = bytearray(opcodes())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in range(len(body)):
+        damaged = bytearray(body)
+        damaged[at] = int(rng.integers(256))
+        try:
+            import_vector(
+                pt_file(tmp_path / "v.pt", bytes(damaged), {"0": VALUES.tobytes()}), model="x"
+            )
+        except VectorFormatError:
+            refused += 1
+    assert refused > len(body) // 2
+
+
+def test_files_of_other_kinds(tmp_path):
+    legacy = tmp_path / "old.pt"
+    legacy.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C))  # how torch.save began before 1.6
+    with pytest.raises(VectorFormatError, match="not a complete zip"):
+        import_vector(legacy, model="x")
+    with pytest.raises(VectorFormatError, match="no data.pkl"):
+        np.savez(tmp_path / "v.npz", a=np.zeros(1))
+        (tmp_path / "v.npz").rename(tmp_path / "v.pt")
+        import_vector(tmp_path / "v.pt", model="x")
+    with pytest.raises(VectorFormatError, match="cannot tell what it is by its ending"):
+        import_vector(tmp_path / "v.bin", model="x")
+
+
+def test_the_opcodes_are_those_of_torch():
+    """The hand-made pickle differs from a real file only in values and memo slots."""
+    with zipfile.ZipFile(reference("dense-rewritten/Qwen2.5-1.5B-Instruct.pt")) as archive:
+        real = archive.read("steering_vector/data.pkl")
+    kinds = {op.name for op, *_ in pickletools.genops(io.BytesIO(real))}
+    ours = {op.name for op, *_ in pickletools.genops(io.BytesIO(opcodes()))}
+    assert ours - {"BININT", "SETITEM"} <= kinds
