@@ -13,7 +13,7 @@ from ..demo.problems import calibration, draw_solution
 from ..extraction.extract import ReadOut, encode_pairs, extract_with_report
 from ..extraction.pairs import Pair, read_pairs
 from ..extraction.rewriting.rules import merge_steps
-from ..generation.density import split_steps
+from ..generation.answer import split_steps
 from ..model.model import find
 from ..model.token_tree import TokenPair, TokenTree
 from ..steering.steering import SMALLEST, parse_layers

@@ -20,7 +20,7 @@ from mlx_densesteer.bench.extract import drawn_pairs
 from mlx_densesteer.bench.speculative import truncated
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.errors import InputError
-from mlx_densesteer.generation.density import split_steps
+from mlx_densesteer.generation.answer import split_steps
 
 SMALL = {
     "decode": {"steps": 3, "prefills": 2, "prompt_tokens": 8},
