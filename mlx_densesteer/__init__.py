@@ -17,21 +17,23 @@ if TYPE_CHECKING:
     from .export.function import export_function as export_function
     from .extraction.extract import extract as extract
     from .extraction.pairs import Pair as Pair
+    from .generation.answer import Generation as Generation
     from .generation.batch import Batch as Batch
     from .generation.batch import generate_batch as generate_batch
     from .generation.brake import Brake as Brake
+    from .generation.sampling import Sampling as Sampling
     from .generation.session import Session as Session
     from .generation.speculation import Draft as Draft
-    from .generation.stream import Generation as Generation
-    from .generation.stream import Sampling as Sampling
     from .generation.stream import generate as generate
     from .generation.stream import stream as stream
     from .generation.thread import ModelThread as ModelThread
     from .model.block import make_cache as make_cache
     from .model.convert import convert as convert
+    from .model.model import Model as Model
     from .model.model import load as load
     from .steering.formats import export_vector as export_vector
     from .steering.formats import import_vector as import_vector
+    from .steering.request import resolve as resolve
     from .steering.steering import Steering as Steering
     from .steering.vector import SteeringVector as SteeringVector
     from .steering.vector import VectorMeta as VectorMeta
@@ -43,10 +45,10 @@ _HOMES = {
     "Brake": "generation.brake",
     "DenseSteerError": "errors",
     "Draft": "generation.speculation",
-    "Generation": "generation.stream",
+    "Generation": "generation.answer",
     "ModelThread": "generation.thread",
     "Pair": "extraction.pairs",
-    "Sampling": "generation.stream",
+    "Sampling": "generation.sampling",
     "Session": "generation.session",
     "Steering": "steering.steering",
     "SteeringVector": "steering.vector",
@@ -60,8 +62,10 @@ _HOMES = {
     "generate": "generation.stream",
     "generate_batch": "generation.batch",
     "import_vector": "steering.formats",
+    "Model": "model.model",
     "load": "model.model",
     "make_cache": "model.block",
+    "resolve": "steering.request",
     "stream": "generation.stream",
     "sweep": "evaluation.sweep",
 }

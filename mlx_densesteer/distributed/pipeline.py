@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
-from ..model.chunks import Chunk, pieces
+from ..model.prefix import Chunk, pieces
 from ..steering.steering import Steering
 
 

@@ -19,7 +19,7 @@ from .._version import __version__
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError, ModelError
 from ..generation.batch import ROWS, generate_batch
-from ..generation.stream import Generation
+from ..generation.answer import Generation
 from ..model.likelihood import nll
 from ..model.model import chat_template_sha256, inspect
 from ..model.prompt import encode_prompt

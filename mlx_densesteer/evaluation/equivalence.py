@@ -17,8 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ..errors import InputError
-from ..extras import install_command
+from ..errors import InputError, install_command
 
 SECONDS = 5  # of CPU time for one verdict, so that a busy machine changes none
 LONGEST = 2000  # characters; no gold answer of the known tasks has a tenth

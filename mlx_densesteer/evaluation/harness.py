@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..extras import install_command
+from ..errors import install_command
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -26,11 +26,12 @@ except ImportError as error:
 from ..demo import NAME, VECTOR
 from ..errors import DenseSteerError, InputError, SteeringError
 from ..generation.batch import generate_batch
-from ..generation.stream import Sampling
+from ..generation.sampling import Sampling
 from ..model.block import make_cache
+from ..model.likelihood import log_likelihoods
 from ..model.model import ModelInfo, inspect, load
-from ..model.steered_likelihood import log_likelihoods
-from ..steering.steering import Steering, parse_layers
+from ..steering.request import parse_layers
+from ..steering.steering import Steering
 from ..steering.vector import SteeringVector, format_layers
 
 ROWS = 16  # of --batch_size auto

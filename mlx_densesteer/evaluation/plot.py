@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError
-from ..extras import install_command
+from ..errors import InputError, install_command
 from ..files import atomic_file
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import InputError
-from ..extras import install_command
-from ..jsonl import read_jsonl
+from ..errors import InputError, install_command
+from ..files import read_jsonl
 from .grading import last_boxed
 
 

@@ -14,7 +14,7 @@ from ..model.model import chat_template_sha256, inspect
 from ..model.prompt import encode_prompt
 from ..model.residual import record_pairs
 from ..model.token_tree import TokenPair, TokenTree
-from ..steering.steering import SMALLEST
+from ..steering.request import SMALLEST
 from ..steering.vector import SteeringVector, VectorMeta
 from .directions import Halves, MeanDifference, PrincipalComponent
 from .pairs import Pair, pairs_sha256

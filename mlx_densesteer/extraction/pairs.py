@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..jsonl import read_jsonl
+from ..files import read_jsonl
 
 # our own field first, then those of the reference's files
 _POSITIVE = ("positive", "pos_response", "resp_after")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..evaluation.grading import grade
-from ..generation.density import density, split_steps
+from ..generation.answer import density, split_steps
 from .quantities import given, written
 
 if TYPE_CHECKING:

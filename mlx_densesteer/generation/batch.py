@@ -8,37 +8,44 @@ One thread owns a batch, as it owns the model: make it, add to it and step it th
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import InputError
+from ..errors import InputError, SteeringError
 from ..model.block import make_cache
+from ..model.cache import SteeredKVCache, twin_of
+from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
 from ..steering.steering import Steering
-from .batch_row import Row, TokenLogprob, make_row_sampler, own_caches
-from .stopping import Pending, check_limits
-from .stream import Generation, Sampling
+from .answer import Generation, PartialAnswer, check_limits
+from .sampling import GREEDY, Sampler, Sampling
 
 ROWS = 16
-GREEDY = Sampling()
 TOLD_EVERY = 16  # steps between two calls of ``progress``
 PREFILL_ROWS = 8  # rows whose prompts are read together at most
-PREFILL = 2048  # prompt tokens of a row that one step reads while nobody waits for it
+PREFILL = 2048  # prompt tokens of a row that one step reads while no row decodes
 # Prompt tokens, of all rows together, read between two tokens of the rows that decode. Smaller
 # parts are dearer (a 0.5B on two CPU cores: 68, 81, 90 tokens/s in parts of 64, 128, 256),
 # larger ones are not cheaper (85 in parts of 512) and hold the others up for longer. Prompts that
 # are no longer than this are read whole, all that come together at once: while prompts are read in
 # parts, the others decode in a batch that is not full.
 PREFILL_BESIDE = 256
+
+
+class TokenLogprob(NamedTuple):
+    """A generated token with its log-probability, and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,66 @@ class Piece:
     text: str
     result: Generation | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(eq=False)
+class _Row:
+    """One row: what goes in, and what has come out so far.
+
+    ``alternatives`` is how many of the likeliest tokens to tell of each token; ``None``: no
+    log-probabilities. ``uid`` is mlx-lm's number of the row, ``None`` while it waits.
+    """
+
+    number: int
+    prompt: list[int]
+    caches: Sequence[KVCache]
+    steering: Steering | None
+    limit: int
+    sampler: Sampler
+    answer: PartialAnswer
+    alternatives: int | None = None
+    uid: int | None = None
+    first: float = 0.0
+    reason: str | None = None
+    untold: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = self.caches[0].offset + len(self.prompt)
+        self.began = time.perf_counter()
+
+    def take(self, token: int, ended: str | None, ends: set[int], logprobs: mx.array) -> str:
+        """Add one token, return what can be said; ``ended`` is set when it was the row's last.
+
+        ``logprobs`` are those of the whole vocabulary, ``(vocabulary,)``.
+        """
+        self.first = self.first or time.perf_counter()
+        if token not in ends:
+            self.answer.add(token)
+            if self.alternatives is not None:
+                self.untold.append(_logprob(token, logprobs, self.alternatives))
+        if ended:
+            self.answer.finalize()
+        self.reason = "stop" if self.answer.stopped else ended
+        return self.answer.show_rest() if self.reason else self.answer.show()
+
+    def tell(self) -> tuple[TokenLogprob, ...]:
+        """Return the log-probabilities that were not told yet."""
+        told, self.untold = tuple(self.untold), []
+        return told
+
+    def result(self) -> Generation:
+        seconds, tokens = time.perf_counter() - self.first, len(self.answer.ids)
+        return Generation(
+            text=self.answer.text,
+            token_ids=tuple(self.answer.ids),
+            prompt_tokens=self.prompt_tokens,
+            # from the first token to the last: one less than there are
+            tokens_per_second=max(0, tokens - 1) / seconds if seconds > 0 else 0.0,
+            time_to_first_token=self.first - self.began if self.first else 0.0,
+            peak_memory_bytes=mx.get_peak_memory(),
+            finish_reason=self.reason or "interrupted",
+            steering=self.steering,
+        )
 
 
 class Batch:
@@ -70,20 +137,21 @@ class Batch:
         InputError: ``rows`` is below 1.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, *, rows: int = ROWS):
+    @takes_model
+    def __init__(self, model: Model, *, rows: int = ROWS):
         if rows < 1:
             raise InputError(f"{rows} rows at once: expected at least 1.")
         self.tokens = 0  # generated so far, by all rows, with their end-of-turn tokens
-        self._model, self._tokenizer, self._limit = model, tokenizer, rows
-        self._eos = set(tokenizer.eos_token_ids)
-        self._rows: dict[int, Row] = {}  # by number: waiting or in the KV cache
-        self._waiting: deque[Row] = deque()
-        self._inside: dict[int, Row] = {}  # by mlx-lm's number: in the KV cache
+        self._model, self._limit = model, rows
+        self._ends = set(self._model.tokenizer.eos_token_ids)
+        self._rows: dict[int, _Row] = {}  # by number: waiting or in the KV cache
+        self._waiting: deque[_Row] = deque()
+        self._inside: dict[int, _Row] = {}  # by mlx-lm's number: in the KV cache
         self._count = 0
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
-            model,
-            stop_tokens=[[token] for token in self._eos],
+            self._model.network,
+            stop_tokens=[[token] for token in self._ends],
             completion_batch_size=rows,
             prefill_batch_size=min(rows, PREFILL_ROWS),
             prefill_step_size=PREFILL,
@@ -123,21 +191,22 @@ class Batch:
             logprobs: tell each token's log-probability, and so many of the likeliest tokens.
 
         Raises:
-            InputError, SteeringError, VectorMismatchError: the row does not join.
+            InputError, SteeringError, VectorMismatchError: the row does not join; a ``ContextError``
+                where the prompt fills the model's context.
         """
         check_limits(max_tokens, stop)
-        if not len(prompt):
-            raise InputError("a prompt has no tokens; expected at least one.")
+        tokens = encode_prompt(self._model.tokenizer, prompt)
         if self._generator is None:
             raise InputError("the batch is closed; expected an open one. Make a new Batch.")
         if cache is None:
-            caches = make_cache(self._model, steering, prompt_length=len(prompt))
+            caches = make_cache(self._model, steering, prompt_length=len(tokens))
         else:
-            caches = own_caches(self._model, cache)
-        row = Row(
-            self._count, list(prompt), caches, steering, max_tokens, make_row_sampler(sampling),
-            Pending(stop), self._tokenizer.detokenizer, logprobs,
-        )  # fmt: skip
+            caches = _own_caches(cache, self._model.layer_count)
+        room = self._model.room(caches[0].offset + len(tokens), max_tokens)
+        answer = PartialAnswer(self._model.tokenizer, stops=stop)
+        row = _Row(
+            self._count, tokens, caches, steering, room, sampling.row_sampler(), answer, logprobs
+        )
         self._count += 1
         self._rows[row.number] = row
         self._waiting.append(row)
@@ -200,15 +269,15 @@ class Batch:
             return PREFILL_BESIDE
         return max(1, PREFILL_BESIDE // min(len(arriving), PREFILL_ROWS))
 
-    def _take(self, row: Row, token: int, ended: str | None, logprobs: mx.array) -> Piece:
+    def _take(self, row: _Row, token: int, ended: str | None, logprobs: mx.array) -> Piece:
         self.tokens += 1
-        text = row.take(token, ended, self._eos, logprobs)
+        text = row.take(token, ended, self._ends, logprobs)
         if row.reason is None:
             return Piece(row.number, text, logprobs=row.tell() if text else ())
         self._drop(row, known=ended is not None)
         return Piece(row.number, text, row.result(), row.tell())
 
-    def _drop(self, row: Row, *, known: bool = False) -> None:
+    def _drop(self, row: _Row, *, known: bool = False) -> None:
         """Forget a row; mlx-lm is told unless it has ended the row itself (``known``)."""
         del self._rows[row.number]
         if self._generator is None:
@@ -221,9 +290,9 @@ class Batch:
             self._generator.remove([row.uid])
 
 
+@takes_model
 def generate_batch(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     prompts: Sequence[str | Sequence[int]],
     *,
     steering: Steering | Sequence[Steering | None] | None = None,
@@ -250,7 +319,8 @@ def generate_batch(
     whole batch.
 
     Raises:
-        InputError, SteeringError, VectorMismatchError: before anything is generated.
+        InputError, SteeringError, VectorMismatchError: before anything is generated; a
+            ``ContextError`` names the first prompt that fills the model's context.
     """
     limits = _for_each("max tokens", max_tokens, len(prompts))
     check_limits(min(limits, default=1), stop)
@@ -258,24 +328,25 @@ def generate_batch(
         raise InputError(f"{rows} rows at once: expected at least 1.")
     steerings = _for_each("steerings", steering, len(prompts))
     jobs = [
-        _Job(_encode(tokenizer, prompt, system, raw), how, limit)
+        _Prompt(encode_prompt(model.tokenizer, prompt, system=system, raw=raw), how, limit)
         for prompt, how, limit in zip(prompts, steerings, limits, strict=True)
     ]
+    for number, job in enumerate(jobs):
+        model.room(len(job.tokens), job.limit, what=f"prompt {number}")
     for distinct in {id(job.steering): job for job in jobs}.values():
         make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
-    return _run(model, tokenizer, jobs, sampling, tuple(stop), rows, progress or (lambda _: None))
+    return _run(model, jobs, sampling, tuple(stop), rows, progress or (lambda _: None))
 
 
-class _Job(NamedTuple):
+class _Prompt(NamedTuple):
     tokens: list[int]
     steering: Steering | None
     limit: int
 
 
 def _run(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    jobs: Sequence[_Job],
+    model: Model,
+    jobs: Sequence[_Prompt],
     sampling: Sampling,
     stop: tuple[str, ...],
     rows: int,
@@ -286,7 +357,7 @@ def _run(
         sampling = replace(sampling, seed=None)
     waiting = iter(jobs)  # added one by one: the steering of a row is an array for each layer
     steps = 0
-    with Batch(model, tokenizer, rows=rows) as batch:
+    with Batch(model, rows=rows) as batch:
         while True:
             for job in islice(waiting, rows - batch.running):
                 batch.add(
@@ -311,9 +382,26 @@ def _for_each(what: str, value, count: int) -> list:
     return list(value)
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt, system: str | None, raw: bool) -> list[int]:
-    if isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt, system=system, raw=raw)
-    if not len(prompt):
-        raise InputError("a prompt has no tokens; expected at least one.")
-    return list(prompt)
+def _logprob(token: int, logprobs: mx.array, alternatives: int) -> TokenLogprob:
+    logprobs = logprobs.astype(mx.float32)
+    alternatives = min(alternatives, logprobs.size)
+    likeliest: list[int] = []
+    if alternatives:
+        found = mx.argpartition(-logprobs, kth=alternatives - 1)[:alternatives]
+        likeliest = found[mx.argsort(-logprobs[found])].tolist()
+    values = logprobs[mx.array([token, *likeliest])].tolist()
+    return TokenLogprob(token, values[0], tuple(zip(likeliest, values[1:], strict=True)))
+
+
+def _own_caches(caches: Sequence[KVCache], count: int) -> list[KVCache]:
+    """Return copies of ``caches``, one for each block; their owner may go on filling the originals."""
+    kinds = sorted({type(cache).__name__ for cache in caches})
+    if len(caches) != count or kinds != [SteeredKVCache.__name__]:
+        raise SteeringError(
+            f"{len(caches)} caches of class {', '.join(kinds)}: expected {count} SteeredKVCache, "
+            "one for each block. Make them with make_cache(model, steering), without kv_bits."
+        )
+    lengths = sorted({cache.offset for cache in caches})
+    if len(lengths) > 1:
+        raise SteeringError(f"the caches hold {lengths} tokens: expected as many in every block.")
+    return [twin_of(cache) for cache in caches]

@@ -12,21 +12,20 @@ This is a one-sided cumulative sum (Page, Biometrika 41 (1954), 100-115). It bea
 changes a little (a counter, two words in no order), up to a period of a third of the window; it
 has to: a table, a long formula or the same sentence three times are not loops.
 
-Where the loop began is found by a quicker score. From the second time that four tokens come,
-text is held back until it has become new again, and a loop is cut off there.
+Text is shown as it comes until repetition is in sight: from the second time that four tokens come
+within the window, text is held back until it has become new again (a quicker score), and a loop is cut
+off there. What was shown is never taken back.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
 _GRAM = 4  # tokens: shorter ones come again in any list of equations
-_TIMES = 3  # one copy of a passage, and a second, are no loop
+_TIMES = 3  # the fourth copy of a passage counts as a repeat
 _FALL = 2  # of the score: a loop is two thirds stale
 _HOLD_FALL = 3  # of the quicker score: ordinary text is shown again soon
-_LAG = 8  # tokens always held back: the first turn of a loop of five tokens or fewer goes too
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class Repetition:
         self._brake = brake
         self._tokens: list[int] = []
         self._places: dict[tuple[int, ...], tuple[int, ...]] = {}  # the latest ends of each gram
-        self._stale = self._again = 0  # the two scores
-        self._held = 0  # where the repetition began that holds text back; 0 where _again is 0
+        self._stale = 0  # the score of the module's docstring
+        self._again = 0  # the quicker score: above 0, text is held back
 
     def feed(self, token: int) -> None:
         """Take the answer's next token."""
@@ -99,12 +98,9 @@ class Repetition:
         if length >= _GRAM:
             self._score(length, tuple(self._tokens[-_GRAM:]))
         if self._stale >= self._brake.limit:
-            # a score that has just fallen to 0 holds nothing: what is not shown yet goes then
-            self.loop_start = max(self._held, self.safe) if self._again else self.safe
-            self.safe = self.loop_start
-        else:
-            until = length - _LAG
-            self.safe = max(self.safe, min(until, self._held) if self._again else until)
+            self.loop_start = self.safe
+        elif not self._again:
+            self.safe = length
 
     def after(self) -> "Repetition":
         """Return the watch over the answer that is left when the loop is cut off.
@@ -114,11 +110,11 @@ class Repetition:
         rest = Repetition(self._brake)
         for token in self._tokens[: self.loop_start]:
             rest.feed(token)
-        rest._stale = 0
+        rest._stale = rest._again = 0
         rest.safe = max(rest.safe, self.safe)
         return rest
 
-    def _score(self, length: int, gram: Sequence[int]) -> None:
+    def _score(self, length: int, gram: tuple[int, ...]) -> None:
         places = self._places.get(gram, ())
         self._places[gram] = (*places[1 - _TIMES :], length)
         oldest = length - self._brake.window
@@ -127,14 +123,6 @@ class Repetition:
         else:
             self._stale = max(0, self._stale - _FALL)
         if places and places[-1] >= oldest:
-            if not self._again:
-                self._held = self._begin(length, period=length - places[-1])
             self._again += 1
         else:
             self._again = max(0, self._again - _HOLD_FALL)
-
-    def _begin(self, length: int, *, period: int) -> int:
-        """Return where the loop begins if this is one: its first turn if not shown, or its second."""
-        second = length - _GRAM
-        first = second - period
-        return first if first >= self.safe else second

@@ -11,9 +11,10 @@ from itertools import count
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError
-from ..model.chunks import Chunk
+from ..model.model import Model
+from ..model.prefix import Chunk
 from ..model.prompt import check_prompt
-from .stream import Generation
+from .answer import Generation
 
 KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
 
@@ -63,8 +64,10 @@ def lay_out(
 def fit(
     lay_out: Callable[[Sequence[Turn]], tuple[list[Chunk], int]],
     turns: Sequence[Turn],
-    context: int,
+    model: Model,
     *,
+    max_tokens: int,
+    context: int,
     drop: bool,
 ) -> tuple[int, list[Chunk], int, int]:
     """Lay out as much of a conversation as leaves room for an answer.
@@ -77,25 +80,25 @@ def fit(
         context: tokens that the conversation may have.
 
     Returns:
-        How many turns are left out; the chunks; the last token; the number of tokens.
+        How many turns are left out; the chunks; the last token; how long the answer may be.
 
     Raises:
         ContextError: no room.
     """
-    limit = context - 1
+    full = context
     for dropped in range(len(turns) + 1):
         chunks, last = lay_out(turns[dropped:])
         length = sum(len(chunk.tokens) for chunk in chunks) + 1
-        if length <= limit or (length < context and len(turns) - dropped <= 1):
-            return dropped, chunks, last, length
-        if not drop:
+        if length < full or (length < context and len(turns) - dropped <= 1) or not drop:
             break
-        limit = int(context * KEPT_WHEN_FULL)
-    raise ContextError(
-        f"the conversation has {length} tokens, and the context {context}: no room for an answer. "
-        "Shorten the question, drop the oldest turns (drop, or drop_oldest=True), or begin anew "
-        "(reset)."
-    )
+        full = int(context * KEPT_WHEN_FULL) + 1
+    try:
+        room = model.room(length, max_tokens, limit=context, what="the conversation")
+    except ContextError as error:
+        raise ContextError(
+            f"{error} Or drop the oldest turns (drop, or drop_oldest=True), or begin anew (reset)."
+        ) from None
+    return dropped, chunks, last, room
 
 
 def _between(

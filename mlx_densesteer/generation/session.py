@@ -1,38 +1,60 @@
 """``Session``: one conversation, whose steering can be changed between its turns.
 
-The next token is always that of a new session with the same history and settings, bit for bit, in
-float32 and bfloat16: ``prefix.py`` sees to that, by reading every part in the same chunks.
-An answer is therefore read once more, as a whole, when the next question comes.
+The next token is that of a new session with the same history and settings, bit for bit: ``prefix.py``
+reads every part in the same chunks. An answer is therefore read once more, as a whole, when the next
+question comes.
 
-Not covered: several conversations at once (``batch.Batch``), tools, and more than one thread: use a
-session on the thread that loaded the model.
+Not covered: several conversations at once (``batch.Batch``), and tools. Use a session on the thread
+that loaded the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import SessionError
 from ..model.block import deltas
-from ..model.chunks import Chunk
-from ..model.model import chat_template_sha256, fingerprint
-from ..model.prefix import Prefix
+from ..model.model import Model, takes_model
+from ..model.prefix import Chunk, Prefix
+from ..steering.request import Amount, request
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
+from .answer import Generation
 from .brake import Brake
 from .conversation import Turn, fit, lay_out
-from .prefix_file import load_prefix, save_prefix
-from .reply import Reply
-from .session_file import SavedSession, cache_path, read_session, write_session
+from .sampling import GREEDY, Sampling
+from .session_file import SavedSession, read_session, write_session
 from .speculation import Draft
-from .stream import GREEDY, Sampling, Stream
+from .stream import Stream
 
 KEEP_BYTES = 256 * 2**20
+
+
+class Reply(Iterator[str]):
+    """Iterate over the pieces of an answer. It joins the session's turns when it ends."""
+
+    def __init__(self, session: "Session", user: str, stream: Stream):
+        self.user = user
+        self._session, self._stream = session, stream
+
+    def __next__(self) -> str:
+        try:
+            return next(self._stream)
+        except StopIteration:
+            self._session._settle(self)
+            raise
+
+    def close(self) -> None:
+        """End the answer now. What was said stays; if nothing was, neither does the question."""
+        self._stream.close()
+        self._session._settle(self)
+
+    @property
+    def result(self) -> Generation:
+        return self._stream.result
 
 
 class Session:
@@ -42,11 +64,11 @@ class Session:
     steered one are computed again for the history (``prefix.Prefix``).
 
     Args:
-        model, tokenizer: as ``load`` returns them.
+        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
         steering: what to add to the residual stream; ``None`` is the stock model.
         system: the system message; ``None`` leaves it to the chat template.
         sampling, max_tokens, stop: of every answer, as in ``stream``; can be set at any time.
-        draft: speculative decoding; a vector of the draft follows the session's strength.
+        draft: speculative decoding.
         brake: cut off repetition and lower the strength, which then stays lowered.
         keep_bytes: how much of the residual stream to keep for re-steering; 0 keeps nothing.
         kv_bits: quantise keys and values to 4 or 8 bits.
@@ -58,10 +80,10 @@ class Session:
         VectorMismatchError, SteeringError, InputError: as in ``stream``.
     """
 
+    @takes_model
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: TokenizerWrapper,
+        model: Model,
         steering: Steering | None = None,
         *,
         system: str | None = None,
@@ -75,15 +97,15 @@ class Session:
         context: int | None = None,
         drop_oldest: bool = False,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
         self.stop, self.brake, self.drop_oldest = tuple(stop), brake, drop_oldest
-        self.context = context or model.args.max_position_embeddings
+        self._context = context
         self.draft = draft
         if draft is not None:
-            draft.check(tokenizer)
-        self.prefix = Prefix(model, keep_bytes=keep_bytes, kv_bits=kv_bits)
-        self._draft_prefix = Prefix(draft.model, kv_bits=kv_bits) if draft else None
+            draft.check(self.model.tokenizer)
+        self.prefix = Prefix(self.model.network, keep_bytes=keep_bytes, kv_bits=kv_bits)
+        self._draft_prefix = Prefix(draft.model.network, kv_bits=kv_bits) if draft else None
         self._turns: list[Turn] = []
         self._live: tuple[Reply, Turn | None] | None = None
         self.steer(steering)
@@ -92,6 +114,11 @@ class Session:
     def turns(self) -> tuple[Turn, ...]:
         """The conversation so far, without an answer that is still coming."""
         return tuple(self._turns)
+
+    @property
+    def context(self) -> int:
+        """How many tokens the conversation may have, answer included."""
+        return min(self.model.context, self._context or self.model.context)
 
     @property
     def steering(self) -> Steering | None:
@@ -150,13 +177,20 @@ class Session:
         Raises:
             VectorMismatchError, SteeringError: it cannot be applied; the old one stays.
         """
-        deltas(self.model, steering)
+        deltas(self.model.network, steering)
         self._end_live()
         self._steering = steering
 
-    def set_strength(self, strength: float) -> None:
-        """Turn the dial. 0 is the unsteered model, bit for bit."""
-        self._change("strength", strength=strength)
+    def set_strength(self, strength: str | float | Amount) -> None:
+        """Turn the dial: lambda, or a dose such as ``"20%"``. 0 is the unsteered model, bit for bit.
+
+        Raises:
+            InputError: no number and no per cent.
+            SessionError: there is no vector.
+        """
+        now = self._need_steering("strength")
+        asked = request(now.vector, strength, now.layers, now.positions)
+        self._change("strength", strength=asked.steering(self.model).strength)
 
     def set_layers(self, layers: Sequence[int]) -> None:
         self._change("layer", layers=tuple(layers))
@@ -164,24 +198,9 @@ class Session:
     def set_positions(self, positions: Positions) -> None:
         self._change("positions", positions=positions)
 
-    def set_vector(
-        self, vector: SteeringVector | None, layers: Sequence[int] | None = None
-    ) -> None:
-        """Steer with another vector at the same strength and positions; ``None`` steers no more.
-
-        ``layers`` are by default those steered now, if ``vector`` holds them, else all of its own.
-        """
-        if vector is None:
-            self.steer(None)
-            return
-        now = self._steering
-        if layers is None and now is not None and set(now.layers) <= set(vector.layers):
-            layers = now.layers
-        chosen = None if layers is None else tuple(layers)
-        if now is None:
-            self.steer(Steering(vector, layers=chosen))
-        else:
-            self._change("vector", vector=vector, layers=chosen)
+    def set_vector(self, vector: SteeringVector | None) -> None:
+        """Steer with another vector, at its own default layer and strength; ``None`` steers no more."""
+        self.steer(None if vector is None else request(vector).steering(self.model))
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of the whole conversation with ``text`` as its next question."""
@@ -200,11 +219,10 @@ class Session:
         twin.fill(chunks, steering)
         return [last], twin.caches
 
-    def save(self, path: str | Path, *, cache: bool = False) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Save the history and the settings, with the steering vectors, as one JSON file.
 
-        ``cache`` saves the caches beside it (``PATH.cache``), so that the history need not be read
-        again after ``load``. A draft, a brake and the limits of memory are not saved.
+        A draft, a brake and the limits of memory are not saved.
 
         Raises:
             SessionError: another kind of file is there; it stays.
@@ -212,64 +230,54 @@ class Session:
         """
         self._end_live()
         path = Path(path)
-        held = self.prefix.fork()
-        held.cut(self._lay_out(self._turns, "?")[0])  # no turns that were taken back or dropped
         saved = SavedSession(
-            fingerprint(self.model), chat_template_sha256(self.tokenizer), self.system, self.sampling,
+            self.model.fingerprint, self.model.chat_template_sha256, self.system, self.sampling,
             self.max_tokens, self.stop, self._steering, self.turns,
         )  # fmt: skip
         write_session(path, saved)
-        if cache and held.length:
-            digest = save_prefix(held, cache_path(path))
-            write_session(path, replace(saved, cache_sha256=digest))
         return path
 
     @classmethod
-    def load(
-        cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper, **options
-    ) -> "Session":
+    def load(cls, path: str | Path, model: Model, **options: object) -> "Session":
         """Return a saved conversation; ``options`` as for a new session, beside what was saved.
 
-        Caches that were saved with it are used if these weights filled them; if not, the history
-        is read again with the next question.
+        The history is read again with the next question.
 
         Raises:
             SessionError: no session file, or one of another model.
         """
-        path = Path(path)
-        saved = read_session(path)
-        ours = fingerprint(model), chat_template_sha256(tokenizer)
+        model = Model.of(model)
+        saved = read_session(Path(path))
+        ours = model.fingerprint, model.chat_template_sha256
         if ours != (saved.fingerprint, saved.chat_template_sha256):
             raise SessionError(
                 f"{path}: saved with another model (fingerprint {saved.fingerprint}, this one has "
                 f"{ours[0]}) or another chat template. Load it with the model that it was saved with."
             )
         session = cls(
-            model, tokenizer, saved.steering, system=saved.system, sampling=saved.sampling,
+            model, saved.steering, system=saved.system, sampling=saved.sampling,
             max_tokens=saved.max_tokens, stop=saved.stop, **options,
         )  # fmt: skip
         session._turns = list(saved.turns)
-        if saved.cache_sha256:
-            load_prefix(session.prefix, cache_path(path), saved.cache_sha256)
         return session
 
     def _lay_out(self, turns: Sequence[Turn], text: str) -> tuple[list[Chunk], int]:
         exchanges = [(turn.user, turn.reply.token_ids) for turn in turns]
-        return lay_out(self.tokenizer, exchanges, text, self.system)
+        return lay_out(self.model.tokenizer, exchanges, text, self.system)
 
     def _start(self, text: str, before: Turn | None) -> Reply:
         """Begin an answer; ``before`` is the turn that it replaces."""
-        dropped, chunks, last, length = fit(
-            partial(self._lay_out, text=text), self._turns, self.context, drop=self.drop_oldest
-        )
+        dropped, chunks, last, room = fit(
+            partial(self._lay_out, text=text), self._turns, self.model,
+            max_tokens=self.max_tokens, context=self.context, drop=self.drop_oldest,
+        )  # fmt: skip
         stream = Stream(
-            self.model, self.tokenizer, self.prefix, chunks, last,
-            steering=self._steering, max_tokens=min(self.max_tokens, self.context - length),
+            self.model, self.prefix, chunks, last, steering=self._steering, max_tokens=room,
             sampling=self.sampling, stop=self.stop, draft=self.draft,
             draft_prefix=self._draft_prefix, brake=self.brake,
         )  # fmt: skip
         del self._turns[:dropped]
-        reply = Reply(text, stream, self._settle)
+        reply = Reply(self, text, stream)
         self._live = reply, before
         return reply
 
@@ -293,7 +301,9 @@ class Session:
 
     def _change(self, what: str, **settings: object) -> None:
         """Replace some of the steering's settings."""
-        deltas(self.model, replace(self._need_steering(what), **settings))  # refused: nothing ends
+        deltas(
+            self.model.network, replace(self._need_steering(what), **settings)
+        )  # refused: nothing ends
         self._end_live()  # a brake of that answer may have lowered the strength
         self._steering = replace(self._need_steering(what), **settings)
 

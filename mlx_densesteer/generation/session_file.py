@@ -1,8 +1,4 @@
-"""A saved conversation: one JSON file, with the steering vectors inside; its caches beside it.
-
-``NAME.cache`` (safetensors) is an optimisation: it is only used by the weights that filled it, and
-only if it is the file that was saved with this conversation.
-"""
+"""A saved conversation: one JSON file, with the steering vectors inside."""
 
 import base64
 import json
@@ -13,12 +9,13 @@ from pathlib import Path
 
 from .._version import __version__
 from ..errors import DenseSteerError, SessionError
-from ..files import atomic_file, file_sha256
+from ..files import atomic_file
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
+from .answer import Generation
 from .brake import Braked
 from .conversation import Turn
-from .stream import Generation, Sampling
+from .sampling import Sampling
 
 FORMAT = "mlx-densesteer session"
 FORMAT_VERSION = 1
@@ -32,7 +29,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class SavedSession:
-    """What a session file holds. ``cache_sha256`` is that of the caches beside it, or ``None``."""
+    """What a session file holds."""
 
     fingerprint: str
     chat_template_sha256: str | None
@@ -42,24 +39,17 @@ class SavedSession:
     stop: tuple[str, ...]
     steering: Steering | None
     turns: tuple[Turn, ...]
-    cache_sha256: str | None = None
-
-
-def cache_path(path: Path) -> Path:
-    """Return where the caches of a session file are."""
-    return path.with_name(f"{path.name}.cache")
 
 
 def write_session(path: Path, saved: SavedSession) -> None:
     """Write a session file; it takes its name when it is whole.
 
-    Caches that were saved with the session that it replaces are removed.
-
     Raises:
-        SessionError: the file that is there is no session of ours; it stays.
+        SessionError: the file that is there is no session; it stays.
         DiskError: it cannot be written.
     """
-    before = _parse(path).get("cache_sha256") if path.exists() else None
+    if path.exists():
+        _parse(path)
     vectors: dict[str, dict[str, str]] = {}
     document = {
         "format": FORMAT,
@@ -67,7 +57,6 @@ def write_session(path: Path, saved: SavedSession) -> None:
         "created_by": f"mlx-densesteer {__version__}",
         "fingerprint": saved.fingerprint,
         "chat_template_sha256": saved.chat_template_sha256,
-        "cache_sha256": saved.cache_sha256,
         "system": saved.system,
         "sampling": asdict(saved.sampling),
         "max_tokens": saved.max_tokens,
@@ -78,10 +67,6 @@ def write_session(path: Path, saved: SavedSession) -> None:
     }
     with atomic_file(path) as file:
         file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
-    caches = cache_path(path)
-    replaced = before not in (None, saved.cache_sha256)
-    if replaced and caches.is_file() and file_sha256(caches) == before:
-        caches.unlink()
 
 
 def read_session(path: Path) -> SavedSession:
@@ -102,7 +87,6 @@ def read_session(path: Path) -> SavedSession:
             stop=tuple(_text(one) for one in document["stop"]),
             steering=_steering(document["steering"], vectors),
             turns=tuple(_turn(one, vectors) for one in document["turns"]),
-            cache_sha256=document["cache_sha256"],
         )
     except (KeyError, TypeError, ValueError, AttributeError, DenseSteerError) as error:
         raise SessionError(

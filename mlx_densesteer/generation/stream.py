@@ -1,91 +1,35 @@
-"""One prompt, a stream of tokens. mlx-lm generates; this adds steering, stops and counts."""
+"""One prompt, a stream of text. mlx-lm generates tokens; this adds steering, stop texts and the brake."""
 
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.generate import generate_step, generation_stream, speculative_generate_step, wired_limit
+from mlx_lm.models.cache import KVCache
 
-from ..distributed.pipeline import PipelinePrefix
-from ..distributed.ranks import ALONE
-from ..errors import ContextError, InputError
 from ..model.block import deltas
-from ..model.chunks import Chunk
-from ..model.prefix import Prefix
+from ..model.model import Model, takes_model
+from ..model.prefix import Chunk, Prefix
 from ..model.prompt import encode_prompt
 from ..steering.steering import Steering
-from .answer import PartialAnswer
+from .answer import Generation, PartialAnswer, check_limits
 from .brake import Brake, Braked
-from .density import density, split_steps
+from .sampling import GREEDY, Sampler, Sampling
 from .speculation import Draft
-from .stopping import check_limits
-
-COLDEST = 1e-6  # a temperature below: 1 / temperature soon overflows float32
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy, as is what is next to it."""
+class Filling(Protocol):
+    """What holds the KV caches of a sequence: ``prefix.Prefix``, or a part of them on one of several ranks."""
 
-    temp: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    caches: list[KVCache]
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temp < float("inf"):
-            raise InputError(f"temperature {self.temp}: expected 0 (greedy) or more.")
-        if self.temp < COLDEST:
-            object.__setattr__(self, "temp", 0.0)
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise InputError(f"seed {self.seed}: expected a number from 0 to 2**64 - 1.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top-p {self.top_p}: expected a number above 0, at most 1.")
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A response, whole or so far.
-
-    ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a
-    stop text; ``steps`` and ``density`` as in ``density.py``. Times in seconds,
-    ``tokens_per_second`` of decoding alone, ``peak_memory_bytes`` as mlx counts it, weights
-    included. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
-    ``"interrupted"``. ``steering`` is the one in force at the end. With a draft model,
-    ``draft_accepted`` of the ``draft_proposed`` tokens were the target's choice too. ``brakes``
-    tells where repetition was cut off and the strength lowered.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    tokens_per_second: float
-    time_to_first_token: float
-    peak_memory_bytes: int
-    finish_reason: str
-    steering: Steering | None = None
-    draft_accepted: int | None = None
-    draft_proposed: int | None = None
-    brakes: tuple[Braked, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def steps(self) -> int:
-        return len(split_steps(self.text))
-
-    @property
-    def density(self) -> float | None:
-        return density(self.tokens, self.steps)
+    def fill(
+        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+    ) -> object:
+        """Make the caches those of ``chunks`` under ``steering``."""
 
 
 class Stream(Iterator[str]):
@@ -99,13 +43,13 @@ class Stream(Iterator[str]):
         chunks: the prompt, its last token left out.
         last: that token.
         draft_prefix: the draft's caches, where there is a draft.
+        sampler: chooses the tokens instead of ``sampling``'s own sampler.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: TokenizerWrapper,
-        prefix: Prefix | PipelinePrefix,
+        model: Model,
+        prefix: Filling,
         chunks: Sequence[Chunk],
         last: int,
         *,
@@ -116,24 +60,23 @@ class Stream(Iterator[str]):
         draft: Draft | None = None,
         draft_prefix: Prefix | None = None,
         brake: Brake | None = None,
+        sampler: Sampler | None = None,
     ):
         check_limits(max_tokens, stop)
-        deltas(model, steering)  # refuses what does not fit
+        deltas(model.network, steering)  # refuses what does not fit
         if draft is not None:
-            draft.check(tokenizer)
-            draft_prefix = draft_prefix or Prefix(draft.model)
-        self._model, self._tokenizer = model, tokenizer
-        self._prefix, self._draft_prefix = prefix, draft_prefix
+            draft.check(model.tokenizer)
+            draft_prefix = draft_prefix or Prefix(draft.model.network)
+        self._model, self._prefix, self._draft_prefix = model, prefix, draft_prefix
         self._chunks, self._last = list(chunks), last
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
+        self._sampler = sampler or sampling.sampler()
         self._finish = "interrupted"
         watched = steering is not None and steering.strength != 0
-        self._answer = PartialAnswer(tokenizer, brake if watched else None, tuple(stop))
-        self._first: float | None = None
-        self._rate, self._peak = 0.0, 0
-        self._accepted = self._rounds = 0
-        self._new_round = True
+        self._answer = PartialAnswer(model.tokenizer, brake if watched else None, stop)
+        self._first_after = self._rate = 0.0
+        self._peak = self._accepted = self._rounds = 0
         self._brakes: list[Braked] = []
         self._pieces = self._generate()
 
@@ -152,7 +95,7 @@ class Stream(Iterator[str]):
             token_ids=tuple(self._answer.ids),
             prompt_tokens=sum(len(chunk.tokens) for chunk in self._chunks) + 1,
             tokens_per_second=self._rate,
-            time_to_first_token=self._first or 0.0,
+            time_to_first_token=self._first_after,
             peak_memory_bytes=self._peak,
             finish_reason=self._finish,
             steering=self._steering,
@@ -167,19 +110,27 @@ class Stream(Iterator[str]):
             mx.random.seed(self._sampling.seed)
         mx.reset_peak_memory()
         began = time.perf_counter()
+        ends = self._model.tokenizer.eos_token_ids
         while self._finish == "interrupted":
-            with contextlib.closing(self._responses()) as responses:
-                for response in responses:
-                    if self._first is None:
-                        self._first = time.perf_counter() - began
-                    self._take(response)
+            with contextlib.closing(self._tokens()) as tokens:
+                first, count = 0.0, 0
+                for token in tokens:
+                    now, count = time.perf_counter(), count + 1
+                    first = first or now
+                    self._first_after = self._first_after or now - began
+                    self._rate = (count - 1) / (now - first) if count > 1 else 0.0
+                    self._peak = mx.get_peak_memory()
+                    if token in ends:
+                        self._finish = "stop"
+                    else:
+                        self._answer.add(token)
+                        if len(self._answer.ids) == self._max_tokens:
+                            self._finish = "length"
+                    if self._finish != "interrupted":
+                        self._answer.finalize()
                     if self._answer.stopped:
                         self._finish = "stop"
-                        break
-                    if self._answer.loop_start is not None:
-                        break
-                    if response.finish_reason:
-                        self._finish = response.finish_reason
+                    if self._finish != "interrupted" or self._answer.loop_start is not None:
                         break
                     if piece := self._answer.show():
                         yield piece
@@ -188,40 +139,35 @@ class Stream(Iterator[str]):
         if piece := self._answer.show_rest():
             yield piece
 
-    def _responses(self) -> Generator:
-        """Read what is not read yet, and return mlx-lm's stream of what follows."""
-        read = [*self._chunks]
-        ids = self._answer.ids
+    def _tokens(self) -> Generator[int, None, None]:
+        """Read what is not read yet, and yield the tokens of the answer that follows."""
+        read, ids = [*self._chunks], self._answer.ids
         if ids:  # after a brake: the kept beginning of the answer
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         self._prefix.fill(read, self._steering, answering=bool(ids))
-        caches, self._new_round = list(self._prefix.caches), True
-        options = {}
-        sampler = make_sampler(temp=self._sampling.temp, top_p=self._sampling.top_p)
-        if self._draft is not None:
-            drafting = self._draft.steering(self._steering)
-            self._draft_prefix.fill(read, drafting, answering=bool(ids))
-            caches += self._draft_prefix.caches
-            options = {"draft_model": self._draft.model, "num_draft_tokens": self._draft.tokens}
-        return stream_generate(
-            self._model,
-            self._tokenizer,
-            [ids[-1] if ids else self._last],
-            max_tokens=self._max_tokens - len(ids),
-            sampler=getattr(self._model, "ranks", ALONE).agree(sampler),
-            prompt_cache=caches,
-            **options,
-        )
-
-    def _take(self, response: GenerationResponse) -> None:
-        if response.token not in self._tokenizer.eos_token_ids:
-            self._answer.add(response.token)
-        if response.finish_reason:
-            self._answer.finalize()
-        self._rate, self._peak = response.generation_tps, mx.get_peak_memory()
-        self._accepted += response.from_draft
-        self._rounds += self._new_round
-        self._new_round = not response.from_draft  # the target's own token ends a round
+        begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
+        network, limit = self._model.network, self._max_tokens - len(ids)
+        with wired_limit(network, [generation_stream]):
+            if self._draft is None:
+                steps = generate_step(
+                    begin, network, max_tokens=limit, sampler=self._sampler,
+                    prompt_cache=list(self._prefix.caches),
+                )  # fmt: skip
+                for token, _ in steps:
+                    yield int(token)
+                return
+            self._draft_prefix.fill(read, None, answering=bool(ids))
+            steps = speculative_generate_step(
+                begin, network, self._draft.model.network, max_tokens=limit, sampler=self._sampler,
+                prompt_cache=[*self._prefix.caches, *self._draft_prefix.caches],
+                num_draft_tokens=self._draft.tokens,
+            )  # fmt: skip
+            new_round = True
+            for token, _, from_draft in steps:
+                self._accepted += from_draft
+                self._rounds += new_round
+                new_round = not from_draft  # the target's own token ends a round
+                yield int(token)
 
     def _slow_down(self) -> None:
         """Cut the answer to before the loop, and lower the strength."""
@@ -235,9 +181,9 @@ class Stream(Iterator[str]):
         self._steering = replace(self._steering, strength=after)
 
 
+@takes_model
 def stream(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     prompt: str | Sequence[int],
     *,
     steering: Steering | None = None,
@@ -254,43 +200,31 @@ def stream(
     The response ends at the latest where the model's context does (``finish_reason="length"``).
 
     Args:
+        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
         prompt: a user message (chat template), plain text (``raw``), or token ids.
         steering: what to add to the residual stream; ``None`` is the stock model.
         stop: texts that end the response; they are not part of it.
         draft: speculative decoding; the text stays the same in greedy decoding.
-        brake: cut off degenerate repetition, lower the strength and go on. The text then comes
-            a few tokens later, so that nothing is taken back; ``None`` lets it repeat.
+        brake: cut off degenerate repetition, lower the strength and go on; ``None`` lets it repeat.
 
     Raises:
-        ContextError: no room for a response in the model's context.
-        InputError, SteeringError, VectorMismatchError: before anything is generated.
+        InputError: an empty prompt, or a limit or stop text that makes no sense.
+        ContextError: a prompt that fills the model's context.
+        VectorMismatchError, SteeringError: the steering cannot be applied.
     """
-    if isinstance(prompt, str):
-        tokens: Sequence[int] = encode_prompt(tokenizer, prompt, system=system, raw=raw)
-    else:
-        tokens = prompt
-    if not len(tokens):
-        raise InputError("the prompt has no tokens; expected at least one.")
-    context = model.args.max_position_embeddings
-    if len(tokens) >= context:
-        raise ContextError(
-            f"the prompt has {len(tokens)} tokens, and the model's context is {context} with the response. "
-            "Shorten it."
-        )
-    *rest, last = (int(token) for token in tokens)
-    spread = getattr(model.model, "pipeline_size", 1) > 1  # over several ranks
+    tokens = encode_prompt(model.tokenizer, prompt, system=system, raw=raw)
+    *rest, last = tokens
     return Stream(
-        model, tokenizer, PipelinePrefix(model) if spread else Prefix(model), [Chunk(tuple(rest))], last,
-        steering=steering, max_tokens=min(max_tokens, context - len(tokens)), sampling=sampling, stop=stop,
-        draft=draft, brake=brake,
+        model, Prefix(model.network), [Chunk(tuple(rest))], last, steering=steering,
+        max_tokens=model.room(len(tokens), max_tokens), sampling=sampling, stop=stop, draft=draft,
+        brake=brake,
     )  # fmt: skip
 
 
-def generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | Sequence[int], **options
-) -> Generation:
+@takes_model
+def generate(model: Model, prompt: str | Sequence[int], **options: object) -> Generation:
     """Return the whole response; the arguments are those of ``stream``."""
-    pieces = stream(model, tokenizer, prompt, **options)
+    pieces = stream(model, prompt, **options)
     for _ in pieces:
         pass
     return pieces.result

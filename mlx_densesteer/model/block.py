@@ -108,7 +108,7 @@ def make_cache(
     prompt is what ``prompt_length`` says, whatever follows is generated.
 
     Args:
-        model: a Qwen2 model of mlx-lm.
+        model: what ``load`` returns, or a Qwen2 network of mlx-lm.
         steering: what to add, or ``None``.
         prompt_length: tokens of the prompt; needed for positions other than ``"all"``.
 
@@ -117,6 +117,7 @@ def make_cache(
         VectorMismatchError: the vector does not fit the model.
         SteeringError: ``prompt_length`` is missing, or ``lambda * v`` overflows the stream's dtype.
     """
+    model = getattr(model, "network", model)
     blocks = decoder_blocks(patch(model))
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or not steering.strength:

@@ -1,35 +1,48 @@
-"""Load a Qwen2 model and say what it is."""
+"""``Model``: a loaded network with its tokenizer, and what is known of them, each worked out once."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, wraps
+from inspect import signature
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import demo
-from ..errors import ModelError
+from ..demo.problems import calibration, draw_solution
+from ..errors import ContextError, InputError, ModelError
+from ..steering.steering import Steering
+from ..steering.vector import SteeringVector
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config, rope
 from .hub import fetch_config, fetch_model
+from .residual import residual_norms
 
-_FILES = {  # what somebody may take for a model
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FILES = {  # remedies for paths that are often taken for a model
     ".gguf": "is a GGUF file; make an MLX folder of it with `densesteer convert {}`.",
     ".npz": "is a steering vector's file: -v takes it. A model is a folder.",
     ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
     ".safetensors": "is one file of a model; name its folder.",
 }
-_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # warned of once, by this name
+_TOO_LONG = (
+    "sequence-length-is-longer-than-the-specified-maximum"  # transformers warns once, by this name
+)
+_SOLUTIONS = 3  # fixed texts on which the norm of the residual stream is measured
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a steering vector needs to know of a model.
+    """What the metadata of a steering vector records of a model.
 
     ``fingerprint`` is that of the original weights: the same for every precision.
     """
@@ -42,14 +55,202 @@ class ModelInfo:
     fingerprint: str
 
 
+class Model:
+    """A network of mlx-lm whose decoder blocks steer, with its tokenizer and what is known of both.
+
+    It unpacks as mlx-lm's pair: ``network, tokenizer = load("demo")``. Until a cache carries a steering
+    (``block.make_cache``), the network computes what the stock network computes.
+
+    Args:
+        network: a Qwen2 model as ``mlx_lm.load`` returns it. Its blocks are patched.
+        tokenizer: its tokenizer.
+        name: the name that metadata records; by default where the tokenizer was loaded from.
+
+    Raises:
+        ModelError: a network of another family.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: TokenizerWrapper, name: str | None = None):
+        self.network = patch(network)
+        self.tokenizer = tokenizer
+        self.name = origin(tokenizer.name_or_path) if name is None else name
+
+    @classmethod
+    def of(cls, model: "Model | tuple[nn.Module, TokenizerWrapper]") -> "Model":
+        """Return ``model``, or the ``Model`` of mlx-lm's pair.
+
+        Raises:
+            InputError: neither of them.
+        """
+        if isinstance(model, Model):
+            return model
+        if isinstance(model, tuple) and len(model) >= 2 and isinstance(model[0], nn.Module):
+            return cls(model[0], model[1])
+        raise InputError(
+            f"{type(model).__name__} given as a model: expected what load returns, or mlx-lm's pair of "
+            "model and tokenizer."
+        )
+
+    def __iter__(self) -> Iterator[nn.Module | TokenizerWrapper]:
+        return iter((self.network, self.tokenizer))
+
+    @property
+    def layer_count(self) -> int:
+        return self.network.args.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.network.args.hidden_size
+
+    @property
+    def context(self) -> int:
+        """How many tokens prompt and response may have together."""
+        return self.network.args.max_position_embeddings
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the weights: SHA-256 (first 16 digits) over every RMSNorm weight as bfloat16.
+
+        Norm weights are never quantised and survive a change of dtype, so each precision of one
+        checkpoint has one fingerprint; checkpoints that were trained apart differ.
+        """
+        digest = hashlib.sha256()
+        for block in decoder_blocks(self.network).values():
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                digest.update(_bfloat16_bytes(norm.weight))
+        digest.update(_bfloat16_bytes(self.network.model.norm.weight))
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """Return what a vector's metadata records of this model."""
+        last = self.network.model.layers[-1].mlp.down_proj
+        bits, mode = getattr(last, "bits", None), getattr(last, "mode", "affine")
+        kind = "" if mode == "affine" else f"{mode}, "
+        return ModelInfo(
+            name=self.name,
+            layer_count=self.layer_count,
+            hidden_size=self.hidden_size,
+            dtype=dtype_name(self.network.model.norm.weight.dtype),
+            quantization=f"{kind}{bits}-bit, group {last.group_size}" if bits else "none",
+            fingerprint=self.fingerprint,
+        )
+
+    @cached_property
+    def chat_template_sha256(self) -> str | None:
+        """The SHA-256 of the chat template, ``None`` if there is none."""
+        template = self.tokenizer.chat_template
+        return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+    @cached_property
+    def measured_norms(self) -> dict[int, float]:
+        """The mean ``||h_l||`` of every layer over the tokens of three fixed solutions, unsteered.
+
+        The prompts' tokens are left out: the norms of a chat template's tokens are several times those
+        of text. The same in every run, so a dose always means the same.
+        """
+        layers = list(decoder_blocks(self.network))
+        totals = dict.fromkeys(layers, 0.0)
+        for tokens, first in self.solutions():
+            for layer, norm in residual_norms(self.network, tokens, layers, first=first).items():
+                totals[layer] += norm / _SOLUTIONS
+        return totals
+
+    def norms(self, vector: SteeringVector, layers: Iterable[int]) -> dict[int, float]:
+        """Return the mean ``||h_l||`` of the residual stream at some layers: what a dose is measured against.
+
+        As the vector's file recorded it from the responses of its pairs, if they were read from these
+        weights; else ``measured_norms``.
+        """
+        wanted = sorted(set(layers))
+        recorded = vector.residual_norms or {}
+        theirs = vector.meta.fingerprint == self.fingerprint and set(wanted) <= set(recorded)
+        found = recorded if theirs else self.measured_norms
+        return {layer: found[layer] for layer in wanted}
+
+    def dose(self, steering: Steering | None) -> float:
+        """Return the dose of a steering in this model; 0.2 is 20 % of the residual stream."""
+        if steering is None or not steering.strength:
+            return 0.0
+        return steering.dose(self.norms(steering.vector, steering.layers))
+
+    def room(
+        self, tokens: int, wanted: int, *, limit: int | None = None, what: str = "the prompt"
+    ) -> int:
+        """Return how many of ``wanted`` tokens may follow ``tokens`` that are there.
+
+        The only place that knows the context. ``wanted=0`` asks whether the tokens can be read at all.
+
+        Args:
+            limit: a narrower context, in tokens.
+            what: names the tokens in the error.
+
+        Raises:
+            ContextError: no room for one token, or for the ``tokens`` themselves.
+        """
+        context = min(self.context, limit or self.context)
+        room = context - tokens
+        if room < min(wanted, 1):
+            raise ContextError(
+                f"{what} has {tokens} tokens, and the model's context is {context}"
+                f"{' with the response' if wanted else ''}. Shorten it."
+            )
+        return min(wanted, room)
+
+    def check_fits(self, vector: SteeringVector) -> None:
+        """Raise ``VectorMismatchError`` unless every layer of the vector fits this model."""
+        vector.check_fits(
+            hidden_size=self.hidden_size,
+            layer_count=self.layer_count,
+            model=self.name or "the model",
+        )
+
+    def solutions(self) -> list[tuple[list[int], int]]:
+        """Return three fixed solutions of arithmetic stories: token ids, and where the response begins."""
+        from .prompt import encode_prompt
+
+        made = []
+        for problem in calibration(_SOLUTIONS):
+            raw = not self.tokenizer.has_chat_template
+            prompt = encode_prompt(self.tokenizer, problem.question, raw=raw)
+            text = draw_solution(problem, random.Random(problem.id))
+            response = self.tokenizer.encode(text, add_special_tokens=False)
+            made.append(([*prompt, *response], len(prompt)))
+        return made
+
+
+def takes_model(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function or method whose first argument is a ``Model`` also take mlx-lm's pair.
+
+    ``function(model, ...)``, ``function(network, tokenizer, ...)`` and ``function((network, tokenizer),
+    ...)`` are then the same.
+    """
+    bound = next(iter(signature(function).parameters)) in ("self", "cls")
+
+    @wraps(function)
+    def call(*given: P.args, **options: P.kwargs) -> R:
+        own, given = given[:bound], given[bound:]
+        if not given and "model" in options:
+            given = (options.pop("model"),)
+        if given and isinstance(given[0], nn.Module):
+            if "tokenizer" in options:
+                given = (given[0], options.pop("tokenizer"), *given[1:])
+            if len(given) > 1 and isinstance(given[1], TokenizerWrapper):
+                given = (given[:2], *given[2:])
+        if given:
+            given = (Model.of(given[0]), *given[1:])
+        return function(*own, *given, **options)
+
+    return call
+
+
 def load(
     path_or_repo: str | Path, *, revision: str | None = None, adapter_path: str | None = None
-) -> tuple[nn.Module, TokenizerWrapper]:
-    """Return a patched model and its tokenizer, from a folder or a Hub id.
+) -> Model:
+    """Return a model, from a folder or a Hub id. It unpacks as ``network, tokenizer = load(...)``.
 
-    ``"demo"`` is the embedded demo model; it comes in bfloat16, which mlx's CPU backend does
-    slowly, so there it is computed in float32. Until a cache carries a steering
-    (``make_cache``), the model is the stock model.
+    ``"demo"`` is the embedded demo model; it comes in bfloat16, which mlx's CPU backend computes
+    slowly, so there it is computed in float32.
 
     Raises:
         UnsupportedModelError: not of the Qwen2 family.
@@ -57,32 +258,29 @@ def load(
         HubError: the Hub did not give us the files.
     """
     path = find(path_or_repo, revision=revision)
-    model, tokenizer = load_folder(path, adapter_path=adapter_path)
-    set_dtype(model, path)
-    return model, tokenizer
+    model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
+    set_dtype(model.network, path)
+    return model
 
 
-def set_dtype(model: nn.Module, path: Path) -> None:
+def set_dtype(network: nn.Module, path: Path) -> None:
     """Give the demo model the dtype that it is computed in; every other keeps that of its file."""
     if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
+        network.set_dtype(mx.float32)
 
 
-def load_folder(
-    path: Path, *, adapter_path: str | None = None
-) -> tuple[nn.Module, TokenizerWrapper]:
-    """Return the patched model of a folder, in the dtype of its file; raises as ``load`` does."""
+def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None = None) -> Model:
+    """Return the model of a folder, in the dtype of its file; raises as ``load`` does."""
     told = rope(read_config(path))
     with loading(path):
-        model, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[:2]
-    return patch(model), quiet(tokenizer)
+        network, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[
+            :2
+        ]
+    return Model(network, quiet(tokenizer), origin(path) if name is None else name)
 
 
 def quiet(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
-    """Return the tokenizer, which no longer warns of long texts: who generates checks how long a prompt is.
-
-    transformers would foretell indexing errors.
-    """
+    """Return the tokenizer, which no longer warns of long texts: ``Model.room`` refuses them."""
     tokenizer.deprecation_warnings[_TOO_LONG] = True
     return tokenizer
 
@@ -121,60 +319,34 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
     return fetch_model(repo, revision=revision)
 
 
-def inspect(model: nn.Module, path_or_repo: str | Path) -> ModelInfo:
-    """Return what a vector's metadata records of a loaded model."""
-    layers = model.model.layers
-    quantized = getattr(layers[-1].mlp.down_proj, "bits", None)
-    group_size = getattr(layers[-1].mlp.down_proj, "group_size", None)
-    mode = getattr(layers[-1].mlp.down_proj, "mode", "affine")
-    mode = "" if mode == "affine" else f"{mode}, "
-    return ModelInfo(
-        name=origin(path_or_repo),
-        layer_count=model.args.num_hidden_layers,
-        hidden_size=model.args.hidden_size,
-        dtype=dtype_name(model.model.norm.weight.dtype),
-        quantization=f"{mode}{quantized}-bit, group {group_size}" if quantized else "none",
-        fingerprint=fingerprint(model),
-    )
-
-
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return ``bfloat16`` for ``mx.bfloat16``."""
     return str(dtype).removeprefix("mlx.core.")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Identify the weights: SHA-256 (first 16 digits) over every RMSNorm weight as bfloat16.
-
-    Norm weights are never quantised and survive a change of dtype, so each precision of one
-    checkpoint has one fingerprint; checkpoints that were trained apart differ.
-    """
-    digest = hashlib.sha256()
-    for block in decoder_blocks(model).values():
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            digest.update(_bfloat16_bytes(norm.weight))
-    digest.update(_bfloat16_bytes(model.model.norm.weight))
-    return digest.hexdigest()[:16]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Identify the weights exactly, adapters and precision included: SHA-256, first 16 digits.
-
-    Over each parameter's name, shape, dtype and the sum of its bit patterns as integers.
-    """
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        total = array.reshape(-1).view(words[array.dtype.size]).astype(mx.uint64).sum().item()
-        digest.update(f"{name} {array.shape} {array.dtype} {total}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:
     return bytes(memoryview(array.astype(mx.bfloat16).view(mx.uint16)))
 
 
+# Shims for the rooms that are still to be moved to ``Model``.
+
+
+def inspect(network: nn.Module, path_or_repo: str | Path) -> ModelInfo:
+    from dataclasses import replace
+
+    class _Tokenizer:
+        name_or_path = str(path_or_repo)
+
+    return replace(Model(network, _Tokenizer()).info)
+
+
+def fingerprint(network: nn.Module) -> str:
+    class _Tokenizer:
+        name_or_path = ""
+
+    return Model(network, _Tokenizer()).fingerprint
+
+
 def chat_template_sha256(tokenizer: TokenizerWrapper) -> str | None:
-    """Return the SHA-256 of the chat template, or ``None`` if there is none."""
     template = tokenizer.chat_template
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None

@@ -11,21 +11,65 @@ function of (chunks, steering): bit for bit those of a new ``Prefix``, whatever 
 Not covered: rotating caches, which cannot be cut back, and pipeline parallelism.
 """
 
-import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..errors import SteeringError
 from ..steering.steering import Steering
 from .block import decoder_blocks, deltas, patch
-from .cache import EVERYWHERE, Shift, SteeredKVCache, SteeredQuantizedKVCache, twin_of
-from .chunks import Chunk, common_beginning, pieces, steered_span
+from .cache import (
+    EVERYWHERE,
+    NOWHERE,
+    Shift,
+    Span,
+    SteeredKVCache,
+    SteeredQuantizedKVCache,
+    twin_of,
+)
+
+STEP = 2048  # tokens that go through the blocks together at most
+
+
+class Chunk(NamedTuple):
+    """Tokens that are read together.
+
+    ``answer``: read at positions whose output chose a token of an answer, the last token of the
+    question first. Other chunks are prompt.
+    """
+
+    tokens: tuple[int, ...]
+    answer: bool = False
+
+
+def steered_span(positions: str, answer: bool, start: int) -> Span:
+    """Return what is steered of tokens from ``start`` on, of an answer or of prompt.
+
+    The last token of a prompt, with which an answer begins, is ``"prompt"`` and ``"generated"``.
+    """
+    if positions == "all":
+        return EVERYWHERE
+    if positions == "generated":
+        return EVERYWHERE if answer else NOWHERE
+    return Span(stop=start + 1) if answer else EVERYWHERE
+
+
+def common_beginning(a: Sequence[Chunk], b: Sequence[Chunk]) -> int:
+    """Return how many leading chunks are the same."""
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return same
+
+
+def pieces(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut the tokens of a chunk into parts of at most ``STEP``."""
+    for start in range(0, len(tokens), STEP):
+        yield tokens[start : start + STEP]
 
 
 class Work(NamedTuple):
@@ -157,52 +201,6 @@ class Prefix:
         twin._chunks, twin._ends = list(self._chunks), list(self._ends)
         twin._residual = list(self._residual)
         return twin
-
-    @property
-    def state(self) -> dict[str, object]:
-        """The arrays: keys and values of each layer, the kept residual stream, and ``lambda * v``."""
-        kept = [
-            tree_map(lambda a: a[..., : self.length, :], (c.keys, c.values)) for c in self.caches
-        ]
-        state = {"keys": [keys for keys, _ in kept], "values": [values for _, values in kept]}
-        state["residual"] = {f"chunk{i}": kept for i, kept in enumerate(self._residual)}
-        state["delta"] = {f"layer{k}": shift.delta for k, (shift, _) in self._shifts.items()}
-        return state
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """What the arrays belong to, the weights aside, as plain values."""
-        return {
-            "chunks": self._chunks,
-            "positions": {f"layer{k}": positions for k, (_, positions) in self._shifts.items()},
-            "captured": self._captured,
-            "quantization": self._quantization,
-            "dtype": str(self.model.model.norm.weight.dtype),
-        }
-
-    def restore(self, state: Mapping[str, object], identity: Mapping[str, object]) -> bool:
-        """Become the prefix that had this ``state``; ``False`` if it cannot have been of this model."""
-        own = json.loads(json.dumps(self.identity))
-        if any(own[key] != identity[key] for key in ("quantization", "dtype")):
-            return False
-        if len(state["keys"]) != len(self._blocks):
-            return False
-        self.reset()
-        for chunk in identity["chunks"]:
-            self._add(Chunk(tuple(chunk[0]), chunk[1]))
-        for cache, keys, values in zip(self.caches, state["keys"], state["values"], strict=True):
-            cache.keys, cache.values, cache.offset = keys, values, self.length
-        self._captured = identity["captured"] if self._keep_bytes else None
-        for i in range(len(state.get("residual", {}))):
-            kept = state["residual"][f"chunk{i}"]
-            if self.residual_bytes + sum(h.nbytes for h in kept) > self._keep_bytes:
-                break
-            self._residual.append(kept)
-        for name, positions in identity["positions"].items():
-            layer, delta = int(name.removeprefix("layer")), state["delta"][name]
-            self._plan[layer] = positions, bytes(memoryview(delta))
-            self._shifts[layer] = Shift.of(delta, [EVERYWHERE]), positions
-        return True
 
     def _cut(self, count: int) -> None:
         """Keep the first ``count`` chunks, and nothing that was added behind them."""

@@ -1,22 +1,32 @@
 """From what a person typed to the token ids that the model reads."""
 
+from collections.abc import Sequence
+
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
 
 
 def encode_prompt(
-    tokenizer: TokenizerWrapper, prompt: str, *, system: str | None = None, raw: bool = False
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int],
+    *,
+    system: str | None = None,
+    raw: bool = False,
 ) -> list[int]:
     """Return the token ids of one user turn in the chat template, or of the text as it is.
 
-    ``raw`` leaves the template out; otherwise ``system`` is the system message (Qwen2.5
-    has a default of its own).
+    ``raw`` leaves the template out; otherwise ``system`` is the system message (Qwen2.5 has a default
+    of its own). Token ids stay as they are.
 
     Raises:
-        InputError: an empty prompt, a system message without a template, or a tokenizer
-            that has no template.
+        InputError: an empty prompt, a system message without a template, or a tokenizer that has no
+            template.
     """
+    if not isinstance(prompt, str):
+        if not len(prompt):
+            raise InputError("a prompt has no tokens; expected at least one.")
+        return [int(token) for token in prompt]
     check_prompt(tokenizer, prompt, system=system, raw=raw)
     if raw:
         return tokenizer.encode(prompt)

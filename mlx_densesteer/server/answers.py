@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..generation.stream import Sampling
+from ..generation.sampling import Sampling
 from .encoding import Encoder
 from .engine import Engine
 from .faults import Fault

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..generation.batch import Piece
-from ..generation.stream import Sampling
+from ..generation.sampling import Sampling
 from .faults import Fault
 from .wanted import Wanted
 

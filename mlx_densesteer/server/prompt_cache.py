@@ -18,8 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
-from ..model.chunks import Chunk, common_beginning
-from ..model.prefix import Prefix
+from ..model.prefix import Chunk, Prefix, common_beginning
 from ..steering.steering import UNSTEERED, Steering
 
 SMALL, LARGE = 64, 256  # tokens of a chunk: ended by a message from here on, ended anyway

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..generation.batch import Piece
-from ..generation.batch_row import TokenLogprob
-from ..generation.density import density
-from ..generation.stream import Generation
+from ..generation.batch import TokenLogprob
+from ..generation.answer import density
+from ..generation.answer import Generation
 
 TokenBytes = Callable[[int], bytes]
 

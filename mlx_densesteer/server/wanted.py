@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import DenseSteerError
 from ..model.dose import strength_for
-from ..steering.combination import combine
+from ..steering.vector import combine
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
 from .faults import Fault, bad, excerpt

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DenseSteerError
 from ..generation.batch import PREFILL_BESIDE, Batch, Piece
-from ..generation.stream import Sampling
+from ..generation.sampling import Sampling
 from ..model.block import deltas
 from ..steering.steering import LARGE_DOSE, Steering
 from .faults import Fault, bad, ending

@@ -1,32 +1,221 @@
-"""How a vector is used when nobody says how. numpy only."""
+"""From what a user asks for to a ``Steering``: the grammar of strengths, and every default.
 
-from collections.abc import Iterable
-from typing import NamedTuple
+The command line, the chat, a request's JSON, a model's name, lm-eval's arguments and Python come here.
+No mlx: a dose needs the model's norms, and the model is handed in.
+"""
 
-from .steering import Positions
-from .vector import SteeringVector
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import InputError, SteeringError
+from .steering import Positions, Steering
+from .vector import SteeringVector, format_layers
+
+DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
+LARGEST = 1e9  # strength, either way: far above anything that leaves a model sane
+SMALLEST = 1e-5  # dose of strength 1: below, a vector is float32's rounding and nothing else
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
-class Default(NamedTuple):
-    """``recommended``: a sweep found it; else the middle layer at strength 1."""
+class HasNorms(Protocol):
+    """What a dose is measured against; ``model.model.Model`` is one."""
 
+    def norms(self, vector: SteeringVector, layers: Iterable[int]) -> Mapping[int, float]:
+        """Return the mean ``||h_l||`` at each layer."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How strongly to steer: a strength (lambda), or a dose, a fraction of the residual stream's norm."""
+
+    number: float
+    is_dose: bool = False
+
+    @classmethod
+    def parse(cls, text: "str | float | Amount") -> "Amount":
+        """Read ``1.5``, ``"1.5"``, ``"-2"`` (strengths) or ``"20%"``, ``"-10 %"`` (doses).
+
+        Raises:
+            InputError: anything else, or a strength beyond 1e9.
+        """
+        if isinstance(text, Amount):
+            return text
+        words = str(text).strip() if not isinstance(text, bool) else "a truth value"
+        percent = words.endswith("%")
+        digits = words.removesuffix("%").rstrip()
+        number = float(digits) if _NUMBER.fullmatch(digits) else math.nan
+        if not abs(number) <= LARGEST:
+            shown = words if len(words) <= 40 else f"{words[:40]}..."
+            raise InputError(
+                f"strength {shown!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
+                f"the residual stream such as 20%; {LARGEST:g} at most."
+            )
+        return cls(number / 100, True) if percent else cls(number)
+
+    def __str__(self) -> str:
+        return format_dose(self.number) if self.is_dose else f"{self.number:.4g}"
+
+    def strength(self, vector: SteeringVector, norms: Mapping[int, float]) -> float:
+        """Return lambda; ``norms`` is the mean ``||h_l||`` of each steered layer.
+
+            lambda = dose / sum_l( ||v_l|| / mean ||h_l|| )
+
+        Raises:
+            InputError: the vector is zero at these layers, or no larger than float32's rounding.
+        """
+        if not self.is_dose or not self.number:
+            return self.number
+        sizes = vector.norms()
+        unit = sum(sizes[layer] / norm for layer, norm in norms.items())
+        if unit < SMALLEST:
+            raise InputError(
+                f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no more "
+                "than rounding, so a dose means nothing there. Choose another layer."
+            )
+        return self.number / unit
+
+
+@dataclass(frozen=True)
+class Request:
+    """A steering that was asked for, with every default filled in; a dose still needs the model.
+
+    ``why`` says where the layer and the strength come from, for the user; empty if both were given.
+    """
+
+    vector: SteeringVector
+    amount: Amount
     layers: tuple[int, ...]
-    strength: float
-    positions: Positions
-    recommended: bool
+    positions: Positions = "all"
+    why: str = ""
+
+    def steering(self, model: HasNorms) -> Steering:
+        """Return the steering; the model is only asked for its norms if the amount is a dose."""
+        norms: Mapping[int, float] = {}
+        if self.amount.is_dose and self.amount.number:
+            norms = model.norms(self.vector, self.layers)
+        strength = self.amount.strength(self.vector, norms)
+        return Steering(self.vector, strength, self.layers, self.positions)
 
 
-def default_for(vector: SteeringVector, layers: tuple[int, ...] | None = None) -> Default:
-    """Return what a sweep recommended, unless other ``layers`` are asked for."""
+def request(
+    vector: SteeringVector,
+    strength: str | float | Amount | None = None,
+    layers: Iterable[int] | None = None,
+    positions: Positions | None = None,
+) -> Request:
+    """Fill in what is not given, and refuse what can never be applied. The only owner of defaults.
+
+    - ``layers``: the one that a sweep recommended; else the one at which extraction could tell held-out
+      pairs apart best (``VectorMeta.separation``); else the one nearest the middle.
+    - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
+    - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as the paper does.
+
+    Raises:
+        InputError: ``strength`` is no number and no per cent.
+        SteeringError, VectorMismatchError: as ``Steering``.
+    """
     best = vector.meta.recommended or {}
-    if best and layers in (None, (best["layer"],)):
-        strength, positions = float(best["strength"]), best.get("positions") or "all"
-        return Default((best["layer"],), strength, positions, True)
-    if layers is None:
-        layers = (default_layer(vector.layers, vector.meta.layer_count),)
-    return Default(layers, 1.0, "all", False)
+    given = None if layers is None else tuple(sorted(set(layers)))
+    if given == ():
+        raise SteeringError("no layers to steer: name at least one.")
+    swept = bool(best) and given in (None, (best["layer"],))
+    if given is not None:
+        chosen, reason = given, ""
+    elif swept:
+        chosen, reason = (best["layer"],), "a sweep recommends it"
+    else:
+        layer, reason = default_layer(vector)
+        chosen = (layer,)
+    if strength is not None:
+        amount = Amount.parse(strength)
+    elif swept:
+        amount = Amount(float(best["strength"]))
+    else:
+        amount = Amount(DEFAULT_DOSE, is_dose=True)
+    where = positions or (best.get("positions") if swept else None) or "all"
+    made = Request(vector, amount, chosen, where, reason)
+    Steering(
+        vector, 0.0 if amount.is_dose else amount.number, chosen, where
+    )  # refuses what cannot be
+    return made
 
 
-def default_layer(available: Iterable[int], layer_count: int) -> int:
-    """Return the layer nearest the middle: there the paper saw steps and tokens both move."""
-    return min(available, key=lambda layer: (abs(layer - layer_count // 2), layer))
+def resolve(
+    model: HasNorms,
+    vector: SteeringVector | str | Path,
+    strength: str | float | Amount | None = None,
+    layers: Iterable[int] | None = None,
+    positions: Positions | None = None,
+) -> Steering:
+    """Return the steering that is asked for, for one model, with defaults where nothing is given.
+
+        resolve(model, "dense.npz")                   # this vector's own layer and strength
+        resolve(model, "dense.npz", "20%")            # a dose: 20 % of the residual stream
+        resolve(model, "dense.npz", 1.5, layers=[14])  # lambda = 1.5 at layer 14
+
+    Args:
+        model: what ``load`` returns.
+        vector: a steering vector, or its ``.npz`` file; ``"demo"`` is the embedded one.
+        strength: lambda, or a dose such as ``"20%"``; see ``request`` for the defaults.
+
+    Raises:
+        VectorFormatError: the file is no steering vector.
+        InputError, SteeringError, VectorMismatchError: as ``request``.
+    """
+    if not isinstance(vector, SteeringVector):
+        vector = SteeringVector.load(vector)
+    return request(vector, strength, layers, positions).steering(model)
+
+
+def default_layer(vector: SteeringVector) -> tuple[int, str]:
+    """Return the layer to steer by default, without a sweep, and the reason in words.
+
+    The middle is where the paper saw steps and tokens both move.
+    """
+    measured = {k: v for k, v in vector.separation.items() if k in vector.layers}
+    if measured:
+        best = max(measured, key=lambda layer: (measured[layer], layer))
+        return best, "it tells held-out pairs apart best"
+    if len(vector.layers) == 1:
+        return min(vector.layers), "it is the vector's only one"
+    middle = vector.meta.layer_count // 2
+    nearest = min(vector.layers, key=lambda layer: (abs(layer - middle), layer))
+    return nearest, f"it is the middle one of {vector.meta.layer_count}"
+
+
+def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:
+    """Read layers as they are typed: ``14``, ``10-14``, ``10,12``, ``all``.
+
+    Raises:
+        SteeringError: a text that is none of these.
+    """
+    layers: set[int] = set()
+    for text in texts:
+        for part in text.split(","):
+            part = part.strip()
+            first, dash, last = part.partition("-")
+            if part == "all":
+                layers.update(available)
+            elif _is_layer(part):
+                layers.add(int(part))
+            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
+                layers.update(range(int(first), int(last) + 1))
+            else:
+                raise SteeringError(
+                    f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
+                )
+    return tuple(sorted(layers))
+
+
+def _is_layer(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 4
+
+
+def format_dose(dose: float) -> str:
+    """Write a dose as people read it: ``20%``, ``2.5%``, ``-10%``."""
+    return f"{float(f'{100 * dose:.3g}'):g}%"

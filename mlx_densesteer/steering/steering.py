@@ -1,9 +1,9 @@
-"""``Steering``: which vector, how strong, at which layers and positions. numpy only."""
+"""``Steering``: which vector, how strong, at which layers and positions. No mlx."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,11 +14,9 @@ from .vector import SteeringVector, format_layers
 
 Positions = Literal["all", "generated", "prompt"]
 
-# Relative dose from which on we warn. At about 1 our 0.5B test checkpoint repeats itself without
+# The dose from which on users are warned. At about 1 the 0.5B test checkpoint repeats itself without
 # end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
 LARGE_DOSE = 0.8
-
-SMALLEST = 1e-5  # of ||v_l|| / mean ||h_l||: below, a vector is nothing but float32's rounding
 
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 
@@ -34,13 +32,13 @@ class Steering:
     Args:
         vector: the steering vector.
         strength: lambda, any finite number.
-        layers: 0-based layer numbers, by default every layer that the vector holds.
+        layers: 0-based layer numbers. ``request.resolve`` chooses where none are given.
         positions: at which tokens of the sequence the vector is added.
             ``"all"``: everywhere, as the reference does.
             ``"prompt"``: at every prompt token.
             ``"generated"``: at every position whose output chooses a generated token: from
             the *last prompt token* on (that position belongs to ``"prompt"`` as well).
-            Both are those of one turn; see ``patch.make_cache``.
+            Both are those of one turn; see ``block.make_cache``.
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
@@ -51,8 +49,8 @@ class Steering:
     """
 
     vector: SteeringVector
-    strength: float = 1.0
-    layers: tuple[int, ...] | None = None
+    strength: float
+    layers: tuple[int, ...]
     positions: Positions = "all"
     _deltas: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
 
@@ -64,8 +62,7 @@ class Steering:
         strength = float(self.strength)
         if not math.isfinite(strength):
             raise SteeringError(f"strength {self.strength}: expected a finite number.")
-        wanted = self.vector.layers if self.layers is None else self.layers
-        layers = tuple(sorted({int(layer) for layer in wanted}))
+        layers = tuple(sorted({int(layer) for layer in self.layers}))
         if not layers:
             raise SteeringError("no layers to steer: name at least one.")
         chosen = self.vector.select(layers).layers
@@ -99,50 +96,27 @@ class Steering:
             digest.update(self._deltas[layer].astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 
-    def relative_dose(self, residual_norms: dict[int, float]) -> dict[int, float]:
-        """Return ``|lambda| * ||v_l|| / mean ||h_l||`` of each steered layer.
+    def dose(self, residual_norms: Mapping[int, float]) -> float:
+        """Return how much is added, against the residual stream it is added to; 0.2 is 20 %.
 
-        Comparable between vectors, where a raw strength is not: norms of the reference's
-        vectors lie between 0.06 and 72. ``residual_norms`` as ``record.residual_norms``
-        measures them.
+            dose = sum_l( |strength| * ||v_l|| / mean ||h_l|| )
+
+        A sum over the steered layers: what one layer adds is still in the stream at the next one, so
+        the same dose moves the stream about as far at one layer as at three. Doses of different
+        vectors compare, strengths do not: norms of the reference's vectors lie between 0.06 and 72.
+
+        Args:
+            residual_norms: the mean ``||h_l||`` of each steered layer (``Model.norms``).
         """
         norms = self.vector.norms()
-        return {k: abs(self.strength) * norms[k] / residual_norms[k] for k in self._deltas}
+        return sum(abs(self.strength) * norms[k] / residual_norms[k] for k in self.layers)
 
     def describe(self) -> dict[str, object]:
         """Return the setting as plain values for JSON output."""
         return {
             "vector": self.vector.name,
             "strength": self.strength,
-            "layers": list(self.layers or ()),
+            "layers": list(self.layers),
             "positions": self.positions,
             "fingerprint": self.fingerprint,
         }
-
-
-def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:
-    """Read layer options: ``14``, ``10-14``, ``10,12``, ``all``.
-
-    Raises:
-        SteeringError: a text that is none of these.
-    """
-    layers: set[int] = set()
-    for text in texts:
-        for part in text.split(","):
-            part = part.strip()
-            first, dash, last = part.partition("-")
-            if part == "all":
-                layers.update(available)
-            elif _is_layer(part):
-                layers.add(int(part))
-            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
-                layers.update(range(int(first), int(last) + 1))
-            else:
-                raise SteeringError(
-                    f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
-                )
-    return tuple(sorted(layers))
-
-
-def _is_layer(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 4

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from .. import demo
 from .._version import __version__
-from ..archive import parse_npy, read_archive
 from ..errors import VectorFormatError, VectorMismatchError
-from ..files import atomic_file
+from ..files import atomic_file, parse_npy, read_archive
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
@@ -27,6 +26,8 @@ class VectorMeta:
     """Where a steering vector comes from and what it fits.
 
     ``None`` means "not recorded", as for a vector imported from a file that does not say.
+    ``residual_norms`` is the mean ``||h_l||`` of each layer, ``separation`` how well its vector tells
+    held-out pairs apart (``extraction.extract``), ``recommended`` the setting that a sweep found.
     """
 
     model: str
@@ -41,6 +42,7 @@ class VectorMeta:
     quantization: str | None = None
     tested: tuple[Mapping[str, object], ...] = ()
     residual_norms: Mapping[str, float] | None = None
+    separation: Mapping[str, float] | None = None
     recommended: Mapping[str, object] | None = None
     source: str | None = None
     created_by: str = f"mlx-densesteer {__version__}"
@@ -106,6 +108,11 @@ class SteeringVector:
         """The mean ``||h_l||`` of each layer that was recorded at extraction, if it was."""
         stored = self.meta.residual_norms
         return None if stored is None else {int(k): float(v) for k, v in stored.items()}
+
+    @property
+    def separation(self) -> dict[int, float]:
+        """How well the vector of each layer tells held-out pairs apart, if extraction measured it."""
+        return {int(k): float(v) for k, v in (self.meta.separation or {}).items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":
         """Return the same vector with only ``layers``.
@@ -201,6 +208,52 @@ class SteeringVector:
         return cls(layers, meta, name=name or path.name)
 
 
+def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
+    """Return ``sum_i w_i * v_i`` at every layer that one of the vectors holds.
+
+    A vector without a layer adds nothing there. What is known of one vector alone (tested strengths,
+    a recommendation) is left out; residual norms, which are the model's, are kept where all were made
+    for the same weights; the rest is that of the first.
+
+    Raises:
+        VectorMismatchError: no vectors, or of models of another width or depth.
+    """
+    if not parts:
+        raise VectorMismatchError("no vectors to combine: expected at least one.")
+    first = parts[0][0].meta
+    for vector, _ in parts:
+        shape = vector.meta.hidden_size, vector.meta.layer_count
+        if shape != (first.hidden_size, first.layer_count):
+            raise VectorMismatchError(
+                f"{vector.name}: width {shape[0]} and {shape[1]} layers, but {parts[0][0].name} has "
+                f"{first.hidden_size} and {first.layer_count}. Combine vectors of one model."
+            )
+    layers = sorted({layer for vector, _ in parts for layer in vector.layers})
+    sums = {
+        layer: sum(
+            weight * v.layers[layer].astype(np.float64) for v, weight in parts if layer in v.layers
+        )
+        for layer in layers
+    }
+    name = " + ".join(f"{weight:g} {vector.name}" for vector, weight in parts)
+    same_weights = len({vector.meta.fingerprint for vector, _ in parts}) == 1
+    norms: dict[str, float] = {}
+    for vector, _ in reversed(parts if same_weights and first.fingerprint else ()):
+        norms |= vector.meta.residual_norms or {}
+    meta = replace(
+        first,
+        method=f"combined: {name}",
+        tested=(),
+        residual_norms=norms or None,
+        recommended=None,
+        pair_count=None,
+        pairs_sha256=None,
+        token=None,
+        fingerprint=first.fingerprint if same_weights else None,
+    )
+    return SteeringVector(sums, meta, name=name)
+
+
 def format_layers(layers: Iterable[int]) -> str:
     """Write layer numbers the way people read them: ``0-3, 7``."""
     runs: list[list[int]] = []
@@ -232,6 +285,10 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
         for key, value in (meta.residual_norms or {}).items()
     ):
         problems.append("`residual_norms` does not give a positive number for each layer")
+    if not all(
+        key.isdecimal() and _is_number(value) for key, value in (meta.separation or {}).items()
+    ):
+        problems.append("`separation` does not give a number for each layer")
     best = meta.recommended
     if best is not None and not (
         type(best.get("layer")) is int and _is_number(best.get("strength"))
@@ -271,7 +328,7 @@ def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
 # Every other key is text.
 _TYPES = {
     "hidden_size": int, "layer_count": int, "pair_count": int, "tested": list,
-    "residual_norms": dict, "recommended": dict,
+    "residual_norms": dict, "separation": dict, "recommended": dict,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_densesteer.generation.density import density, split_steps
+from mlx_densesteer.generation.answer import density, split_steps
 
 
 @pytest.mark.parametrize(

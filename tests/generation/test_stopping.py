@@ -3,7 +3,8 @@ import random
 import pytest
 
 from mlx_densesteer.errors import InputError
-from mlx_densesteer.generation.stopping import Pending, _held_back, check_limits
+from mlx_densesteer.generation.stopping import Pending, _held_back
+from mlx_densesteer.generation.answer import check_limits
 
 
 def test_limits_are_checked():

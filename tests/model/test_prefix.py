@@ -6,7 +6,7 @@ import pytest
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
 from mlx_densesteer.model.cache import EVERYWHERE, NOWHERE, Span
-from mlx_densesteer.model.chunks import STEP, Chunk, common_beginning, pieces, steered_span
+from mlx_densesteer.model.prefix import STEP, Chunk, common_beginning, pieces, steered_span
 from mlx_densesteer.model.prefix import Prefix, Work
 
 CHUNKS = [Chunk((1, 2, 3, 4)), Chunk((5, 6, 7), answer=True), Chunk((8, 9))]

@@ -7,7 +7,7 @@ from mlx_densesteer.errors import InputError
 from mlx_densesteer.model import likelihood, steered_likelihood
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.likelihood import nll
-from mlx_densesteer.model.steered_likelihood import log_likelihoods
+from mlx_densesteer.model.likelihood import log_likelihoods
 from mlx_densesteer.steering.steering import Steering
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
-from mlx_densesteer.steering.combination import combine
+from mlx_densesteer.steering.vector import combine
 
 
 def test_the_sum_is_both_at_once(tiny, make_vector):

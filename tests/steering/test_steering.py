@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mlx_densesteer.errors import SteeringError, VectorMismatchError
-from mlx_densesteer.steering.steering import Steering, parse_layers
+from mlx_densesteer.steering.request import parse_layers
+from mlx_densesteer.steering.steering import Steering
 
 
 def test_delta_is_lambda_times_v(make_vector):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ...jsonl import read_jsonl
+from ...files import read_jsonl
 from ..pairs import text_of
 from .draft import Draft, Rewrite, whole_characters
 

@@ -6,7 +6,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...generation.batch import ROWS, generate_batch
-from ...generation.density import split_steps
+from ...generation.answer import split_steps
 from ...model.model import inspect
 from ..verification import most_tokens
 from .draft import Draft, Rewrite, whole_characters

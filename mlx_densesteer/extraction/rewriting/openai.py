@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import InputError
-from ...generation.density import split_steps
+from ...generation.answer import split_steps
 from .draft import Draft, Rewrite, whole_characters
 from .instruction import SYSTEM, VERSION, read_answer, request
 from .transport import Http, Https, NoRedirect

@@ -8,7 +8,7 @@ sentence, every calculation, code as it is, and the final answer. Nothing is add
 import re
 from collections.abc import Iterator, Sequence
 
-from ...generation.density import split_steps
+from ...generation.answer import split_steps
 from ..quantities import given, written
 from .draft import Draft, Rewrite
 

@@ -1,4 +1,4 @@
-/** Steps and density of a text, as mlx_densesteer/generation/density.py counts them; numbers as people write them. */
+/** Steps and density of a text, as mlx_densesteer/generation/answer.py counts them; numbers as people write them. */
 
 const BLANK_LINE = /\n[^\S\n]*\n/;
 

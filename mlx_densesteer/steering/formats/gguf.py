@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...archive import MAX_BYTES
 from ...errors import DiskError, VectorFormatError
-from ...files import scratch_folder
+from ...files import MAX_BYTES, scratch_folder
 from ..vector import SteeringVector, format_layers
 from .foreign import check_numbers, layer_of, meta_of
 from .gguf_package import check_header, damage, gguf_package

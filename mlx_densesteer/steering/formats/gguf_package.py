@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import ConversionError, DenseSteerError
-from ...extras import install_command
+from ...errors import ConversionError, DenseSteerError, install_command
 
 
 def gguf_package(path: Path, kind: type[DenseSteerError] = ConversionError) -> Any:

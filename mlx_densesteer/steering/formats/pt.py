@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ...archive import read_archive
 from ...errors import VectorFormatError
+from ...files import read_archive
 from ..vector import SteeringVector
 from .foreign import foreign_meta
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...archive import MAX_BYTES
 from ...errors import VectorFormatError
-from ...files import atomic_file
+from ...files import MAX_BYTES, atomic_file
 from ..vector import SteeringVector
 from .foreign import check_numbers, layer_of, meta_of
 
