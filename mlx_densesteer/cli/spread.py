@@ -41,7 +41,7 @@ def load_steered(
 
         model, tokenizer = load(name)
         return model, tokenizer, *steering_for(request, model, tokenizer, name), ranks
-    from ..distributed.sharding import load_sharded, own_layers
+    from ..distributed.loading import load_sharded, own_layers
     from ..model.model import find
     from ..steering.vector import format_layers
 

@@ -18,7 +18,7 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.distributed.ranks import Ranks, launched_rank
-from mlx_densesteer.distributed.sharding import check_pipeline, check_tensor
+from mlx_densesteer.distributed.loading import check_pipeline, check_tensor
 from mlx_densesteer.errors import DistributedError
 
 QUESTION = "Rosa has 3 boxes with 8 shells in each. Then Rosa sells 6. How many shells are left?"
@@ -109,7 +109,7 @@ def test_tensor_parallel_writes_what_one_process_does(hf_folder, make_vector, tm
 def compare(tmp_path, vector, models, known=()):
     """Print and return the largest difference of each ``(kind, folder)`` from one process."""
     vector.save(tmp_path / "v.npz")
-    script, out = Path(__file__).parents[1].joinpath("distributed_logits.py"), tmp_path / "out.npz"
+    script, out = Path(__file__).with_name("logits_of_ranks.py"), tmp_path / "out.npz"
     specs = [f"{kind}={folder}" for kind, folder in models]
     done = launch(2, sys.executable, script, tmp_path / "v.npz", out, *specs)
     assert not warned(done), done.stderr

@@ -1,6 +1,6 @@
 """Run under mlx.launch by tests/distributed/test_distributed.py: logits of models that are spread over ranks.
 
-    distributed_logits.py VECTOR.npz OUT.npz KIND=FOLDER...        KIND is tensor or pipeline
+    logits_of_ranks.py VECTOR.npz OUT.npz KIND=FOLDER...        KIND is tensor or pipeline
 
 Reads 12 tokens in two chunks and then one, steered at every layer of the vector; rank 0 writes float32
 logits (13, vocabulary) for each model, and every rank checks that it has the same.
@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_densesteer import Steering, SteeringVector, make_cache
 from mlx_densesteer.distributed.ranks import Ranks
-from mlx_densesteer.distributed.sharding import load_sharded, settle
+from mlx_densesteer.distributed.loading import load_sharded, settle
 
 vector, out, *models = sys.argv[1:]
 ranks = Ranks.connect()
