@@ -11,7 +11,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .errors import DenseSteerError as DenseSteerError
-    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.scoring import evaluate as evaluate
     from .evaluation.sweep import sweep as sweep
     from .export.bake import bake as bake
     from .export.function import export_function as export_function
@@ -55,7 +55,7 @@ _HOMES = {
     "VectorMeta": "steering.vector",
     "bake": "export.bake",
     "convert": "model.convert",
-    "evaluate": "evaluation.evaluate",
+    "evaluate": "evaluation.scoring",
     "export_function": "export.function",
     "export_vector": "steering.formats",
     "extract": "extraction.extract",

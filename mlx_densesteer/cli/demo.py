@@ -35,21 +35,20 @@ def demo(problems: int, as_json: bool) -> None:
     from ..evaluation.sweep import settings_of, table
     from ..evaluation.tasks import load_task
     from ..model.model import load
+    from ..steering.request import Amount
     from ..steering.vector import SteeringVector
 
     if not as_json:
         click.echo(WHAT_IT_IS)
-    model, tokenizer = load(NAME)
+    model = load(NAME)
     vector = SteeringVector.load(VECTOR)
-    settings = settings_of(
-        vector, [LAYER], DOSES, positions=POSITIONS, residual_norms=vector.residual_norms,
-        relative=True,
-    )  # fmt: skip
+    doses = [Amount(dose, is_dose=True) for dose in DOSES]
+    settings = settings_of(model, vector, [LAYER], doses, positions=POSITIONS)
     settings.sort(key=lambda setting: setting.strength)
     live, chosen = Live(), load_task(NAME, limit=problems)
     expected = len(settings) * len(chosen)
     answers = answer(
-        model, tokenizer, chosen, [setting.steering for setting in settings], rows=32,
+        model, chosen, [setting.steering for setting in settings], rows=32,
         max_tokens=200,
         progress=lambda answers, tokens: live.show(f"{len(answers)}/{expected} answers"),
     )  # fmt: skip
@@ -89,7 +88,7 @@ def _shown(text: str, width: int = 600) -> str:
 
 def _plain(row: "GridRow") -> dict[str, object]:
     described = row.describe()
-    kept = ("strength", "relative", "problems", "accuracy", "steps", "tokens", "density", "nll")
+    kept = ("dose", "strength", "problems", "accuracy", "steps", "tokens", "density", "nll")
     return {key: described[key] for key in kept}
 
 
@@ -98,7 +97,7 @@ def _lines(rows: "list[GridRow]") -> list[str]:
     for row in rows:
         d = row.describe()
         lines.append([
-            signed(d["strength"]), f"{d['relative']:+.2f}", f"{100 * d['accuracy']:.1f}%",
+            signed(d["strength"]), f"{d['dose']:+.2f}", f"{100 * d['accuracy']:.1f}%",
             f"{100 * d['accuracy_low']:.0f}-{100 * d['accuracy_high']:.0f}",
             f"{d['steps']:.1f}", f"{d['tokens']:.0f}",
             "-" if d["density"] is None else f"{d['density']:.1f}",

@@ -1,20 +1,15 @@
-"""A model over the ranks of ``mlx.launch``, or on this machine alone, for ``densesteer generate``."""
+"""``densesteer generate`` over the ranks of ``mlx.launch``."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from ..distributed.ranks import launched_rank
-from .steering import Request, steering_for, steering_over_ranks
 from .text import note
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     from ..distributed.ranks import Ranks
-    from ..steering.steering import Steering
+    from ..model.model import Model
 
 COMMANDS = ("generate", "eval", "sweep")  # what can run on several ranks
 
@@ -29,35 +24,29 @@ def check_spread(pipeline: bool, draft_model: str | None) -> None:
         raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
 
 
-def load_steered(
-    name: str, request: Request | None, *, pipeline: bool
-) -> "tuple[nn.Module, TokenizerWrapper, Steering | None, dict[int, float], Ranks]":
-    """Return model, tokenizer, steering, the norms that its dose is relative to, and the ranks."""
+def load_spread(name: str, *, pipeline: bool) -> "tuple[Model, Ranks]":
+    """Return this rank's part of a model and the ranks; say how the model is spread. Alone, the model."""
+    from ..distributed.loading import load_over_ranks
     from ..distributed.ranks import Ranks
-
-    ranks = Ranks.connect()
-    if ranks.size == 1:
-        from ..model.model import load
-
-        model, tokenizer = load(name)
-        return model, tokenizer, *steering_for(request, model, tokenizer, name), ranks
-    from ..distributed.loading import load_sharded, own_layers
-    from ..model.model import find
     from ..steering.vector import format_layers
 
-    model, tokenizer, info = load_sharded(find(name), ranks, pipeline=pipeline)
+    ranks = Ranks.connect()
+    model = load_over_ranks(name, ranks, pipeline=pipeline)
+    if ranks.size == 1:
+        return model, ranks
     if pipeline:
         parts = "; ".join(
-            f"rank {i}: {format_layers(layers)}"
-            for i, layers in enumerate(ranks.gather(own_layers(model)))
+            f"rank {rank}: {format_layers(layers)}"
+            for rank, layers in enumerate(ranks.gather(model.own_layers))
         )
-        note(f"{info.name} as a pipeline, layers of {parts}")
-        steering, norms = steering_over_ranks(request, info)
+        note(f"{model.name} as a pipeline, layers of {parts}")
     else:
-        note(f"{info.name} tensor-parallel on {ranks.size} ranks")
-        steering, norms = steering_for(request, model, tokenizer, name)
-    if steering is not None:
-        setting = [steering.vector.sha256(), list(steering.layers), steering.positions]
-        ranks.same(setting, "vectors or options")
-        steering = replace(steering, strength=ranks.share(steering.strength))
-    return model, tokenizer, steering, norms, ranks
+        note(f"{model.name} tensor-parallel on {ranks.size} ranks")
+    return model, ranks
+
+
+def load_steered(name, request, *, pipeline):  # until generate.py takes a Model
+    from .steering import steering_for
+
+    model, ranks = load_spread(name, pipeline=pipeline)
+    return *model, *steering_for(request, *model, name), ranks

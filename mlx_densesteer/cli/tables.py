@@ -27,6 +27,13 @@ def signed(strength: float) -> str:
     return f"{strength:+.3g}" if strength else "0"
 
 
+def dose(fraction: float) -> str:
+    """Write a dose with its sign: ``+20%``; that of strength 0 is 0."""
+    from ..steering.request import format_dose
+
+    return f"{'+' if fraction > 0 else ''}{format_dose(fraction)}" if fraction else "0"
+
+
 def estimate(one: "Estimate | None", digits: int = 1) -> str:
     """Write ``5.1 [4.8, 5.4]``."""
     if one is None:

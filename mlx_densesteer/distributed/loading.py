@@ -1,99 +1,159 @@
-"""A model over several ranks: tensor-parallel or as a pipeline. mlx-lm cuts it; this checks and loads.
+"""A model over several ranks: tensor-parallel, as a pipeline, or whole on each of them.
 
-Tensor-parallel: every rank has a slice of every block's heads and MLP; what they compute is summed, and
-``lambda * v`` is added to the sum, once on each rank's copy of the residual stream. Pipeline: every
-rank has some of the blocks, the last rank the first ones, and the residual stream goes from rank to rank; a layer
-keeps its number, so its vector finds it wherever it is.
+mlx-lm cuts it; this checks and loads. Tensor-parallel: every rank has a slice of every block's heads and
+MLP; what they compute is summed, and ``lambda * v`` is added to the sum, once on each rank's copy of the
+residual stream. Pipeline: every rank has some of the blocks, the last rank the first ones, and the
+residual stream goes from rank to rank; a layer keeps its number, so its vector finds it wherever it is.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
 from .._version import __version__
 from ..errors import DistributedError
 from ..model.block import decoder_blocks, patch
-from ..model.config import read_config, rope
-from ..model.model import ModelInfo, chat_template_sha256, inspect, loading, quiet, set_dtype
+from ..model.config import origin, read_config, rope
+from ..model.model import Model, find, load, loading, quiet, set_dtype
+from ..steering.vector import SteeringVector
 from .ranks import Ranks
 
 
-def load_sharded(
-    folder: Path, ranks: Ranks, *, pipeline: bool = False
-) -> tuple[nn.Module, TokenizerWrapper, ModelInfo]:
-    """Return this rank's part of a model, patched; its tokenizer; and what the whole model is.
+class RankModel(Model):
+    """What one of several ranks holds of a model: a part, or a copy.
+
+    ``info``, ``context`` and ``norms`` are those of the whole model. Every rank has to ask for ``norms``.
+    """
+
+    def __init__(
+        self, network: nn.Module, tokenizer: TokenizerWrapper, name: str | None, ranks: Ranks
+    ):
+        super().__init__(network, tokenizer, name)
+        self.ranks = ranks
+
+    @property
+    def own_layers(self) -> list[int]:
+        """The layers that this rank computes."""
+        return list(decoder_blocks(self.network))
+
+    def norms(self, vector: SteeringVector, layers: Iterable[int]) -> dict[int, float]:
+        """Return what ``Model.norms`` does; rank 0's figures, so that every rank has the same doses."""
+        self.ranks.same([vector.sha256(), vector.residual_norms is None], "vectors")
+        return dict(self.ranks.share(list(super().norms(vector, layers).items())))
+
+    @cached_property
+    def measured_norms(self) -> dict[int, float]:
+        if not is_pipeline(self.network):
+            return super().measured_norms
+        own = _norms_of_own_layers(self)
+        return {
+            layer: norm for part in self.ranks.gather(list(own.items())) for layer, norm in part
+        }
+
+
+def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -> Model:
+    """Return this rank's part of a model; alone the model.
 
     Tensor-parallel, one block at a time is read whole and cut; a pipeline reads only its own blocks.
 
     Args:
-        folder: the same model on every rank.
+        name: as ``load``; the same model on every rank.
+        pipeline: give every rank some of the blocks, not a slice of each.
 
     Raises:
         DistributedError: the model cannot be cut into so many parts, or ranks hold different models.
-        UnsupportedModelError, ModelError: as ``model.load``.
+        UnsupportedModelError, ModelError, HubError: as ``load``.
     """
+    if ranks.size == 1:
+        return load(name)
+    folder = find(name)
     config = read_config(folder)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     with loading(folder):
-        model, config = load_model(folder, lazy=True, model_config=rope(config))
+        network, config = load_model(folder, lazy=True, model_config=rope(config))
         tokenizer = quiet(load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")))
-    set_dtype(model, folder)
-    info = inspect(model, folder)  # before blocks go: the fingerprint is that of all
-    ranks.same(_identity(info, config, tokenizer), "models")
+    set_dtype(network, folder)
+    model = RankModel(network, tokenizer, origin(name), ranks)
+    ranks.same(
+        _identity(model, config), "models"
+    )  # keeps the fingerprint, which is that of all blocks
     if pipeline:
-        if not hasattr(model.model, "pipeline"):
-            raise DistributedError(
-                "this mlx-lm cuts Qwen2 models only tensor-parallel; a pipeline needs mlx-lm 0.32, and that Python "
-                "3.11 or newer. Leave --pipeline out, or install these."
-            )
-        model.model.pipeline(ranks.group)
+        network.model.pipeline(ranks.group)
     else:
-        model.shard(ranks.group)
-    patch(model)
-    model.ranks = ranks  # whose tokens are rank 0's
-    for block in decoder_blocks(model).values():  # of each, the slice is kept
+        network.shard(ranks.group)
+    patch(network)  # again: a cache for each block that is left
+    for block in decoder_blocks(network).values():  # of each, the slice is kept
         mx.eval(block.parameters())
-    mx.eval(model.parameters())
+    mx.eval(network.parameters())
     ranks.wait()
-    return model, tokenizer, info
+    return model
 
 
-def _identity(
-    info: ModelInfo, config: Mapping[str, object], tokenizer: TokenizerWrapper
-) -> dict[str, object]:
+def load_copies(name: str | Path, ranks: Ranks) -> Model:
+    """Return the whole model, on each rank; doses are the same on all of them. Raises as ``load``."""
+    model = load(name)
+    return model if ranks.size == 1 else RankModel(*model, model.name, ranks)
+
+
+def is_pipeline(network: nn.Module) -> bool:
+    """Return whether the blocks are spread over ranks."""
+    return network.model.pipeline_size > 1
+
+
+def _norms_of_own_layers(model: RankModel) -> dict[int, float]:
+    """Return the mean ``||h_l||`` at this rank's layers, as ``Model.measured_norms``.
+
+    The model's own forward pass goes through them, since that sends and receives the residual stream.
+    """
+    layers = model.network.model.layers
+    blocks = decoder_blocks(model.network)
+    texts = model.solutions()
+    totals = dict.fromkeys(blocks, 0.0)
+    for tokens, first in texts:
+        readers = {layer: _Reader(block) for layer, block in blocks.items()}
+        try:
+            for layer, reader in readers.items():
+                layers[layer] = reader
+            mx.eval(model.network.model(mx.array([tokens])))
+        finally:
+            for layer, block in blocks.items():
+                layers[layer] = block
+        for layer, reader in readers.items():
+            lengths = mx.linalg.norm(reader.output.astype(mx.float32), axis=-1)[0]
+            totals[layer] += float(mx.mean(lengths[first:])) / len(texts)
+    return totals
+
+
+class _Reader:
+    """A block that keeps what it puts out, ``(1, tokens, hidden)``."""
+
+    def __init__(self, block: nn.Module):
+        self._block = block
+
+    def __call__(self, *arguments: object) -> mx.array:
+        self.output = self._block(*arguments)
+        return self.output
+
+
+def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
     """What must be equal on all ranks for them to go through the same tokens."""
     text = json.dumps(config, sort_keys=True, default=str)
     return {
-        "weights": info.fingerprint,
-        "quantization": info.quantization,
+        "weights": model.info.fingerprint,
+        "quantization": model.info.quantization,
         "config.json": hashlib.sha256(text.encode()).hexdigest()[:12],
-        "end tokens": sorted(int(token) for token in tokenizer.eos_token_ids),
-        "chat template": chat_template_sha256(tokenizer),
+        "end tokens": sorted(int(token) for token in model.tokenizer.eos_token_ids),
+        "chat template": model.chat_template_sha256,
         "versions": f"{__version__}, mlx-lm {mlx_lm.__version__}, mlx {mx.__version__}",
     }
-
-
-def settle(ranks: Ranks) -> None:
-    """Return when every rank is done with what it generated; call it before a rank may go.
-
-    mlx-lm works out one token more than it gives, which needs the other ranks.
-    """
-    if ranks.size > 1:
-        mx.synchronize(generation_stream)
-        ranks.wait()
-
-
-def own_layers(model: nn.Module) -> list[int]:
-    """Return the layers that this rank computes."""
-    return list(decoder_blocks(model))
 
 
 def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:

@@ -1,22 +1,24 @@
-"""The processes of one `mlx.launch`: who am I, and what do the others know. mlx when there are several.
+"""The processes of one ``mlx.launch``, and how they exchange values. mlx is imported when there are several.
 
-A rank is one of them, on this machine or another. What the ranks tell each other is JSON, in the
-collectives of ``mx.distributed``; every rank has to take part in every call, in the same order.
+A rank is one of these processes, on this machine or another. What the ranks tell each other is JSON, in
+the collectives of ``mx.distributed``; every rank has to take part in every call, in the same order.
 """
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DistributedError
 
-Sampler = Callable[[Any], Any]  # log-probabilities (rows, vocabulary) -> tokens (rows,)
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from ..generation.sampling import Sampler
 
 
 def launched_rank() -> int | None:
-    """Return this process's rank under ``mlx.launch``, ``None`` elsewhere; without mlx.
+    """Return this process's rank under ``mlx.launch``, ``None`` elsewhere. It reads the environment only.
 
     ``mlx.launch -n 1`` is an ordinary process: mlx 0.32 cannot read the host file that it makes of it.
     """
@@ -30,12 +32,12 @@ def launched_rank() -> int | None:
 
 
 class Ranks:
-    """All ranks as one of them sees them. ``Ranks()`` is a process alone: nothing is sent.
+    """All ranks, seen from one of them. ``Ranks()`` is a process alone: nothing is sent.
 
     ``size`` is how many there are, ``rank`` counts from 0, ``group`` is mlx's, ``None`` alone.
     """
 
-    def __init__(self, group: Any = None):
+    def __init__(self, group: "mx.distributed.Group | None" = None):
         self.group = group
         self.rank: int = group.rank() if group else 0
         self.size: int = group.size() if group else 1
@@ -82,17 +84,17 @@ class Ranks:
         """Return what rank 0 gave."""
         return self.gather(value if self.rank == 0 else None)[0]
 
-    def agree(self, sampler: Sampler) -> Sampler:
+    def agree(self, sampler: "Sampler") -> "Sampler":
         """Return ``sampler`` with rank 0's choice on every rank.
 
-        Ranks compute the same logits, but on unlike machines not to the last bit; two that go on with
-        different tokens would wait for each other for ever.
+        Ranks compute the same logits, but on unlike machines not to the last bit; two ranks that go on
+        with different tokens would wait for each other for ever.
         """
         if self.group is None:
             return sampler
         import mlx.core as mx
 
-        def chosen(logprobs: Any) -> Any:
+        def chosen(logprobs: mx.array) -> mx.array:
             tokens = sampler(logprobs)
             return mx.distributed.all_gather(tokens, group=self.group)[: tokens.shape[0]]
 
@@ -115,15 +117,12 @@ class Ranks:
         self.gather(None)
 
     def mine(self, things: list) -> list:
-        """Return this rank's part of what all ranks hold in the same order: every ``size``-th."""
+        """Return this rank's share of what all ranks hold in the same order: every ``size``-th."""
         return things[self.rank :: self.size]
 
-    def _all(self, array: Any) -> Any:
+    def _all(self, array: "mx.array") -> "mx.array":
         import mlx.core as mx
 
         gathered = mx.distributed.all_gather(array, group=self.group, stream=mx.cpu)
         mx.eval(gathered)
         return gathered
-
-
-ALONE = Ranks()

@@ -1,26 +1,92 @@
-"""The KV caches of a prompt where the blocks are spread over ranks.
-
-``Prefix`` sends the residual stream through the blocks itself, which needs them all. Here the model's own
-forward pass does, with what it sends and receives. Nothing is kept between two calls.
-"""
+"""One answer over several ranks: every rank goes through the same tokens, and they are rank 0's."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache
 
+from ..generation.brake import Brake
+from ..generation.sampling import GREEDY, Sampling
+from ..generation.speculation import Draft
+from ..generation.stream import Stream, stream
 from ..model.block import make_cache
-from ..model.prefix import Chunk, pieces
+from ..model.model import Model
+from ..model.prefix import Chunk, Prefix, pieces
 from ..steering.steering import Steering
+from .loading import is_pipeline
+from .ranks import Ranks
+
+
+def stream_over_ranks(
+    model: Model,
+    ranks: Ranks,
+    tokens: Sequence[int],
+    *,
+    steering: Steering | None = None,
+    max_tokens: int = 2048,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    draft: Draft | None = None,
+    brake: Brake | None = None,
+) -> Stream:
+    """Return an iterator over the response, as ``generation.stream.stream`` does; alone it is that.
+
+    Every rank has to read it to its end, or to the same piece, and then call ``settle``.
+
+    Args:
+        model: what ``load_over_ranks`` returns.
+        tokens: the prompt.
+        draft: only for a rank alone.
+
+    Raises:
+        DistributedError: the ranks have different prompts, vectors or options.
+        InputError, ContextError, VectorMismatchError, SteeringError: as ``stream``.
+    """
+    options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "brake": brake}
+    if ranks.size == 1:
+        return stream(model, tokens, steering=steering, draft=draft, **options)
+    told = {"tokens": list(tokens)} | {name: repr(value) for name, value in options.items()}
+    ranks.same(told, "prompts or options")
+    if steering is not None:
+        setting = [steering.vector.sha256(), list(steering.layers), steering.positions]
+        ranks.same(setting, "vectors or options")
+        steering = replace(steering, strength=ranks.share(steering.strength))
+    *rest, last = tokens
+    network = model.network
+    return Stream(
+        model,
+        PipelinePrefix(network) if is_pipeline(network) else Prefix(network),
+        [Chunk(tuple(rest))],
+        last,
+        steering=steering,
+        sampler=ranks.agree(sampling.sampler()),
+        **options | {"max_tokens": model.room(len(tokens), max_tokens)},
+    )
+
+
+def settle(ranks: Ranks) -> None:
+    """Return when every rank is done with what it generated; call it before a rank may end.
+
+    mlx-lm works out one token more than it gives, which needs the other ranks.
+    """
+    if ranks.size > 1:
+        mx.synchronize(generation_stream)
+        ranks.wait()
 
 
 class PipelinePrefix:
-    """This rank's caches of one sequence, one for each of its own blocks."""
+    """This rank's caches of one sequence, one for each of its own blocks.
 
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self.caches: list[KVCache] = make_cache(model)
+    ``Prefix`` sends the residual stream through the blocks itself, which needs them all. Here the
+    model's own forward pass does, with what it sends and receives. Nothing is kept between two calls.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        self.caches: list[KVCache] = make_cache(network)
 
     def fill(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
@@ -30,9 +96,9 @@ class PipelinePrefix:
         Every rank has to call it with the same arguments.
         """
         prompt = sum(len(chunk.tokens) for chunk in chunks if not chunk.answer)
-        self.caches = make_cache(self._model, steering, prompt_length=prompt + 1)
+        self.caches = make_cache(self._network, steering, prompt_length=prompt + 1)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         for piece in pieces(tokens):
-            self._model(mx.array([piece]), cache=self.caches)
+            self._network(mx.array([piece]), cache=self.caches)
             mx.eval([cache.state for cache in self.caches])
             mx.clear_cache()

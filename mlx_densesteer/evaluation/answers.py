@@ -1,8 +1,8 @@
 """Many problems under many steerings, as rows of shared batches; every response is kept.
 
-This is the engine under ``evaluation`` and ``grid``. The journal holds one record for each
-(problem, steering) and later one for its NLL, so one file can grow over several runs, and a
-strength that was already tried on a problem is not tried again.
+``scoring.evaluate`` and ``sweep.sweep`` stand on this. The journal holds one record for each (problem,
+steering) and later one for its NLL, so one file can grow over several runs, and what was answered once
+is not answered again.
 """
 
 import hashlib
@@ -10,18 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from typing import Protocol, TypedDict, Unpack
 
-import mlx.nn as nn
-import mlx_lm
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from .._version import __version__
-from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError, ModelError
-from ..generation.batch import ROWS, generate_batch
 from ..generation.answer import Generation
+from ..generation.batch import ROWS, generate_batch
 from ..model.likelihood import nll
-from ..model.model import chat_template_sha256, inspect
+from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .grading import grade
@@ -29,12 +24,16 @@ from .journal import Journal
 from .tasks import Problem
 
 FORMAT = "mlx-densesteer answers 1"
+LIKELIHOODS = 16  # responses whose NLL is worked out between two records
+
+Key = tuple[str, str, str]  # problem, content, steering
 
 
 @dataclass(frozen=True)
 class Answer:
     """One response to one problem, graded.
 
+    ``content`` is a hash of prompt and gold answer, so that another file under the same ids is noticed.
     ``steering`` is the steering's fingerprint, ``"unsteered"`` at strength 0. ``nll`` is the
     mean negative log-likelihood of the response under the *unsteered* model given its prompt,
     in nats per token. ``seconds`` is from the row's start to its end, with its neighbours'
@@ -42,7 +41,7 @@ class Answer:
     """
 
     problem: str
-    content: str  # a hash of prompt and gold answer: another file under the same ids is noticed
+    content: str
     steering: str
     text: str
     token_ids: tuple[int, ...]
@@ -56,7 +55,7 @@ class Answer:
     nll: float | None = None
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What tells it from every other answer."""
         return self.problem, self.content, self.steering
 
@@ -68,30 +67,67 @@ class Answer:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def lacks_nll(self) -> bool:
+        """Whether an NLL can be worked out and was not yet; an empty response has none."""
+        return self.nll is None and bool(self.token_ids)
 
-Progress = Callable[[list[Answer], int], None]  # answers so far, tokens generated in this run
+
+# Called with the answers so far and the number of tokens generated in this run.
+OnAnswers = Callable[[list[Answer], int], None]
 
 
-def journal_header(
-    model: nn.Module, tokenizer: TokenizerWrapper, max_tokens: int, system: str | None = None
-) -> dict:
+class AnswerOptions(TypedDict, total=False):
+    """The options of ``answer``; ``evaluate`` and ``sweep`` pass them on.
+
+    Keys:
+        journal: keeps every answer as it comes; what it holds is not answered again.
+        system: system message.
+        max_tokens: length of a response at most. [2048]
+        rows: responses that are generated together at most; memory grows with it. [16]
+        with_nll: work out the NLL of each response. [True]
+        progress: called now and then.
+    """
+
+    journal: Journal | None
+    system: str | None
+    max_tokens: int
+    rows: int
+    with_nll: bool
+    progress: OnAnswers
+
+
+class Answerer(Protocol):
+    """What answers problems: ``answer``, or ``distributed.answers.answer_over_ranks``."""
+
+    def __call__(
+        self,
+        model: Model,
+        problems: Sequence[Problem],
+        steerings: Sequence[Steering | None],
+        **options: Unpack[AnswerOptions],
+    ) -> list[Answer]: ...
+
+
+@takes_model
+def journal_header(model: Model, max_tokens: int, system: str | None = None) -> dict[str, object]:
     """Return what must be equal for two runs to share a journal: all but problems and steering."""
-    info = inspect(model, tokenizer.name_or_path)
+    info = model.info
     return {
         "format": FORMAT,
         "model": info.name,
         "fingerprint": info.fingerprint,
         "dtype": info.dtype,
         "quantization": info.quantization,
-        "chat_template_sha256": chat_template_sha256(tokenizer),
+        "chat_template_sha256": model.chat_template_sha256,
         "system": system,
         "max_tokens": max_tokens,
     }
 
 
+@takes_model
 def answer(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     problems: Sequence[Problem],
     steerings: Sequence[Steering | None],
     journal: Journal | None = None,
@@ -100,26 +136,23 @@ def answer(
     max_tokens: int = 2048,
     rows: int = ROWS,
     with_nll: bool = True,
-    ranks: Ranks = ALONE,
-    progress: Progress = lambda answers, tokens: None,
+    progress: OnAnswers = lambda answers, tokens: None,
 ) -> list[Answer]:
     """Return the greedy responses to all problems under all steerings, problem by problem.
 
-    What the journal holds already is taken from there and graded anew, the rest is added to it. Rows are ordered by problem, so that
-    an interrupted run has whole problems, on which settings can be compared.
+    What the journal holds already is taken from there and graded anew; the rest is added to it. Rows
+    are ordered by problem, so that an interrupted run has whole problems, on which settings can be
+    compared.
 
-    Several ``ranks``, each with the whole model and a journal of its own, answer every n-th of what is missing and
-    tell each other; all of them return all answers, and rank 0's journal has them too.
+    Raises:
+        ModelError: an NLL is not finite. The answers are kept.
     """
-    prints = [steering.fingerprint if steering else UNSTEERED for steering in steerings]
-    wanted = {(p.id, _content(p), print_): None for p in problems for print_ in prints}
-    ranks.same(_digest(wanted, max_tokens, system), "problems, vectors, settings or versions")
-    there = _read(journal) if journal else {}
-    _exchange(ranks, journal, there, list(there.values()))  # all: their files go when they are done
-    by_print = dict(zip(prints, steerings, strict=True))
+    wanted = keys_of(problems, steerings)
+    by_print = {_fingerprint(steering): steering for steering in steerings}
     by_id = {problem.id: problem for problem in problems}
+    there = read_answers(journal) if journal else {}
     found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
-    missing = ranks.mine([key for key in wanted if key not in found])
+    missing = [key for key in wanted if key not in found]
     generated = 0
 
     def tell(tokens: int) -> None:
@@ -128,112 +161,61 @@ def answer(
         progress(list(found.values()), tokens)
 
     runs = generate_batch(
-        model, tokenizer, [by_id[key[0]].prompt for key in missing],
-        steering=[by_print[key[2]] for key in missing], system=system, max_tokens=max_tokens,
-        rows=rows, progress=tell,
-    )  # fmt: skip
+        model,
+        [by_id[key[0]].prompt for key in missing],
+        steering=[by_print[key[2]] for key in missing],
+        system=system,
+        max_tokens=max_tokens,
+        rows=rows,
+        progress=tell,
+    )
     for index, generation in runs:
         key = missing[index]
         found[key] = _graded(by_id[key[0]], key, generation)
         if journal:
             journal.append(asdict(found[key]))
         progress(list(found.values()), generated)
-    for key in _exchange(ranks, journal, found, [found[key] for key in missing]):
-        found[key] = _regraded(by_id[key[0]], found[key])
     if with_nll:
-        todo = [key for key in wanted if found[key].nll is None and found[key].token_ids]
-        mine = ranks.mine(todo)
-        _add_likelihoods(model, tokenizer, by_id, found, journal, system, mine)
-        _exchange(ranks, journal, found, [found[key] for key in mine])
+        todo = [key for key in wanted if found[key].lacks_nll]
+        for first in range(0, len(todo), LIKELIHOODS):
+            part = todo[first : first + LIKELIHOODS]
+            prompts = [
+                encode_prompt(model.tokenizer, by_id[k[0]].prompt, system=system) for k in part
+            ]
+            values = _finite_nll(model, part, prompts, [found[key].token_ids for key in part])
+            for key, value in values.items():
+                found[key] = replace(found[key], nll=value)
+                if journal:
+                    journal.append({"nll_of": list(key), "nll": value})
         progress(list(found.values()), generated)
     return [found[key] for key in wanted]
 
 
-LIKELIHOODS = 16  # responses whose NLL is worked out between two records
+def _finite_nll(
+    model: Model, keys: Sequence[Key], prompts: list[list[int]], responses: list[tuple[int, ...]]
+) -> dict[Key, float]:
+    values = dict(zip(keys, nll(model.network, prompts, responses), strict=True))
+    if bad := [key for key, value in values.items() if not isfinite(value)]:
+        raise ModelError(
+            f"the NLL of the response to {bad[0][0]} is not finite: the model overflows its "
+            "dtype. Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+        )
+    return values
 
 
-def _add_likelihoods(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    problems: dict[str, Problem],
-    found: dict[tuple, Answer],
-    journal: Journal | None,
-    system: str | None,
-    todo: Sequence[tuple],
-) -> None:
-    """Work out the NLL of ``todo``; an empty response has none."""
-    for first in range(0, len(todo), LIKELIHOODS):
-        keys = todo[first : first + LIKELIHOODS]
-        prompts = [encode_prompt(tokenizer, problems[k[0]].prompt, system=system) for k in keys]
-        values = nll(model, prompts, [found[key].token_ids for key in keys])
-        if bad := [key for key, value in zip(keys, values, strict=True) if not isfinite(value)]:
-            raise ModelError(
-                f"the NLL of the response to {bad[0][0]} is not finite: the model overflows its "
-                "dtype. Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
-            )
-        for key, value in zip(keys, values, strict=True):
-            found[key] = replace(found[key], nll=value)
-            if journal:
-                journal.append({"nll_of": list(key), "nll": value})
+def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -> list[Key]:
+    """Return the key of every answer that is wanted, once each, problem by problem."""
+    prints = [_fingerprint(steering) for steering in steerings]
+    return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-def _digest(wanted: Iterable[tuple], max_tokens: int, system: str | None) -> str:
-    document = json.dumps([list(wanted), max_tokens, system, __version__, mlx_lm.__version__])
-    return hashlib.sha256(document.encode()).hexdigest()[:16]
+def read_answers(journal: Journal) -> dict[Key, Answer]:
+    """Return the answers that a journal holds, each with its NLL.
 
-
-def _exchange(
-    ranks: Ranks, journal: Journal | None, known: dict[tuple, Answer], mine: Sequence[Answer]
-) -> list[tuple]:
-    """Tell the other ranks what this one has, and add what they have; rank 0 keeps it all.
-
-    Returns the keys that were new here.
+    Raises:
+        InputError: a record is no answer.
     """
-    new: list[tuple] = []
-    if ranks.size == 1:
-        return new
-    parts = ranks.gather([asdict(one) for one in mine])
-    for rank, part in enumerate(parts):
-        for record in part if rank != ranks.rank else ():
-            made = _answer(record)
-            key = made.key
-            if key not in known:
-                new.append(key)
-                known[key] = made
-            elif known[key].nll is None and made.nll is not None:
-                known[key] = replace(known[key], nll=made.nll)
-                record = {"nll_of": list(key), "nll": made.nll}
-            else:
-                continue
-            if journal and ranks.speaks:
-                journal.append(record)
-    return new
-
-
-def _graded(problem: Problem, key: tuple, generation: Generation) -> Answer:
-    verdict = grade(problem, generation.text)
-    seconds = generation.time_to_first_token
-    if generation.tokens_per_second:
-        seconds += generation.tokens / generation.tokens_per_second
-    return Answer(
-        *key, generation.text, generation.token_ids, generation.steps, generation.finish_reason,
-        verdict.correct, verdict.found, verdict.by_reference, verdict.by_math_verify,
-        round(seconds, 3),
-    )  # fmt: skip
-
-
-def _regraded(problem: Problem, kept: Answer) -> Answer:
-    """Grade a kept answer again: the grader may have been another one (the extra ``eval``)."""
-    verdict = grade(problem, kept.text)
-    return replace(
-        kept, correct=verdict.correct, found=verdict.found, by_reference=verdict.by_reference,
-        by_math_verify=verdict.by_math_verify,
-    )  # fmt: skip
-
-
-def _read(journal: Journal) -> dict[tuple, Answer]:
-    """Return the journal's answers by (problem, content, steering)."""
-    answers: dict[tuple, Answer] = {}
+    answers: dict[Key, Answer] = {}
     for number, record in enumerate(journal.records, 2):
         try:
             if "nll_of" in record:
@@ -241,7 +223,7 @@ def _read(journal: Journal) -> dict[tuple, Answer]:
                 if key in answers:
                     answers[key] = replace(answers[key], nll=float(record["nll"]))
             else:
-                made = _answer(record)
+                made = Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
                 answers[made.key] = made
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -251,8 +233,16 @@ def _read(journal: Journal) -> dict[tuple, Answer]:
     return answers
 
 
-def _answer(record: dict) -> Answer:
-    return Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
+def by_steering(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:
+    """Return ``{steering fingerprint: {problem id: answer}}``."""
+    table: dict[str, dict[str, Answer]] = {}
+    for one in answers:
+        table.setdefault(one.steering, {})[one.problem] = one
+    return table
+
+
+def _fingerprint(steering: Steering | None) -> str:
+    return steering.fingerprint if steering else UNSTEERED
 
 
 def _content(problem: Problem) -> str:
@@ -260,9 +250,22 @@ def _content(problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def by_steering(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:
-    """Return ``{steering fingerprint: {problem id: answer}}``."""
-    table: dict[str, dict[str, Answer]] = {}
-    for one in answers:
-        table.setdefault(one.steering, {})[one.problem] = one
-    return table
+def _graded(problem: Problem, key: Key, generation: Generation) -> Answer:
+    verdict = grade(problem, generation.text)
+    seconds = generation.time_to_first_token
+    if generation.tokens_per_second:
+        seconds += generation.tokens / generation.tokens_per_second
+    return Answer(
+        *key,
+        text=generation.text,
+        token_ids=generation.token_ids,
+        steps=generation.steps,
+        finish_reason=generation.finish_reason,
+        seconds=round(seconds, 3),
+        **asdict(verdict),
+    )
+
+
+def _regraded(problem: Problem, kept: Answer) -> Answer:
+    """Grade a kept answer again: the grader may have been another one (the extra ``eval``)."""
+    return replace(kept, **asdict(grade(problem, kept.text)))

@@ -1,18 +1,39 @@
 """Grading: what answer a response gives, and whether it is the gold answer. No mlx.
 
-Source: the evaluation protocol of the reference code of arXiv 2605.29247. GSM8K: the last
-number. Tasks that ask for a box: the last ``\\boxed{}`` after the usual clean-up of MATH.
+GSM8K: the last number. Tasks that ask for a box: the last ``\\boxed{}``, compared by math-verify where
+it is installed (extra ``eval``), else as a string after the usual clean-up of MATH.
+Source: the evaluation protocol of the reference code of arXiv 2605.29247.
+
+math-verify runs in a process of its own. It guards itself with ``signal.alarm`` and a Python handler,
+which works in the main thread only, takes away the caller's alarm, and does not end a computation inside
+C, such as 9^{9^{9^{9}}}. The process here is killed by its timer, and started again.
 """
 
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .equivalence import agree
+from ..errors import InputError, install_command
 
 if TYPE_CHECKING:
     from .tasks import Problem
+
+SECONDS = 5  # of CPU time for one verdict, so that a busy machine changes none
+LONGEST = 2000  # characters; no gold answer of the known tasks has a tenth
+_MEMORY = 4 * 2**30
+_SERVE = "from mlx_densesteer.evaluation.grading import serve; serve({})"
 
 
 @dataclass(frozen=True)
@@ -139,3 +160,110 @@ def normalise(answer: str) -> str:
     for pattern, new in _REWRITES:
         answer = pattern.sub(new, answer)
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
+
+
+def agree(gold: str, answer: str) -> bool | None:
+    """Return whether two answers in LaTeX are the same by math-verify, or ``None`` without a verdict.
+
+    There is none if math-verify is not installed (extra ``eval``), the answer is too long, or the time
+    is up. May be called from any thread.
+
+    Raises:
+        InputError: math-verify is installed but cannot be imported.
+    """
+    if max(len(gold), len(answer)) > LONGEST or not has_math_verify():
+        return None
+    return _judge.ask(gold, answer)
+
+
+def has_math_verify() -> bool:
+    """Return whether math-verify is installed."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+class _Judge:
+    """The process of math-verify: started by the first question, and again after it was killed."""
+
+    def __init__(self, seconds: int = SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self._stop)
+
+    def ask(self, gold: str, answer: str) -> bool | None:
+        with self._lock:
+            try:
+                process = self._process or self._start()
+                reply = _exchange(process, [gold, answer])
+            except BaseException:  # Ctrl-C: the reply to this question must not meet the next one
+                self._stop()
+                raise
+            if not reply:
+                self._stop()
+            return json.loads(reply) if reply else None
+
+    def _start(self) -> "subprocess.Popen[str]":
+        path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE.format(self._seconds)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            start_new_session=True,  # Ctrl-C does not reach it
+        )  # fmt: skip
+        if not self._process.stdout.readline():
+            error = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
+            raise InputError(
+                f"math-verify is installed but does not start ({error[0]}). Install it "
+                f"again: {install_command('eval')}"
+            )
+        return self._process
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                with contextlib.suppress(BrokenPipeError):  # what was not sent
+                    stream.close()
+
+
+def _exchange(process: "subprocess.Popen[str]", question: list[str]) -> str:
+    try:
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    return process.stdout.readline()
+
+
+_judge = _Judge()
+
+
+def serve(seconds: int) -> None:
+    """Answer each line, JSON ``[gold, answer]``, with ``true`` or ``false``; end when the time is up."""
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()  # it warns that it has no timeout
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (its pipe is not read)
+    os.dup2(sys.stderr.fileno(), 2)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    with contextlib.suppress(ValueError, OSError):  # macOS may refuse
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    print(flush=True)  # ready
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        boxes = (f"\\boxed{{{_escape_percent(text)}}}" for text in json.loads(line))
+        gold, answer = (
+            parse(box, [LatexExtractionConfig()], parsing_timeout=None) for box in boxes
+        )
+        verdict = verify(gold, answer, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(bool(verdict)), flush=True)
+
+
+def _escape_percent(text: str) -> str:
+    """A bare ``%`` begins a comment in LaTeX; in an answer it is a percent sign."""
+    return text.replace("\\%", "%").replace("%", "\\%")

@@ -1,18 +1,14 @@
 """A journal: results as they come, one JSON line each, so that a killed run loses none.
 
 The first line says what the run is. A run that goes on must be the same run. A line that was
-cut off when the process died is dropped; every whole line is kept. No mlx.
+cut off when the process was killed is dropped; every whole line is kept. No mlx.
 """
 
-import contextlib
 import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..distributed.ranks import ALONE, Ranks
 from ..errors import DiskError, InputError
 
 
@@ -22,6 +18,9 @@ class Journal:
     Args:
         path: the file; made if it is not there.
         header: settings that identify the run, plain JSON values.
+
+    Attributes:
+        records: what the file holds, without the header.
 
     Raises:
         InputError: the file holds another run, or is no journal.
@@ -46,7 +45,7 @@ class Journal:
             raise
 
     def append(self, record: dict) -> None:
-        """Write one record; it survives the process from here on."""
+        """Write one record; from here on it is kept, whatever ends the process."""
         self._write(record)
         self.records.append(record)
 
@@ -64,7 +63,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DiskError(
-                f"{self.path}: another process is writing it. Wait for it, or name another file."
+                f"{self.path}: another process is writing it. Wait for it, or name another file (-o)."
             ) from error
 
     def _write(self, record: dict) -> None:
@@ -78,12 +77,16 @@ class Journal:
         lines = [self._parse(n, line) for n, line in enumerate(data[:whole].splitlines(), 1)]
         if not lines:
             if not _line(header).startswith(data):  # what a killed run left of this very line
-                raise InputError(f"{self.path}: is not a journal of ours. Name another file.")
+                raise InputError(
+                    f"{self.path}: is not a journal of this program. Name another file (-o)."
+                )
             self._file.truncate(0)
             self._write(header)
             return []
         if lines[0].get("format") != header.get("format"):
-            raise InputError(f"{self.path}: is not a journal of ours. Name another file (-o).")
+            raise InputError(
+                f"{self.path}: is not a journal of this program. Name another file (-o)."
+            )
         if differing := sorted(
             key for key in {*header, *lines[0]} if header.get(key) != lines[0].get(key)
         ):
@@ -102,51 +105,14 @@ class Journal:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{self.path}: line {number} is not JSON ({error}): damaged, or not a journal of "
-                "ours. Move it away and start again."
+                f"{self.path}: line {number} is not JSON ({error}): damaged, or not a journal "
+                "of this program. Move it away and start again."
             ) from error
         if not isinstance(record, dict):
-            raise InputError(f"{self.path}: line {number} is no JSON object. Name another file.")
+            raise InputError(
+                f"{self.path}: line {number} is no JSON object. Name another file (-o)."
+            )
         return record
-
-
-@contextlib.contextmanager
-def journal_of(path: str | Path, header: dict, ranks: Ranks = ALONE) -> Iterator[Journal]:
-    """Open the journal of a run, on each of its ranks.
-
-    Rank 0 has ``path``. The others have files of their own beside it, which go when all ranks are done;
-    what a killed run left of them on rank 0's machine is taken over by the next one, however many ranks
-    it has.
-    """
-    path = Path(path)
-    ranks.same(header, "models or settings")
-    if ranks.rank:
-        ranks.wait()
-        own = path.with_name(f"{path.name}.rank{ranks.rank}")
-        with Journal(own, header) as journal:
-            yield journal
-            ranks.wait()
-        own.unlink(missing_ok=True)
-        return
-    with Journal(path, header) as journal:
-        _take_over(journal, header)
-        ranks.wait()
-        yield journal
-        ranks.wait()
-
-
-def _take_over(journal: Journal, header: dict) -> None:
-    """Add what other ranks' files beside a journal hold, and remove them."""
-    name = re.compile(re.escape(journal.path.name) + r"\.rank\d+")
-    for part in sorted(journal.path.absolute().parent.iterdir()):
-        if not name.fullmatch(part.name):
-            continue
-        with Journal(part, header) as left:
-            there = {_line(record) for record in journal.records}
-            for record in left.records:
-                if _line(record) not in there:
-                    journal.append(record)
-        part.unlink()
 
 
 def _line(record: dict) -> bytes:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..steering.request import format_dose
 from .intervals import mcnemar, paired_bootstrap, paired_difference, sign_flip
 
 
@@ -21,11 +22,12 @@ class Outcome:
     """What one setting did on each problem, in the same order as the baseline's.
 
     ``correct``: bool, shape ``(problems,)``. ``tokens``: whole numbers, shape ``(problems,)``.
-    ``layer`` is ``None`` for the baseline.
+    ``dose`` has the sign of the strength; 0.2 is 20 %. ``layer`` is ``None`` for the baseline.
     """
 
     layer: int | None
     strength: float
+    dose: float
     correct: np.ndarray
     tokens: np.ndarray
 
@@ -39,6 +41,7 @@ class Recommendation:
 
     layer: int | None
     strength: float
+    dose: float
     reason: Literal["accuracy", "tokens", "none"]
     text: str
 
@@ -56,7 +59,8 @@ class _Comparison:
 
     @property
     def name(self) -> str:
-        return f"layer {self.outcome.layer} at strength {self.outcome.strength:g}"
+        one = self.outcome
+        return f"layer {one.layer} at {format_dose(one.dose)} (strength {one.strength:.3g})"
 
     @property
     def accuracy(self) -> float:
@@ -95,18 +99,18 @@ def recommend(
     _check(baseline, others, confidence, margin)
     comparisons = _compare(baseline, [o for o in others if o.strength != 0])
     if not comparisons:
-        return Recommendation(None, 0.0, "none", "Nothing but strength 0 was tried.")
+        return Recommendation(None, 0.0, 0.0, "none", "Nothing but strength 0 was tried.")
     risk = 1 - confidence
     supported = [c for c in comparisons if c.gain > 0 and c.p <= risk]
     if supported:
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
         text = _say_accuracy(best, baseline, len(comparisons))
-        return Recommendation(best.outcome.layer, best.outcome.strength, "accuracy", text)
+        return _recommendation(best, "accuracy", text)
     shorter = _shorter(comparisons, baseline, risk, margin)
     if shorter is not None:
         return shorter
     text = _say_none(comparisons, baseline, risk, margin)
-    return Recommendation(None, 0.0, "none", text)
+    return Recommendation(None, 0.0, 0.0, "none", text)
 
 
 def _shorter(
@@ -120,8 +124,14 @@ def _shorter(
         saving = _saving(c, baseline, each)
         if saving is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
-            return Recommendation(c.outcome.layer, c.outcome.strength, "tokens", text)
+            return _recommendation(c, "tokens", text)
     return None
+
+
+def _recommendation(
+    c: _Comparison, reason: Literal["accuracy", "tokens"], text: str
+) -> Recommendation:
+    return Recommendation(c.outcome.layer, c.outcome.strength, c.outcome.dose, reason, text)
 
 
 def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, margin: float) -> None:
@@ -141,8 +151,8 @@ def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, marg
 def _compare(baseline: Outcome, others: Sequence[Outcome]) -> list[_Comparison]:
     right = baseline.correct.astype(bool)
     counts = [
-        (int((o.correct & ~right).sum()), int((~o.correct & right).sum()))
-        for o in (Outcome(o.layer, o.strength, o.correct.astype(bool), o.tokens) for o in others)
+        (int((correct & ~right).sum()), int((~correct & right).sum()))
+        for correct in (outcome.correct.astype(bool) for outcome in others)
     ]
     adjusted = holm([mcnemar(better, worse) for better, worse in counts])
     return [

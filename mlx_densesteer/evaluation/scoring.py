@@ -1,4 +1,4 @@
-"""From graded answers to figures with intervals, and the comparison with strength 0. No mlx.
+"""From graded answers to figures with intervals, and the comparison with strength 0.
 
 Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is
 compared with the unsteered model on the problems that both answered: McNemar's exact test and
@@ -8,14 +8,16 @@ the bootstrap are too narrow below some 20 problems.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import numpy as np
 
+from ..errors import InputError
+from ..model.model import Model, takes_model
+from ..steering.steering import UNSTEERED, Steering
+from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
 from .intervals import mcnemar, mean_interval, paired_bootstrap, paired_difference, wilson
-
-if TYPE_CHECKING:
-    from .answers import Answer
+from .tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,46 @@ class Score:
         return asdict(self)
 
 
-def score(answers: Mapping[str, "Answer"], baseline: Mapping[str, "Answer"] | None = None) -> Score:
+@takes_model
+def evaluate(
+    model: Model,
+    problems: Sequence[Problem],
+    *,
+    steering: Steering | None = None,
+    baseline: bool = True,
+    answer: Answerer = answer,
+    **options: Unpack[AnswerOptions],
+) -> tuple[dict[str, Score], list[Answer]]:
+    """Return scores by name, ``"unsteered"`` and ``"steered"``, and every answer.
+
+        evaluate(load("demo"), load_task("demo", limit=40), steering=steering, max_tokens=200)
+
+    Both settings are rows of the same batches; the steered score holds the comparison.
+
+    Args:
+        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        problems: what ``tasks.load_task`` returns.
+        baseline: ``False`` leaves the unsteered rows out where a steering is given.
+        answer: answers the problems; over several ranks ``distributed.answers.answer_over_ranks``.
+        options: see ``answers.AnswerOptions``.
+
+    Raises:
+        InputError: no problems.
+    """
+    if not problems:
+        raise InputError("no problems to evaluate on; expected at least one.")
+    steered = steering is not None and steering.fingerprint != UNSTEERED
+    settings = ([None] if baseline or not steered else []) + ([steering] if steered else [])
+    answers = answer(model, problems, settings, **options)
+    groups = by_steering(answers)
+    unsteered = groups.get(UNSTEERED)
+    scores = {"unsteered": score(unsteered)} if unsteered else {}
+    if steered:
+        scores["steered"] = score(groups[steering.fingerprint], unsteered)
+    return scores, answers
+
+
+def score(answers: Mapping[str, Answer], baseline: Mapping[str, Answer] | None = None) -> Score:
     """Return the figures of one setting from its answers by problem id.
 
     ``baseline`` holds the unsteered answers; without it, or if it is the same, nothing is

@@ -6,19 +6,16 @@ of them. Strength 0 is one setting, whatever the layer, and always there.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
-import mlx.nn as nn
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
-from ..generation.batch import ROWS
-from ..model.dose import strength_for
+from ..model.model import Model, takes_model
+from ..steering.request import Amount, HasNorms
 from ..steering.steering import UNSTEERED, Positions, Steering
 from ..steering.vector import SteeringVector
-from .answers import Answer, Progress, answer, by_steering
-from .journal import Journal
+from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
 from .recommendation import Outcome, Recommendation, recommend
 from .scoring import Estimate, Score, score
 from .tasks import Problem
@@ -26,15 +23,14 @@ from .tasks import Problem
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of the grid. ``layer`` is ``None`` for strength 0, which has no layer.
+    """One cell of the grid. ``layer`` and ``steering`` are ``None`` for strength 0, which has no layer.
 
-    ``relative`` is the signed relative dose ``lambda * ||v_l|| / mean ||h_l||`` where the mean
-    norm is known.
+    ``dose`` is ``strength * ||v_l|| / mean ||h_l||``, with the sign of the strength; 0.2 is 20 %.
     """
 
-    layer: int | None
-    strength: float
-    relative: float | None = None
+    layer: int | None = None
+    strength: float = 0.0
+    dose: float = 0.0
     steering: Steering | None = None
 
     @property
@@ -50,12 +46,15 @@ class GridRow:
     score: Score
 
     def describe(self) -> dict[str, object]:
-        """Return the row of a table: plain values, also read by ``plot.plot_sweep``."""
+        """Return the row of a table: plain values, also read by ``plot.plot_sweep``.
+
+        ``p`` is not corrected for the number of settings.
+        """
         setting, s = self.setting, self.score
         return {
             "layer": setting.layer,
+            "dose": setting.dose,
             "strength": setting.strength,
-            "relative": setting.relative,
             "problems": s.problems,
             "accuracy": s.accuracy.value,
             "accuracy_low": s.accuracy.low,
@@ -65,7 +64,7 @@ class GridRow:
             "density": s.density,
             **_with_bounds("nll", s.nll),
             "truncated": s.truncated,
-            "p": s.against_unsteered.p if s.against_unsteered else None,  # not corrected
+            "p": s.against_unsteered.p if s.against_unsteered else None,
             "fingerprint": setting.fingerprint,
         }
 
@@ -84,75 +83,74 @@ class Sweep:
 
 
 def settings_of(
+    model: HasNorms,
     vector: SteeringVector,
     layers: Iterable[int],
-    strengths: Iterable[float],
+    strengths: Iterable[str | float | Amount],
     *,
     positions: Positions = "all",
-    residual_norms: Mapping[int, float] | None = None,
-    relative: bool = False,
 ) -> list[Setting]:
-    """Return the settings of a grid, the unsteered one first.
+    """Return the settings of a grid, the unsteered one first, then by layer and strength.
 
-    With ``relative`` the numbers in ``strengths`` are fractions of ``residual_norms``:
-    ``lambda = a * mean ||h_l|| / ||v_l||``.
+        settings_of(model, vector, [12, 14], ["-10%", "10%", "20%"])  # doses
+        settings_of(model, vector, [14], [1, "20%"])                  # lambda = 1, and a dose
 
     Raises:
-        InputError: relative strengths without norms, or where the vector is as good as zero.
+        InputError: a strength that is no number and no per cent, or a dose of a vector of zeros.
         SteeringError, VectorMismatchError: a strength or layer that the vector cannot give.
     """
-    norms, settings = vector.norms(), [Setting(None, 0.0, 0.0)]
-    if relative and residual_norms is None:
-        raise InputError("relative strengths need the mean norms of the residual stream.")
-    for layer in sorted(set(layers)):
-        vector.select([layer])
-        unit = None  # the relative dose of strength 1
-        if residual_norms is not None and layer in residual_norms:
-            unit = norms[layer] / residual_norms[layer]
-        for number in sorted({float(strength) for strength in strengths}):
-            if number:
-                strength = number
-                if relative:
-                    strength = strength_for(vector, {layer: residual_norms[layer]}, number)
+    amounts = [Amount.parse(strength) for strength in strengths]
+    wanted = sorted(vector.select(layers).layers)
+    norms, sizes = model.norms(vector, wanted), vector.norms()
+    settings = [Setting()]
+    for layer in wanted:
+        found: dict[float, Setting] = {}
+        for amount in amounts:
+            strength = amount.strength(vector, {layer: norms[layer]})
+            if strength and strength not in found:
+                dose = amount.number if amount.is_dose else strength * sizes[layer] / norms[layer]
                 steering = Steering(vector, strength, (layer,), positions)
-                dose = None if unit is None else strength * unit
-                settings.append(Setting(layer, steering.strength, dose, steering))
+                found[strength] = Setting(layer, strength, dose, steering)
+        settings += [found[strength] for strength in sorted(found)]
     return settings
 
 
+@takes_model
 def sweep(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     problems: Sequence[Problem],
     settings: Sequence[Setting],
-    journal: Journal | None = None,
     *,
-    system: str | None = None,
-    max_tokens: int = 2048,
-    rows: int = ROWS,
-    with_nll: bool = True,
     margin: float = 0.02,
-    ranks: Ranks = ALONE,
-    progress: Progress = lambda answers, tokens: None,
+    answer: Answerer = answer,
+    **options: Unpack[AnswerOptions],
 ) -> Sweep:
-    """Run all ``settings`` (``settings_of``) on all problems and return the table.
+    """Run all ``settings`` on all problems and return the table and what it recommends.
+
+        settings = settings_of(model, vector, [12, 14], ["10%", "20%"])
+        sweep(model, load_task("gsm8k", split="train", limit=300), settings)
 
     Every row equals the same setting run alone in greedy decoding. With a journal the run can
-    be killed and goes on where it was (``answering.answer``). ``margin`` is how much accuracy a
-    recommendation that saves tokens may cost at most (``recommendation.recommend``).
+    be killed and goes on where it was.
+
+    Args:
+        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        settings: what ``settings_of`` returns.
+        margin: how much accuracy a recommendation that saves tokens may cost at most
+            (``recommendation.recommend``).
+        answer: answers the problems; over several ranks ``distributed.answers.answer_over_ranks``.
+        options: see ``answers.AnswerOptions``.
 
     Raises:
-        InputError: no setting beside strength 0, or a margin that is not between 0 and 1.
+        InputError: no problems, no setting beside strength 0, or a margin that is not between 0 and 1.
     """
+    if not problems:
+        raise InputError("no problems to sweep on; expected at least one.")
     if not 0 < margin < 1:
         raise InputError(f"margin {margin}: expected a number between 0 and 1, such as 0.02.")
     if not any(setting.steering for setting in settings):
         raise InputError("nothing to sweep: expected at least one strength other than 0.")
-    answers = answer(
-        model, tokenizer, problems, [setting.steering for setting in settings], journal,
-        system=system, max_tokens=max_tokens, rows=rows, with_nll=with_nll,
-        ranks=ranks, progress=progress,
-    )  # fmt: skip
+    answers = answer(model, problems, [setting.steering for setting in settings], **options)
     return Sweep(tuple(table(settings, answers)), _recommend(settings, answers, margin))
 
 
@@ -177,11 +175,10 @@ def _recommend(
         rows = [groups[setting.fingerprint][name] for name in order]
         correct = np.array([row.correct for row in rows])
         tokens = np.array([row.tokens for row in rows])
-        return Outcome(setting.layer, setting.strength, correct, tokens)
+        return Outcome(setting.layer, setting.strength, setting.dose, correct, tokens)
 
-    steered = [setting for setting in settings if setting.steering]
-    others = [outcome(setting) for setting in steered]
-    return recommend(outcome(Setting(None, 0.0)), others, margin=margin)
+    others = [outcome(setting) for setting in settings if setting.steering]
+    return recommend(outcome(Setting()), others, margin=margin)
 
 
 def with_recommendation(
@@ -192,15 +189,17 @@ def with_recommendation(
     ``task`` says which problems these were. Without a recommendation an older one is removed:
     it was not confirmed.
     """
-    tested = []
-    for row in result.rows:
-        kept = row.describe()
-        tested.append({"task": task, "positions": positions} | kept)
+    tested = [{"task": task, "positions": positions, **row.describe()} for row in result.rows]
     best, recommended = result.recommendation, None
     if best.layer is not None:
         recommended = {
-            "layer": best.layer, "strength": best.strength, "positions": positions,
-            "reason": best.reason, "text": best.text, "task": task,
-        }  # fmt: skip
+            "layer": best.layer,
+            "strength": best.strength,
+            "dose": best.dose,
+            "positions": positions,
+            "reason": best.reason,
+            "text": best.text,
+            "task": task,
+        }
     meta = replace(vector.meta, tested=tuple(tested), recommended=recommended)
     return SteeringVector(vector.layers, meta, name=vector.name)

@@ -9,7 +9,7 @@ import threading
 import pytest
 from conftest import SHARED
 
-from mlx_densesteer.evaluation import equivalence
+from mlx_densesteer.evaluation import grading
 from mlx_densesteer.evaluation.grading import Grade, grade, last_boxed, normalise
 from mlx_densesteer.evaluation.tasks import Problem, load_task
 
@@ -171,23 +171,23 @@ HOSTILE = ["9^{9^{9^{9}}}", "(" * 1900, "100000000!"]
 
 
 def test_a_hostile_answer_gets_no_verdict_and_the_next_one_does(math_verify, monkeypatch):
-    judge = equivalence._Judge(seconds=2)
-    monkeypatch.setattr(equivalence, "_judge", judge)
+    judge = grading._Judge(seconds=2)
+    monkeypatch.setattr(grading, "_judge", judge)
     for answer in HOSTILE:
         assert ask("boxed", "4", f"\\boxed{{{answer}}}") == Grade(False, answer, False, None)
-        assert equivalence.agree("1/2", "0.5") is True
+        assert grading.agree("1/2", "0.5") is True
     assert ask("boxed", "4", f"\\boxed{{{'1' * 50_000}}}").by_math_verify is None
     judge._stop()
 
 
 def test_a_killed_judge_is_replaced(math_verify, monkeypatch):
-    judge = equivalence._Judge()
-    monkeypatch.setattr(equivalence, "_judge", judge)
-    assert equivalence.agree("5", "5.0") is True
+    judge = grading._Judge()
+    monkeypatch.setattr(grading, "_judge", judge)
+    assert grading.agree("5", "5.0") is True
     judge._process.kill()
     judge._process.wait()
-    assert equivalence.agree("5", "5.0") is None
-    assert equivalence.agree("5", "5.0") is True
+    assert grading.agree("5", "5.0") is None
+    assert grading.agree("5", "5.0") is True
     judge._stop()
 
 
@@ -196,8 +196,7 @@ def test_threads_and_the_callers_alarm(math_verify):
     verdicts = []
     cases = [("1/2", "0.5"), ("1/2", "0.6")] * 5
     threads = [
-        threading.Thread(target=lambda c=c: verdicts.append((c, equivalence.agree(*c))))
-        for c in cases
+        threading.Thread(target=lambda c=c: verdicts.append((c, grading.agree(*c)))) for c in cases
     ]
     previous = signal.signal(signal.SIGALRM, lambda *_: None)
     signal.alarm(1000)
@@ -205,7 +204,7 @@ def test_threads_and_the_callers_alarm(math_verify):
         thread.start()
     for thread in threads:
         thread.join()
-    assert equivalence.agree("2", "2") is True
+    assert grading.agree("2", "2") is True
     left = signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
     assert left > 0
@@ -215,7 +214,7 @@ def test_threads_and_the_callers_alarm(math_verify):
 def test_ctrl_c_ends_the_caller_and_the_judge(math_verify, tmp_path):
     program = textwrap.dedent("""
         import json, sys
-        from mlx_densesteer.evaluation import equivalence as e
+        from mlx_densesteer.evaluation import grading as e
         e._judge = e._Judge(seconds=30)
         e.agree("1", "1")
         print(e._judge._process.pid, flush=True)

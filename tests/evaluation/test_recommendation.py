@@ -9,7 +9,7 @@ from mlx_densesteer.evaluation.recommendation import Outcome, holm, problems_nee
 def outcome(layer, strength, correct, tokens=None) -> Outcome:
     correct = np.array(correct, dtype=bool)
     tokens = np.full(len(correct), 100) if tokens is None else np.array(tokens)
-    return Outcome(layer, strength, correct, tokens)
+    return Outcome(layer, strength, strength / 10, correct, tokens)
 
 
 def flipped(correct: np.ndarray, gained: int, lost: int) -> np.ndarray:
@@ -30,10 +30,10 @@ def test_the_most_accurate_of_the_supported():
     better = outcome(5, 2.0, flipped(RIGHT, 40, 5), TOKENS + 30)
     noise = outcome(6, 2.0, flipped(RIGHT, 60, 50), TOKENS)
     got = recommend(BASE, [good, better, noise])
-    assert (got.layer, got.strength, got.reason) == (5, 2.0, "accuracy")
+    assert (got.layer, got.strength, got.dose, got.reason) == (5, 2.0, 0.2, "accuracy")
     assert got.text == (
-        "Layer 5 at strength 2 solves 80.8% of 600 problems, the unsteered model 75.0%: 40 problems "
-        "more and 5 lost, p = 2.4e-07 (exact McNemar test, corrected for 3 settings by Holm's "
+        "Layer 5 at 20% (strength 2) solves 80.8% of 600 problems, the unsteered model 75.0%: 40 "
+        "problems more and 5 lost, p = 2.4e-07 (exact McNemar test, corrected for 3 settings by Holm's "
         "method). It writes 147.8 tokens a response instead of 117.8. The gain of the best of "
         "several settings is overestimated; confirm it on other problems."
     )
@@ -173,7 +173,7 @@ def test_a_real_loss_of_the_margin_is_not_waved_through():
     [
         (outcome(None, 0.0, []), [], {}),
         (BASE, [outcome(4, 1.0, RIGHT[:5])], {}),
-        (BASE, [Outcome(4, 1.0, RIGHT, TOKENS[:5])], {}),
+        (BASE, [Outcome(4, 1.0, 0.1, RIGHT, TOKENS[:5])], {}),
         (BASE, [], {"confidence": 1.0}),
         (BASE, [], {"margin": 0.0}),
     ],

@@ -1,0 +1,133 @@
+"""A run over many problems: which ones, how far it is, and how it goes on after Ctrl-C."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .progress import Live
+from .text import count, note
+
+if TYPE_CHECKING:
+    from ..distributed.ranks import Ranks
+    from ..evaluation.answers import Answer, OnAnswers
+    from ..evaluation.tasks import Problem
+    from ..model.model import Model
+
+
+def load_problems(
+    task: str,
+    *,
+    split: str | None,
+    skip: int,
+    limit: int | None,
+    revision: str | None,
+    calibration: bool = False,
+) -> "tuple[list[Problem], dict[str, object]]":
+    """Return the problems of a task, and what identifies them in results.
+
+    ``calibration``: gsm8k and demo are taken from their split train where none is named. What a setting
+    or a vector is made from must not be what it is judged by.
+    """
+    import hashlib
+
+    from ..evaluation.grading import has_math_verify
+    from ..evaluation.tasks import load_task
+
+    if calibration and split is None and task in ("gsm8k", "demo"):
+        split = "train"
+    problems = load_task(task, split=split, skip=skip, limit=limit, revision=revision)
+    if any(problem.rule == "boxed" for problem in problems) and not has_math_verify():
+        from ..errors import install_command
+
+        note(
+            "boxed answers are graded by the string rule alone; for math-verify, which accepts more "
+            f"forms of an answer: {install_command('eval')}"
+        )
+    ids = "\n".join(f"{p.id} {p.prompt}" for p in problems)
+    about = {
+        "task": task,
+        "split": split,
+        "skip": skip,
+        "revision": revision,
+        "problems": len(problems),
+        "problems_sha256": hashlib.sha256(ids.encode()).hexdigest()[:16],
+    }
+    return problems, about
+
+
+@contextlib.contextmanager
+def resumable(*kept: Path) -> Iterator[Live]:
+    """Show how far a run is; on Ctrl-C say in which files its work is."""
+    live = Live()
+    try:
+        yield live
+    except KeyboardInterrupt:
+        live.clear()
+        files = " and ".join(map(str, kept))
+        note(f"interrupted; what is done is in {files}. The same command goes on from there.")
+        raise
+    finally:
+        live.clear()
+
+
+@contextlib.contextmanager
+def journalled(
+    path: Path,
+    model: "Model",
+    ranks: "Ranks",
+    expected: int,
+    *,
+    system: str | None,
+    max_tokens: int,
+    rows: int,
+    with_nll: bool,
+    table: "Callable[[list[Answer]], Sequence[str]]" = lambda answers: (),
+) -> Iterator[dict[str, object]]:
+    """Open the journal of a run of ``expected`` answers; yield the options of ``evaluate`` and ``sweep``.
+
+    ``table`` makes the lines that are shown above the count while the run lasts.
+    """
+    from ..distributed.answers import answer_over_ranks, journal_over_ranks
+    from ..evaluation.answers import journal_header
+
+    header = journal_header(model, max_tokens, system)
+    with journal_over_ranks(path, header, ranks) as journal, resumable(path) as live:
+        if there := sum("nll_of" not in record for record in journal.records):
+            note(f"{path}: {count(there, 'answer')} there already; those of this run are used")
+        if ranks.size > 1:
+            note(f"split over {ranks.size} ranks; the count is that of rank 0's share")
+        yield {
+            "journal": journal,
+            "answer": answer_over_ranks(ranks),
+            "progress": _progress(live, expected, table),
+            "system": system,
+            "max_tokens": max_tokens,
+            "rows": rows,
+            "with_nll": with_nll,
+        }
+
+
+def _progress(
+    live: Live, expected: int, table: "Callable[[list[Answer]], Sequence[str]]"
+) -> "OnAnswers":
+    """Return a function that shows how many answers there are, and about how long the rest takes."""
+    began, first = time.monotonic(), []
+
+    def show(answers: "list[Answer]", tokens: int) -> None:
+        first or first.append(len(answers))
+        if not live.due:
+            return
+        seconds = time.monotonic() - began
+        done, right = len(answers), sum(one.correct for one in answers)
+        rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
+        left = ""
+        if done == expected:
+            rate, left = ", working out the NLL", ""
+        elif done > first[0]:
+            minutes = seconds / (done - first[0]) * (expected - done) / 60
+            left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
+        live.show(f"{done}/{expected} answers, {right} right{rate}{left}", table(answers))
+
+    return show

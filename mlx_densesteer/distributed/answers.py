@@ -1,0 +1,154 @@
+"""Problems over several ranks: each answers its share, with a journal of its own, and tells the others.
+
+Every rank has the whole model. A run may go on with another number of ranks.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Unpack
+
+import mlx_lm
+
+from .._version import __version__
+from ..evaluation.answers import (
+    Answer,
+    Answerer,
+    AnswerOptions,
+    answer,
+    keys_of,
+    read_answers,
+)
+from ..evaluation.journal import Journal
+from ..evaluation.tasks import Problem
+from ..model.model import Model
+from ..steering.steering import Steering
+from .ranks import Ranks
+
+
+@contextlib.contextmanager
+def journal_over_ranks(
+    path: str | Path, header: dict[str, object], ranks: Ranks
+) -> Iterator[Journal]:
+    """Open the journal of a run, on each of its ranks.
+
+    Rank 0 has ``path``, rank r ``path.rankr`` beside it. These files go when all ranks are done. What a
+    killed run left of them on rank 0's machine is taken over by the next run, however many ranks it has.
+
+    Raises:
+        DistributedError: the ranks have different models or settings.
+        InputError, DiskError: as ``Journal``.
+    """
+    path = Path(path)
+    ranks.same(header, "models or settings")
+    if ranks.rank:
+        ranks.wait()
+        own = path.with_name(f"{path.name}.rank{ranks.rank}")
+        with Journal(own, header) as journal:
+            yield journal
+            ranks.wait()
+        own.unlink(missing_ok=True)
+        return
+    with Journal(path, header) as journal:
+        _take_over(journal, header)
+        ranks.wait()
+        yield journal
+        ranks.wait()
+
+
+def answer_over_ranks(ranks: Ranks) -> Answerer:
+    """Return what answers problems over ``ranks``: rank r answers every n-th of those that are not done.
+
+        evaluate(model, problems, journal=journal, answer=answer_over_ranks(ranks))
+
+    Every rank has to call it with the same arguments and a journal of its own (``journal_over_ranks``).
+    All of them return all answers, and rank 0's journal keeps them all. Alone it is ``answer``.
+
+    Raises:
+        DistributedError: the ranks have different problems, steerings, options or versions.
+    """
+    return answer if ranks.size == 1 else partial(_answer, ranks)
+
+
+def _answer(
+    ranks: Ranks,
+    model: Model,
+    problems: Sequence[Problem],
+    steerings: Sequence[Steering | None],
+    **options: Unpack[AnswerOptions],
+) -> list[Answer]:
+    journal, progress = options["journal"], options.get("progress", lambda answers, tokens: None)
+    ranks.same(_digest(problems, steerings, options), "problems, vectors, settings or versions")
+    _exchange(ranks, journal)
+    done, todo = _split(problems, steerings, journal, options.get("with_nll", True))
+    known = answer(model, done, steerings, **options | {"progress": lambda answers, tokens: None})
+    mine = options | {
+        "progress": lambda answers, tokens: progress([*known, *answers], tokens),
+    }
+    answer(model, ranks.mine(todo), steerings, **mine)
+    _exchange(ranks, journal)
+    return answer(model, problems, steerings, **options)  # all are there: nothing is generated
+
+
+def _split(
+    problems: Sequence[Problem],
+    steerings: Sequence[Steering | None],
+    journal: Journal,
+    with_nll: bool,
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems whose answers the journal holds, all of them with what was asked, and the others."""
+    there = read_answers(journal)
+
+    def is_done(problem: Problem) -> bool:
+        found = [there.get(key) for key in keys_of([problem], steerings)]
+        return all(one and not (with_nll and one.lacks_nll) for one in found)
+
+    done = {problem.id for problem in problems if is_done(problem)}
+    return [p for p in problems if p.id in done], [p for p in problems if p.id not in done]
+
+
+def _exchange(ranks: Ranks, journal: Journal) -> None:
+    """Give every rank the records of all; rank 0 writes them, the others keep them in memory."""
+    for part in ranks.gather(journal.records):
+        for record in _new(journal, part):
+            if ranks.speaks:
+                journal.append(record)
+            else:
+                journal.records.append(record)
+
+
+def _take_over(journal: Journal, header: dict[str, object]) -> None:
+    """Add what other ranks' files beside a journal hold, and remove them."""
+    name = re.compile(re.escape(journal.path.name) + r"\.rank\d+")
+    for part in sorted(journal.path.absolute().parent.iterdir()):
+        if not name.fullmatch(part.name):
+            continue
+        with Journal(part, header) as left:
+            for record in _new(journal, left.records):
+                journal.append(record)
+        part.unlink()
+
+
+def _new(journal: Journal, records: Iterable[dict]) -> list[dict]:
+    """Return the records that the journal does not hold; the same answer by two ranks is one."""
+    there = {_identity(record) for record in journal.records}
+    return [record for record in records if _identity(record) not in there]
+
+
+def _identity(record: dict) -> tuple:
+    if "nll_of" in record:
+        return ("nll", *record["nll_of"])
+    return tuple(record.get(name) for name in ("problem", "content", "steering"))
+
+
+def _digest(
+    problems: Sequence[Problem], steerings: Sequence[Steering | None], options: AnswerOptions
+) -> str:
+    told = {key: value for key, value in options.items() if key not in ("journal", "progress")}
+    versions = [__version__, mlx_lm.__version__]
+    document = json.dumps([keys_of(problems, steerings), told, versions], sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
