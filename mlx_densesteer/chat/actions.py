@@ -5,21 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cli.steering import read_steering, read_vector, tell_dose, tell_fit
-from ..cli.tables import signed
-from ..cli.text import count
 from ..errors import InputError, SessionError
 from ..steering.request import default_layer
+from ..text import count, one_line, signed
 from .commands import Call, help_lines
 from .dial import Doses, read_strength, sweep_strengths
-from .printable import one_line
 from .rows import Asked, Rows, last_question
 from .status import receipt
 from .tables import stats_lines, sweep_lines
 
 if TYPE_CHECKING:
+    from ..generation.answer import Generation
     from ..generation.conversation import Turn
     from ..generation.session import Session
-    from ..generation.stream import Generation
     from ..steering.steering import Steering
     from .loop import Chat
 
@@ -65,7 +63,7 @@ class Actions:
         self._tell_steering()
 
     def _layer(self, argument: str) -> None:
-        from ..steering.steering import parse_layers
+        from ..steering.request import parse_layers
 
         steering = self._steering()
         if argument:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from .printable import printable
+from ..text import printable
 
 if TYPE_CHECKING:
     from .status import Status

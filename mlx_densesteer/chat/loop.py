@@ -19,8 +19,7 @@ from .screen import Screen
 from .status import Status, brake_lines, receipt
 
 if TYPE_CHECKING:
-    from ..generation.reply import Reply
-    from ..generation.session import Session
+    from ..generation.session import Reply, Session
     from ..model.model import ModelInfo
 
 

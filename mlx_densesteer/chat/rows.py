@@ -9,9 +9,9 @@ from ..errors import ContextError, SessionError
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
 
+    from ..generation.answer import Generation
     from ..generation.conversation import Turn
     from ..generation.session import Session
-    from ..generation.stream import Generation
     from ..steering.steering import Steering
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import click
 
-from .printable import printable
+from ..text import printable
 from .rows import Rows
 from .status import Status
 

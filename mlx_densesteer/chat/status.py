@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..cli.speculate import tell_draft
-from ..cli.tables import signed
-from ..cli.text import count
-from .printable import one_line
+from ..text import count, one_line, signed
 
 if TYPE_CHECKING:
-    from ..generation.stream import Generation
+    from ..generation.answer import Generation
     from ..steering.steering import Steering
 
 

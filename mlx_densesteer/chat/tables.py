@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..cli.tables import aligned, signed
-from ..generation.density import split_steps
-from .printable import one_line
+from ..generation.answer import split_steps
+from ..text import aligned, one_line, signed
 
 if TYPE_CHECKING:
-    from ..generation.stream import Generation
+    from ..generation.answer import Generation
     from ..steering.steering import Steering
     from .rows import State
 

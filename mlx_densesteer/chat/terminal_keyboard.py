@@ -12,9 +12,9 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
+from ..text import printable
 from .commands import BY_NAME, COMMANDS
 from .keyboard import Keyboard
-from .printable import printable
 from .state import history_file
 from .status import Status
 

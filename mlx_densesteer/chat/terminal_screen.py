@@ -16,10 +16,10 @@ import click
 from rich.cells import cell_len
 from rich.console import Console
 
+from ..text import printable
 from .blocks import Blocks
 from .markdown import has_table, render, render_block
 from .painter import Painter
-from .printable import printable
 from .rows import Rows
 from .screen import Answer, Now, Screen
 

@@ -14,6 +14,7 @@ import click
 from .._version import __version__
 from ..distributed.ranks import launched_rank
 from ..errors import DenseSteerError
+from ..text import silence
 from .bake import bake
 from .bench import bench
 from .chat import chat
@@ -105,7 +106,7 @@ def _ranked(rank: int) -> Iterator[None]:
     if not rank:
         yield
         return
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), silence():
         yield
 
 

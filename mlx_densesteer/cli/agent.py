@@ -8,8 +8,8 @@ import click
 from click.core import ParameterSource
 
 from .. import demo
+from ..text import note
 from .steering import Request
-from .text import note
 
 PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in another folder
 

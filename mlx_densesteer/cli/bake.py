@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import note
 from .options import layers_option, model_option, relative_option, strength_option, vector_option
-from .text import note
 
 if TYPE_CHECKING:
     from pathlib import Path

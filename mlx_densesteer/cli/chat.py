@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from ..extras import install_command
+from ..errors import install_command
+from ..text import count, note
 from .options import decoding_options, model_option, steering_options
 from .speculate import check_draft_options, load_draft
 from .steering import read_steering, steering_for
-from .text import count, note
 
 if TYPE_CHECKING:
     from ..chat.keyboard import Keyboard
@@ -50,8 +50,8 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
 
     from ..chat.loop import Chat
     from ..generation.brake import Brake
+    from ..generation.sampling import Sampling
     from ..generation.session import Session
-    from ..generation.stream import Sampling
     from ..model.model import inspect, load
 
     loaded, tokenizer = load(model)

@@ -4,8 +4,8 @@ import sys
 
 import click
 
+from ..text import note
 from . import completers
-from .text import note
 
 
 @click.command()

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .progress import Live
-from .tables import aligned, signed
-from .text import count, note
+from ..text import Live, aligned, count, note, signed
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import GridRow

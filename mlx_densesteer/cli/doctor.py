@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from .text import count
+from ..text import count
 
 
 @click.command()

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import aligned, count, estimate, note, percent, share
 from . import completers
 from .options import model_option, run_options, steering_options, task_options
 from .run import journalled, load_problems
 from .steering import read_steering, steering_for
-from .tables import aligned, estimate, percent, share
-from .text import count, note
 
 if TYPE_CHECKING:
     from ..evaluation.answers import Answer

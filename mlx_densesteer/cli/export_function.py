@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from ..text import note
 from .options import layers_option, model_option, positions_option, relative_option, vector_option
 from .steering import read_steering, steering_for
-from .text import note
 
 
 @click.command("export-function")

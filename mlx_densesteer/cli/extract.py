@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import Live, aligned, count, note, refuse_existing
 from .options import model_option
-from .progress import Live
-from .tables import aligned
-from .text import count, note, refuse_existing
 
 if TYPE_CHECKING:
     from ..extraction.extract import Extraction
@@ -55,7 +53,7 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
     from ..extraction.extract import ReadOut, extract_with_report
     from ..extraction.pairs import read_pairs
     from ..model.model import load
-    from ..steering.steering import parse_layers
+    from ..steering.request import parse_layers
 
     read = read_pairs(pairs)
     ReadOut.of(token)  # before the model is loaded
@@ -96,7 +94,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
         f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
         f"would be {found.tokens_apart:,}"
     )
-    from ..steering.steering import SMALLEST
+    from ..steering.request import SMALLEST
     from ..steering.vector import format_layers
 
     nothing = [layer for layer, row in found.layers.items() if row.relative_norm < SMALLEST]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..distributed.ranks import launched_rank
+from ..text import count, note
 from .options import decoding_options, model_option, steering_options
 from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
 from .spread import check_spread, load_steered
 from .steering import read_steering
-from .text import count, note
 
 if TYPE_CHECKING:
-    from ..generation.stream import Generation
+    from ..generation.answer import Generation
 
 
 @click.command()
@@ -61,9 +61,10 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     request = read_steering(vector, strength, layers, positions, relative)
     check_draft_options(draft_model, draft_vector, request is not None)
 
-    from ..distributed.sharding import settle
+    from ..distributed.stream import settle
     from ..generation.brake import Brake
-    from ..generation.stream import Sampling, stream
+    from ..generation.sampling import Sampling
+    from ..generation.stream import stream
     from ..model.prompt import encode_prompt
 
     _tell_demo(model, text)

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import Live, aligned, count, note
 from . import completers
 from .options import model_option, run_options, task_options
-from .progress import Live
-from .tables import aligned
-from .text import count, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .progress import Live
-from .text import count, note
+from ..text import Live, count, note
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..extras import install_command
+from ..errors import install_command
+from ..text import count, note
 from . import completers
 from .agent import install, uninstall
 from .options import model_option, positions_option, relative_option
 from .steering import Request, read_steering, tell_dose, tell_fit
-from .text import count, note
 
 if TYPE_CHECKING:
     import socket

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import note
 from .steering import read_vector, tell_fit
-from .text import note
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from ..generation.answer import Generation
     from ..generation.speculation import Draft
-    from ..generation.stream import Generation
     from ..steering.steering import Steering
     from ..steering.vector import SteeringVector
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..distributed.ranks import launched_rank
-from .text import note
+from ..text import note
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks

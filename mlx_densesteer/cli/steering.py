@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .text import note
+from ..text import note
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -124,8 +124,7 @@ def read_steering(
         return None
     from .. import demo
     from ..demo.settings import DOSES, LAYER
-    from ..steering.request import default_for
-    from ..steering.steering import parse_layers
+    from ..steering.request import default_for, parse_layers
 
     if relative and strength is None:
         raise click.UsageError("--relative needs a --strength, for example -s 0.1.")

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import install_command
+from ..text import aligned, count, note, percent, signed, signed_dose
 from . import completers
 from .options import model_option, positions_option, run_options, task_options, vector_option
 from .run import journalled, load_problems
 from .steering import read_vector, tell_fit
-from .tables import aligned, dose, percent, signed
-from .text import count, note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -240,7 +239,7 @@ _SETTING = ("layer", "dose", "strength")
 
 def _cells(setting: "Setting") -> list[str]:
     layer = "-" if setting.layer is None else str(setting.layer)
-    return [layer, dose(setting.dose), signed(setting.strength)]
+    return [layer, signed_dose(setting.dose), signed(setting.strength)]
 
 
 def _table(rows: "Sequence[GridRow]") -> list[str]:

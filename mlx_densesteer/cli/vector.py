@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import aligned, count, note, refuse_existing
 from . import completers
 from .options import layers_option
-from .tables import aligned
-from .text import count, note, refuse_existing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -161,8 +160,7 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
     from pathlib import Path
 
     from ..steering.formats import export_vector
-    from ..steering.request import default_for
-    from ..steering.steering import parse_layers
+    from ..steering.request import default_for, parse_layers
     from .steering import read_vector
 
     path = Path(out).expanduser()

@@ -12,7 +12,7 @@ import pytest
 from mlx_densesteer.chat.blocks import Blocks
 from mlx_densesteer.chat.commands import COMMANDS, Call, help_lines, markdown_table, nearest, parse
 from mlx_densesteer.chat.dial import read_strength, sweep_strengths
-from mlx_densesteer.chat.printable import one_line, printable
+from mlx_densesteer.text import one_line, printable
 from mlx_densesteer.chat.state import history_file
 from mlx_densesteer.chat.status import Status
 from mlx_densesteer.errors import InputError
@@ -413,7 +413,7 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch, capsys):
 
     from mlx_densesteer.chat.screen import Screen
     from mlx_densesteer.cli.chat import _faces
-    from mlx_densesteer.extras import install_command
+    from mlx_densesteer.errors import install_command
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)

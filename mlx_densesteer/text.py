@@ -1,0 +1,146 @@
+"""What people read in a terminal: notes beside the result, figures, tables, progress.
+
+Standard output is for results; everything here goes to standard error or is returned as text.
+"""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import click
+
+_silent = False  # of several ranks only the first one speaks
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Say nothing in this process until the block ends."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def note(message: str) -> None:
+    """Say on standard error something that is not the result."""
+    if not _silent:
+        click.echo(f"densesteer: {message}", err=True)
+
+
+def refuse_existing(path: str | Path, force: bool) -> None:
+    """Refuse a file that exists, unless it may be replaced."""
+    if Path(path).exists() and not force:
+        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 step``, ``2 steps``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def percent(fraction: float) -> str:
+    """Write ``45.0%``."""
+    return f"{100 * fraction:.1f}%"
+
+
+def signed(strength: float) -> str:
+    """Write a strength with its sign; strength 0 has none."""
+    return f"{strength:+.3g}" if strength else "0"
+
+
+def signed_dose(dose: float) -> str:
+    """Write a dose in per cent with its sign, ``+20%``; dose 0 has none."""
+    return f"{float(f'{100 * dose:.3g}'):+g}%" if dose else "0%"
+
+
+class HasInterval(Protocol):
+    """A figure with its interval, as ``evaluation.scoring.Estimate`` is one."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimate(one: HasInterval | None, digits: int = 1) -> str:
+    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
+    if one is None:
+        return "-"
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+
+
+def share(one: HasInterval) -> str:
+    """Write ``45.0% [35.6, 54.8]``."""
+    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines whose columns are aligned: the first to the left, others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+class Live:
+    """How far long work is: a line or a few, rewritten in place on a terminal; elsewhere a line now and then."""
+
+    TERMINAL, ELSEWHERE = 0.5, 30.0  # seconds between two updates
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._lines = 0
+        self._next = 0.0 if self._terminal else time.monotonic() + self.ELSEWHERE
+
+    @property
+    def due(self) -> bool:
+        """Whether an update would be shown now: ask before working one out."""
+        return time.monotonic() >= self._next and not _silent
+
+    def show(self, summary: str, lines: Sequence[str] = ()) -> None:
+        """Show ``lines`` (on a terminal) and ``summary``, if it is time to."""
+        if not self.due:
+            return
+        self._next = time.monotonic() + (self.TERMINAL if self._terminal else self.ELSEWHERE)
+        if not self._terminal:
+            note(summary)
+            return
+        size = shutil.get_terminal_size()
+        text = [*lines[: max(0, size.lines - 2)], f"densesteer: {summary}"]
+        self.clear()
+        click.echo("\n".join(line[: size.columns - 1] for line in text), err=True)
+        self._lines = len(text)
+
+    def clear(self) -> None:
+        """Take away what is shown in place."""
+        if self._lines:
+            click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False, err=True)
+            self._lines = 0
+
+
+_SHOWN = {code: chr(0x2400 + code) for code in range(0x20)}  # the pictures of control characters
+_SHOWN |= {0x7F: "\u2421", ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+_SHOWN |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with a visible sign for every control character but newline and tab.
+
+    Text from a model could otherwise move the cursor or change the terminal's title. Carriage returns
+    are left out. It works on any piece of a text by itself.
+    """
+    return text.translate(_SHOWN)
+
+
+def one_line(text: str, length: int) -> str:
+    """Return the beginning of ``text`` on one line of at most ``length`` characters."""
+    line = " ".join(printable(text[: 4 * length + 80]).split())
+    return line if len(line) <= length else f"{line[: max(length - 3, 0)]}..."
