@@ -4,7 +4,7 @@ Figures are made without pyplot, so that no backend or style of the caller is to
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError, install_command
 from ..files import atomic_file
+from ..text import signed_dose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,10 +50,11 @@ _DPI = 150
 def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
     """Write ``heatmap.png`` and ``curves.png`` into ``folder`` and return their paths.
 
-    Each row of the table is one setting: layer (``None`` for the unsteered row, of which there
-    is one), strength, problems, accuracy with accuracy_low and accuracy_high, steps, tokens,
-    density, nll, and perhaps relative (the strength as a fraction of the residual norm). A figure
-    that is ``None`` or not finite is left out of the pictures.
+    Each row of the table is one setting (``sweep.GridRow.describe``): layer (``None`` for the unsteered
+    row, of which there is one), dose, strength, problems, accuracy with accuracy_low and accuracy_high,
+    steps, tokens, density, nll. A figure that is ``None`` or not finite is left out of the pictures.
+    The settings are shown by dose, with the strength below it where all layers share it; by strength
+    where that takes fewer columns.
 
     Raises:
         InputError: matplotlib (extra ``plot``) is not installed, no unsteered row or more than
@@ -63,8 +65,8 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(f"pictures need matplotlib: {install_command('plot')}") from error
-    sweep = _arrange(table)
-    pictures = {"heatmap.png": _heatmap(sweep), "curves.png": _curves(sweep)}
+    grid = _arrange(table)
+    pictures = {"heatmap.png": _heatmap(grid), "curves.png": _curves(grid)}
     paths = []
     for name, figure in pictures.items():
         with atomic_file(folder / name) as file:
@@ -74,45 +76,61 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """The table by layer and strength; the unsteered row is every layer's strength 0."""
+class _Grid:
+    """The table by layer and column; the unsteered row is column 0 of every layer.
+
+    A column is a dose or a strength; ``labels`` say which, in the order of ``columns``.
+    """
 
     unsteered: Row
     steered: Mapping[tuple[int, float], Row]
     layers: list[int]
-    strengths: list[float]  # with 0
-    unit: str  # what they are
+    columns: list[float]  # with 0
+    labels: list[str]
+    unit: str  # what the columns are
 
-    def value(self, layer: int, strength: float, key: str) -> float:
+    def value(self, layer: int, column: float, key: str) -> float:
         """Return a figure of a setting, NaN where there is none."""
-        row = self.unsteered if strength == 0 else self.steered.get((layer, strength), {})
+        row = self.unsteered if column == 0 else self.steered.get((layer, column), {})
         return _number(row, key)
 
 
-def _arrange(table: Sequence[Row]) -> _Sweep:
+def _arrange(table: Sequence[Row]) -> _Grid:
     unsteered = [row for row in table if row["layer"] is None]
     others = [row for row in table if row["layer"] is not None]
-    unit, strengths = _strengths(others)
-    steered = {(r["layer"], s): r for r, s in zip(others, strengths, strict=True)}
-    if len(unsteered) != 1 or not steered or len(steered) < len(others) or 0.0 in strengths:
+    strengths = [float(row["strength"]) for row in others]
+    doses = [float(f"{row['dose']:.6g}") for row in others]  # rounded: computed from lambda
+    by_dose = len(set(doses)) <= len(set(strengths))
+    keys = doses if by_dose else strengths
+    steered = {(row["layer"], key): row for row, key in zip(others, keys, strict=True)}
+    if len(unsteered) != 1 or not steered or len(steered) < len(others) or 0.0 in keys:
         raise InputError(
             f"the table has {len(unsteered)} unsteered rows and {len(others)} others, "
             f"{len(steered)} of them different; expected 1 and at least 1, all different, none "
             "of them at strength 0."
         )
     layers = sorted({row["layer"] for row in others})
-    return _Sweep(unsteered[0], steered, layers, sorted({0.0, *strengths}), unit)
+    columns = sorted({0.0, *keys})
+    labels, unit = _labels(columns, zip(keys, strengths, strict=True), by_dose)
+    return _Grid(unsteered[0], steered, layers, columns, labels, unit)
 
 
-def _strengths(rows: Sequence[Row]) -> tuple[str, list[float]]:
-    """Return the rows' strengths; relative ones where a grid of these has fewer columns."""
-    raw = [float(row["strength"]) for row in rows]
-    doses = [row.get("relative") for row in rows]
-    if None not in doses:
-        relative = [float(f"{dose:.6g}") for dose in doses]  # rounded: computed from lambda
-        if len(set(relative)) < len(set(raw)):
-            return "relative strength", relative
-    return "strength", raw
+def _labels(
+    columns: Sequence[float], settings: Iterable[tuple[float, float]], by_dose: bool
+) -> tuple[list[str], str]:
+    """Return the columns' labels and what they are; ``settings`` are columns and strengths."""
+    strengths: dict[float, set[str]] = {0.0: {"0"}}
+    for column, strength in settings:
+        strengths.setdefault(column, set()).add(f"{strength:.3g}")
+    alike = all(len(found) == 1 for found in strengths.values())
+    if not by_dose:
+        labels, unit = [f"{column:.3g}" for column in columns], "strength"
+    elif alike:
+        labels = [f"{signed_dose(column)}\n{min(strengths[column])}" for column in columns]
+        unit = "dose, strength"
+    else:
+        labels, unit = [signed_dose(column) for column in columns], "dose"
+    return [label.replace("-", "\N{MINUS SIGN}") for label in labels], unit
 
 
 def _number(row: Row, key: str) -> float:
@@ -120,28 +138,28 @@ def _number(row: Row, key: str) -> float:
     return math.nan if value is None or not math.isfinite(value) else float(value)
 
 
-def _heatmap(sweep: _Sweep) -> "Figure":
+def _heatmap(grid: _Grid) -> "Figure":
     from matplotlib.figure import Figure
 
-    width = max(4.2, 1.6 + 0.62 * len(sweep.strengths))
-    height = max(2.2, 1.3 + 0.36 * len(sweep.layers))
+    width = max(4.2, 1.6 + 0.62 * len(grid.columns))
+    height = max(2.2, 1.3 + 0.36 * len(grid.layers))
     figure = Figure(figsize=(2 * width, 2 * height + 0.5), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-        _heat_panel(axes, sweep, panel)
+        _heat_panel(axes, grid, panel)
     figure.suptitle(
-        f"Every setting on {sweep.unsteered['problems']} problems; white: as the unsteered model"
+        f"Every setting on {grid.unsteered['problems']} problems; white: as the unsteered model"
     )
     return figure
 
 
-def _heat_panel(axes: "Axes", sweep: _Sweep, panel: _Panel) -> None:
+def _heat_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
     values = np.array([
-        [sweep.value(layer, strength, panel.key) for strength in sweep.strengths]
-        for layer in sweep.layers
+        [grid.value(layer, column, panel.key) for column in grid.columns]
+        for layer in grid.layers
     ])  # fmt: skip
     axes.set_facecolor("#dddddd")  # settings without a figure
     image = axes.imshow(
-        values, cmap="PuOr_r", norm=_norm(values, _number(sweep.unsteered, panel.key)),
+        values, cmap="PuOr_r", norm=_norm(values, _number(grid.unsteered, panel.key)),
         aspect="auto", origin="lower",
     )  # fmt: skip
     for (row, column), value in np.ndenumerate(values):
@@ -151,10 +169,10 @@ def _heat_panel(axes: "Axes", sweep: _Sweep, panel: _Panel) -> None:
                 column, row, panel.write(value),
                 ha="center", va="center", size=8, color="white" if dark else "black",
             )  # fmt: skip
-    _label_strengths(axes, sweep)
-    axes.set_yticks(range(len(sweep.layers)), [str(layer) for layer in sweep.layers])
+    _label_columns(axes, grid)
+    axes.set_yticks(range(len(grid.layers)), [str(layer) for layer in grid.layers])
     axes.set(title=panel.title, ylabel="layer")
-    zero = sweep.strengths.index(0.0)
+    zero = grid.columns.index(0.0)
     for edge in (zero - 0.5, zero + 0.5):
         axes.axvline(edge, color="black", linewidth=1)
     _scale(axes, image, values, panel)
@@ -194,56 +212,55 @@ def _norm(values: np.ndarray, centre: float) -> "FuncNorm":
     return FuncNorm((forward, inverse), vmin=centre - reach, vmax=centre + reach)
 
 
-def _label_strengths(axes: "Axes", sweep: _Sweep) -> None:
-    labels = [f"{strength:g}".replace("-", "\N{MINUS SIGN}") for strength in sweep.strengths]
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_xlabel(sweep.unit)
+def _label_columns(axes: "Axes", grid: _Grid) -> None:
+    axes.set_xticks(range(len(grid.labels)), grid.labels)
+    axes.set_xlim(-0.5, len(grid.labels) - 0.5)
+    axes.set_xlabel(grid.unit)
 
 
-def _curves(sweep: _Sweep) -> "Figure":
+def _curves(grid: _Grid) -> "Figure":
     from matplotlib.figure import Figure
 
-    width = max(4.4, 1.4 + 0.45 * len(sweep.strengths))
+    width = max(4.4, 1.4 + 0.45 * len(grid.columns))
     figure = Figure(figsize=(2 * width, 7.6), layout="constrained")
     all_axes = list(figure.subplots(2, 2).flat)
     for axes, panel in zip(all_axes, _PANELS, strict=True):
-        _curve_panel(axes, sweep, panel)
+        _curve_panel(axes, grid, panel)
     handles, labels = all_axes[-1].get_legend_handles_labels()
     lines = math.ceil(len(labels) / int(1.6 * width))
     columns = math.ceil(len(labels) / lines)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.suptitle(
-        f"Every setting on {sweep.unsteered['problems']} problems; bars and band: interval of the "
+        f"Every setting on {grid.unsteered['problems']} problems; bars and band: interval of the "
         "accuracy"
     )
     return figure
 
 
-def _curve_panel(axes: "Axes", sweep: _Sweep, panel: _Panel) -> None:
+def _curve_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
     accuracy = panel.key == "accuracy"
     unsteered = {"color": "#555555", "label": "unsteered"}
-    base = panel.scale * _number(sweep.unsteered, panel.key)
+    base = panel.scale * _number(grid.unsteered, panel.key)
     if math.isfinite(base):
         axes.axhline(base, linestyle=(0, (5, 3)), linewidth=1, **unsteered)
     if accuracy:
-        low, high = (_number(sweep.unsteered, f"accuracy_{end}") for end in ("low", "high"))
+        low, high = (_number(grid.unsteered, f"accuracy_{end}") for end in ("low", "high"))
         axes.axhspan(panel.scale * low, panel.scale * high, color="#000000", alpha=0.06, zorder=0)
-    for index, layer in enumerate(sweep.layers):
-        y = np.array([panel.scale * sweep.value(layer, s, panel.key) for s in sweep.strengths])
-        known, style = np.isfinite(y), _line_style(index, len(sweep.layers))
+    for index, layer in enumerate(grid.layers):
+        y = np.array([panel.scale * grid.value(layer, s, panel.key) for s in grid.columns])
+        known, style = np.isfinite(y), _line_style(index, len(grid.layers))
         x = np.arange(len(y), dtype=float)
         if accuracy:  # shifted a little, so that bars do not cover each other; all meet at 0
-            away = np.array(sweep.strengths) != 0
-            x += 0.5 * ((index + 0.5) / len(sweep.layers) - 0.5) * away
-            bars = _bars(sweep, layer, panel)
+            away = np.array(grid.columns) != 0
+            x += 0.5 * ((index + 0.5) / len(grid.layers) - 0.5) * away
+            bars = _bars(grid, layer, panel)
             drawn = known & away
             axes.errorbar(
                 x[drawn], y[drawn], bars[:, drawn],
                 fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=2, alpha=0.7,
             )  # fmt: skip
         axes.plot(x[known], y[known], label=f"layer {layer}", **style)
-    _label_strengths(axes, sweep)
+    _label_columns(axes, grid)
     axes.set_title(panel.title)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -261,10 +278,10 @@ def _line_style(index: int, count: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _bars(sweep: _Sweep, layer: int, panel: _Panel) -> np.ndarray:
-    """Return how far each interval reaches below and above its value, ``(2, strengths)``."""
+def _bars(grid: _Grid, layer: int, panel: _Panel) -> np.ndarray:
+    """Return how far each interval reaches below and above its value, ``(2, columns)``."""
     value, low, high = (
-        np.array([panel.scale * sweep.value(layer, s, key) for s in sweep.strengths])
+        np.array([panel.scale * grid.value(layer, s, key) for s in grid.columns])
         for key in (panel.key, f"{panel.key}_low", f"{panel.key}_high")
     )
     return np.nan_to_num(np.clip([value - low, high - value], 0, None))

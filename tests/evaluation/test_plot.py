@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from mlx_densesteer.errors import DiskError, InputError
+from mlx_densesteer.errors import DiskError, InputError, install_command
 from mlx_densesteer.evaluation.plot import plot_sweep
-from mlx_densesteer.extras import install_command
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def matplotlib():
 def row(layer, strength, **figures):
     accuracy = 0.8 - 0.01 * abs(strength) - 0.01 * (layer or 0)
     return {
-        "layer": layer, "strength": strength, "problems": 50, "accuracy": accuracy,
+        "layer": layer, "strength": strength, "dose": strength / (20 + (layer or 0)), "problems": 50, "accuracy": accuracy,
         "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1, "steps": 5 - strength / 4,
         "tokens": 80 - strength, "density": 15.0 + strength, "nll": 0.1 + strength**2 / 100,
     } | figures  # fmt: skip
@@ -136,16 +135,23 @@ def test_figures_that_are_missing(matplotlib, monkeypatch, tmp_path):
     assert not any(len(line.get_xdata()) for line in curves.axes[3].lines)
 
 
-def test_relative_strengths_share_their_columns(matplotlib, monkeypatch, tmp_path):
-    table = [row(None, 0.0, relative=0.0)] + [
-        row(layer, fraction * norm, relative=fraction * norm / norm)
-        for layer, norm in ((4, 7.3), (5, 11.1))
-        for fraction in (-0.1, 0.3)
+@pytest.mark.parametrize(
+    ("norms", "labels", "unit"),
+    [
+        ({4: 7.3, 5: 11.1}, ["−10%", "0%", "+30%"], "dose"),
+        ({4: 10.0}, ["−10%\n−1", "0%\n0", "+30%\n3"], "dose, strength"),
+    ],
+)
+def test_doses_share_their_columns(matplotlib, monkeypatch, tmp_path, norms, labels, unit):
+    table = [row(None, 0.0, dose=0.0)] + [
+        row(layer, dose * norm, dose=dose * norm / norm)
+        for layer, norm in norms.items()
+        for dose in (-0.1, 0.3)
     ]
     heatmap, _ = figures(monkeypatch, table, tmp_path)
-    assert [t.get_text() for t in heatmap.axes[0].get_xticklabels()] == ["−0.1", "0", "0.3"]
-    assert heatmap.axes[0].get_xlabel() == "relative strength"
-    assert len(heatmap.axes[0].texts) == 6
+    assert [t.get_text() for t in heatmap.axes[0].get_xticklabels()] == labels
+    assert heatmap.axes[0].get_xlabel() == unit
+    assert len(heatmap.axes[0].texts) == 3 * len(norms)
 
 
 @pytest.mark.parametrize(
