@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import note
-from .options import layers_option, model_option, relative_option, strength_option, vector_option
+from .options import layers_option, model_option, strength_option, vector_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,6 @@ NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
 @vector_option("", required=True)
 @strength_option
 @layers_option()
-@relative_option("NUMBER is a fraction")
 @click.option(
     "-o", "--out", required=True, type=click.Path(), metavar="PATH",
     help="Folder to write; for gguf the file.",
@@ -38,7 +37,7 @@ NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
          "that it says of itself, unless given.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace PATH, if densesteer wrote all of it.")
-def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...], relative: bool,
+def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...],
          out: str, format: str | None, check: bool, force: bool) -> None:  # fmt: skip
     """Bake a steering into a checkpoint that stock software runs.
 
@@ -56,7 +55,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
         recorded = _recorded(Path(out).expanduser())
         strength = recorded[0] if strength is None else strength
         layers = layers or recorded[1]
-    request = read_steering(vector, strength, layers, "all", relative)
+    request = read_steering(vector, strength, layers, "all")
     assert request is not None  # a vector is required
 
     from ..export import bake as baking

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
                    "others.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Text as it comes: no Markdown, no colours.")
 def chat(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
-         positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float,
+         positions: str | None, max_tokens: int, temp: float, top_p: float,
          seed: int | None, system: str | None, draft_model: str | None, draft_vector: str | None,
          draft_tokens: int, no_brake: bool, saved: str | None, plain: bool) -> None:  # fmt: skip
     """Talk with a model, steered if a vector is given, and turn the dial while you talk.
@@ -44,7 +44,7 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
     them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
     the answers go to standard output.
     """
-    request = read_steering(vector, strength, layers, positions, relative)
+    request = read_steering(vector, strength, layers, positions)
     check_draft_options(draft_model, draft_vector, request is not None)
     keyboard, screen = _faces(plain)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..text import note
-from .options import layers_option, model_option, positions_option, relative_option, vector_option
+from .options import layers_option, model_option, positions_option, vector_option
 from .steering import read_steering, steering_for
 
 
@@ -18,7 +18,6 @@ from .steering import read_steering, steering_for
               help="Lambda that the file names as its default; programs may pass any other. "
                    "[default: what a sweep recommended, else 1]")  # fmt: skip
 @positions_option
-@relative_option("NUMBER is a fraction")
 @click.option("--capacity", type=click.IntRange(min=2), metavar="TOKENS",
               help="Of the KV cache: prompt and answer together. [default: 2048, or the model's "
                    "context]")  # fmt: skip
@@ -27,7 +26,7 @@ from .steering import read_steering, steering_for
                    "[default: 128, 32, 8]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
-                    strength: float | None, positions: str | None, relative: bool, capacity: int | None,
+                    strength: float | None, positions: str | None, capacity: int | None,
                     chunks: tuple[int, ...], force: bool) -> None:  # fmt: skip
     """Write a steered model as an MLX function for C++ and Swift.
 
@@ -36,7 +35,7 @@ def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
     which is printed on standard output. docs/export-function.md has the signature,
     examples/cpp a program that generates text with it.
     """
-    request = read_steering(vector, strength, layers, positions, relative)
+    request = read_steering(vector, strength, layers, positions)
 
     from ..export.function import check_path
     from ..export.function import export_function as run

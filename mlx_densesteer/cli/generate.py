@@ -10,12 +10,15 @@ import click
 from ..distributed.ranks import launched_rank
 from ..text import count, note
 from .options import decoding_options, model_option, steering_options
-from .speculate import check_draft_options, load_draft, tell_brakes, tell_draft
-from .spread import check_spread, load_steered
-from .steering import read_steering
+from .speculate import load_draft, tell_brakes, tell_draft
+from .spread import check_spread, load_spread
+from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
+    from ..model.model import Model
+    from ..steering.request import Amount
+    from ..steering.steering import Positions
 
 
 @click.command()
@@ -45,11 +48,11 @@ if TYPE_CHECKING:
               help="Under mlx.launch: give every rank some of the blocks, not a slice of each.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]")
-def generate(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
-             positions: str | None, relative: bool, max_tokens: int, temp: float, top_p: float, seed: int | None,
+def generate(model: str, vector: str | None, strength: "Amount | None", layers: tuple[str, ...],
+             positions: "Positions | None", max_tokens: int, temp: float, top_p: float, seed: int | None,
              system: str | None, stop: tuple[str, ...], raw: bool, draft_model: str | None,
-             draft_vector: str | None, draft_tokens: int, no_brake: bool, pipeline: bool,
-             as_json: bool, prompt: tuple[str, ...]) -> None:  # fmt: skip
+             draft_tokens: int, no_brake: bool, pipeline: bool, as_json: bool,
+             prompt: tuple[str, ...]) -> None:  # fmt: skip
     """Generate text, steered if a vector is given.
 
     PROMPT is read from standard input where it is missing or "-", without its last newline unless
@@ -58,27 +61,20 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     """
     text = _read_prompt(prompt, raw)
     check_spread(pipeline, draft_model)
-    request = read_steering(vector, strength, layers, positions, relative)
-    check_draft_options(draft_model, draft_vector, request is not None)
+    request = read_steering(vector, strength, layers, positions)
 
-    from ..distributed.stream import settle
+    from ..distributed.stream import settle, stream_over_ranks
     from ..generation.brake import Brake
     from ..generation.sampling import Sampling
-    from ..generation.stream import stream
     from ..model.prompt import encode_prompt
 
     _tell_demo(model, text)
-    loaded, tokenizer, steering, norms, ranks = load_steered(model, request, pipeline=pipeline)
-    tokens = encode_prompt(tokenizer, text, system=system, raw=raw)
-    ranks.same(  # or they would not go through the same tokens
-        {"tokens": tokens, "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed,
-         "stop": stop, "brake": not no_brake},
-        "prompts or options",
-    )  # fmt: skip
-    pieces = stream(
-        loaded, tokenizer, tokens, steering=steering, max_tokens=max_tokens,
-        sampling=Sampling(temp, top_p, seed), stop=stop, brake=None if no_brake else Brake(),
-        draft=load_draft(draft_model, draft_vector, draft_tokens, loaded, tokenizer, steering),
+    loaded, ranks = load_spread(model, pipeline=pipeline)
+    steering = steering_for(request, loaded)
+    pieces = stream_over_ranks(
+        loaded, ranks, encode_prompt(loaded.tokenizer, text, system=system, raw=raw), steering=steering,
+        max_tokens=max_tokens, sampling=Sampling(temp, top_p, seed), stop=stop,
+        draft=load_draft(draft_model, draft_tokens, loaded), brake=None if no_brake else Brake(),
     )  # fmt: skip
     interrupt, shown = None, 0
     try:
@@ -91,11 +87,11 @@ def generate(model: str, vector: str | None, strength: float | None, layers: tup
     settle(ranks)
     result = pieces.result
     if as_json:
-        click.echo(json.dumps(_to_json(result, norms), ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(_to_json(result, loaded), ensure_ascii=False, allow_nan=False))
     else:
         click.echo(result.text[shown:])  # after an interruption, what was held back for a stop
     tell_brakes(result)
-    note(_receipt(result, loaded.args.max_position_embeddings))
+    note(_receipt(result, loaded.context))
     if interrupt:
         raise interrupt
 
@@ -134,11 +130,10 @@ def _tell_demo(model: str, prompt: str) -> None:
         )
 
 
-def _to_json(result: "Generation", norms: dict[int, float]) -> dict[str, object]:
-    steering = result.steering.describe() if result.steering else None
-    if result.steering and steering is not None and norms:
-        doses = result.steering.relative_dose(norms)
-        steering["relative_dose"] = {str(layer): round(dose, 4) for layer, dose in doses.items()}
+def _to_json(result: "Generation", model: "Model") -> dict[str, object]:
+    steering = None
+    if result.steering:
+        steering = result.steering.describe() | {"dose": model.dose(result.steering)}
     return {
         "text": result.text,
         "tokens": result.tokens,

@@ -11,7 +11,7 @@ Command = Callable[..., Any]
 
 
 class _Model(click.ParamType):
-    """A text; whoever leaves it out is told what it could be."""
+    """A model's name; where it is missing, the error says what it could be."""
 
     name = "model"
 
@@ -28,13 +28,12 @@ def model_option(command: Command, *, required: bool = True) -> Command:
 
 
 def steering_options(command: Command) -> Command:
-    """Add ``-v -s -l --positions --relative``; read them with ``cli.steer.read_steering``."""
+    """Add ``-v -s -l --positions``; read them with ``steering.read_steering``."""
     for option in reversed([
         vector_option("Without it nothing is steered."),
         strength_option,
         layers_option(),
         positions_option,
-        relative_option("NUMBER is a fraction"),
     ]):  # fmt: skip
         command = option(command)
     return command
@@ -48,13 +47,30 @@ def vector_option(remark: str, *, required: bool = False) -> Command:
     )  # fmt: skip
 
 
+class StrengthType(click.ParamType):
+    """A strength (lambda) or a dose in per cent; the value is a ``steering.request.Amount``."""
+
+    name = "strength"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        from ..errors import InputError
+        from ..steering.request import Amount
+
+        try:
+            return Amount.parse(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 strength_option = click.option(
-    "-s", "--strength", "--lambda", type=float, metavar="NUMBER",
-    help="Lambda; positive is towards dense, 0 is the unsteered model. "
-         "[default: what a sweep recommended, else 1]",
+    "-s", "--strength", "--lambda", type=StrengthType(), metavar="STRENGTH",
+    help="A dose in per cent of the residual stream (20%), or lambda as a number (1.5). Positive is "
+         "towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
 )  # fmt: skip
 
-_LAYERS = "[default: what a sweep recommended, the vector's only layer, else the middle one]"
+_LAYERS = "[default: what a sweep recommended, else the best that extraction measured]"
 
 
 def layers_option(remark: str = _LAYERS) -> Command:
@@ -71,22 +87,12 @@ positions_option = click.option(
 )  # fmt: skip
 
 
-def relative_option(what: str) -> Command:
-    """Make ``--relative``."""
-    return click.option(
-        "--relative", is_flag=True,
-        help=f"{what} of the mean norm of the residual stream: 0.1 is a mild dose, 0.8 a large one.",
-    )  # fmt: skip
-
-
 def decoding_options(command: Command) -> Command:
-    """Add ``--draft-model --draft-vector --draft-tokens --no-brake``: how an answer is decoded."""
+    """Add ``--draft-model --draft-tokens --no-brake``: how an answer is decoded."""
     for option in reversed([
         click.option("--draft-model", metavar="MODEL", shell_complete=completers.models,
                      help="Speculative decoding: a smaller model of the same family proposes tokens. "
                           "The text stays the same at temperature 0."),
-        click.option("--draft-vector", metavar="FILE", shell_complete=completers.vectors,
-                     help="Steer the draft as well, at the same relative dose."),
         click.option("--draft-tokens", type=click.IntRange(1, 16), default=3, show_default=True,
                      help="How many tokens it proposes at a time."),
         click.option("--no-brake", is_flag=True,

@@ -13,7 +13,7 @@ from ..errors import install_command
 from ..text import count, note
 from . import completers
 from .agent import install, uninstall
-from .options import model_option, positions_option, relative_option
+from .options import model_option, positions_option
 from .steering import Request, read_steering, tell_dose, tell_fit
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @click.option("-l", "--layer", "layers", multiple=True, metavar="LAYERS",
               help="Likewise. [default: what a sweep recommended, else the middle one]")  # fmt: skip
 @positions_option
-@relative_option("NUMBER is a fraction")
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
 )
@@ -71,7 +70,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
               help="Stop and remove the agent; no other option is needed.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
 def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
-          layers: tuple[str, ...], positions: str | None, relative: bool, name: str | None, host: str,
+          layers: tuple[str, ...], positions: str | None, name: str | None, host: str,
           port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
           rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, uninstall_agent: bool, verbose: bool) -> None:  # fmt: skip
     """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
@@ -89,7 +88,7 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
     _check_extra()
     access = _access(host, _read_key(api_key_file), hosts, origins)
     listener = None if install_agent else _open_socket(host, port)
-    requests = _read_vectors(model, vectors, strength, layers, positions, relative)
+    requests = _read_vectors(model, vectors, strength, layers, positions)
     if install_agent:
         install(
             model,
@@ -135,7 +134,7 @@ def _check_extra() -> None:
 
 def _read_vectors(
     model: str, vectors: tuple[str, ...], strength: float | None, layers: tuple[str, ...],
-    positions: str | None, relative: bool,
+    positions: str | None,
 ) -> "dict[str, Request]":  # fmt: skip
     """Return the vectors of ``-v`` by name, with the settings that stand beside them."""
     from .. import demo
@@ -151,7 +150,7 @@ def _read_vectors(
         name = demo.VECTOR.stem if vector == demo.NAME else Path(vector).stem
         if name in found:
             raise click.UsageError(f"two vectors have the name {name}: rename one of the files.")
-        request = read_steering(vector, strength, layers, positions, relative)
+        request = read_steering(vector, strength, layers, positions)
         if request is not None:
             request.vector.name = name
             found[name] = request

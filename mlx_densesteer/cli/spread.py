@@ -43,10 +43,3 @@ def load_spread(name: str, *, pipeline: bool) -> "tuple[Model, Ranks]":
     else:
         note(f"{model.name} tensor-parallel on {ranks.size} ranks")
     return model, ranks
-
-
-def load_steered(name, request, *, pipeline):  # until generate.py takes a Model
-    from .steering import steering_for
-
-    model, ranks = load_spread(name, pipeline=pipeline)
-    return *model, *steering_for(request, *model, name), ranks
