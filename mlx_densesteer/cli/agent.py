@@ -3,19 +3,22 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from .. import demo
 from ..text import note
-from .steering import Request
 
 PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in another folder
 
+if TYPE_CHECKING:
+    from ..steering.request import Request
+
 
 def install(
-    model: str, port: int, grace: int, requests: Mapping[str, Request], *, key_in_environment: bool
+    model: str, port: int, grace: int, requests: "Mapping[str, Request]", *, key_in_environment: bool
 ) -> None:
     """Make an agent of the options that were given, and install it on a Mac.
 

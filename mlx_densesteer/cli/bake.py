@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..export.closeness import Closeness
+    from ..steering.request import Request
     from ..steering.steering import Steering
-    from .steering import Request
 
 NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
 
@@ -47,7 +47,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
     """
     from pathlib import Path
 
-    from .steering import read_steering, tell_dose, tell_fit
+    from .steering import read_steering, tell_fit, tell_steering
 
     if check and (force or format):
         raise click.UsageError("--check writes nothing: leave out --force and --format.")
@@ -67,7 +67,7 @@ def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...
     format = format or ("gguf" if out.endswith(".gguf") else "mlx")
     baked = baking.bake(model, steering, out, format=format, force=force, progress=note)  # type: ignore[arg-type]
     tell_fit(steering.vector, baked.source)
-    tell_dose(steering, baked.relative_dose)
+    tell_steering(steering, baked.relative_dose)
     note(f"written as {baked.source.dtype}, quantisation {baked.quantization}")
     note(str(baked.closeness) if baked.closeness else NOT_RUN)
     click.echo(baked.path)

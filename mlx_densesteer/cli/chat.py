@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from ..errors import install_command
 from ..text import count, note
 from .options import decoding_options, model_option, steering_options
-from .speculate import check_draft_options, load_draft
+from .speculate import load_draft
 from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--plain", is_flag=True, help="Text as it comes: no Markdown, no colours.")
 def chat(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
          positions: str | None, max_tokens: int, temp: float, top_p: float,
-         seed: int | None, system: str | None, draft_model: str | None, draft_vector: str | None,
+         seed: int | None, system: str | None, draft_model: str | None,
          draft_tokens: int, no_brake: bool, saved: str | None, plain: bool) -> None:  # fmt: skip
     """Talk with a model, steered if a vector is given, and turn the dial while you talk.
 
@@ -45,28 +45,27 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
     the answers go to standard output.
     """
     request = read_steering(vector, strength, layers, positions)
-    check_draft_options(draft_model, draft_vector, request is not None)
     keyboard, screen = _faces(plain)
 
     from ..chat.loop import Chat
     from ..generation.brake import Brake
     from ..generation.sampling import Sampling
     from ..generation.session import Session
-    from ..model.model import inspect, load
+    from ..model.model import load
 
-    loaded, tokenizer = load(model)
-    steering, _ = steering_for(request, loaded, tokenizer, model)
+    loaded = load(model)
+    steering = steering_for(request, loaded)
     options = {
         "brake": None if no_brake else Brake(),
-        "draft": load_draft(draft_model, draft_vector, draft_tokens, loaded, tokenizer, steering),
+        "draft": load_draft(draft_model, draft_tokens, loaded),
     }
     if saved is None:
         session = Session(
-            loaded, tokenizer, steering, system=system, max_tokens=max_tokens,
+            loaded, steering, system=system, max_tokens=max_tokens,
             sampling=Sampling(temp, top_p, seed), **options,
         )  # fmt: skip
     else:
-        session = Session.load(saved, loaded, tokenizer, **options)
+        session = Session.load(saved, loaded, **options)
         if steering is not None:
             session.steer(steering)
         if _given("system"):
@@ -77,7 +76,7 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
             session.sampling = Sampling(temp, top_p, seed)
         note(f"loaded {count(len(session.turns), 'turn')} from {saved}")
     _greet(model, keyboard.interactive)
-    failures = Chat(session, inspect(loaded, model), keyboard, screen).run()
+    failures = Chat(session, loaded.info, keyboard, screen).run()
     if failures and not keyboard.interactive:
         sys.exit(1)
 

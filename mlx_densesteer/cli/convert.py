@@ -54,7 +54,7 @@ def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str
             dtype=dtype, revision=revision, force=force, progress=_show,
         )  # fmt: skip
     except KeyboardInterrupt:
-        note("interrupted; nothing half-done was left. A download goes on where it stopped.")
+        note("interrupted; nothing half-done was left. Files that were downloaded whole are kept.")
         raise
     click.echo(folder)
 

@@ -14,13 +14,14 @@ from ..text import count, note
 from . import completers
 from .agent import install, uninstall
 from .options import model_option, positions_option
-from .steering import Request, read_steering, tell_dose, tell_fit
+from .steering import read_steering, tell_fit, tell_steering
 
 if TYPE_CHECKING:
     import socket
 
     from ..server.settings import Access
     from ..server.start import Server
+    from ..steering.request import Request
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
@@ -216,7 +217,7 @@ def _tell_vectors(server: "Server", given: set[str]) -> None:
             tell_fit(one.vector, server.info)
             norms = server.engine.norms.known(one.vector) or {}
             steering = one.steering
-            tell_dose(steering, steering.relative_dose(norms))
+            tell_steering(steering, steering.relative_dose(norms))
     for name, reason in server.shelf.unusable().items():
         note(f"warning: {name} of the folder cannot be used: {reason}")
     names = [one.name for one in server.shelf.all()]

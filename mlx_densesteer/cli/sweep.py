@@ -123,7 +123,7 @@ def sweep(
     ranks = Ranks.connect()
     loaded = load_copies(model, ranks)
     info = loaded.info
-    tell_fit(steering_vector, info)
+    tell_fit(steering_vector, loaded)
     if write and steering_vector.meta.fingerprint not in (None, info.fingerprint):
         raise click.ClickException(
             "--write: the vector was extracted from other weights, and this recommendation would be "
