@@ -37,6 +37,7 @@ class Faults:
     stop_at: int | None = None  # no byte of a large file arrives from here on, as the connection
     # ... "close"s, "reset"s or "hang"s; at the end it heals
     breaks: Iterator[str] = field(default_factory=lambda: repeat("close"))
+    sizes: dict[str, int] = field(default_factory=dict)  # by file name, added to what is told of a large file
 
 
 class HubServer:
@@ -134,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name.endswith(LARGE):
             sha256 = _sha256(file)
             self._answer(302, commit | {
-                "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(file.stat().st_size),
+                "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(file.stat().st_size + self.hub.faults.sizes.get(name, 0)),
                 "Location": f"http://localhost:{self.hub.port}/cdn/{sha256}",
             })  # fmt: skip
         else:

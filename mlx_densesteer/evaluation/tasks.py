@@ -88,11 +88,11 @@ def load_task(
 
 
 def _from_hub(name: str, split: str | None, revision: str | None) -> list[Problem]:
-    from .data_hub import fetch_data_file  # not when the shell asks for TASKS: it takes a while
+    from ..model.hub import fetch_file  # not when the shell asks for TASKS: it takes a while
 
     source = _SOURCES[name]
     split = _choose_split(name, split, source.files)
-    path = fetch_data_file(source.repo, source.files[split], revision=revision)
+    path = fetch_file(source.repo, source.files[split], revision=revision, kind="dataset")
     if path.suffix == ".parquet":
         records = _read_parquet(path, name)
     else:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from .._version import __version__
 from ..errors import ConversionError
 from ..files import check_disk, file_sha256, move_into_place, scratch_folder
 from . import gguf as gguf_model
 from .config import RECORD, check_target, is_hub_id, origin, read_config, rope
-from .hub import fetch_config, fetch_model, missing_bytes
+from .hub import fetch_config, fetch_model
 from .model import fingerprint
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -150,8 +149,6 @@ def _open_source(
             "Hugging Face folder, or a GGUF file."
         )
     fetch_config(repo, revision=revision)
-    need = missing_bytes(repo, revision=revision)
-    check_disk(Path(HF_HUB_CACHE), need, "the download")
     progress(f"downloading {repo}", 0, 0)
     folder = fetch_model(repo, revision=revision)
     return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)

@@ -1,15 +1,12 @@
-"""Model files from the Hugging Face Hub, and what to do when they do not come."""
+"""Files of models and data sets from the Hugging Face Hub, and what to do when they do not come."""
 
-import re
+import contextlib
+import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import (
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    snapshot_download,
-)
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     DryRunError,
@@ -23,39 +20,65 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers
+from huggingface_hub.utils import tqdm
 
 from ..errors import HubError
-from ..files import file_sha256
+from ..files import check_disk
 from .config import parse_config
 
+CONFIG = "config.json"
 WEIGHT_FILES = "model*.safetensors"
 MODEL_FILES = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.txt", "*.jinja"]
+
+Kind = Literal["model", "dataset"]
+
+_LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
+_OTHERWISE = {"model": "a local folder", "dataset": "a local JSONL file with the same fields"}
 
 
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model's files, downloading what is not in the cache.
 
-    A download that broke off goes on where it stopped. Without a network, a complete copy
-    in the cache is used.
+    Without a network, a complete copy in the cache is used.
 
     Raises:
         HubError: see ``fetch_file``.
+        DiskError: the cache's disk has no room for what is missing.
     """
-    return _ask(repo, revision, lambda: _snapshot(repo, revision))
+
+    def download(offline: bool) -> Path:
+        if not offline:
+            _download_missing(repo, revision)
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=MODEL_FILES,
+                local_files_only=offline,
+                tqdm_class=_NoBar,
+            )
+        )
+        if offline and not any(folder.glob(WEIGHT_FILES)):
+            raise LocalEntryNotFoundError(f"{folder}: no weights")
+        return folder
+
+    return _fetch(repo, CONFIG, revision, "model", download)
 
 
-def fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
+def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind = "model") -> Path:
     """Return the path of one file of a repository, downloading it if it is not in the cache.
 
     Raises:
-        HubError: no such repository, revision or file; gated or private; no network and
-            nothing in the cache; the connection broke.
+        HubError: no such repository, revision or file; gated or private; no network and nothing in the cache; no
+            room on the disk; the download broke off.
     """
-    return _ask(repo, revision, lambda: hf_hub_download(
-        repo, name, revision=revision, local_files_only=not _answers(repo, revision)
-    ))  # fmt: skip
+
+    def download(offline: bool) -> Path:
+        return Path(
+            hf_hub_download(repo, name, repo_type=kind, revision=revision, local_files_only=offline)
+        )
+
+    return _fetch(repo, name, revision, kind, download)
 
 
 def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]:
@@ -63,150 +86,94 @@ def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]
 
     Raises:
         HubError: see ``fetch_file``.
-        ModelError, UnsupportedModelError: see ``model_folder.read_config``.
+        ModelError, UnsupportedModelError: see ``config.read_config``.
     """
-    return parse_config(fetch_file(repo, "config.json", revision=revision).read_bytes(), repo)
+    return parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
 
 
-def missing_bytes(repo: str, *, revision: str | None = None) -> int:
-    """Return how many bytes ``fetch_model`` would download; 0 where the Hub cannot say."""
-    if not _answers(repo, revision):
-        return 0  # no network: a complete copy in the cache needs no room
+class _NoBar(tqdm):
+    """For requests that show nothing; each file has a bar of its own, on a terminal."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
+
+
+def _download_missing(repo: str, revision: str | None) -> None:
+    """Download one file after another in this thread.
+
+    ``snapshot_download`` does it in threads, which an interrupt (Ctrl-C) does not stop: it waits for whole files.
+    """
+    files = []
+    with contextlib.suppress(
+        DryRunError
+    ):  # the Hub fails: snapshot_download says why, or takes a complete copy
+        files = snapshot_download(
+            repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True, tqdm_class=_NoBar
+        )
+    missing = [file for file in files if file.will_download]
+    check_disk(Path(HF_HUB_CACHE), sum(file.file_size for file in missing), "the download")
+    for file in missing:
+        hf_hub_download(repo, file.filename, revision=file.commit_hash)
+
+
+def _fetch(
+    repo: str, name: str, revision: str | None, kind: Kind, download: Callable[[bool], Path]
+) -> Path:
+    """Call ``download(offline)``; what huggingface_hub raises becomes a ``HubError``."""
     try:
-        files = snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True)
-    except (DryRunError, HTTPError, OSError):
-        return 0
-    return sum(file.file_size for file in files if file.will_download)
+        return download(not _answers(repo, name, revision, kind))
+    # Xet, which the Hub stores large files in, raises RuntimeError; a repository id of another form is a ValueError.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        shown = f"data set {repo}" if kind == "dataset" else repo
+        raise HubError(f"{shown}: {_reason(error, name, revision, kind)}") from error
 
 
-def _answers(repo: str, revision: str | None) -> bool:
+def _answers(repo: str, name: str, revision: str | None, kind: Kind) -> bool:
     """Ask the Hub once, for ``HF_HUB_ETAG_TIMEOUT`` seconds at most (10).
 
-    huggingface_hub asks a Hub that stays silent for more than six minutes, or without end.
+    Without this, ``hf_hub_download`` asks a Hub that stays silent for six minutes, ``snapshot_download`` for ever.
     """
     try:
-        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+        get_hf_file_metadata(hf_hub_url(repo, name, repo_type=kind, revision=revision))
     except HfHubHTTPError:
-        return True  # it refuses; the download will say why
+        return True  # it refuses; the download says why
     except (HTTPError, OSError):
         return False
     return True
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
-    online = _answers(repo, revision)
-    if online:
-        _fetch_weights(repo, revision)
-    folder = Path(snapshot_download(
-        repo, revision=revision, allow_patterns=MODEL_FILES, local_files_only=not online
-    ))  # fmt: skip
-    if not online and not any(folder.glob(WEIGHT_FILES)):
-        raise LocalEntryNotFoundError(f"{folder}: no weights")
-    return folder
-
-
-def _fetch_weights(repo: str, revision: str | None) -> None:
-    """Put the weights into huggingface_hub's cache, going on where an earlier run stopped.
-
-    huggingface_hub 2.4 throws a file away that broke off, which may be gigabytes (its pull
-    request 4228). Where the cache has the blob of a file, it only links it.
-    """
-    try:
-        files = snapshot_download(
-            repo, revision=revision, allow_patterns=WEIGHT_FILES, dry_run=True
+def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> str:
+    """Say in one line what was found, what was expected, and the remedy."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub was reached, and refused
+    shown = " ".join(str(error).split())
+    if isinstance(error, HFValidationError):
+        return "neither a folder here nor a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
+    if isinstance(error, GatedRepoError):
+        return f"is gated. Accept its terms on its Hub page, then {_LOGIN}."
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"has no revision {revision!r}. Expected a branch, a tag or a commit of its Hub page."
         )
-    except DryRunError:
-        return  # it refuses; the download will say why
-    for file in files:
-        if file.will_download:
-            _fetch_blob(repo, file.filename, file.commit_hash)
-
-
-def _fetch_blob(repo: str, name: str, commit: str) -> None:
-    url = hf_hub_url(repo, name, revision=commit)
-    found = get_hf_file_metadata(url)
-    if not found.size or not re.fullmatch("[0-9a-f]{64}", found.etag or ""):
-        return  # not in LFS, so it is small
-    folder = repo_folder_name(repo_id=repo, repo_type="model")
-    blob = Path(HF_HUB_CACHE, folder, "blobs", found.etag)
-    lock = Path(HF_HUB_CACHE, ".locks", folder, f"{found.etag}.lock")
-    for file in (blob, lock):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if not blob.exists():  # another process may have been faster
-            _resume(url, blob, found.size, name)
-
-
-def _resume(url: str, blob: Path, size: int, name: str) -> None:
-    """Download one file of ``size`` bytes; the name of ``blob`` is its SHA-256."""
-    partial = blob.with_name(f"{blob.name}.incomplete")
-    with partial.open("ab") as file:
-        if file.tell() > size:
-            file.truncate(0)
-            file.seek(0)
-        http_get(
-            url,
-            file,
-            resume_size=file.tell(),
-            headers=build_hf_headers(),
-            expected_size=size,
-            displayed_filename=name,
+    if isinstance(error, RepositoryNotFoundError):
+        return f"is not on the Hub, or it is private. Check the name; for a private one {_LOGIN}."
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return (
+            "the Hub cannot be reached, and there is no complete copy in its cache. Check the network (and "
+            f"HF_ENDPOINT, HF_HUB_OFFLINE), or name {_OTHERWISE[kind]}."
         )
-    if file_sha256(partial) != blob.name:
-        partial.unlink()
-        raise OSError(f"{name} has not the SHA-256 that the Hub names; it was removed, try again")
-    partial.rename(blob)
-
-
-def _ask(repo: str, revision: str | None, download: Callable[[], str | Path]) -> Path:
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return Path(download())
-    except HFValidationError as error:
-        raise HubError(
-            f"{repo}: neither a folder here nor a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
-        ) from error
-    except GatedRepoError as error:
-        raise HubError(
-            f"{repo}: the repository is gated. Accept its terms on its Hub page, then log in "
-            "with `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{repo}: has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"{repo}: no such repository on the Hub, or it is private. Check the name; for a "
-            "private one log in with `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise HubError(f"{repo}{at}: {_refusal(error.__cause__)}") from error
-        raise HubError(
-            f"{repo}{at}: there is no such folder here ({Path.cwd()}), the Hub cannot be reached, and "
-            "there is no complete copy in its cache. Check the network (and HF_ENDPOINT, "
-            "HF_HUB_OFFLINE), or name a local folder."
-        ) from error
-    except EntryNotFoundError as error:
-        raise HubError(
-            f"{repo}{at}: is no model repository, a file is missing ({_one_line(error)})."
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(f"{repo}{at}: {_refusal(error)}") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise HubError(
-            f"{repo}{at}: the connection to the Hub broke ({type(error).__name__}: {error}). "
-            "What was downloaded is kept; run the same command again to go on."
-        ) from error
-    except OSError as error:
-        raise HubError(f"{repo}{at}: the download failed ({_one_line(error)}).") from error
-
-
-def _refusal(error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else "no status"
-    if status in (401, 403):
-        return f"the Hub answered with {status}. Check your token (HF_TOKEN, `hf auth whoami`)."
-    return f"the Hub answered with {status}. Try again later."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if isinstance(error, EntryNotFoundError):
+        return f"has no file {name}. Check the name, or name {_OTHERWISE[kind]}."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the Hub answered with {status}. Check your token (HF_TOKEN, `hf auth whoami`)."
+        return f"the Hub answered with {status}. Try again later."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {HF_HUB_CACHE} is full. Make room, or set HF_HOME to a folder elsewhere."
+        )
+    return (
+        f"the download broke off ({type(error).__name__}: {shown}). Files that came whole are kept; start the same "
+        "command again."
+    )

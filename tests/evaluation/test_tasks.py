@@ -14,7 +14,7 @@ from hub_server import HubServer
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.evaluation.grading import grade
 from mlx_densesteer.evaluation.tasks import Problem, load_task
-from mlx_densesteer.extras import install_command
+from mlx_densesteer.errors import install_command
 
 GSM8K = {"question": "How many clips?", "answer": "She sold 48+24 = <<48+24=72>>72.\n#### 1,072"}
 MATH = {
@@ -315,7 +315,7 @@ def test_a_data_set_that_has_changed(ask, hub, tmp_path):
 def test_without_a_network(ask, hub):
     hub.stop()
     [answer] = ask(("math500", {}))
-    assert "MATH-500: the Hub cannot be reached, and test.jsonl is not in its cache" in answer
+    assert "MATH-500: the Hub cannot be reached, and there is no complete copy" in answer
     assert "name a local JSONL file" in answer
 
 

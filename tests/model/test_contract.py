@@ -90,12 +90,3 @@ def test_names_that_a_mixin_must_not_hide():
     for stock in (cache.KVCache, cache.BatchKVCache, cache.QuantizedKVCache):
         assert not {"shift", "expecting", "_rows"} & set(dir(stock))
     assert "shift" not in inspect.getsource(cache.KVCache)
-
-
-def test_what_resuming_a_download_needs_of_huggingface_hub():
-    """`hub._resume` calls names that huggingface_hub does not list as public."""
-    from huggingface_hub.file_download import http_get, repo_folder_name
-
-    names = inspect.signature(http_get).parameters
-    assert {"resume_size", "headers", "expected_size", "displayed_filename"} <= set(names)
-    assert repo_folder_name(repo_id="a/b", repo_type="model") == "models--a--b"
