@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a tiny random model and the real checkpoint."""
+"""What many tests share: a tiny random network, the demo model, the real checkpoint; and the two tiers."""
 
 import os
 import signal
@@ -20,6 +20,8 @@ mx.default_stream(mx.default_device())  # a function file runs on the thread tha
 from mlx_lm.models.base import create_attention_mask
 
 from mlx_densesteer.model.block import decoder_blocks
+from mlx_densesteer.model.model import Model, load
+from mlx_densesteer.steering.steering import Steering
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +29,32 @@ SHARED = ROOT.parent / "shared"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
 
 
-def streams(model, tokens, deltas=None, within=lambda position: True):
-    """The residual stream after every block, worked out by hand: ``h_l + delta_l``."""
-    h = model.model.embed_tokens(mx.array([tokens]))
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too (CI)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the slow tests out, unless all are asked for or the tests are named (path, -k, -m)."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if config.option.all or named or config.option.keyword or config.option.markexpr:
+        return
+    slow = [i for i in items if i.get_closest_marker("slow") or i.get_closest_marker("checkpoint")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+def at_every_layer(vector, strength=1.0, positions="all"):
+    """Return the steering at all layers that the vector holds."""
+    return Steering(vector, strength, tuple(vector.layers), positions)
+
+
+def streams(network, tokens, deltas=None, within=lambda position: True):
+    """Return the residual stream after every block, worked out by hand: ``h_l + delta_l``."""
+    h = network.model.embed_tokens(mx.array([tokens]))
     mask = create_attention_mask(h)
     steered = mx.array([[float(within(p))] for p in range(len(tokens))])
     found = []
-    for layer, block in decoder_blocks(model).items():
+    for layer, block in decoder_blocks(network).items():
         h = block(h, mask, None)
         if deltas and layer in deltas:
             h = h + steered * mx.array(deltas[layer])
@@ -43,10 +64,18 @@ def streams(model, tokens, deltas=None, within=lambda position: True):
 
 @pytest.fixture
 def tiny():
-    """A random float32 Qwen2 model with stock blocks, new for every test."""
+    """A random float32 Qwen2 *network* with stock blocks and no tokenizer, new for every test."""
     from mlx_densesteer.cli.self_check import tiny_model
 
     return tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Model:
+    """The embedded demo model, one for all tests: leave its weights and its tokenizer as they are."""
+    model = load("demo")
+    mx.eval(model.network.parameters())  # so that every thread may read them
+    return model
 
 
 @pytest.fixture
@@ -137,19 +166,17 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_model(checkpoint):
-    """The real checkpoint, loaded and patched once: ``(model, tokenizer)``."""
-    from mlx_densesteer import load
-
+def real_model(checkpoint) -> Model:
+    """The real checkpoint, loaded once."""
     return load(checkpoint)
 
 
-def pytest_report_header() -> str:
-    if sys.platform != "linux":
-        return ""
-    from mlx_densesteer.cli.doctor_report import openblas_core
+def pytest_report_header(config) -> list[str]:
+    lines = ["tier: all" if config.option.all else "tier: quick (--all: everything)"]
+    if sys.platform == "linux":
+        from mlx_densesteer.cli.doctor_report import openblas_core
 
-    core = openblas_core()
-    if core is None:
-        return "OpenBLAS: NOT loaded, float32 will be slow (scripts/test loads it)"
-    return f"OpenBLAS: loaded, with the code for {core}"
+        core = openblas_core()
+        slow = "NOT loaded, float32 will be slow (scripts/test loads it)"
+        lines.append(f"OpenBLAS: {slow if core is None else f'loaded, with the code for {core}'}")
+    return lines

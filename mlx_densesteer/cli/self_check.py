@@ -33,7 +33,7 @@ def largest_error() -> float:
     rng = np.random.default_rng(0)
     arrays = {layer: rng.normal(size=64).astype(np.float32) for layer in (1, 2)}
     vector = SteeringVector(arrays, VectorMeta(model="tiny", hidden_size=64, layer_count=4))
-    cache = make_cache(model, Steering(vector, 2.0))
+    cache = make_cache(model, Steering(vector, 2.0, (1, 2)))
     steered = mx.concatenate([model(tokens[:, :7], cache), model(tokens[:, 7:], cache)], axis=1)
     unpatch(model)
     h = model.model.embed_tokens(tokens)
