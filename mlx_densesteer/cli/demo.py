@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Live, aligned, count, note, signed
+from ..text import Live, aligned, count, note, percent, signed, signed_dose
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import GridRow
 
 WHAT_IT_IS = """\
-A toy shows the whole of it: a Qwen2 model of 2.5 million parameters, trained for this purpose by
-scripts/train-demo-model on synthetic word problems, and a steering vector extracted from its own
-solutions (50 pairs, the mean over the response, at its last layer). Real weights, real generation, nothing prepared. It is no evidence about Qwen2.5, nor
-that density makes answers better: here it does not."""
+A toy shows the whole of it: a Qwen2 model of 2.5 million parameters, trained for this purpose on
+synthetic word problems, and a steering vector extracted from its own solutions. Real weights, real
+generation. It is no evidence about Qwen2.5, nor that density makes answers better: here it does not."""
 
 
 @click.command()
@@ -27,21 +26,21 @@ def demo(problems: int, as_json: bool) -> None:
     Prints one problem solved at a negative strength, at 0, at a positive one and at an overdose,
     then a table over problems that the model never saw: accuracy, steps, tokens, density, NLL.
     """
-    from ..demo import NAME, VECTOR
-    from ..demo.settings import DOSES, LAYER, POSITIONS
+    from ..demo import DOSES, NAME
     from ..evaluation.answers import answer
     from ..evaluation.sweep import settings_of, table
     from ..evaluation.tasks import load_task
     from ..model.model import load
-    from ..steering.request import Amount
+    from ..steering.request import Amount, request
     from ..steering.vector import SteeringVector
 
     if not as_json:
         click.echo(WHAT_IT_IS)
     model = load(NAME)
-    vector = SteeringVector.load(VECTOR)
+    vector = SteeringVector.load(NAME)
     doses = [Amount(dose, is_dose=True) for dose in DOSES]
-    settings = settings_of(model, vector, [LAYER], doses, positions=POSITIONS)
+    layers = request(vector).layers
+    settings = settings_of(model, vector, layers, doses)
     settings.sort(key=lambda setting: setting.strength)
     live, chosen = Live(), load_task(NAME, limit=problems)
     expected = len(settings) * len(chosen)
@@ -58,26 +57,30 @@ def demo(problems: int, as_json: bool) -> None:
     click.echo(f"\nThe problem: {chosen[0].question}")
     first = {one.steering: one for one in answers if one.problem == chosen[0].id}
     for row in rows:
-        strength, one = row.setting.strength, first[row.setting.fingerprint]
+        one = first[row.setting.fingerprint]
         verdict = "right" if one.correct else "wrong"
         click.echo(
-            f"\n--- strength {signed(strength)}{_remark(strength, rows)}: "
+            f"\n--- dose {signed_dose(row.setting.dose)}{_remark(row.setting.dose)}: "
             f"{count(one.steps, 'step')}, {count(one.tokens, 'token')}, {verdict}\n{_shown(one.text)}"
         )
     click.echo(
-        f"\n{count(len(chosen), 'problem')} that the model never saw, layer {LAYER}, greedy:\n"
+        f"\n{count(len(chosen), 'problem')} that the model never saw, layer {layers[0]}, greedy:\n"
     )
     click.echo("\n".join(_lines(rows)))
-    note("every command takes -m demo and -v demo; try:\n"
-         f'densesteer generate -m demo -v demo -s {rows[-2].setting.strength:.3g} "{chosen[0].question}"')  # fmt: skip
+    note(
+        "every command takes -m demo and -v demo; try:\n"
+        f'densesteer generate -m demo -v demo "{chosen[0].question}"'
+    )
 
 
-def _remark(strength: float, rows: "list[GridRow]") -> str:
-    if not strength:
+def _remark(dose: float) -> str:
+    from ..steering.steering import LARGE_DOSE
+
+    if not dose:
         return " (unsteered)"
-    if strength < 0:
+    if dose < 0:
         return " (towards sparse)"
-    return " (an overdose)" if strength == rows[-1].setting.strength else " (towards dense)"
+    return " (an overdose)" if dose >= LARGE_DOSE else " (towards dense)"
 
 
 def _shown(text: str, width: int = 600) -> str:
@@ -91,11 +94,11 @@ def _plain(row: "GridRow") -> dict[str, object]:
 
 
 def _lines(rows: "list[GridRow]") -> list[str]:
-    lines = [["strength", "dose", "accuracy", "95%", "steps", "tokens", "density", "NLL"]]
+    lines = [["dose", "strength", "accuracy", "95%", "steps", "tokens", "density", "NLL"]]
     for row in rows:
         d = row.describe()
         lines.append([
-            signed(d["strength"]), f"{d['dose']:+.2f}", f"{100 * d['accuracy']:.1f}%",
+            signed_dose(d["dose"]), signed(d["strength"]), percent(d["accuracy"]),
             f"{100 * d['accuracy_low']:.0f}-{100 * d['accuracy_high']:.0f}",
             f"{d['steps']:.1f}", f"{d['tokens']:.0f}",
             "-" if d["density"] is None else f"{d['density']:.1f}",

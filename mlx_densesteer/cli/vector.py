@@ -38,7 +38,9 @@ def show(file: str, as_json: bool) -> None:
         "layers": format_layers(loaded.layers),
         "tested": count(len(loaded.meta.tested), "setting") if loaded.meta.tested else None,
         "recommended": _recommended(loaded.meta.recommended),
-        "residual_norms": None,  # these two are columns of the table
+        "default": _default(loaded),
+        "residual_norms": None,  # these three are columns of the table
+        "margin_gain": None,
         "stability": None,
     }
     for key, value in shown.items():
@@ -54,24 +56,37 @@ def _recommended(best: "Mapping[str, object] | None") -> str | None:
     return f"layer {best['layer']}, strength {best['strength']:g}. {best.get('text', '')}".strip()
 
 
+def _default(vector: "SteeringVector") -> str:
+    """Say what is used where nothing is asked for, and why."""
+    from ..steering.request import request
+    from ..steering.vector import format_layers
+
+    asked = request(vector)
+    unit = "" if asked.amount.is_dose else "strength "
+    return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}"
+
+
 def _layer_table(vector: "SteeringVector") -> list[str]:
     """Return a line for each layer; columns that the file knows nothing of are left out."""
+    from ..steering.request import format_dose
+
     norms, residual = vector.norms(), vector.residual_norms or {}
     stability = vector.meta.extra.get("stability")
     stability = stability if isinstance(stability, dict) else {}
     longest = max(norms.values()) or 1.0
-    rows = [["layer", "norm", "residual", "relative", "halves", "noise", ""]]
+    gains = vector.margin_gain
+    rows = [["layer", "norm", "residual", "dose of 1", "halves", "noise", "gain", ""]]
     for layer, norm in norms.items():
         mean, halves = residual.get(layer), stability.get(str(layer))
         halves = halves if isinstance(halves, dict) else {}
         figures = [halves.get(key) for key in ("agreement", "noise")]
         rows.append([
             str(layer), f"{norm:.4f}", f"{mean:.2f}" if mean else "",
-            f"{norm / mean:.4f}" if mean else "",
-            *(f"{x:.2f}" if isinstance(x, float) else "" for x in figures),
+            format_dose(norm / mean) if mean else "",
+            *(f"{x:.2f}" if isinstance(x, float) else "" for x in [*figures, gains.get(layer)]),
             "#" * round(30 * norm / longest),
         ])  # fmt: skip
-    kept = [i for i in range(6) if any(row[i] for row in rows[1:])]
+    kept = [i for i in range(7) if any(row[i] for row in rows[1:])]
     bars = [row[-1] for row in rows]
     lines = aligned([[row[i] for i in kept] for row in rows])
     return [f"{line}  {bar}".rstrip() for line, bar in zip(lines, bars, strict=True)]
@@ -160,7 +175,7 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
     from pathlib import Path
 
     from ..steering.formats import export_vector
-    from ..steering.request import default_for, parse_layers
+    from ..steering.request import parse_layers
     from .steering import read_vector
 
     path = Path(out).expanduser()
@@ -170,18 +185,27 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
         loaded = loaded.select(parse_layers(layers, loaded.layers))
     for remark in export_vector(loaded, path, to=to, layer_offset=layer_offset):
         note(remark)
-    best = loaded.meta.recommended or {}
-    if best:
-        note(f"a sweep recommended layer {best['layer']}, strength {best['strength']:g}")
     if (to or path.suffix) in ("gguf", ".gguf"):
-        strength = best.get("strength", 1)
-        layer = default_for(loaded, None).layers[0]
-        only = f" --control-vector-layer-range {layer} {layer}" if len(loaded.layers) > 1 else ""
-        guess = "" if best else "; the strength 1 is a guess"
-        note(
-            f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:g}{only}{guess}"
-        )
+        note(_llama_cpp(loaded, path))
     click.echo(path)
+
+
+def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
+    """Return llama.cpp's options for the vector at its own default layer and strength."""
+    from ..steering.request import request
+
+    asked = request(vector)
+    layer = asked.layers[0]
+    norms = vector.residual_norms or {}
+    if asked.amount.is_dose and layer not in norms:
+        strength, remark = 1.0, "; the strength 1 is a guess, no norms are recorded"
+    else:
+        strength, remark = (
+            asked.amount.strength(vector, {k: norms.get(k, 1.0) for k in asked.layers}),
+            "",
+        )
+    only = f" --control-vector-layer-range {layer} {layer}" if len(vector.layers) > 1 else ""
+    return f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:.4g}{only}{remark}"
 
 
 def _fit_to_folder(vector: "SteeringVector", folder: "Path") -> "SteeringVector":

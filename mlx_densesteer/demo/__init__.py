@@ -14,3 +14,5 @@ ABOUT = (
     "This is the embedded toy of 2.5 million parameters. It knows stories like these and nothing else, "
     "best one to a conversation, and gets about one in seven wrong."
 )
+
+DOSES = (-0.3, 0.0, 0.1, 0.2, 1.0)  # at which the demo is shown: fractions of the residual stream's norm

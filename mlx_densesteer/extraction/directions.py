@@ -1,8 +1,8 @@
-"""From the differences of many pairs to one direction, and how stable it is. numpy only.
+"""From the differences of many pairs to one direction, and how stable it is. No mlx.
 
-Stability: the pairs are split into two random halves, and the cosine between the directions
-of the halves tells whether more of the same pairs would still change it. What the cosine is
-without any contrast is measured on the same differences with random signs.
+Stability: the pairs are split into two random halves, and the cosine between the directions of the
+halves tells whether more of the same pairs would still change it. The same differences with random
+signs tell what that cosine is without any contrast.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,17 @@ class Direction:
     noise: float | None
 
 
-class Method(Protocol):
+class DirectionOf(Protocol):
     """Takes the differences of one layer's pairs, batch by batch, in any order."""
 
     def add(self, pairs: list[int], differences: np.ndarray) -> None:
         """Take float32 ``(pairs, hidden)``: positive minus negative of the pairs numbered."""
 
+    def vector(self) -> np.ndarray:
+        """Return the direction of all differences together, float32 ``(hidden,)``."""
+
     def direction(self) -> Direction:
-        """Return what all differences together say."""
+        """Return the same vector and how stable its direction is."""
 
 
 class Halves:
@@ -78,9 +81,12 @@ class MeanDifference:
         weights = self._halves.weights[..., pairs]
         self._sums = self._sums + weights @ differences.astype(np.float64)
 
-    def direction(self) -> Direction:
+    def vector(self) -> np.ndarray:
         mean = (self._sums[0, 0] + self._sums[1, 0]) / self._halves.count
-        return Direction(mean.astype(np.float32), *self._halves.compare(*self._sums))
+        return mean.astype(np.float32)
+
+    def direction(self) -> Direction:
+        return Direction(self.vector(), *self._halves.compare(*self._sums))
 
 
 class PrincipalComponent:
@@ -105,12 +111,19 @@ class PrincipalComponent:
             self._rows = np.zeros((self._halves.count, differences.shape[1]), np.float32)
         self._rows[pairs] = differences
 
+    def vector(self) -> np.ndarray:
+        rows, gram = self._gram()
+        return (_component(np.ones(len(rows)), gram) @ rows).astype(np.float32)
+
     def direction(self) -> Direction:
-        rows = self._rows.astype(np.float64)
-        gram = rows @ rows.T
-        vector = _component(np.ones(len(rows)), gram) @ rows
+        rows, gram = self._gram()
         halves = [[_component(w, gram) @ rows for w in half] for half in self._halves.weights]
-        return Direction(vector.astype(np.float32), *self._halves.compare(*map(np.array, halves)))
+        return Direction(self.vector(), *self._halves.compare(*map(np.array, halves)))
+
+    def _gram(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the differences and their Gram matrix, float64."""
+        rows = self._rows.astype(np.float64)
+        return rows, rows @ rows.T
 
 
 def _component(weights: np.ndarray, gram: np.ndarray) -> np.ndarray:

@@ -110,8 +110,8 @@ def request(
 ) -> Request:
     """Fill in what is not given, and refuse what can never be applied. The only owner of defaults.
 
-    - ``layers``: the one that a sweep recommended; else the one at which extraction could tell held-out
-      pairs apart best (``VectorMeta.separation``); else the one nearest the middle.
+    - ``layers``: the one that a sweep recommended; else the one at which steering favours the dense
+      responses of held-out pairs most (``VectorMeta.margin_gain``); else the one nearest the middle.
     - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
     - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as the paper does.
 
@@ -177,10 +177,10 @@ def default_layer(vector: SteeringVector) -> tuple[int, str]:
 
     The middle is where the paper saw steps and tokens both move.
     """
-    measured = {k: v for k, v in vector.separation.items() if k in vector.layers}
+    measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers}
     if measured:
         best = max(measured, key=lambda layer: (measured[layer], layer))
-        return best, "it tells held-out pairs apart best"
+        return best, "there it favours dense answers most"
     if len(vector.layers) == 1:
         return min(vector.layers), "it is the vector's only one"
     middle = vector.meta.layer_count // 2

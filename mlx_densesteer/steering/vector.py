@@ -26,8 +26,9 @@ class VectorMeta:
     """Where a steering vector comes from and what it fits.
 
     ``None`` means "not recorded", as for a vector imported from a file that does not say.
-    ``residual_norms`` is the mean ``||h_l||`` of each layer, ``separation`` how well its vector tells
-    held-out pairs apart (``extraction.extract``), ``recommended`` the setting that a sweep found.
+    ``residual_norms`` is the mean ``||h_l||`` of each layer, ``margin_gain`` how much
+    steering there favours the dense responses of held-out pairs, in nats (``extraction.margin``),
+    ``recommended`` the setting that a sweep found.
     """
 
     model: str
@@ -42,7 +43,7 @@ class VectorMeta:
     quantization: str | None = None
     tested: tuple[Mapping[str, object], ...] = ()
     residual_norms: Mapping[str, float] | None = None
-    separation: Mapping[str, float] | None = None
+    margin_gain: Mapping[str, float] | None = None
     recommended: Mapping[str, object] | None = None
     source: str | None = None
     created_by: str = f"mlx-densesteer {__version__}"
@@ -110,9 +111,9 @@ class SteeringVector:
         return None if stored is None else {int(k): float(v) for k, v in stored.items()}
 
     @property
-    def separation(self) -> dict[int, float]:
-        """How well the vector of each layer tells held-out pairs apart, if extraction measured it."""
-        return {int(k): float(v) for k, v in (self.meta.separation or {}).items()}
+    def margin_gain(self) -> dict[int, float]:
+        """How much steering at each layer favours dense responses, in nats, if extraction measured it."""
+        return {int(k): float(v) for k, v in (self.meta.margin_gain or {}).items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":
         """Return the same vector with only ``layers``.
@@ -246,6 +247,7 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
         tested=(),
         residual_norms=norms or None,
         recommended=None,
+        margin_gain=None,
         pair_count=None,
         pairs_sha256=None,
         token=None,
@@ -286,9 +288,9 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
     ):
         problems.append("`residual_norms` does not give a positive number for each layer")
     if not all(
-        key.isdecimal() and _is_number(value) for key, value in (meta.separation or {}).items()
+        key.isdecimal() and _is_number(value) for key, value in (meta.margin_gain or {}).items()
     ):
-        problems.append("`separation` does not give a number for each layer")
+        problems.append("`margin_gain` does not give a number for each layer")
     best = meta.recommended
     if best is not None and not (
         type(best.get("layer")) is int and _is_number(best.get("strength"))
@@ -328,7 +330,7 @@ def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
 # Every other key is text.
 _TYPES = {
     "hidden_size": int, "layer_count": int, "pair_count": int, "tested": list,
-    "residual_norms": dict, "separation": dict, "recommended": dict,
+    "residual_norms": dict, "margin_gain": dict, "recommended": dict,
 }  # fmt: skip
 
 

@@ -15,12 +15,12 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo import problems as stories
-from mlx_densesteer.demo.settings import DOSES, LAYER, POSITIONS
+from mlx_densesteer.demo import DOSES
 from mlx_densesteer.evaluation.answers import answer, by_steering
 from mlx_densesteer.evaluation.scoring import score
 from mlx_densesteer.evaluation.sweep import settings_of
 from mlx_densesteer.evaluation.tasks import load_task
-from mlx_densesteer.generation.density import split_steps
+from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.model.model import fingerprint
 
 

@@ -22,7 +22,6 @@ from mlx_lm.models.qwen2 import Model, ModelArgs
 from mlx_densesteer import Steering, demo, generate, load, make_cache
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
-from mlx_densesteer.demo.settings import LAYER
 from mlx_densesteer.errors import (
     DiskError,
     ExportError,
@@ -40,6 +39,8 @@ from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 CAPACITY = 24
 TOKENS = [11, 3, 77, 42, 5, 99, 100, 8, 61, 23, 7, 90, 54]
+
+LAYER = 5  # the embedded vector's default
 
 
 @pytest.fixture
