@@ -2,7 +2,7 @@
 
 lm-eval finds it under the name ``densesteer``: through the entry point ``lm_eval.models``
 where its version looks for one, else with ``python -m mlx_densesteer.evaluation.harness``, which is
-lm-eval's own command with this one model more (docs/lm-eval.md). No torch. Not covered: several
+lm-eval's own command with this model added (docs/lm-eval.md). No torch. Not covered: several
 processes, images, and lm-eval's cache of responses.
 """
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..errors import install_command
@@ -23,15 +24,15 @@ except ImportError as error:
     kind = SystemExit if __name__ == "__main__" else ImportError
     raise kind(f"lm-evaluation-harness needs an extra: {install_command('lm-eval')}") from error
 
-from ..demo import NAME, VECTOR
-from ..errors import DenseSteerError, InputError, SteeringError
+from ..demo import NAME
+from ..errors import DenseSteerError, InputError
 from ..generation.batch import generate_batch
 from ..generation.sampling import Sampling
 from ..model.block import make_cache
 from ..model.likelihood import log_likelihoods
-from ..model.model import ModelInfo, inspect, load
-from ..steering.request import parse_layers
-from ..steering.steering import Steering
+from ..model.model import Model, load
+from ..steering.request import Request, parse_layers, request
+from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
 
 ROWS = 16  # of --batch_size auto
@@ -48,28 +49,29 @@ class DenseSteerLM(TemplateLM):
     Args:
         pretrained: a folder that ``densesteer convert`` wrote, a Hub id, or ``demo``.
         vector: a steering vector (``.npz``) or ``demo``; nothing is steered without it.
-        strength: lambda; by default what a sweep recommended (with its positions), else 1.
-        layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``; else the recommended or only one.
-        positions: ``"all"`` (default), ``"prompt"`` or ``"generated"``.
+        strength: lambda, or a dose such as ``20%``.
+        layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
+        positions: ``"all"``, ``"prompt"`` or ``"generated"``. What is not given of strength, layer and
+            positions is chosen as by every command (``steering.request``).
         revision: of a Hub id.
-        max_length: of context and continuation together, by default the model's own limit; a
-            longer context loses its beginning, with a warning.
+        max_length: of context and continuation together, at most the model's context, which is the
+            default. A longer context loses its beginning, with a warning.
         max_gen_toks: length of a response where the task does not say.
         seed: for tasks that sample.
         batch_size, max_batch_size: contexts, or responses, at a time; ``"auto"`` is 16 at most.
-        device: not heeded; lm-eval always names one, and MLX chooses its own.
+        device: ignored; lm-eval always names one, and MLX chooses its own.
 
     Raises:
-        InputError, SteeringError, VectorMismatchError: arguments that cannot be used.
+        InputError, SteeringError, VectorFormatError, VectorMismatchError: arguments that cannot be used.
     """
 
     def __init__(
         self,
         pretrained: str | None = None,
         vector: str | None = None,
-        strength: float | None = None,
+        strength: float | str | None = None,
         layer: int | str | Sequence[int] | None = None,
-        positions: str | None = None,
+        positions: Positions | None = None,
         revision: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -87,16 +89,21 @@ class DenseSteerLM(TemplateLM):
             )
         if pretrained is None:
             raise InputError("no model: expected --model_args pretrained=FOLDER_OR_HUB_ID.")
-        self.steering = _read_steering(vector, strength, layer, positions)
+        asked = _read_request(vector, strength, layer, positions)
         self.rows = _read_rows(batch_size, max_batch_size)
         self.max_gen_toks, self.seed = _whole("max_gen_toks", max_gen_toks), seed
-        self.model, self.tokenizer = load(pretrained, revision=revision)
-        self.info = inspect(self.model, pretrained)
-        limit = self.model.args.max_position_embeddings if max_length is None else max_length
-        self.max_length = _whole("max_length", limit)
-        if self.steering is not None:
-            _check_fit(self.steering, self.info)
+        length = None if max_length is None else _whole("max_length", max_length)
+        self.model = load(pretrained, revision=revision)
+        self.max_length = min(length or self.model.context, self.model.context)
+        self.steering = None
+        if asked is not None:
+            _check_fit(asked.vector, self.model)
+            self.steering = asked.steering(self.model)
             make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
+
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        return self.model.tokenizer
 
     @property
     def eot_token_id(self) -> int:
@@ -114,12 +121,15 @@ class DenseSteerLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, object]:
         """Return what lm-eval writes beside its results: which model, steered how."""
+        info, steering = self.model.info, None
+        if self.steering is not None:
+            steering = self.steering.describe() | {"dose": self.model.dose(self.steering)}
         return {
-            "model_name": self.info.name,
-            "model_dtype": self.info.dtype,
-            "model_quantization": self.info.quantization,
-            "model_fingerprint": self.info.fingerprint,
-            "steering": self.steering.describe() if self.steering else None,
+            "model_name": info.name,
+            "model_dtype": info.dtype,
+            "model_quantization": info.quantization,
+            "model_fingerprint": info.fingerprint,
+            "steering": steering,
         }
 
     def set_cache_hook(self, cache_hook: object) -> None:
@@ -153,8 +163,8 @@ class DenseSteerLM(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Return the steered response to each request, up to the first of its stop texts."""
         alike: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
-        for i, request in enumerate(requests):
-            options = _read_options(request.args[1], self.max_gen_toks, self.max_length, self.seed)
+        for i, one in enumerate(requests):
+            options = _read_options(one.args[1], self.max_gen_toks, self.max_length, self.seed)
             alike.setdefault(options, []).append(i)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
@@ -162,9 +172,14 @@ class DenseSteerLM(TemplateLM):
                 room = self.max_length - max_tokens
                 prompts = [self._clip(self.tok_encode(requests[i].args[0]), room) for i in members]
                 for number, response in generate_batch(
-                    self.model, self.tokenizer, prompts, steering=self.steering,
-                    max_tokens=max_tokens, sampling=sampling, stop=stops, rows=self.rows,
-                ):  # fmt: skip
+                    self.model,
+                    prompts,
+                    steering=self.steering,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    stop=stops,
+                    rows=self.rows,
+                ):
                     texts[members[number]] = response.text
                     bar.update()
         return texts
@@ -175,8 +190,8 @@ class DenseSteerLM(TemplateLM):
         All of it counts as generated: the prompt is ``prefix_token_id``.
         """
         windows, owners = [], []
-        for i, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+        for i, one in enumerate(requests):
+            tokens = self.tok_encode(one.args[0])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
@@ -202,7 +217,7 @@ class DenseSteerLM(TemplateLM):
             continuations.append(continuation)
         found: dict[int, tuple[float, bool]] = {}
         scores = log_likelihoods(
-            self.model, contexts, continuations, steering=self.steering, rows=self.rows
+            self.model.network, contexts, continuations, steering=self.steering, rows=self.rows
         )
         for i, score, greedy in tqdm(
             scores, total=len(requests), disable=disable_tqdm, desc="loglikelihood"
@@ -241,46 +256,39 @@ def _read_options(
     return max_tokens, Sampling(temp, float(top_p), seed) if sample else Sampling(), stops
 
 
-def _read_steering(
-    vector: str | None, strength: object, layer: object, positions: str | None
-) -> Steering | None:
+def _read_request(
+    vector: str | None, strength: object, layer: object, positions: Positions | None
+) -> Request | None:
     """Return the steering that the model_args ask for, ``None`` without a vector."""
     if vector is None:
         asked = {"strength": strength, "layer": layer, "positions": positions}
         if unused := [name for name, value in asked.items() if value is not None]:
             raise InputError(f"model_args {', '.join(unused)}: need a vector; add vector=FILE.")
         return None
-    path = VECTOR if vector == NAME else Path(str(vector)).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a steering vector (.npz) or {NAME!r}.")
-    loaded = SteeringVector.load(path)
-    best = loaded.meta.recommended or {}
-    if best and layer in (None, best["layer"]):
-        layer = best["layer"]
-        if strength is None:
-            strength, positions = best["strength"], positions or best.get("positions")
-    if layer is None and len(loaded.layers) > 1:
-        raise InputError(
-            f"{path}: holds layers {format_layers(loaded.layers)}; say which with layer=N."
-        )
-    texts = [str(part) for part in layer] if isinstance(layer, (list, tuple)) else [str(layer)]
-    try:
-        number = 1.0 if strength is None else float(strength)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise SteeringError(f"strength {strength!r}: expected a number.") from error
-    layers = None if layer is None else parse_layers(texts, loaded.layers)
-    return Steering(loaded, number, layers, positions or "all")  # type: ignore[arg-type]
+    loaded = SteeringVector.load(vector if vector == NAME else Path(str(vector)).expanduser())
+    layers = None
+    if layer is not None:
+        texts = layer if isinstance(layer, (list, tuple)) else [layer]
+        layers = parse_layers(map(str, texts), loaded.layers)
+    made = request(loaded, strength, layers, positions)  # type: ignore[arg-type]
+    if made.why:
+        log.info("layer %s: %s", format_layers(made.layers), made.why)
+    return made
 
 
-def _check_fit(steering: Steering, info: ModelInfo) -> None:
+def _check_fit(vector: SteeringVector, model: Model) -> None:
     """Raise if the vector does not fit the model; warn if it was made for other weights."""
-    vector = steering.vector
-    vector.check_fits(hidden_size=info.hidden_size, layer_count=info.layer_count, model=info.name)
-    if vector.meta.fingerprint and vector.meta.fingerprint != info.fingerprint:
+    model.check_fits(vector)
+    meta = vector.meta
+    if meta.fingerprint not in (None, model.fingerprint):
         log.warning(
             "%s was extracted from other weights (%s, fingerprint %s; this model is %s, %s)",
-            vector.name, vector.meta.model, vector.meta.fingerprint, info.name, info.fingerprint,
-        )  # fmt: skip
+            vector.name,
+            meta.model,
+            meta.fingerprint,
+            model.name,
+            model.fingerprint,
+        )
 
 
 def _read_rows(batch_size: int | str | None, max_batch_size: int | None) -> int:

@@ -13,15 +13,17 @@ import mlx.nn as nn
 import pytest
 
 import mlx_densesteer as ds
-from mlx_densesteer.errors import InputError, SteeringError, VectorMismatchError
+from mlx_densesteer.errors import InputError, SteeringError, VectorFormatError, VectorMismatchError
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.prompt import encode_prompt
+from mlx_densesteer.steering import request
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
 
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
-from mlx_densesteer.evaluation.harness import DenseSteerLM, register
+from mlx_densesteer.evaluation.harness import DenseSteerLM, main, register
 
 QUESTIONS = ["2 + 2?", "Tom has 3 apples and eats one.", "hello", "a", "Why is the sky blue?"]
 CHOICES = [" red", " blue", " green as grass"]
@@ -68,7 +70,7 @@ def naive(lm, context, continuation):
     tokens = lm.tokenizer.encode(context + continuation)
     length = len(lm.tokenizer.encode(context))
     cache = make_cache(lm.model, lm.steering, prompt_length=length)
-    logits = lm.model(mx.array([tokens]), cache=cache)[0, length - 1 : -1]
+    logits = lm.model.network(mx.array([tokens]), cache=cache)[0, length - 1 : -1]
     logp = nn.log_softmax(logits, axis=-1)
     greedy = mx.argmax(logits, axis=-1).tolist() == tokens[length:]
     return sum(logp[t, token].item() for t, token in enumerate(tokens[length:])), greedy
@@ -129,7 +131,7 @@ def test_what_the_model_writes_is_greedy(steered):
     texts = [("hello", text), ("hello", text + "x"), ("hello", "x" + text)]
     # a random model writes half characters, which do not survive the way through text
     if lm.tok_encode("hello" + text)[5:] == list(
-        ds.generate(lm.model, lm.tokenizer, lm.tok_encode("hello"), steering=lm.steering,
+        ds.generate(lm.model, lm.tok_encode("hello"), steering=lm.steering,
                     max_tokens=MAX_TOKENS).token_ids
     ):  # fmt: skip
         assert [g for _, g in likelihoods(lm, texts)] == [True, False, False]
@@ -149,7 +151,7 @@ def test_strength_zero_is_no_steering(plain, steered):
 def test_responses_are_those_of_generate(plain, steered):
     lm = steered(positions="generated", batch_size=3)
     expected = [
-        cut(ds.generate(lm.model, lm.tokenizer, lm.tok_encode(question), steering=lm.steering,
+        cut(ds.generate(lm.model, lm.tok_encode(question), steering=lm.steering,
                         max_tokens=MAX_TOKENS).text)
         for question in QUESTIONS
     ]  # fmt: skip
@@ -184,7 +186,9 @@ def test_rolling_reads_a_long_text_in_windows(folder, steered):
         seen = [lm.prefix_token_id, *tokens] if not start else tokens
         context = [read] if not start else seen[begin:start]
         cache = make_cache(lm.model, lm.steering, prompt_length=len(context))
-        logits = lm.model(mx.array([[*context, *window]]), cache=cache)[0, len(context) - 1 : -1]
+        logits = lm.model.network(mx.array([[*context, *window]]), cache=cache)[
+            0, len(context) - 1 : -1
+        ]
         logp = nn.log_softmax(logits, axis=-1)
         expected += sum(logp[t, token].item() for t, token in enumerate(window))
     (found,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
@@ -229,8 +233,8 @@ def test_chat_template(plain):
         ({"pretrained": None}, "no model: expected"),
         ({"vector": None}, "model_args layer: need a vector"),
         ({"vector": None, "layer": None, "strength": 2.0, "positions": "all"}, "strength, positio"),
-        ({"vector": "missing.npz"}, "missing.npz: no such file"),
-        ({"layer": None}, "holds layers 0-3; say which"),
+        ({"strength": "strong"}, "strength 'strong': expected a number"),
+        ({"strength": float("nan")}, "strength 'nan'"),
         ({"lambda": 2, "dtype": "float32"}, "model_args dtype, lambda: unknown"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"max_length": "long"}, "max_length 'long'"),
@@ -245,10 +249,8 @@ def test_arguments_that_cannot_be_used(steered, options, message):
     ("options", "error", "message"),
     [
         ({"layer": 9}, VectorMismatchError, "no vector for layer 9; it holds 0-3"),
+        ({"vector": "missing.npz"}, VectorFormatError, "missing.npz: no such file"),
         ({"layer": "x"}, SteeringError, "layer 'x'"),
-        ({"strength": "strong"}, SteeringError, "strength 'strong'"),
-        ({"strength": float("nan")}, SteeringError, "finite"),
-        ({"strength": 3e38}, SteeringError, "overflows"),
         ({"positions": "some"}, SteeringError, "positions 'some'"),
     ],
 )
@@ -282,8 +284,17 @@ def test_what_a_sweep_recommended_is_the_default(steered, make_vector, tmp_path)
 
     assert setting() == ((2,), -0.5, "prompt")
     assert setting(layer=2, positions="all") == ((2,), -0.5, "all")
-    assert setting(strength=3) == ((2,), 3.0, "all")
-    assert setting(layer=1) == ((1,), 1.0, "all")
+    assert setting(strength=3) == ((2,), 3.0, "prompt")
+
+
+def test_doses_and_defaults_are_those_of_every_door(steered, vector):
+    lm = steered(layer=None, strength=None)
+    asked = request.resolve(lm.model, vector)
+    assert lm.steering.fingerprint == asked.fingerprint and lm.steering.layers == (2,)
+    assert lm.get_model_info()["steering"]["dose"] == pytest.approx(request.DEFAULT_DOSE)
+    lm = steered(layer="1-2", strength="-30%")
+    assert lm.steering.strength < 0
+    assert lm.get_model_info()["steering"]["dose"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"temperature": 1.0, "top_k": 5}])
@@ -349,29 +360,19 @@ def write_tasks(path, documents):
             (path / f"{task['task']}.yaml").write_text(json.dumps(task), "utf-8")  # JSON is YAML
 
 
-def run_lm_eval(path, *arguments):
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(path / "hf"),
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_densesteer.evaluation.harness", "run", *arguments],
-        env=environment, cwd=path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def answers(lm):
     """What the model writes and chooses, by our own ``generate`` and by hand."""
     for question in QUESTIONS:
         prompt = encode_prompt(lm.tokenizer, question)
-        response = ds.generate(
-            lm.model, lm.tokenizer, prompt, steering=lm.steering, max_tokens=MAX_TOKENS
-        )
+        response = ds.generate(lm.model, prompt, steering=lm.steering, max_tokens=MAX_TOKENS)
         context = lm.tokenizer.decode(prompt)
         scores = [naive(lm, context, choice)[0] for choice in LETTERS]
         yield cut(response.text), scores.index(max(scores))
 
 
-def test_the_command_runs_tasks_steered(folder, vector, steered, plain, tmp_path):
+def test_tasks_run_steered_from_the_command_and_from_python(
+    folder, vector, steered, plain, tmp_path, monkeypatch
+):
     lm = steered(positions="generated", strength=2)
     documents = [
         {"question": question, "written_plain": w, "chosen_plain": c, "written_steered": ws,
@@ -380,38 +381,42 @@ def test_the_command_runs_tasks_steered(folder, vector, steered, plain, tmp_path
     ]  # fmt: skip
     write_tasks(tmp_path, documents)
     tasks = ["written_plain", "written_steered", "chosen_plain", "chosen_steered"]
-    found = {}
-    for strength in (0, 2):
-        out = tmp_path / f"results{strength}.json"
-        done = run_lm_eval(
-            tmp_path, "--model", "densesteer", "--model_args",
-            f"pretrained={folder},vector={vector},strength={strength},layer=1,positions=generated",
-            "--tasks", ",".join(tasks), "--include_path", str(tmp_path), "--batch_size", "4",
-            "--apply_chat_template", "--output_path", str(out),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        (file,) = tmp_path.glob(f"results{strength}_*.json")
-        document = json.loads(file.read_text("utf-8"))
-        assert document["config"]["steering"]["strength"] == strength
-        results = document["results"]
-        found[strength] = [
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_densesteer.evaluation.harness", "run", "--model", "densesteer",
+         "--model_args", f"pretrained={folder},vector={vector},strength=2,layer=1,positions=generated",
+         "--tasks", ",".join(tasks), "--include_path", str(tmp_path), "--batch_size", "4",
+         "--apply_chat_template", "--output_path", "results.json"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("results_*.json")
+    document = json.loads(file.read_text("utf-8"))
+    assert document["config"]["steering"]["strength"] == 2
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf/datasets"))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    unsteered = lm_eval.simple_evaluate(
+        plain, tasks=tasks, task_manager=manager, apply_chat_template=True
+    )
+
+    def found(results):
+        return [
             results[task]["exact_match,none" if "written" in task else "acc,none"] for task in tasks
         ]
+
     same = {
         key: sum(d[f"{key}_plain"] == d[f"{key}_steered"] for d in documents) / len(documents)
         for key in ("written", "chosen")
     }
-    assert found[0] == [1.0, same["written"], 1.0, same["chosen"]]
-    assert found[2] == [same["written"], 1.0, same["chosen"], 1.0]
+    assert found(unsteered["results"]) == [1.0, same["written"], 1.0, same["chosen"]]
+    assert found(document["results"]) == [same["written"], 1.0, same["chosen"], 1.0]
     assert max(same.values()) < 1  # the steering changed answers of both kinds
 
 
-def test_the_command_says_what_is_wrong(folder, tmp_path):
-    write_tasks(tmp_path, [])
-    done = run_lm_eval(
-        tmp_path, "--model", "densesteer", "--model_args", f"pretrained={folder},strength=2",
-        "--tasks", "chosen_plain", "--include_path", str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "densesteer: model_args strength: need a vector; add vector=FILE." in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_says_what_is_wrong(folder, monkeypatch):
+    wrong = {"pretrained": str(folder), "strength": "20%"}
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: DenseSteerLM(**wrong))
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert str(refused.value) == "densesteer: model_args strength: need a vector; add vector=FILE."
