@@ -1,7 +1,10 @@
 """``densesteer chat``: a conversation in a terminal, or line by line in a pipe.
 
-``loop`` reads and dispatches, ``actions`` are the commands of the table in ``commands``.
-What is asked several times at once goes through ``rows``. A ``screen`` shows, a ``keyboard``
-reads; both have a plain form, and one for terminals that needs the extra ``chat``
-(``terminal_screen``, ``terminal_keyboard``).
+- ``loop``: ``Chat`` reads a line, then answers it or carries out its command.
+- ``commands``: the table of commands.
+- ``rows``: one question under several steerings, for ``/compare``, ``/sweep`` and ``/stats``.
+- ``status``: the settings in force, the receipt of an answer, and tables of receipts.
+- ``plain``: the screen and the keyboard of a pipe.
+- ``terminal_screen`` (rich) and ``terminal_keyboard`` (prompt_toolkit): those of a terminal. They need
+  the extra ``chat``.
 """

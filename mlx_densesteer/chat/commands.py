@@ -31,16 +31,31 @@ class Call:
 
 
 COMMANDS = (
-    Command("strength", "NUMBER", "turn the dial: 1.5, -2, 0; or a relative dose: 10% of the "
-            "residual stream"),
+    Command(
+        "strength",
+        "STRENGTH",
+        "how strongly to steer: 20% of the residual stream, or lambda as a number (1.5, -2, 0)",
+    ),
     Command("layer", "LAYERS", "steer these layers: 14, 10-14, 10,12 or all"),
-    Command("vector", "FILE", "steer with this vector (.npz), demo, or off", "vector"),
+    Command(
+        "vector",
+        "FILE",
+        "steer with this vector (.npz or demo), at its own layer and strength; or off",
+        "vector",
+    ),
     Command("positions", "WHERE", "steer all, generated or prompt tokens", "positions"),
-    Command("compare", "[TEXT]", "the same question unsteered and steered, as two rows of one "
-            "batch; without TEXT the last question. It does not join the conversation"),
-    Command("sweep", "[STRENGTHS]", "the last question at five strengths, one line each; or at "
-            "those named: 0 1 2.5 20%"),
-    Command("stats", "", "the density receipt of the last answer, beside the unsteered model's"),
+    Command(
+        "compare",
+        "[TEXT]",
+        "the same question unsteered and steered, beside each other; without TEXT the last question. "
+        "It does not join the conversation",
+    ),
+    Command(
+        "sweep",
+        "[STRENGTHS]",
+        "the last question at five strengths, one line each; or at those named: 0 10% 20% 1.5",
+    ),
+    Command("stats", "", "the receipt of the last answer, beside that of the unsteered model"),
     Command("retry", "", "answer the last question again, under the settings in force"),
     Command("undo", "", "take back the last question and its answer"),
     Command("drop", "[N|all]", "forget the oldest question and answer, or N, or all of them"),
@@ -49,7 +64,7 @@ COMMANDS = (
     Command("system", "[TEXT|off]", "set the system message; without TEXT show it"),
     Command("help", "", "this list"),
     Command("quit", "", "leave; so does Ctrl-D"),
-)  # fmt: skip
+)
 BY_NAME = {command.name: command for command in COMMANDS}
 
 KEYS = (

@@ -8,34 +8,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from ..errors import ContextError, DenseSteerError
-from .actions import Actions
+from ..errors import ContextError, DenseSteerError, InputError, SessionError
+from ..text import count, one_line
 from .commands import Call, parse
-from .keyboard import Keyboard
-from .rows import context_tokens
-from .screen import Screen
-from .status import Status, brake_lines, receipt
+from .plain import Keyboard, Screen
+from .rows import Rows, last_question
+from .status import Status, brake_lines, dose_of, receipt, stats_lines, sweep_lines
 
 if TYPE_CHECKING:
+    from ..generation.answer import Generation
+    from ..generation.conversation import Turn
     from ..generation.session import Reply, Session
-    from ..model.model import ModelInfo
+    from ..steering.steering import Steering
+
+SWEEP_MOST = 16  # strengths at once
+SWEEP_FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the strength in force
+SWEEP_DOSES = ("-10%", "0", "10%", "20%", "40%")  # where nothing is added now
 
 
 class Chat:
     """A conversation between a keyboard and a session, shown on a screen.
 
+    ``do_NAME`` carries out the command ``/NAME`` of ``commands.COMMANDS``.
+
     Args:
         session: the conversation; ``/load`` replaces it.
-        info: what the model is.
     """
 
-    def __init__(self, session: "Session", info: "ModelInfo", keyboard: Keyboard, screen: Screen):
-        self.session, self.info = session, info
-        self.keyboard, self.screen = keyboard, screen
+    def __init__(self, session: "Session", keyboard: Keyboard, screen: Screen):
+        self.session, self.keyboard, self.screen = session, keyboard, screen
         self.failures = 0
-        self._actions = Actions(self)
+        self._unsteered: tuple[Turn, Generation] | None = None  # of the last ``/stats``
 
     def run(self) -> int:
         """Go on until the input ends or ``/quit``; return how many lines could not be done.
@@ -49,8 +52,8 @@ class Chat:
                     return self.failures
             except EOFError:
                 return self.failures
-            except (DenseSteerError, click.ClickException, OSError) as error:
-                self._tell(error)
+            except (DenseSteerError, OSError) as error:
+                self._tell_error(error)
             except KeyboardInterrupt as error:
                 if self._ends(error):
                     raise
@@ -58,8 +61,12 @@ class Chat:
     def status(self) -> Status:
         """Return the settings in force."""
         session = self.session
-        return Status.of(
-            Path(self.info.name).name, session.steering, context_tokens(session), session.context
+        return Status(
+            model=Path(session.model.name).name,
+            steering=session.steering,
+            dose=self._dose(session.steering),
+            tokens=session.tokens,
+            context=session.context,
         )
 
     def answer(self, reply: "Reply") -> None:
@@ -71,9 +78,12 @@ class Chat:
 
         def now() -> Status:
             result = reply.result
-            tokens = result.prompt_tokens + result.tokens
-            strength = result.steering.strength if result.steering else 0.0
-            return replace(before, tokens=tokens, strength=strength)
+            return replace(
+                before,
+                steering=result.steering,
+                dose=self._dose(result.steering),
+                tokens=result.prompt_tokens + result.tokens,
+            )
 
         view = self.screen.answer(now)
         try:
@@ -91,13 +101,187 @@ class Chat:
         if interrupt is not None:
             raise interrupt
 
+    # What to steer with
+
+    def do_strength(self, argument: str) -> None:
+        self._steering()
+        if argument:
+            self.session.set_strength(argument)
+        self._tell_steering()
+
+    def do_layer(self, argument: str) -> None:
+        from ..steering.request import parse_layers
+
+        steering = self._steering()
+        if argument:
+            layers = parse_layers(argument.replace(",", " ").split(), steering.vector.layers)
+            self.session.set_layers(layers)
+        self._tell_steering()
+
+    def do_positions(self, argument: str) -> None:
+        self._steering()
+        if argument:
+            self.session.set_positions(argument)  # type: ignore[arg-type]
+        self._tell_steering()
+
+    def do_vector(self, argument: str) -> None:
+        from ..steering.vector import SteeringVector
+
+        if argument == "off":
+            self.session.set_vector(None)
+        elif argument:
+            vector, model = (
+                SteeringVector.load(str(Path(argument).expanduser())),
+                self.session.model,
+            )
+            self.session.set_vector(vector)
+            if vector.meta.fingerprint not in (None, model.fingerprint):
+                self.screen.warn(
+                    f"warning: {vector.name} was extracted from other weights ({vector.meta.model}) than "
+                    f"those of {model.name}"
+                )
+        self._tell_steering()
+
+    # The conversation
+
+    def do_retry(self, argument: str) -> None:
+        self.answer(self.session.regenerate())
+
+    def do_undo(self, argument: str) -> None:
+        turn = self.session.undo()
+        self.screen.note(f"taken back: {one_line(turn.user, 60)}")
+        self.keyboard.give_back(turn.user)
+
+    def do_drop(self, argument: str) -> None:
+        turns = len(self.session.turns)
+        if argument not in ("", "all") and not (argument.isdecimal() and len(argument) < 10):
+            raise InputError(f"/drop {argument}: expected a number of turns, or all.")
+        self.session.drop(turns if argument == "all" else int(argument or 1))
+        self.screen.note(f"{count(len(self.session.turns), 'turn')} left of {turns}")
+
+    def do_system(self, argument: str) -> None:
+        if argument:
+            self.session.system = None if argument == "off" else argument
+        system = self.session.system
+        self.screen.note("no system message" if system is None else f"system: {system}")
+
+    def do_save(self, argument: str) -> None:
+        path = self.session.save(_path(argument, "/save"))
+        self.screen.note(f"saved {count(len(self.session.turns), 'turn')} in {path}")
+
+    def do_load(self, argument: str) -> None:
+        from ..generation.session import Session
+
+        now, path = self.session, _path(argument, "/load")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file. Expected one that /save wrote.")
+        self.session = session = Session.load(path, now.model, draft=now.draft, brake=now.brake)
+        last = ""
+        if session.turns:
+            last = f"; the last question: {one_line(session.turns[-1].user, 60)}"
+        self.screen.note(f"loaded {count(len(session.turns), 'turn')}{last}")
+        self._tell_steering()
+
+    # The same question several times
+
+    def do_compare(self, argument: str) -> None:
+        steering, now = self._steering(), self.status()
+        if not argument:
+            self._tell_question()
+        rows = Rows(self.session, [None, steering], argument or None)
+        titles, interrupt = ["unsteered", now.amount], None
+        try:
+            self.screen.compare(titles, rows, lambda: now)
+        except KeyboardInterrupt as error:
+            interrupt = error
+        for title, result in zip(titles, rows.stop(), strict=True):
+            self.screen.receipt(f"{title}: {receipt(result)}")
+        if interrupt is not None:
+            raise interrupt
+
+    def do_sweep(self, argument: str) -> None:
+        now, steerings = self.status(), self._sweep_steerings(argument)
+        doses = [self._dose(one) for one in steerings]
+        self._tell_question()
+        rows = Rows(self.session, steerings)
+        self.screen.table(
+            rows, lambda: sweep_lines(rows.rows, doses, self.screen.width), lambda: now
+        )
+
+    def do_stats(self, argument: str) -> None:
+        now = self.status()
+        last_question(self.session)
+        turn = self.session.turns[-1]
+        if turn.reply.steering is None or not turn.reply.steering.strength:
+            self.screen.show(stats_lines([("unsteered", turn.reply)], self._dose))
+            return
+
+        def lines() -> list[str]:
+            unsteered = self._unsteered[1] if known else rows.rows[0].result
+            return stats_lines([("steered", turn.reply), ("unsteered", unsteered)], self._dose)
+
+        known = self._unsteered is not None and self._unsteered[0] is turn
+        if known:
+            self.screen.show(lines())
+        else:
+            rows = Rows(self.session, [None])
+            self.screen.table(rows, lines, lambda: now)
+            self._unsteered = turn, rows.rows[0].result
+
+    def do_help(self, argument: str) -> None:
+        from .commands import help_lines
+
+        self.screen.show(help_lines(self.screen.width))
+
     def _take(self, text: str) -> bool:
         """Do what one line asks for; ``False`` to leave."""
         asked = parse(text)
-        if isinstance(asked, Call):
-            return self._actions.do(asked)
-        self.answer(self.session.send(asked))
+        if not isinstance(asked, Call):
+            self.answer(self.session.send(asked))
+        elif asked.command.name == "quit":
+            return False
+        else:
+            getattr(self, f"do_{asked.command.name}")(asked.argument)
         return True
+
+    def _steering(self) -> "Steering":
+        if self.session.steering is None:
+            raise SessionError("nothing is steered: choose a vector first, /vector FILE.")
+        return self.session.steering
+
+    def _sweep_steerings(self, argument: str) -> "list[Steering]":
+        """Return the steerings to sweep, each strength once, the lowest first."""
+        from ..steering.request import request
+
+        now = self._steering()
+        words = argument.replace(",", " ").split() or SWEEP_DOSES
+        if not argument and now.strength:
+            words = [now.strength * factor for factor in SWEEP_FACTORS]
+        if len(words) > SWEEP_MOST:
+            raise InputError(f"{len(words)} strengths: expected at most {SWEEP_MOST} at once.")
+        made = [
+            request(now.vector, word, now.layers, now.positions).steering(self.session.model)
+            for word in words
+        ]
+        return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)
+
+    def _dose(self, steering: "Steering | None") -> float:
+        return dose_of(self.session.model, steering)
+
+    def _tell_steering(self) -> None:
+        """Say what is steered now, and warn of an overdose."""
+        from ..steering.steering import LARGE_DOSE
+
+        now = self.status()
+        self.screen.note(", ".join(now.settings))
+        if abs(now.dose) >= LARGE_DOSE:
+            self.screen.warn(
+                "warning: a large dose. At about 100% models begin to repeat the same words. Try a smaller "
+                "/strength."
+            )
+
+    def _tell_question(self) -> None:
+        self.screen.note(f"the last question again: {one_line(last_question(self.session), 60)}")
 
     def _tell_result(self, reply: "Reply") -> None:
         result = reply.result
@@ -109,19 +293,16 @@ class Chat:
         for line in brake_lines(result):
             self.screen.warn(line)
 
-    def _tell(self, error: Exception) -> None:
-        """Show an error and go on; a broken pipe of our own output is the end."""
+    def _tell_error(self, error: Exception) -> None:
+        """Show an error and go on; if standard output is closed, that is the end."""
         if isinstance(error, BrokenPipeError):
             raise error
         self.failures += 1
-        if isinstance(error, click.ClickException):
-            message = error.format_message()
-        elif isinstance(error, OSError):
+        message = str(error)
+        if isinstance(error, OSError):
             message = f"{error.filename or 'the system'}: {error.strerror or error}."
-        else:
-            message = str(error)
         if isinstance(error, ContextError):
-            message += " Here that is /drop, or /drop all."
+            message += " Type /drop or /drop all for that."
         self.screen.warn(f"error: {message}")
 
     def _ends(self, error: KeyboardInterrupt) -> bool:
@@ -129,9 +310,15 @@ class Chat:
         return type(error) is not KeyboardInterrupt or not self.keyboard.interactive
 
 
+def _path(argument: str, command: str) -> Path:
+    if not argument:
+        raise InputError(f"{command}: expected the name of a file.")
+    return Path(argument).expanduser()
+
+
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Let nobody interrupt what must not be left half-done."""
+    """Ignore Ctrl-C while an answer joins the conversation: half of that would be an error."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

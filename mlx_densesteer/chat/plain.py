@@ -1,28 +1,107 @@
-"""Where the questions come from, in the plain form: lines of standard input."""
+"""The chat in a pipe: lines in; answers on standard output, remarks on standard error.
 
+Text as it comes, no escape codes. ``terminal_screen`` and ``terminal_keyboard`` replace both on a terminal.
+"""
+
+import shutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 import click
 
 from ..errors import InputError
 from ..text import printable
+from .rows import Rows
+from .status import Status
 
-if TYPE_CHECKING:
-    from .status import Status
+Now = Callable[[], Status]  # the settings in force, read again for every picture
+
+
+class Answer:
+    """An answer that is being shown, piece by piece."""
+
+    def __init__(self, echo: Callable[[str], None]):
+        self._echo = echo
+        self._ends_line = True
+
+    def feed(self, piece: str) -> None:
+        if piece:
+            self._echo(piece)
+            self._ends_line = piece.endswith("\n")
+
+    def finish(self) -> None:
+        """The answer is whole; what follows begins on a line of its own."""
+        if not self._ends_line:
+            self._echo("\n")
+
+
+class Screen:
+    """Show answers, tables and remarks."""
+
+    @property
+    def width(self) -> int:
+        return shutil.get_terminal_size().columns
+
+    def note(self, text: str) -> None:
+        """Say something that is not a result."""
+        click.echo(printable(text), err=True)
+
+    def receipt(self, text: str) -> None:
+        """Say what an answer cost."""
+        self.note(f"({text})")
+
+    def warn(self, text: str) -> None:
+        """Say what the user must not miss."""
+        self.note(text)
+
+    def show(self, lines: Iterable[str]) -> None:
+        """Show a result line by line."""
+        for line in lines:
+            self._echo(f"{line}\n")
+
+    def answer(self, now: Now) -> Answer:
+        """Begin to show an answer."""
+        return Answer(self._echo)
+
+    def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
+        """Show two answers that come at the same time, one after the other."""
+        self.show([f"--- {titles[0]}"])
+        first, said = self.answer(now), 0
+        try:
+            for row, piece in rows:
+                if row == 0:
+                    first.feed(piece)
+                    said += len(piece)
+        finally:
+            rows.stop()
+            first.feed(rows.rows[0].text[said:])
+            first.finish()
+            self.show([f"--- {titles[1]}", rows.rows[1].text.removesuffix("\n")])
+
+    def table(self, rows: Rows, lines: Callable[[], Sequence[str]], now: Now) -> None:
+        """Show a table that grows with the rows; here, when it is whole."""
+        try:
+            for _ in rows:
+                pass
+        finally:
+            rows.stop()
+            self.show(lines())
+
+    def _echo(self, text: str) -> None:
+        """Write to standard output: to a terminal without control characters, else as it is."""
+        click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
 
 
 class Keyboard:
     """Read questions line by line; a backslash at the end of a line goes on in the next.
 
-    The prompt, with the strength in force, goes to standard error; what is read from a pipe is
+    The prompt, with the dose in force, goes to standard error; what is read from a pipe is
     repeated there, so that the whole can be read as a conversation.
     """
 
     interactive = property(lambda self: sys.stdin.isatty())
 
-    def read(self, status: "Callable[[], Status]") -> str:
+    def read(self, status: Now) -> str:
         """Return the next question.
 
         Raises:
@@ -51,7 +130,7 @@ class Keyboard:
             prompt = ". ".rjust(len(prompt))
 
     def give_back(self, text: str) -> None:
-        """Offer ``text`` for editing; on a plain line that cannot be done."""
+        """Offer ``text`` for editing; a plain line cannot be edited."""
 
 
 def _decoded(line: bytes) -> str:

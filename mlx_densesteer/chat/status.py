@@ -1,60 +1,70 @@
-"""The settings in force in a few words, and the receipt of an answer."""
+"""What the chat says of settings and answers: the status line, receipts, and tables of receipts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..cli.speculate import tell_draft
-from ..text import count, one_line, signed
+from ..text import aligned, count, one_line, signed, signed_dose
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
+    from ..model.model import Model
     from ..steering.steering import Steering
+    from .rows import Row
+
+ENDINGS = {"stop": "end", "length": "cut off", "interrupted": "interrupted"}
+
+
+def dose_of(model: "Model", steering: "Steering | None") -> float:
+    """Return the dose of a steering, negative where the strength is."""
+    return math.copysign(model.dose(steering), steering.strength if steering else 0.0)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is always visible; ``tokens`` of at most ``context`` are in the conversation."""
+    """The settings in force; ``tokens`` of at most ``context`` are in the conversation.
+
+    ``dose`` is a fraction of the residual stream, negative where the strength is.
+    """
 
     model: str
-    vector: str | None
-    layers: str
-    strength: float
-    positions: str
+    steering: "Steering | None"
+    dose: float
     tokens: int
     context: int
 
-    @classmethod
-    def of(cls, model: str, steering: "Steering | None", tokens: int, context: int) -> "Status":
-        if steering is None:
-            return cls(model, None, "", 0.0, "", tokens, context)
-        from ..steering.vector import format_layers
-
-        return cls(
-            model, steering.vector.name, format_layers(steering.layers), steering.strength,
-            steering.positions, tokens, context,
-        )  # fmt: skip
-
     @property
     def prompt(self) -> str:
-        """What precedes a question: the strength in force."""
-        return f"{signed(self.strength)}> " if self.vector else "unsteered> "
+        """What precedes a question: the dose in force."""
+        return f"{signed_dose(self.dose)}> " if self.steering else "unsteered> "
 
-    def parts(self) -> list[str]:
-        parts = [one_line(self.model, 30)]
-        if self.vector is None:
-            parts.append("no vector, strength 0")
-        else:
-            parts += [
-                f"vector {one_line(self.vector, 24)}", f"layer {one_line(self.layers, 20)}",
-                f"strength {signed(self.strength)}", f"positions {self.positions}",
-            ]  # fmt: skip
-        return [*parts, f"{self.tokens}/{self.context} tokens"]
+    @property
+    def amount(self) -> str:
+        """``+20% (strength +4.76)``."""
+        strength = self.steering.strength if self.steering else 0.0
+        return f"{signed_dose(self.dose)} (strength {signed(strength)})"
+
+    @property
+    def settings(self) -> list[str]:
+        """What is steered, where and how strongly."""
+        if self.steering is None:
+            return ["unsteered"]
+        from ..steering.vector import format_layers
+
+        positions = self.steering.positions
+        return [
+            f"vector {one_line(self.steering.vector.name, 24)}",
+            f"layer {one_line(format_layers(self.steering.layers), 20)}",
+            f"dose {self.amount}",
+            *([f"positions {positions}"] if positions != "all" else []),
+        ]
 
     def lines(self, width: int, *more: str) -> list[str]:
         """Return the settings (and ``more``) on as few lines as ``width`` columns allow."""
+        tokens = f"{self.tokens}/{self.context} tokens"
         lines: list[str] = []
-        for part in (*self.parts(), *more):
+        for part in (one_line(self.model, 30), *self.settings, tokens, *more):
             joined = f"{lines[-1]} | {part}" if lines else part
             if lines and len(joined) <= width - 2:
                 lines[-1] = joined
@@ -63,28 +73,70 @@ class Status:
         return lines
 
 
-ENDINGS = {"stop": "", "length": "; cut off, it was as long as allowed",
-           "interrupted": "; interrupted"}  # fmt: skip
-
-
-def receipt(result: "Generation", *, name_strength: bool = False) -> str:
+def receipt(result: "Generation") -> str:
     """Return one line on an answer: ``60 tokens, 1 step, density 60.0, 45.1 tokens/s``."""
-    density = f", density {result.density:.1f}" if result.density else ""
-    strength = ""
-    if name_strength:
-        steered = result.steering and result.steering.strength
-        strength = f"strength {signed(steered)}: " if steered else "unsteered: "
-    return (
-        f"{strength}{count(result.tokens, 'token')}, {count(result.steps, 'step')}{density}, "
-        f"{result.tokens_per_second:.1f} tokens/s{tell_draft(result)}"
-        f"{ENDINGS.get(result.finish_reason, '')}"
-    )
+    parts = [count(result.tokens, "token"), count(result.steps, "step")]
+    if result.density:
+        parts.append(f"density {result.density:.1f}")
+    parts.append(f"{result.tokens_per_second:.1f} tokens/s")
+    if result.draft_proposed:
+        parts.append(f"{result.draft_accepted} of {result.draft_proposed} draft tokens accepted")
+    if result.finish_reason != "stop":
+        parts.append(ENDINGS[result.finish_reason])
+    return ", ".join(parts)
 
 
-def brake_lines(result: "Generation") -> Sequence[str]:
+def brake_lines(result: "Generation") -> list[str]:
     """Return what the brake did, a line for each time."""
     return [
         f"the answer began to repeat itself: {count(one.dropped, 'token')} cut off after token "
         f"{one.at_token}, strength {signed(one.strength_before)} -> {signed(one.strength_after)}"
         for one in result.brakes
     ]
+
+
+def sweep_lines(rows: "Sequence[Row]", doses: Sequence[float], width: int) -> list[str]:
+    """Return one line for each row; the first words take what room there is."""
+    from ..generation.answer import split_steps
+
+    table = [["dose", "strength", "steps", "tokens", "density", "ending"]]
+    for row, dose in zip(rows, doses, strict=True):
+        strength = row.steering.strength if row.steering else 0.0
+        figures = [str(len(split_steps(row.text))), "-", "-", "..."]
+        if row.result is not None:
+            figures = [figures[0], *_figures(row.result)]
+        table.append([signed_dose(dose), signed(strength), *figures])
+    left = aligned(table)
+    room = max(width - len(max(left, key=len)) - 2, 8)
+    words = ["answer", *(one_line(row.text, room) for row in rows)]
+    longest = max(map(len, left))
+    return [
+        f"{line.ljust(longest)}  {word}".rstrip() for line, word in zip(left, words, strict=True)
+    ]
+
+
+def stats_lines(
+    answers: "Sequence[tuple[str, Generation | None]]",
+    dose: "Callable[[Steering | None], float]",
+) -> list[str]:
+    """Return the receipts of answers beside each other, each under its title; ``None`` has not come."""
+    there = [(title, one) for title, one in answers if one is not None]
+    columns = [["", "dose", "strength", "tokens", "steps", "density", "tokens/s", "ending"]]
+    for title, one in there:
+        tokens, density, ending = _figures(one)
+        columns.append([
+            title,
+            signed_dose(dose(one.steering)),
+            signed(one.steering.strength if one.steering else 0.0),
+            tokens,
+            str(one.steps),
+            density,
+            f"{one.tokens_per_second:.1f}",
+            ending,
+        ])  # fmt: skip
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def _figures(result: "Generation") -> list[str]:
+    density = f"{result.density:.1f}" if result.density else "-"
+    return [str(result.tokens), density, ENDINGS[result.finish_reason]]

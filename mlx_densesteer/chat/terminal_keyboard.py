@@ -1,6 +1,8 @@
 """Questions from a terminal, edited with prompt_toolkit: several lines, history, completion."""
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -14,9 +16,7 @@ from prompt_toolkit.styles import Style
 
 from ..text import printable
 from .commands import BY_NAME, COMMANDS
-from .keyboard import Keyboard
-from .state import history_file
-from .status import Status
+from .plain import Keyboard, Now
 
 MENU = 6  # rows kept free for the list of completions
 
@@ -39,7 +39,7 @@ class TerminalKeyboard(Keyboard):
             style=Style.from_dict({"prompt": "bold"}),
         )
 
-    def read(self, status: Callable[[], Status]) -> str:
+    def read(self, status: Now) -> str:
         """Return the next question.
 
         Raises:
@@ -72,9 +72,11 @@ class _Commands(Completer):
             for command in COMMANDS:
                 if command.name.startswith(name.lower()):
                     yield Completion(
-                        command.name, start_position=-len(name), display=command.usage,
+                        command.name,
+                        start_position=-len(name),
+                        display=command.usage,
                         display_meta=command.help.partition(":")[0][:44],
-                    )  # fmt: skip
+                    )
             return
         kind = BY_NAME[name].completes if name in BY_NAME else ""
         words = {"positions": ("all", "generated", "prompt"), "vector": ("demo", "off")}
@@ -87,7 +89,7 @@ class _Commands(Completer):
 
 
 class _History(FileHistory):
-    """The history in a file; a disk that is full costs the history, not the chat."""
+    """The history in a file; the chat goes on if the disk is full."""
 
     def store_string(self, string: str) -> None:
         try:
@@ -97,8 +99,27 @@ class _History(FileHistory):
 
 
 def _history() -> History:
-    path: Path | None = history_file()
+    path = history_file()
     return InMemoryHistory() if path is None else _History(str(path))
+
+
+def history_file() -> Path | None:
+    """Return the file of earlier questions, readable by the user alone; ``None`` if it cannot be made."""
+    try:
+        path = _state_folder() / "chat-history"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return None
+    return path
+
+
+def _state_folder() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/mlx-densesteer"
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local/state") / "mlx-densesteer"
 
 
 def _is_command() -> bool:

@@ -1,27 +1,31 @@
-"""The screen of a terminal: Markdown while it streams, and the settings in force below it.
+"""The screen of a terminal: answers as Markdown, the settings in force below them. Needs rich.
 
-Finished blocks are printed for good, so they scroll like any output; only the block that is
-being written is painted again. Needs rich.
+The blocks of an answer that are finished are printed for good, so they scroll like any output. Only the
+block that is being written is painted again and again.
 """
 
 import contextlib
-import shutil
+import io
+import itertools
+import re
 import sys
 import termios
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import click
-from rich.cells import cell_len
-from rich.console import Console
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, emphasis, escape
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.markdown import Heading, Markdown
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from ..text import printable
-from .blocks import Blocks
-from .markdown import has_table, render, render_block
-from .painter import Painter
+from .plain import Answer, Now, Screen
 from .rows import Rows
-from .screen import Answer, Now, Screen
 
 OFTEN = 0.05  # seconds between two pictures at least
 SHARE = 4  # a picture may take one part in so many of the time
@@ -29,142 +33,115 @@ COLUMN = 34  # narrower columns cannot be read: the answers then go below each o
 
 
 class TerminalScreen(Screen):
-    """Show answers as Markdown, receipts dim, and a line with the settings while text comes."""
+    """Show answers as Markdown, receipts dim, and the settings in force while text comes."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, markup=False, emoji=False)
+        self._remarks = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
     def note(self, text: str) -> None:
-        click.echo(_wrapped(text), err=True)
+        self._remarks.print(printable(text))
 
     def receipt(self, text: str) -> None:
-        click.echo(click.style(_wrapped(text), dim=True), err=True)
+        self._remarks.print(printable(text), style="dim")
 
     def warn(self, text: str) -> None:
-        click.echo(click.style(_wrapped(text), bold=True), err=True)
+        self._remarks.print(printable(text), style="bold")
 
     def answer(self, now: Now) -> Answer:
         return _Streaming(self._console, now)
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
-        def lines() -> list[str]:
-            texts = [printable(state.text) for state in rows.states]
-            if (_width() - 3) // 2 < COLUMN:
-                return self._below_each_other(titles, texts, _width())
-            return self._side_by_side(titles, texts, (_width() - 3) // 2)
+        def answers() -> RenderableType:
+            texts = [_markdown(printable(row.text)) for row in rows.rows]
+            if self.width < 2 * COLUMN:
+                pairs = zip(titles, texts, strict=True)
+                return Group(*(part for t, x in pairs for part in (Text(t, style="bold"), x)))
+            table = Table(*titles, box=box.MINIMAL, expand=True, pad_edge=False, show_edge=False)
+            table.add_row(*texts)
+            return table
 
-        self._watch(rows, lines, now)
+        self._watch(rows, answers, now)
 
     def table(self, rows: Rows, lines: Callable[[], Sequence[str]], now: Now) -> None:
-        self._watch(rows, lambda: [printable(line)[: _width()] for line in lines()], now)
+        self._watch(rows, lambda: Text("\n".join(lines()), no_wrap=True, overflow="crop"), now)
 
-    def _watch(self, rows: Rows, lines: Callable[[], Sequence[str]], now: Now) -> None:
-        """Paint ``lines`` while the rows run, and leave them there at the end."""
-        with _live(now) as live:
+    def _watch(self, rows: Rows, content: Callable[[], RenderableType], now: Now) -> None:
+        """Paint ``content`` while the rows run, and leave it there at the end."""
+        with _painting(self._console, now) as foot:
             try:
-                live.show_tail(lines)
                 for _ in rows:
-                    live.show_tail(lines)
+                    if foot.due:
+                        foot.paint(content())
             finally:
                 rows.stop()
-                live.keep(lines())
-
-    def _side_by_side(self, titles: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
-        columns = [
-            [click.style(title[:width], bold=True), *render(text, self._console, width)]
-            for title, text in zip(titles, texts, strict=True)
-        ]
-        height = max(map(len, columns))
-        for column in columns:
-            column += [""] * (height - len(column))
-        return [f"{_padded(a, width)} | {b}".rstrip() for a, b in zip(*columns, strict=True)]
-
-    def _below_each_other(
-        self, titles: Sequence[str], texts: Sequence[str], width: int
-    ) -> list[str]:
-        lines: list[str] = []
-        for title, text in zip(titles, texts, strict=True):
-            lines += [
-                click.style(title[:width], bold=True),
-                *render(text, self._console, width),
-                "",
-            ]
-        return lines[:-1]
-
-
-class _Live:
-    """The painted foot of the screen: some lines, and the settings below them."""
-
-    def __init__(self, now: Now):
-        self._now = now
-        self._painter = Painter(sys.stdout, shutil.get_terminal_size)
-        self._due = 0.0
-
-    def show(self, lines: Callable[[], Sequence[str]]) -> None:
-        """Paint ``lines`` if it is time to."""
-        began = time.monotonic()
-        if began < self._due:
-            return
-        below = self._now().lines(_width(), "Ctrl-C stops")
-        self._painter.show([*lines(), *(click.style(line, reverse=True) for line in below)])
-        ended = time.monotonic()
-        self._due = ended + max(OFTEN, SHARE * (ended - began))
-
-    def show_tail(self, lines: Callable[[], Sequence[str]]) -> None:
-        """Paint as much of the end of ``lines`` as the screen holds, if it is time to."""
-        self.show(lambda: lines()[-max(1, shutil.get_terminal_size().lines - 6) :])
-
-    def keep(self, lines: Sequence[str]) -> None:
-        """Leave ``lines`` on the screen for good."""
-        self._painter.keep(lines)
-        self._due = 0.0
-
-    def close(self) -> None:
-        self._painter.close()
+                foot.keep(content())
 
 
 class _Streaming(Answer):
     """An answer as Markdown, block by block."""
 
     def __init__(self, console: Console, now: Now):
-        self._console, self._blocks = console, Blocks()
-        self._said = False
+        self._text = ""  # of the block that is being written
         self._stack = contextlib.ExitStack()
-        self._live = self._stack.enter_context(_live(now))
-        self._live.show(list)
+        self._foot = self._stack.enter_context(_painting(console, now))
 
     def feed(self, piece: str) -> None:
-        for block in self._blocks.feed(printable(piece)):
-            self._keep(block)
-        current = self._blocks.current.strip("\n")
-        show = self._live.show_tail if has_table(current) else self._live.show
-        show(lambda: self._rendered(current))
+        self._text += printable(piece)
+        if not self._foot.due:
+            return
+        *finished, self._text = blocks(self._text)
+        if finished:
+            self._foot.keep(_markdown("".join(finished)))
+        self._foot.paint(_markdown(self._text))
 
     def finish(self) -> None:
         with self._stack:
-            if block := self._blocks.current.strip():
-                self._keep(self._blocks.current.strip("\n") if block else "")
+            if text := self._text.rstrip():
+                self._foot.keep(_markdown(text))
 
-    def _keep(self, block: str) -> None:
-        self._live.keep(self._rendered(block))
-        self._said = True
 
-    def _rendered(self, block: str) -> list[str]:
-        if not block.strip():
-            return []
-        above = [""] if self._said else []
-        return above + render_block(block, self._console, _width())
+class _Foot:
+    """The foot of the screen: as much of the end of what is painted as fits, and the settings below."""
+
+    def __init__(self, console: Console, now: Now):
+        self._console, self._now = console, now
+        self._content: RenderableType = Text()
+        self._next = 0.0
+        self.live = Live(self, console=console, auto_refresh=False, transient=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a picture."""
+        return time.monotonic() >= self._next
+
+    def paint(self, content: RenderableType) -> None:
+        began = time.monotonic()
+        self._content = content
+        self.live.refresh()
+        ended = time.monotonic()
+        self._next = ended + max(OFTEN, SHARE * (ended - began))
+
+    def keep(self, content: RenderableType) -> None:
+        """Print ``content`` for good, in place of what is painted."""
+        self._content = Text()
+        self._console.print(content)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        settings = self._now().lines(options.max_width, "Ctrl-C stops")
+        room = max(1, console.height - len(settings) - 2)
+        for line in console.render_lines(self._content, options, pad=False)[-room:]:
+            yield from line
+            yield Segment.line()
+        yield Text("\n".join(settings), style="reverse")
 
 
 @contextlib.contextmanager
-def _live(now: Now) -> Iterator[_Live]:
-    """Paint at the foot of the screen; what is typed meanwhile is not echoed into the picture."""
-    live = _Live(now)
-    with _no_echo():
-        try:
-            yield live
-        finally:
-            live.close()
+def _painting(console: Console, now: Now) -> Iterator[_Foot]:
+    """Paint at the foot of the screen until the block ends; what is typed meanwhile is not echoed there."""
+    foot = _Foot(console, now)
+    with _no_echo(), foot.live:
+        yield foot
 
 
 @contextlib.contextmanager
@@ -185,14 +162,69 @@ def _no_echo() -> Iterator[None]:
         termios.tcsetattr(number, termios.TCSANOW, before)
 
 
-def _width() -> int:
-    return max(shutil.get_terminal_size().columns - 1, 10)
+def blocks(text: str) -> list[str]:
+    """Cut Markdown at its top-level blocks, at least one; only the last can change with what follows."""
+    lines = list(io.StringIO(text))
+    begin = [token.map[0] for token in _PARSER.parse(text) if token.map and token.level == 0]
+    borders = [0, *begin[1:], len(lines)]
+    return ["".join(lines[a:b]) for a, b in itertools.pairwise(borders)]
 
 
-def _wrapped(text: str) -> str:
-    lines = printable(text).split("\n")
-    return "\n".join(textwrap.fill(line, _width(), break_on_hyphens=False) for line in lines)
+def _markdown(text: str) -> RenderableType:
+    return Group(*(_Block(block) for block in blocks(text)))
 
 
-def _padded(line: str, width: int) -> str:
-    return line + " " * max(0, width - cell_len(click.unstyle(line)))
+class _Heading(Heading):
+    """A heading to the left, whatever its level and the release of rich."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.text
+
+
+class _Block(Markdown):
+    """One block of Markdown as language models write it.
+
+    A single newline is a line break, ``2*3*4`` is a product, ``\\(x\\)`` keeps its backslashes, HTML is
+    text. There are blank lines where the model wrote them: they separate the steps of a solution.
+    """
+
+    elements = Markdown.elements | {"heading_open": _Heading}
+
+    def __init__(self, text: str):
+        super().__init__("", code_theme="ansi_dark", hyperlinks=False)
+        self._blank_below = re.search(r"\n[^\S\n]*\n\s*$", text) is not None
+        self.parsed = _PARSER.parse(text)
+        for token in self.parsed:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = list(Segment.split_lines(super().__rich_console__(console, options)))
+        written = [n for n, line in enumerate(lines) if "".join(part.text for part in line).strip()]
+        for line in lines[written[0] : written[-1] + 1] if written else []:
+            yield from line
+            yield Segment.line()
+        if self._blank_below:
+            yield Segment.line()
+
+
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    """Find emphasis, but never inside a word."""
+    state.scanDelims = lambda start, _: StateInline.scanDelims(state, start, False)
+    try:
+        return emphasis.tokenize(state, silent)
+    finally:
+        del state.scanDelims
+
+
+def _escape(state: StateInline, silent: bool) -> bool:
+    """Take a backslash before a sign of Markdown, and leave those of LaTeX."""
+    following = state.src[state.pos + 1 : state.pos + 2]
+    return following in {*"*_`#~|"} and escape(state, silent)
+
+
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_PARSER.disable(["entity", "reference", "lheading"])
+_PARSER.inline.ruler.at("emphasis", _emphasis)
+_PARSER.inline.ruler.at("escape", _escape)

@@ -14,8 +14,9 @@ from .speculate import load_draft
 from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
-    from ..chat.keyboard import Keyboard
-    from ..chat.screen import Screen
+    from ..chat.plain import Keyboard, Screen
+    from ..steering.request import Amount
+    from ..steering.steering import Positions
 
 
 @click.command()
@@ -34,11 +35,24 @@ if TYPE_CHECKING:
               help="Go on with a conversation that /save wrote, under its settings where you give no "
                    "others.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Text as it comes: no Markdown, no colours.")
-def chat(model: str, vector: str | None, strength: float | None, layers: tuple[str, ...],
-         positions: str | None, max_tokens: int, temp: float, top_p: float,
-         seed: int | None, system: str | None, draft_model: str | None,
-         draft_tokens: int, no_brake: bool, saved: str | None, plain: bool) -> None:  # fmt: skip
-    """Talk with a model, steered if a vector is given, and turn the dial while you talk.
+def chat(
+    model: str,
+    vector: str | None,
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    positions: "Positions | None",
+    max_tokens: int,
+    temp: float,
+    top_p: float,
+    seed: int | None,
+    system: str | None,
+    draft_model: str | None,
+    draft_tokens: int,
+    no_brake: bool,
+    saved: str | None,
+    plain: bool,
+) -> None:
+    """Talk with a model, steered if a vector is given, and change the strength while you talk.
 
     In a terminal: several lines (Alt-Enter), history, Markdown; /help lists the commands, among
     them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
@@ -55,17 +69,19 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
 
     loaded = load(model)
     steering = steering_for(request, loaded)
-    options = {
-        "brake": None if no_brake else Brake(),
-        "draft": load_draft(draft_model, draft_tokens, loaded),
-    }
+    brake, draft = None if no_brake else Brake(), load_draft(draft_model, draft_tokens, loaded)
     if saved is None:
         session = Session(
-            loaded, steering, system=system, max_tokens=max_tokens,
-            sampling=Sampling(temp, top_p, seed), **options,
-        )  # fmt: skip
+            loaded,
+            steering,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=Sampling(temp, top_p, seed),
+            brake=brake,
+            draft=draft,
+        )
     else:
-        session = Session.load(saved, loaded, **options)
+        session = Session.load(saved, loaded, brake=brake, draft=draft)
         if steering is not None:
             session.steer(steering)
         if _given("system"):
@@ -76,7 +92,7 @@ def chat(model: str, vector: str | None, strength: float | None, layers: tuple[s
             session.sampling = Sampling(temp, top_p, seed)
         note(f"loaded {count(len(session.turns), 'turn')} from {saved}")
     _greet(model, keyboard.interactive)
-    failures = Chat(session, loaded.info, keyboard, screen).run()
+    failures = Chat(session, keyboard, screen).run()
     if failures and not keyboard.interactive:
         sys.exit(1)
 
@@ -91,8 +107,7 @@ def _faces(plain: bool) -> "tuple[Keyboard, Screen]":
     """Return what reads and what shows: the better ones on a terminal, with the extra."""
     from importlib.util import find_spec
 
-    from ..chat.keyboard import Keyboard
-    from ..chat.screen import Screen
+    from ..chat.plain import Keyboard, Screen
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         return Keyboard(), Screen()

@@ -121,6 +121,15 @@ class Session:
         return min(self.model.context, self._context or self.model.context)
 
     @property
+    def tokens(self) -> int:
+        """How many tokens the conversation has, without an answer that is still coming."""
+        if not self._turns:
+            return 0
+        *before, last = self._turns
+        chunks, _ = self._lay_out(before, last.user)
+        return sum(len(chunk.tokens) for chunk in chunks) + 1 + last.reply.tokens
+
+    @property
     def steering(self) -> Steering | None:
         return self._steering
 
@@ -207,14 +216,19 @@ class Session:
         chunks, last = self._lay_out(self._turns, text)
         return [token for chunk in chunks for token in chunk.tokens] + [last]
 
-    def caches_for(self, text: str, steering: Steering | None) -> tuple[list[int], list[KVCache]]:
+    def caches_for(
+        self, text: str, steering: Steering | None, *, turns: int | None = None
+    ) -> tuple[list[int], list[KVCache]]:
         """Return what ``batch.Batch.add`` takes to answer ``text`` next, under any steering.
 
         The tokens that are left to read, and caches that hold the others. What this session has
         already computed is shared, and neither it nor its history changes.
+
+        Args:
+            turns: how many turns precede the question, by default all.
         """
         self._end_live()
-        chunks, last = self._lay_out(self._turns, text)
+        chunks, last = self._lay_out(self._turns[:turns], text)
         twin = self.prefix.fork()
         twin.fill(chunks, steering)
         return [last], twin.caches
