@@ -13,15 +13,15 @@ from ..errors import install_command
 from ..text import count, note
 from . import completers
 from .agent import install, uninstall
-from .options import model_option, positions_option
+from .options import layers_option, model_option, positions_option, strength_option
 from .steering import read_steering, tell_fit, tell_steering
 
 if TYPE_CHECKING:
     import socket
 
     from ..server.settings import Access
-    from ..server.start import Server
-    from ..steering.request import Request
+    from ..server.start import Started
+    from ..steering.request import Amount, Request
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
@@ -31,15 +31,12 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @click.command()
 @partial(model_option, required=False)
 @click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE", shell_complete=completers.vectors,
-              help="A vector that requests may name, by its file's name; may be repeated. -m demo has "
-                   "the embedded one, dense.")  # fmt: skip
+              help="A vector that requests may name, by its file's name; may be repeated. With -m demo "
+                   "the embedded one, demo, is always there.")  # fmt: skip
 @click.option("--vectors", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
               metavar="DIR", help="A folder of vectors (NAME.npz) that requests may name.")  # fmt: skip
-@click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
-              help="Of a vector of -v where a request names none. [default: what a sweep recommended, "
-                   "else 1]")  # fmt: skip
-@click.option("-l", "--layer", "layers", multiple=True, metavar="LAYERS",
-              help="Likewise. [default: what a sweep recommended, else the middle one]")  # fmt: skip
+@strength_option
+@layers_option()
 @positions_option
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
@@ -70,7 +67,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @click.option("--uninstall-agent", is_flag=True,
               help="Stop and remove the agent; no other option is needed.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
-def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: float | None,
+def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: "Amount | None",
           layers: tuple[str, ...], positions: str | None, name: str | None, host: str,
           port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
           rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, uninstall_agent: bool, verbose: bool) -> None:  # fmt: skip
@@ -104,16 +101,11 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
     from ..server.listening import listen
     from ..server.settings import Limits, Settings
     from ..server.start import model_id, start
-    from ..server.wanted import Wanted
 
     limits = Limits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
     settings = Settings(model_id(model, name), limits, access, folder)
-    given = {
-        name: Wanted(one.vector, one.number, one.layers, one.positions, one.relative)  # type: ignore[arg-type]
-        for name, one in requests.items()
-    }
-    server = start(model, given, settings, cache_bytes=prompt_cache * 2**20)
-    _tell_vectors(server, set(given))
+    server = start(model, requests, settings, cache_bytes=prompt_cache * 2**20)
+    _tell_vectors(server, set(requests))
     address = f"[{host}]" if ":" in host else host
     note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
     listen(server.application, listener, server.engine, limits)
@@ -134,27 +126,30 @@ def _check_extra() -> None:
 
 
 def _read_vectors(
-    model: str, vectors: tuple[str, ...], strength: float | None, layers: tuple[str, ...],
+    model: str,
+    vectors: tuple[str, ...],
+    strength: "Amount | None",
+    layers: tuple[str, ...],
     positions: str | None,
-) -> "dict[str, Request]":  # fmt: skip
-    """Return the vectors of ``-v`` by name, with the settings that stand beside them."""
+) -> "dict[str, Request]":
+    """Return the vectors of ``-v`` by name, with the settings given beside them.
+
+    With the demo model its own vector is always among them.
+    """
     from .. import demo
 
-    if not vectors and model == demo.NAME:
-        vectors = (demo.NAME,)
-    if not vectors:
-        read_steering(
-            None, strength, layers, positions, relative
-        )  # refuses settings without a vector
+    if not vectors and model != demo.NAME:
+        read_steering(None, strength, layers, positions)  # refuses settings without a vector
+    if model == demo.NAME and demo.NAME not in vectors:
+        vectors = (*vectors, demo.NAME)
     found: dict[str, Request] = {}
     for vector in vectors:
-        name = demo.VECTOR.stem if vector == demo.NAME else Path(vector).stem
+        name = Path(vector).stem
         if name in found:
             raise click.UsageError(f"two vectors have the name {name}: rename one of the files.")
-        request = read_steering(vector, strength, layers, positions)
-        if request is not None:
-            request.vector.name = name
-            found[name] = request
+        asked = read_steering(vector, strength, layers, positions)
+        asked.vector.name = name
+        found[name] = asked
     return found
 
 
@@ -210,17 +205,16 @@ class _Brief(logging.Formatter):
         return f"densesteer: {record.getMessage().splitlines()[0]}"
 
 
-def _tell_vectors(server: "Server", given: set[str]) -> None:
+def _tell_vectors(server: "Started", given: set[str]) -> None:
     """Say what can be steered, and warn of a vector that was made for other weights."""
-    for one in server.shelf.all():
+    for one in server.vectors.all():
         if one.name in given:
-            tell_fit(one.vector, server.info)
-            norms = server.engine.norms.known(one.vector) or {}
-            steering = one.steering
-            tell_steering(steering, steering.relative_dose(norms))
-    for name, reason in server.shelf.unusable().items():
+            tell_fit(one.vector, server.model)
+            steering = one.default.steering(server.model)
+            tell_steering(steering, server.model.dose(steering), one.default.why)
+    for name, reason in server.vectors.unusable().items():
         note(f"warning: {name} of the folder cannot be used: {reason}")
-    names = [one.name for one in server.shelf.all()]
+    names = [one.name for one in server.vectors.all()]
     if names:
         note(f"{count(len(names), 'vector')} by name: {', '.join(names)}")
     else:

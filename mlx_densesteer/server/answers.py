@@ -11,30 +11,28 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..generation.sampling import Sampling
+from ..model.model import Model
 from .encoding import Encoder
 from .engine import Engine
 from .faults import Fault
-from .job import Failed, Job, Said, Started
-from .model_name import format_model_name, parse_model_name
-from .replies import Reply
+from .jobs import Failed, Job, Said, Taken
+from .replies import ApiAnswer
 from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
-from .vectors import Shelf
-from .wanted import wanted
-from .within import within
+from .vectors import Vectors, ask, format_model_name, parse_model_name
 
 IGNORED = "X-DenseSteer-Ignored"
 
 
 @dataclass(frozen=True)
-class Answering:
+class Answerer:
     """What an answer is made of."""
 
     settings: Settings
     engine: Engine
     encoder: Encoder
-    shelf: Shelf
-    context: int
+    vectors: Vectors
+    model: Model
     fingerprint: str
 
     async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
@@ -44,9 +42,9 @@ class Answering:
             Fault: it is refused, or no answer can be finished.
         """
         ignored = check_extra(asked)
-        jobs = await self._jobs(asked)
-        reply = Reply(
-            chat=isinstance(asked, ChatRequest), model=self.settings.name,
+        jobs, name = await self._jobs(asked)
+        reply = ApiAnswer(
+            chat=isinstance(asked, ChatRequest), model=name,
             fingerprint=self.fingerprint, choices=sum(job.n for job in jobs), n=asked.n or 1,
             token_bytes=self.encoder.token_bytes, with_usage=bool(asked.stream and asked.wants_usage),
         )  # fmt: skip
@@ -67,26 +65,30 @@ class Answering:
             lines = self._stream(reply, early, inbox, asked.wants_usage)
             return EventStream(lines, held.pop_all(), headers)
 
-    async def _jobs(self, asked: ChatRequest | CompletionRequest) -> list[Job]:
+    async def _jobs(self, asked: ChatRequest | CompletionRequest) -> tuple[list[Job], str]:
+        """Return the jobs of a request, and the model's name in its answer: the one that asks for the same."""
         name = self.settings.name
         named = parse_model_name(asked.model, name) if asked.model else None
-        steering = wanted(named, asked.steering, self.shelf)
+        steering, vector = ask(named, asked.steering, self.vectors)
         sampling = Sampling(
             asked.temperature or 0.0, asked.top_p or 1.0,
             None if asked.seed is None else asked.seed % 2**64,
         )  # fmt: skip
         limit = min(asked.limit or self.settings.limits.max_tokens, self.settings.limits.max_tokens)
         n = asked.n or 1
-        return [
+        if steering is not None and steering.amount.number and vector is not None:
+            name = format_model_name(name, vector, steering.amount)
+        jobs = [
             Job(
-                tokens, steering, max(1, min(limit, self.context - len(tokens))), sampling,
+                tokens, steering, self.model.room(len(tokens), limit), sampling,
                 asked.stops, n, asked.alternatives, number * n,
             )
             for number, tokens in enumerate(await self.encoder.encode(asked))
         ]  # fmt: skip
+        return jobs, name
 
     async def _await_start(
-        self, reply: Reply, jobs: list[Job], inbox: asyncio.Queue, watch: "_Watch"
+        self, reply: ApiAnswer, jobs: list[Job], inbox: asyncio.Queue, watch: "_Watch"
     ) -> list[tuple[Job, Said]]:
         """Wait until the model's thread has taken the jobs: what it refuses is an error, not a stream.
 
@@ -100,33 +102,29 @@ class Answering:
                 continue
             self._take(reply, event)
             started += 1
-        asked = jobs[0].wanted
-        if reply.steering and asked and asked.preset:
-            strength = float(reply.steering["strength"])
-            reply.model = format_model_name(self.settings.name, asked.preset, strength)
         return early
 
-    def _take(self, reply: Reply, event: tuple[Job, Started | Said | Failed]) -> None:
+    def _take(self, reply: ApiAnswer, event: tuple[Job, Taken | Said | Failed]) -> None:
         job, what = event
         if isinstance(what, Failed):
             raise what.fault
-        if isinstance(what, Started):
+        if isinstance(what, Taken):
             reply.steering = what.steering
         else:
             reply.cached[job.first] = what.cached_tokens
             reply.add(what.choice, what.piece)
 
     async def _stream(
-        self, reply: Reply, early: list[tuple[Job, Said]], inbox: asyncio.Queue, with_usage: bool
+        self, reply: ApiAnswer, early: list[tuple[Job, Said]], inbox: asyncio.Queue, with_usage: bool
     ) -> AsyncIterator[bytes]:
         """Yield server-sent events."""
         for chunk in reply.opening():
             yield _event(chunk)
         while not reply.complete:
             try:
-                async with within(self.settings.limits.ping):
+                async with asyncio.timeout(self.settings.limits.ping):
                     event = early.pop(0) if early else await inbox.get()
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 yield b": still at work\n\n"
                 continue
             try:
@@ -144,7 +142,7 @@ class Answering:
 class EventStream(StreamingResponse):
     """Server-sent events; at the end, whatever it is, ``held`` is let go.
 
-    Not left to the generator: one that nobody began to read is never cleaned up.
+    Not left to the generator: one that was never read is never cleaned up.
     """
 
     def __init__(self, lines: AsyncIterator[bytes], held: ExitStack, headers: dict[str, str]):

@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .._version import __version__
-from .answers import Answering
+from .answers import Answerer
 from .body import read_json
 from .description import describe
 from .faults import Fault, internal
-from .guard import Application, Guard
+from .guard import Application, guarded
 from .overview import Overview
-from .schema import ChatRequest, Completing, CompletionRequest
+from .schema import ChatRequest, CompletionFields, CompletionRequest
 
 PAGE = files(__package__) / "page"
 TYPES = {
@@ -27,14 +27,14 @@ TYPES = {
 }  # fmt: skip
 
 
-def build(answering: Answering, overview: Overview) -> Application:
+def build(answering: Answerer, overview: Overview) -> Application:
     """Return the ASGI application."""
     limits, access = answering.settings.limits, answering.settings.access
     engine = answering.engine
     description = describe(access.key is not None)
     pages = _page_files()
 
-    async def complete(request: Request, kind: type[Completing]) -> Response:
+    async def complete(request: Request, kind: type[CompletionFields]) -> Response:
         asked = await read_json(request, kind, limit=limits.body, seconds=limits.idle)
         return await answering.answer(request, asked)
 
@@ -48,7 +48,7 @@ def build(answering: Answering, overview: Overview) -> Application:
         return JSONResponse(overview.models())
 
     async def model(request: Request) -> Response:
-        return JSONResponse(overview.model(request.path_params["name"]))
+        return JSONResponse(overview.one_model(request.path_params["name"]))
 
     async def steering(request: Request) -> Response:
         return JSONResponse(overview.steering())
@@ -97,7 +97,7 @@ def build(answering: Answering, overview: Overview) -> Application:
         exception_handlers={HTTPException: _no_such_thing, Fault: _refuse, Exception: _fail},
     )  # fmt: skip
     application.router.redirect_slashes = False
-    return Guard(application, access, stall=limits.idle)
+    return guarded(application, access, stall=limits.idle)
 
 
 async def _no_such_thing(request: Request, error: Exception) -> Response:
@@ -121,7 +121,7 @@ async def _refuse(request: Request, fault: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """Tell the client nothing of a fault of ours; the guard logs it."""
+    """Tell the client nothing of an unexpected error; the guard logs it."""
     fault = internal()
     return JSONResponse(fault.body, fault.status)
 

@@ -1,4 +1,4 @@
-"""Read a request's body within bounds, and make what it says of it."""
+"""Read a request's body within bounds, and say what is wrong with it."""
 
 import asyncio
 from typing import TypeVar
@@ -7,43 +7,46 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from .faults import Fault, bad
-from .within import within
 
-Model = TypeVar("Model", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
-SHOWN = 5  # problems that are told at once
-# Pydantic's words for what a person meets most, in ours; the rest is clear as it is.
+SHOWN = 5  # problems that one message names
+# Plainer words for pydantic's most frequent messages; the others are clear as they are.
 WORDS = {
-    "int_type": "expected a whole number", "int_from_float": "expected a whole number",
-    "float_type": "expected a number", "string_type": "expected text", "list_type": "expected a list",
-    "bool_type": "expected true or false", "missing": "is missing",
-    "model_type": "expected an object", "model_attributes_type": "expected an object",
-    "too_short": "expected at least {min_length}", "too_long": "expected at most {max_length}",
-}  # fmt: skip
-# Of a body that is too large so many times the limit is read and thrown away: most clients send all
-# of it before they look for the answer, and would only see a broken connection.
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "string_type": "expected text",
+    "list_type": "expected a list",
+    "bool_type": "expected true or false",
+    "missing": "is missing",
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "too_short": "expected at least {min_length}",
+    "too_long": "expected at most {max_length}",
+}
+# Up to this many times the limit, a body that is too large is read and thrown away: most clients send
+# all of it before they read the answer, and would see a broken connection instead of the 413.
 DISCARDED = 16
 
 
-async def read_json(request: Request, kind: type[Model], *, limit: int, seconds: float) -> Model:
-    """Return the body as ``kind``.
+async def read_json(request: Request, kind: type[Body], *, limit: int, seconds: float) -> Body:
+    """Return the body as ``kind``; ``limit`` in bytes, ``seconds`` for the whole body.
 
     Raises:
         Fault: 400, 408, 413 or 415.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
-        raise Fault(
-            415, "expected JSON: send the header `Content-Type: application/json`.",
-            code="unsupported_media_type",
-        )  # fmt: skip
+        message = "expected JSON: send the header `Content-Type: application/json`."
+        raise Fault(415, message, code="unsupported_media_type")
     raw = await _read(request, limit, seconds)
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         raise _fault(error) from None
     except (RecursionError, UnicodeError) as error:
-        raise bad("the body is no JSON that can be read.") from error
+        raise bad("the body is not JSON that can be read.") from error
 
 
 async def _read(request: Request, limit: int, seconds: float) -> bytes:
@@ -53,16 +56,16 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
         raise too_large
     body, size = bytearray(), 0
     try:
-        # one bound for the whole body: a client that drips is not kept
-        async with within(seconds):
+        # one bound for the whole body, so that a client cannot send a byte now and then for ever
+        async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
                 if size <= limit:
                     body += part
                 elif size > DISCARDED * limit:
                     raise too_large
-    except asyncio.TimeoutError:
-        raise Fault(408, f"the body did not come within {seconds:g} seconds.") from None
+    except TimeoutError:
+        raise Fault(408, f"the body did not arrive within {seconds:g} seconds.") from None
     except ClientDisconnect:
         raise bad("the client went away.") from None
     if size > limit:
@@ -71,16 +74,12 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def _fault(error: ValidationError) -> Fault:
-    """Say what is wrong, without what was sent: it may be a prompt."""
-    problems = error.errors(include_url=False, include_input=False)
-    told: dict[
-        str | None, list[str]
-    ] = {}  # a place that takes several types has a problem for each
-    for problem in problems:
+    """Return a 400 that names what is wrong, without repeating what was sent: it may be a prompt."""
+    told: dict[str | None, list[str]] = {}  # a field of several types has one problem for each
+    for problem in error.errors(include_url=False, include_input=False):
         if problem["type"] == "json_invalid":
-            return bad(
-                f"the body is no valid JSON: {problem['msg'].partition(': ')[2] or 'not JSON'}."
-            )
+            reason = problem["msg"].partition(": ")[2] or "not JSON"
+            return bad(f"the body is not valid JSON: {reason}.")
         message = problem["msg"].removeprefix("Value error, ")[:300]
         if problem["type"] in WORDS:
             message = WORDS[problem["type"]].format_map(problem.get("ctx", {}))
@@ -101,7 +100,7 @@ def _place(loc: tuple[int | str, ...]) -> str | None:
     for part in loc:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part in ("ours", "easysteer") or not part.replace("_", "").isalnum():
+        elif not part.replace("_", "").isalnum():
             continue
         elif part not in ("str", "int", "float") and not part.startswith(("list", "constrained")):
             place += f".{part[:64]}" if place else part[:64]

@@ -6,27 +6,26 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from jinja2 import TemplateError
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import ContextError
+from ..model.model import Model
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message
 
 
 class Encoder:
-    """Encode on a thread of its own: a long prompt does not hold up the loop or the model.
+    """Encode on a thread of its own: a long prompt does not hold up the loop or the model."""
 
-    ``limit`` is how many tokens a prompt may have.
-    """
-
-    def __init__(self, tokenizer: TokenizerWrapper, *, vocabulary: int, limit: int):
-        self._tokenizer, self._vocabulary, self.limit = tokenizer, vocabulary, limit
+    def __init__(self, model: Model):
+        self._model, self._tokenizer = model, model.tokenizer
+        self._vocabulary = model.network.args.vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
     async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt of a request.
 
         Raises:
-            Fault: nothing to answer, a prompt that is too long, or a token that there is not.
+            Fault: nothing to answer, a prompt that is too long, or an unknown token id.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._encode, request)
@@ -79,11 +78,10 @@ class Encoder:
     def _check(self, tokens: list[int], param: str) -> list[int]:
         if not tokens:
             raise bad("the prompt is empty: expected at least one token.", param)
-        if len(tokens) > self.limit:
-            raise bad(
-                f"the prompt has {len(tokens)} tokens, this server takes {self.limit}. Shorten it.",
-                param, "context_length_exceeded",
-            )  # fmt: skip
+        try:
+            self._model.room(len(tokens), 1)
+        except ContextError as error:
+            raise bad(str(error), param, "context_length_exceeded") from error
         return tokens
 
     @cached_property
@@ -97,8 +95,9 @@ class Encoder:
         return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
+def opening_tokens(model: Model) -> frozenset[int]:
     """Return the token of its own with which a message begins, if the chat template has one."""
+    tokenizer = model.tokenizer
     if not tokenizer.has_chat_template:
         return frozenset()
     first = tokenizer.apply_chat_template(

@@ -13,8 +13,7 @@ from concurrent.futures import TimeoutError as _FutureTimeout
 import mlx.core as mx
 
 from .faults import Fault, ending, internal
-from .job import Event, Failed, Job
-from .norms import Norms
+from .jobs import Event, Failed, Job
 from .worker import Told, Worker
 
 log = logging.getLogger(__name__)
@@ -60,10 +59,6 @@ class Engine:
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Tell events to this loop from now on."""
         self._loop = loop
-
-    @property
-    def norms(self) -> Norms:
-        return self._loaded.result().norms
 
     @property
     def promised(self) -> int:
@@ -157,8 +152,8 @@ class Engine:
         while self._obey(worker):
             try:
                 self._tell(worker.work())
-            # Whatever goes wrong in a step (out of memory, a fault of ours) must not end the thread:
-            # nobody would be answered any more. Those who wait are told, the log has the rest.
+            # An error in a step (out of memory, a bug) must not end the thread: no later request would
+            # be answered. The requests that wait are told, the log has the rest.
             except Exception as error:
                 log.error("a step of the model failed: %s", type(error).__name__, exc_info=error)
                 self._tell(worker.recover(internal()))
@@ -195,7 +190,7 @@ class Engine:
     def _do(self, order: Callable[[], None], worker: Worker) -> None:
         try:
             order()
-        except Exception as error:  # as in ``_run``
+        except Exception as error:  # as in ``_serve``
             log.error("an order to the model failed: %s", type(error).__name__, exc_info=error)
             self._tell(worker.recover(internal()))
 
@@ -205,7 +200,7 @@ class Engine:
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(call, *arguments)
 
     def _tell_all(self, event: Event) -> None:

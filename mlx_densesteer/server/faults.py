@@ -9,7 +9,7 @@ from ..errors import DenseSteerError
 class Fault(DenseSteerError):
     """A request that is refused, or an answer that cannot be finished.
 
-    ``param`` names the field, ``code`` is for programs. No path, no text of a prompt.
+    ``param`` names the field, ``code`` is for programs. The message holds no path and no prompt.
     """
 
     status: int
@@ -23,13 +23,11 @@ class Fault(DenseSteerError):
 
     @property
     def body(self) -> dict[str, object]:
+        """The body of the response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        return {
-            "error": {
-                "message": self.message, "type": kind, "param": self.param, "code": self.code,
-            }
-        }  # fmt: skip
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> Fault:
@@ -38,16 +36,16 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> Faul
 
 
 def internal() -> Fault:
-    """Return what a client is told of a fault of ours."""
+    """Return the 500 that a client gets for a bug in the server."""
     return Fault(500, "the server failed to answer; its log says more.", code="internal_error")
 
 
 def ending() -> Fault:
-    """Return what a client is told while the server shuts down."""
+    """Return the 503 that a client gets while the server shuts down."""
     return Fault(503, "the server is shutting down.", code="shutting_down")
 
 
 def excerpt(text: object, length: int = 80) -> str:
-    """Return a name from a request as it can stand in a message: short, printable, quoted."""
+    """Return a name from a request for use in a message: short, printable, quoted."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text))
     return repr(shown if len(shown) <= length else f"{shown[:length]}...")

@@ -1,8 +1,8 @@
 """What stands between the network and the application.
 
-Every request passes here: faults become OpenAI's errors, a page of another site cannot ask (Host
-against DNS rebinding, Origin and Sec-Fetch-Site against cross-site requests), a stalled reader is
-let go, and one line is logged, without query or content.
+Every request passes here. Faults become OpenAI's errors. A page of another site cannot ask (Host against
+DNS rebinding, Origin and Sec-Fetch-Site against cross-site requests); ``guarded`` adds Starlette's CORS
+for the origins that may. A stalled reader is let go. One line is logged, without query or content.
 
 Sources: OWASP cheat sheets on cross-site request forgery and on HTTP headers; Fetch Metadata (W3C).
 """
@@ -13,15 +13,15 @@ import hmac
 import ipaddress
 import json
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.middleware.cors import CORSMiddleware
+
 from .faults import Fault, bad, internal
 from .settings import Access
-from .within import within
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,17 @@ HEADERS = {
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
 }
-ALLOWED = "authorization, content-type"
-TOKEN = re.compile(r"[a-z0-9-]+")
+
+
+def guarded(application: Application, access: Access, *, stall: float) -> Application:
+    """Return the application behind the guard, and Starlette's CORS for the origins that may ask."""
+    guard = Guard(application, access, stall=stall)
+    if not access.origins:
+        return guard
+    return CORSMiddleware(
+        guard, allow_origins=sorted(access.origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+        expose_headers=["X-DenseSteer-Ignored", "Retry-After"],
+    )  # fmt: skip
 
 
 class Guard:
@@ -60,15 +69,12 @@ class Guard:
             self._check_host(headers.get("host"))
             exchange.origin = self._check_origin(scope, headers)
             self._check_key(scope, headers)
-            if scope["method"] == "OPTIONS":
-                await exchange.send_whole(204, b"", _preflight(exchange.origin, headers))
-                return
             await self._application(scope, receive, exchange.send)
         except Fault as fault:
             await exchange.fail(fault)
         except (asyncio.CancelledError, GeneratorExit):
             raise
-        # The last place where a fault of ours can be kept from the client.
+        # The last place where an unexpected error can be kept from the client.
         except Exception as error:
             if not exchange.gone:
                 log.error("a request failed: %s", type(error).__name__, exc_info=error)
@@ -77,8 +83,8 @@ class Guard:
             exchange.log(scope)
 
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
-        """Raise 401 without the key; a preflight has none to send."""
-        asks = scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS"
+        """Raise 401 without the key."""
+        asks = scope["path"].startswith("/v1/")
         if (
             asks
             and self._access.key is not None
@@ -144,16 +150,18 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             present = {name.lower() for name, _ in message["headers"]}
-            extra = dict(HEADERS) | _cors(self.origin)
+            extra = dict(HEADERS)
+            if self.origin is not None:
+                extra["Cross-Origin-Resource-Policy"] = "cross-origin"
             message["headers"] = [*message["headers"]] + [
                 (name.lower().encode(), value.encode())
                 for name, value in extra.items()
                 if name.lower().encode() not in present
             ]
         try:
-            async with within(self._stall):
+            async with asyncio.timeout(self._stall):
                 await self._send(message)
-        except (asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, OSError) as error:
             self.gone = True
             raise ConnectionError("the client does not read its answer") from error
 
@@ -202,25 +210,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _cors(origin: str | None) -> dict[str, str]:
-    if origin is None:
-        return {}
-    return {
-        "Access-Control-Allow-Origin": origin, "Vary": "Origin",
-        "Cross-Origin-Resource-Policy": "cross-origin",
-        "Access-Control-Expose-Headers": "x-densesteer-ignored, retry-after",
-    }  # fmt: skip
-
-
-def _preflight(origin: str | None, headers: dict[str, str]) -> dict[str, str]:
-    """Answer a preflight; OpenAI's own client sends headers of its own, all of them harmless."""
-    if origin is None:
-        return {"Allow": "GET, POST, OPTIONS"}
-    asked = TOKEN.findall(headers.get("access-control-request-headers", "")[:1000].lower())[:32]
-    return {
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-        "Access-Control-Allow-Headers": ", ".join([ALLOWED, *asked]),
-        "Access-Control-Max-Age": "600",
-    }

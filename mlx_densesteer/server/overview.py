@@ -1,18 +1,18 @@
 """What there is to choose from: models as OpenAI lists them, vectors for the page."""
 
+import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from .. import demo
 from .._version import __version__
 from ..demo.problems import held_out
+from ..model.model import Model
+from ..steering.request import Amount
 from ..steering.steering import LARGE_DOSE, Positions
-from .job import ModelFacts
-from .model_name import format_model_name, parse_model_name
-from .norms import Norms
 from .settings import Settings
-from .vectors import Shelf, Shelved
+from .vectors import Preset, Vectors, format_model_name, parse_model_name
 
 EXAMPLES = (
     "Anna picks 48 apples in the morning, and in the afternoon half as many. How many apples does she "
@@ -28,9 +28,8 @@ class Overview:
     """Lists for ``/v1/models`` and ``/v1/steering``."""
 
     settings: Settings
-    facts: ModelFacts
-    shelf: Shelf
-    norms: Norms
+    model: Model
+    vectors: Vectors
     toy: bool  # the embedded demo model
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -40,63 +39,73 @@ class Overview:
         presets = [self._model(one["id"], one["steering"]) for one in self._presets()]
         return {"object": "list", "data": [base, *presets]}
 
-    def model(self, name: str) -> dict[str, object]:
+    def one_model(self, name: str) -> dict[str, object]:
         """Return one model, listed or not.
 
         Raises:
             Fault: there is no such model or vector.
         """
         named = parse_model_name(name, self.settings.name)
-        if named is None or named.strength == 0:
+        if named is None or (named.amount is not None and not named.amount.number):
             return self._model(name, None)
-        shelved = self.shelf.get(named.vector)
-        default = shelved.default
-        strength = default.strength if named.strength is None else named.strength
-        told = _setting(shelved) | {"strength": strength}
-        return self._model(name, told | {"relative": True} if named.relative else told)
+        preset = self.vectors.get(named.vector, "model")
+        return self._model(name, self._setting(preset, named.amount or preset.default.amount))
 
     def steering(self) -> dict[str, object]:
-        """Return all that a face with a dial needs."""
+        """Return what a page with a dial needs."""
+        info = self.model.info
         return {
             "model": {
-                "id": self.settings.name, "layers": self.facts.layers,
-                "hidden_size": self.facts.hidden_size, "context": self.facts.context,
-                "max_tokens": self.settings.limits.max_tokens, "dtype": self.facts.dtype,
-                "quantization": self.facts.quantization,
+                "id": self.settings.name, "layers": info.layer_count, "hidden_size": info.hidden_size,
+                "context": self.model.context, "max_tokens": self.settings.limits.max_tokens,
+                "dtype": info.dtype, "quantization": info.quantization,
             },
             "version": __version__,
             "note": demo.ABOUT if self.toy else None,
             "examples": [p.question for p in held_out(3)] if self.toy else list(EXAMPLES),
             "presets": self._presets(),
-            "vectors": [self._vector(shelved) for shelved in self.shelf.all()],
+            "vectors": [self._vector(preset) for preset in self.vectors.all()],
             "large_dose": LARGE_DOSE,
             "positions": list(get_args(Positions)),
         }  # fmt: skip
 
     def _presets(self) -> list[dict[str, object]]:
-        return [
-            {
-                "id": format_model_name(self.settings.name, one.name, one.default.strength),
-                "label": f"{one.name} {one.default.strength:g}",
-                "steering": _setting(one),
-            }
-            for one in self.shelf.all()
-        ]
+        found = []
+        for one in self.vectors.all():
+            amount = self._shown_amount(one)
+            found.append({
+                "id": format_model_name(self.settings.name, one.name, amount),
+                "label": f"{one.name} {amount}",
+                "steering": self._setting(one, amount),
+            })  # fmt: skip
+        return found
 
-    def _vector(self, shelved: Shelved) -> dict[str, object]:
-        vector = shelved.vector
-        norms = self.norms.known(vector)
-        unit = None
-        if norms is not None:
-            sizes = vector.norms()
-            unit = {str(k): sizes[k] / norms[k] for k in vector.layers if norms.get(k)}
-        setting = _setting(shelved)
+    def _shown_amount(self, preset: Preset) -> Amount:
+        """Return the default of a vector as a dose of two digits: names are for people."""
+        amount = preset.default.amount
+        if amount.is_dose:
+            return amount
+        dose = math.copysign(self.model.dose(preset.default.steering(self.model)), amount.number)
+        return Amount(float(f"{dose:.2g}"), is_dose=True)
+
+    def _vector(self, preset: Preset) -> dict[str, object]:
+        vector = preset.vector
+        sizes, norms = vector.norms(), self.model.norms(vector, vector.layers)
+        setting = self._setting(preset, preset.default.amount)
         del setting["vector"]
         meta = vector.meta
         return {
-            "name": shelved.name, "layers": list(vector.layers), "default": setting,
-            "unit_dose": unit, "recommended": meta.recommended, "tested": list(meta.tested),
+            "name": preset.name, "layers": list(vector.layers), "default": setting,
+            "unit_dose": {str(k): sizes[k] / norms[k] for k in vector.layers},
+            "recommended": meta.recommended, "tested": list(meta.tested),
             "meta": {"model": meta.model, "method": meta.method, "pair_count": meta.pair_count},
+        }  # fmt: skip
+
+    def _setting(self, preset: Preset, amount: Amount) -> dict[str, object]:
+        steering = replace(preset.default, amount=amount).steering(self.model)
+        return {
+            "vector": preset.name, "strength": steering.strength, "dose": self.model.dose(steering),
+            "layers": list(steering.layers), "positions": steering.positions,
         }  # fmt: skip
 
     def _model(self, name: str, steering: object) -> dict[str, object]:
@@ -104,11 +113,3 @@ class Overview:
             "id": name, "object": "model", "created": self.created, "owned_by": "mlx-densesteer",
             "steering": steering,
         }  # fmt: skip
-
-
-def _setting(shelved: Shelved) -> dict[str, object]:
-    default = shelved.default
-    return {
-        "vector": shelved.name, "strength": default.strength, "layers": list(default.layers),
-        "positions": default.positions,
-    }  # fmt: skip

@@ -5,7 +5,7 @@ an entry of another steering gives what is the same in both: the layers up to th
 steers (``prefix.py``). A prompt is cut into the same chunks wherever it comes from, so what is taken
 from here is bit for bit what reading it anew would give.
 
-Short prompts that come together are read together instead (``Reading.rest``), which is faster.
+Short prompts that come together are read together instead (``PromptReading.rest``), which is faster.
 """
 
 from collections import OrderedDict
@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
+from ..model.cache import twin_of
 from ..model.prefix import Chunk, Prefix, common_beginning
 from ..steering.steering import UNSTEERED, Steering
 
@@ -88,9 +89,9 @@ class PromptCache:
 
     def read(
         self, tokens: Sequence[int], steering: Steering | None, opens: Collection[int]
-    ) -> "Reading":
+    ) -> "PromptReading":
         """Begin to read a prompt, with what is known of it."""
-        return Reading(self, self._model, tokens, steering, cut(tokens, opens))
+        return PromptReading(self, self._model, tokens, steering, cut(tokens, opens))
 
     def clear(self) -> None:
         self._entries.clear()
@@ -139,7 +140,7 @@ class PromptCache:
             self._entries.popitem(last=False)
 
 
-class Reading:
+class PromptReading:
     """A prompt that is to be read, a chunk at a time."""
 
     def __init__(
@@ -186,12 +187,10 @@ class Reading:
     def caches(self) -> list[KVCache]:
         """Return caches that hold what was read, and go on under the prompt's steering."""
         caches = make_cache(self._model, self._steering, prompt_length=len(self._tokens))
-        for mine, read in zip(caches, self._prefix.caches, strict=True):
-            if read.offset:
-                mine.keys = read.keys[..., : read.offset, :]
-                mine.values = read.values[..., : read.offset, :]
-                mine.offset = read.offset
-        return caches
+        copies = [twin_of(read) for read in self._prefix.caches]
+        for copy, made in zip(copies, caches, strict=True):
+            copy.shift = made.shift
+        return copies
 
 
 def _identity(steering: Steering | None) -> tuple[str, frozenset[int]]:

@@ -5,10 +5,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..generation.batch import Piece
-from ..generation.batch import TokenLogprob
-from ..generation.answer import density
-from ..generation.answer import Generation
+from ..generation.answer import Generation, density
+from ..generation.batch import Piece, TokenLogprob
 
 TokenBytes = Callable[[int], bytes]
 
@@ -16,7 +14,7 @@ LEAST = -9999.0  # OpenAI's word for a token that cannot come; JSON has no infin
 
 
 @dataclass
-class Reply:
+class ApiAnswer:
     """One answer of the API as it comes: to chat or to a plain prompt, with one choice or several."""
 
     chat: bool

@@ -7,11 +7,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """Bounds on what clients may ask for and hold.
 
-    ``body`` in bytes, ``header`` in bytes of all headers together; times in seconds: ``idle`` for
-    headers, body, a stalled reader and a kept connection; ``grace`` for answers that run at the end.
+    Args:
+        rows: answers that are generated together.
+        queue: answers that may wait.
+        max_tokens: tokens of an answer.
+        body: bytes of a request's body.
+        header: bytes of all its headers together.
+        connections: connections at a time.
+        idle: seconds for headers, for a body, for a reader that stalls, and for an idle connection.
+        grace: seconds for running answers when the server ends.
+        ping: seconds without a token after which a stream sends a comment.
     """
 
     rows: int = 16
@@ -29,8 +37,11 @@ class Limits:
 class Access:
     """Who may ask.
 
-    ``hosts`` are the names under which the server may be addressed; ``any_address``: IP addresses
-    too. ``origins`` are other web pages that may ask. ``key`` is needed for ``/v1/`` if it is set.
+    Args:
+        key: the API key, needed for ``/v1/`` if it is set.
+        hosts: names that the ``Host`` header may have.
+        any_address: it may be any IP address too.
+        origins: other web pages that may ask.
     """
 
     key: bytes | None = None
@@ -41,9 +52,9 @@ class Access:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is served, and to whom."""
+    """What is served, and to whom; ``name`` is what clients call the model."""
 
     name: str
-    limits: Limits = Limits()
+    limits: ServerLimits = ServerLimits()
     access: Access = Access()
     folder: Path | None = None

@@ -8,29 +8,27 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DenseSteerError
 from ..generation.batch import PREFILL_BESIDE, Batch, Piece
 from ..generation.sampling import Sampling
 from ..model.block import deltas
+from ..model.model import Model
 from ..steering.steering import LARGE_DOSE, Steering
 from .faults import Fault, bad, ending
-from .job import Event, Failed, Job, Said, Started
-from .norms import Norms
-from .prompt_cache import PromptCache, Reading
+from .jobs import Event, Failed, Job, Said, Taken
+from .prompt_cache import PromptCache, PromptReading
 
 Told = list[tuple[Job, Event]]
 
 
 @dataclass(eq=False)
-class _Taken:
+class _Work:
     """A job that was taken: it waits, its prompt is read, its rows run."""
 
     job: Job
     steering: Steering | None
-    reading: Reading | None = None
+    reading: PromptReading | None = None
     cached_tokens: int = 0
 
 
@@ -45,16 +43,15 @@ class Worker:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: TokenizerWrapper, norms: Norms, *, rows: int, cache_bytes: int,
+        self, model: Model, *, rows: int, cache_bytes: int,
         usual: Steering | None = None, opens: frozenset[int] = frozenset(),
     ):  # fmt: skip
-        self.norms = norms
-        self.prompts = PromptCache(model, max_bytes=cache_bytes, usual=usual)
-        self._model, self._tokenizer, self._limit, self._opens = model, tokenizer, rows, opens
-        self._waiting: deque[_Taken] = deque()
-        self._reading: deque[_Taken] = deque()
+        self.prompts = PromptCache(model.network, max_bytes=cache_bytes, usual=usual)
+        self._model, self._limit, self._opens = model, rows, opens
+        self._waiting: deque[_Work] = deque()
+        self._reading: deque[_Work] = deque()
         self._batch: Batch | None = None
-        self._rows: dict[int, tuple[_Taken, int]] = {}  # row of the batch -> job, choice
+        self._rows: dict[int, tuple[_Work, int]] = {}  # row of the batch -> job, choice
         self._owed: dict[Job, int] = {}  # answers that were promised and are not told yet
 
     @property
@@ -75,13 +72,13 @@ class Worker:
         self._owed[job] = job.n
         try:
             steering = self._steering(job)
-            deltas(self._model, steering)
+            deltas(self._model.network, steering)
             applied = None if steering is None else self._applied(steering)
         except DenseSteerError as error:
             del self._owed[job]
             return Failed(error if isinstance(error, Fault) else bad(str(error), "steering"))
-        self._waiting.append(_Taken(job, steering))
-        return Started(applied)
+        self._waiting.append(_Work(job, steering))
+        return Taken(applied)
 
     def cancel(self, job: Job) -> None:
         """Forget a job; harmless if it has ended."""
@@ -118,23 +115,16 @@ class Worker:
         return told
 
     def _steering(self, job: Job) -> Steering | None:
-        wanted = job.wanted
-        if wanted is None or wanted.is_stock:
+        if job.asked is None or not job.asked.amount.number:
             return None
-        norms = self.norms.of(wanted.vector, wanted.layers) if wanted.relative else None
-        return wanted.steering(norms)
+        return job.asked.steering(self._model)
 
     def _applied(self, steering: Steering) -> dict[str, object]:
-        """Say what is applied, with its dose where the model's norms are known."""
-        norms = self.norms.known(steering.vector)
-        doses = None
-        if norms is not None:
-            doses = steering.relative_dose({layer: norms[layer] for layer in steering.layers})
-        warning = None
-        if doses is not None and sum(doses.values()) >= LARGE_DOSE:
+        """Say what is applied: the steering, its dose, and a warning of an overdose."""
+        dose, warning = self._model.dose(steering), None
+        if dose >= LARGE_DOSE:
             warning = "a large dose: the answer may repeat itself or lose its sense."
-        told = None if doses is None else {str(k): round(dose, 4) for k, dose in doses.items()}
-        return steering.describe() | {"relative_dose": told, "warning": warning}
+        return steering.describe() | {"dose": dose, "warning": warning}
 
     def _read(self) -> None:
         """Read prompts, in the order in which they came, as far as rows that decode can wait."""
@@ -172,10 +162,10 @@ class Worker:
         for taken in list(self._reading)[len(together) <= 1 :]:
             taken.reading = None  # looked up again when its turn comes: more is known then
 
-    def _join(self, taken: _Taken, tokens: list[int]) -> None:
+    def _join(self, taken: _Work, tokens: list[int]) -> None:
         """Let a job's rows join the batch; ``tokens`` are what its caches do not hold."""
         if self._batch is None:
-            self._batch = Batch(self._model, self._tokenizer, rows=self._limit)
+            self._batch = Batch(self._model, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
         for choice in range(job.n):
             row = self._batch.add(

@@ -4,16 +4,20 @@ from dataclasses import dataclass
 
 from ..generation.batch import Piece
 from ..generation.sampling import Sampling
+from ..steering.request import Request
 from .faults import Fault
-from .wanted import Wanted
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One prompt, answered ``n`` times. ``first`` is the number of its first answer in the reply."""
+    """One prompt, answered ``n`` times. ``first`` is the number of its first answer in the reply.
+
+    ``asked`` is the steering, ``None`` for the stock model; a dose becomes a strength on the model's
+    thread.
+    """
 
     tokens: list[int]
-    wanted: Wanted | None
+    asked: Request | None
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
@@ -23,7 +27,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Started:
+class Taken:
     """The job was taken. ``steering`` is what is applied, ``None`` for the stock model."""
 
     steering: dict[str, object] | None
@@ -40,21 +44,9 @@ class Said:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job has ended without (all of) its answers."""
+    """The job has ended without all of its answers."""
 
     fault: Fault
 
 
-Event = Started | Said | Failed
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the other threads may know of the model."""
-
-    layers: int
-    hidden_size: int
-    context: int
-    dtype: str
-    quantization: str
-    fingerprint: str
+Event = Taken | Said | Failed
