@@ -1,15 +1,15 @@
 """The steered decoder block, and its exact undo.
 
-Steering belongs to the KV cache, not to the model. ``patch`` swaps the class of each
-Qwen2 ``TransformerBlock``; a block then looks at its cache. A cache without a ``Shift``
-takes mlx-lm's own path and is bit-identical. A cache with one adds ``lambda * v`` where
-the block adds its MLP to the residual stream, in the same fused operation.
+Steering belongs to the KV cache, not to the model. ``patch`` swaps the class of each Qwen2
+``TransformerBlock``; a block then looks at its cache. Where the cache has no ``Shift``, the block is
+mlx-lm's own, bit for bit. Where it has one, the block adds ``lambda * v`` as it adds its MLP to the
+residual stream, in the same fused operation.
 
 Not covered: other model families.
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,9 @@ from mlx_lm.models.qwen2 import TransformerBlock
 from ..errors import ModelError, SteeringError
 from ..steering.steering import Steering
 from .cache import EVERYWHERE, Shift, Span, SteeredKVCache
+
+if TYPE_CHECKING:
+    from .model import Model
 
 
 class SteeredBlock(TransformerBlock):
@@ -41,18 +44,18 @@ class SteeredBlock(TransformerBlock):
         return shift.add(h, r, where)
 
 
-def patch(model: nn.Module) -> nn.Module:
-    """Swap the class of every Qwen2 block to ``SteeredBlock``; return ``model``.
+def patch(network: nn.Module) -> nn.Module:
+    """Swap the class of every Qwen2 block to ``SteeredBlock``; return ``network``.
 
-    No parameter, weight or output changes. Calling it again is harmless. mlx-lm's
-    ``make_prompt_cache(model)`` then makes our (unsteered) caches, so that every row of a
-    batch carries its own steering. It no longer heeds ``max_kv_size``, and mlx-lm's
-    ``load_prompt_cache`` does not know them (KeyError): ``unpatch`` for these.
+    No parameter, weight or output changes, and a second call changes nothing. mlx-lm's
+    ``make_prompt_cache(network)`` then makes (unsteered) ``SteeredKVCache``s, so that every row of a
+    batch can carry its own steering. It then ignores ``max_kv_size``, and mlx-lm's ``load_prompt_cache``
+    cannot read what is saved from them (KeyError). Call ``unpatch`` for either.
 
     Raises:
-        ModelError: a block of another class, or of a subclass that we do not know.
+        ModelError: a block of another class, a subclass of Qwen2's too.
     """
-    blocks = decoder_blocks(model)
+    blocks = decoder_blocks(network)
     for layer, block in blocks.items():
         if type(block) not in (TransformerBlock, SteeredBlock):
             raise ModelError(
@@ -61,51 +64,57 @@ def patch(model: nn.Module) -> nn.Module:
             )
     for block in blocks.values():
         block.__class__ = SteeredBlock
-    model.make_cache = partial(_unsteered_caches, len(blocks))  # not the model: no cycle
-    return model
+    # A bound method would be a cycle: the network would not be freed with its last reference.
+    network.make_cache = partial(_unsteered_caches, len(blocks))
+    return network
 
 
 def _unsteered_caches(count: int) -> list[KVCache]:
     return [SteeredKVCache() for _ in range(count)]
 
 
-def unpatch(model: nn.Module) -> nn.Module:
-    """Give every block its stock class again; return ``model``."""
-    for block in decoder_blocks(model).values():
+def unpatch(network: nn.Module) -> nn.Module:
+    """Give every block its stock class again; return ``network``."""
+    for block in decoder_blocks(network).values():
         if type(block) is SteeredBlock:
             block.__class__ = TransformerBlock
-    if "make_cache" in vars(model):
-        del model.make_cache
-    return model
+    if "make_cache" in vars(network):
+        del network.make_cache
+    return network
 
 
-def decoder_blocks(model: nn.Module) -> dict[int, nn.Module]:
+def decoder_blocks(network: nn.Module) -> dict[int, nn.Module]:
     """Return the blocks by layer number; under pipeline parallelism only this rank's own.
 
-    ``model.layers`` is a slice copy in mlx-lm; ``model.model.layers`` is the list itself.
+    Raises:
+        ModelError: a network without ``model.layers``.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
+    # mlx-lm's network.layers is a slice copy; network.model.layers is the list itself.
+    layers = getattr(getattr(network, "model", None), "layers", None)
     if not layers:
         raise ModelError(
-            f"{type(model).__module__}.{type(model).__name__} has no model.layers; "
+            f"{type(network).__module__}.{type(network).__name__} has no model.layers; "
             "expected a Qwen2 model as mlx_lm.load returns it."
         )
     return {i: block for i, block in enumerate(layers) if block is not None}
 
 
 def make_cache(
-    model: nn.Module, steering: Steering | None = None, *, prompt_length: int | None = None
+    model: "Model | nn.Module",
+    steering: Steering | None = None,
+    *,
+    prompt_length: int | None = None,
 ) -> list[KVCache]:
     """Return one empty KV cache per decoder block, filled and read under ``steering``.
 
     The caches work with mlx-lm's own ``stream_generate(..., prompt_cache=...)`` and
-    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. Do not
-    insert caches there that were made before the model was patched: a stock cache that leads
-    a batch does not know of its neighbours' steering.
+    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. Do not insert caches
+    that mlx-lm made before the blocks were patched: a stock cache in the first row drops the steering
+    of the other rows.
 
-    The model's blocks are patched if they are not yet. Without steering, or at strength 0,
-    the blocks take the stock path. Positions other than ``"all"`` are those of one turn: the
-    prompt is what ``prompt_length`` says, whatever follows is generated.
+    The blocks are patched if they are not yet. Without a steering, or at strength 0, they take the
+    stock path. Positions other than ``"all"`` are those of one turn: the first ``prompt_length``
+    tokens are the prompt, all that follow are generated.
 
     Args:
         model: what ``load`` returns, or a Qwen2 network of mlx-lm.
@@ -117,20 +126,21 @@ def make_cache(
         VectorMismatchError: the vector does not fit the model.
         SteeringError: ``prompt_length`` is missing, or ``lambda * v`` overflows the stream's dtype.
     """
-    model = getattr(model, "network", model)
-    blocks = decoder_blocks(patch(model))
+    network = getattr(model, "network", model)
+    blocks = decoder_blocks(patch(network))
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or not steering.strength:
         return list(caches.values())
     span = _span(steering, prompt_length)
-    for layer, delta in deltas(model, steering).items():
+    for layer, delta in deltas(network, steering).items():
         caches[layer].shift = Shift.of(delta, [span])
     shifts = [cache.shift for cache in caches.values() if cache.shift]
-    mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here: mlx needs this thread's stream
+    # mlx computes an array on the thread that made it; another one may use the caches.
+    mx.eval([(s.delta, s.start, s.stop) for s in shifts])
     return list(caches.values())
 
 
-def deltas(model: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
+def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
     """Return ``lambda * v`` of each steered layer, float32 ``(1, 1, hidden)``; empty at strength 0.
 
     Raises:
@@ -139,16 +149,16 @@ def deltas(model: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
     """
     if steering is None:
         return {}
-    hidden_size, layer_count = model.args.hidden_size, model.args.num_hidden_layers
+    hidden_size, layer_count = network.args.hidden_size, network.args.num_hidden_layers
     steering.vector.select(steering.layers).check_fits(
         hidden_size=hidden_size, layer_count=layer_count, model="the model"
     )
     if not steering.strength:
         return {}
-    dtype = model.model.norm.weight.dtype
+    dtype = network.model.norm.weight.dtype
     limit = float(mx.finfo(dtype).max)
     made = {}
-    for layer in sorted(set(steering.layers) & set(decoder_blocks(model))):
+    for layer in sorted(set(steering.layers) & set(decoder_blocks(network))):
         delta = steering.delta(layer)
         if abs(delta).max() > limit:
             raise SteeringError(

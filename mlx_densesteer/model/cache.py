@@ -1,11 +1,13 @@
 """The KV caches that carry the steering.
 
-A KV cache is only valid for the steering under which it was filled, so the cache holds it:
-``Shift`` is ``lambda * v`` of one layer for each row, and the positions where it is added.
+Keys and values are valid for one steering only, that under which they were computed. So the cache of a
+layer holds its steering: a ``Shift``, which is ``lambda * v`` for each row and the positions where it
+is added.
 
 Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -87,9 +89,9 @@ class Shift:
     def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
         """Tell which of ``length`` tokens from position ``offset`` on are steered.
 
-        All, none, or the int32 positions ``(rows, length, 1)`` to compare with the bounds.
-        ``offset`` is one number or ``(rows,)``. Call it before attention: in mlx-lm 0.31 the
-        cache advances that array in place.
+        Returns ``True`` for all, ``False`` for none, else the int32 positions ``(rows, length, 1)`` to
+        compare with the bounds. ``offset`` is one number or ``(rows,)``: the cache's, before attention
+        advances it.
         """
         if self.everywhere:
             return True
@@ -102,14 +104,10 @@ class Shift:
         at = mx.array(offset).reshape(-1, 1, 1)
         return at if length == 1 else at + mx.arange(length)[None, :, None]
 
-    def within(self, span: Span) -> "Shift":
-        """Return the same shift of one row at other positions."""
-        return self if self.spans == (span,) else Shift.of(self.delta, [span])
-
     def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h``, and ``+ delta`` at the steered positions; shapes as in ``add``.
 
-        Bit for bit what ``add`` gives, for an ``h`` that was summed before.
+        Bit for bit what ``add`` gives for an ``h`` that is its ``h + r``.
         """
         if where is True:
             return _add_alone(h, self.delta)
@@ -120,9 +118,9 @@ class Shift:
     def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h + r``, and ``+ delta`` at the steered positions.
 
-        ``h`` and ``r`` are ``(rows, tokens, hidden)``, and so is the result, in the dtype of
-        ``h``. ``h + r`` is what the stock block puts out, in that dtype; ``delta`` is added to it
-        in float32. So a residual stream that was kept can be steered later, exactly.
+        ``h``, ``r`` and the result are ``(rows, tokens, hidden)`` in the model's dtype. ``h + r`` is
+        rounded to that dtype first, as the stock block's output is; ``delta`` is then added in
+        float32. So ``add_alone`` can steer a kept residual stream later, exactly.
         """
         if where is True:
             return _add(h, r, self.delta)
@@ -132,10 +130,10 @@ class Shift:
 
 
 class _Carrier:
-    """What the steered caches share: the shift, and a guard against blocks that ignore it."""
+    """What the steered caches share: the shift, and an error where a stock block would ignore it."""
 
     shift: Shift | None = None
-    expecting = False  # an update, from a block that will add the shift
+    expecting = False  # set by a steered block while it updates the cache
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         if self.shift is not None and not self.expecting:
@@ -170,7 +168,7 @@ class SteeredQuantizedKVCache(_Carrier, QuantizedKVCache):
 
 
 class SteeredBatchKVCache(_Carrier, BatchKVCache):
-    """mlx-lm's ``BatchKVCache`` with a shift of its own, or none, for every row."""
+    """mlx-lm's ``BatchKVCache``; every row has a shift of its own, or none."""
 
     def __init__(self, left_padding: list[int]):
         super().__init__(left_padding)
@@ -183,7 +181,7 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
     @classmethod
     def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
         merged = super().merge(caches)
-        merged.__class__ = cls  # for empty caches BatchKVCache.merge names its own class
+        merged.__class__ = cls  # BatchKVCache.merge names its own class where all caches are empty
         merged._carry([getattr(cache, "shift", None) for cache in caches])
         return merged
 
@@ -191,6 +189,12 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         super().filter(batch_indices)
         indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
         self._carry([self._rows[i] for i in indices])
+
+    def take(self, rows: Sequence[int]) -> "SteeredBatchKVCache":
+        """Return a cache of some rows, in this order; a row may come several times."""
+        taken = copy.copy(self)
+        taken.filter(rows)  # makes new arrays
+        return taken
 
     def extend(self, other: BatchKVCache) -> None:
         theirs = getattr(other, "_rows", None) or [None] * other.offset.shape[0]
@@ -204,11 +208,13 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
 
 
 def twin_of(cache: KVCache) -> KVCache:
-    """Return a cache with the same content, stock or quantised; filling either leaves the other alone."""
-    twin = object.__new__(type(cache))
-    twin.__dict__.update(cache.__dict__)
+    """Return a copy of a cache of one sequence, quantised or not: the only place that copies one.
+
+    Both share what is computed so far; filling, trimming or steering either leaves the other as it is.
+    """
+    twin = copy.copy(cache)
     if cache.keys is not None:
-        # mlx writes into an array object in place: a twin needs objects of its own
+        # A cache writes new keys into its array object in place, so the twin needs its own objects.
         twin.keys, twin.values = tree_map(
             lambda a: a[..., : cache.offset, :], (cache.keys, cache.values)
         )

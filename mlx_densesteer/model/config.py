@@ -1,4 +1,4 @@
-"""What a model folder says of itself, read without mlx."""
+"""The configuration of a model folder, read without mlx."""
 
 import json
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 def read_config(folder: Path) -> dict[str, object]:
     """Return the ``config.json`` of a model folder; it must be of the Qwen2 family.
 
-    transformers 5 puts the rotary embedding in ``rope_parameters``, which mlx-lm's qwen2 does not read: it is
-    given as ``rope_theta`` and ``rope_scaling``, which it does (see ``rope``).
+    transformers 5 writes the rotary embedding as ``rope_parameters``, which mlx-lm's qwen2 does not read.
+    Here it becomes ``rope_theta`` and ``rope_scaling``, which mlx-lm reads (see ``rope``).
 
     Raises:
         ModelError: no model folder.
@@ -50,7 +50,7 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             f"{name}: is a {config['model_type']} model ({', '.join(map(str, architectures))}), but "
             "only the Qwen2 family (Qwen2, Qwen2.5; model_type qwen2) can be steered."
         )
-    if "model_file" in config:  # older mlx-lm would run it without asking
+    if "model_file" in config:
         raise UnsupportedModelError(
             f"{name}: brings model code of its own ({config['model_file']!r}), which is never run. "
             "Use the model's original folder."
@@ -59,16 +59,20 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
 
 
 def rope(config: Mapping[str, object]) -> dict[str, object]:
-    """Return what mlx-lm has to be told of a model's rotary embedding (its ``model_config``).
+    """Return the settings of the rotary embedding, for mlx-lm's ``load(..., model_config=)``.
 
     Args:
-        config: of ``read_config``.
+        config: what ``read_config`` returns.
     """
     return {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
 
 
 def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, object]:
-    """As transformers 5 reads it: ``rope_scaling`` before ``rope_parameters``, and theta from these first."""
+    """Return the configuration with ``rope_theta`` and ``rope_scaling`` in place of ``rope_parameters``.
+
+    In the order of transformers 5: ``rope_scaling`` counts before ``rope_parameters``, and a ``rope_theta``
+    inside either before the one outside.
+    """
     rest = {key: value for key, value in config.items() if key != "rope_parameters"}
     given = config.get("rope_scaling") or config.get("rope_parameters")
     if not given:
@@ -86,7 +90,7 @@ def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, 
 
 
 def recorded(folder: Path) -> dict[str, object]:
-    """Return what ``densesteer convert`` recorded in a folder; empty for other folders."""
+    """Return what ``densesteer convert`` or ``bake`` wrote beside the weights; empty for other folders."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
@@ -95,7 +99,7 @@ def recorded(folder: Path) -> dict[str, object]:
 
 
 def origin(path_or_repo: str | Path) -> str:
-    """Return the name of the model that a folder was converted from, else its own name."""
+    """Return the name of the model that a folder was converted from, else the folder's name."""
     path = Path(path_or_repo).expanduser()
     if not path.is_dir():
         return str(path_or_repo)
@@ -105,17 +109,17 @@ def origin(path_or_repo: str | Path) -> str:
 def check_target(
     folder: Path, source: str | Path, force: bool, error: type[DenseSteerError] = ConversionError
 ) -> None:
-    """Refuse to write over anything but a folder that we wrote, and that only if told to.
+    """Refuse to replace anything but a folder that densesteer wrote, and that only with ``force``.
 
     Raises:
         ConversionError, or ``error``: ``folder`` exists and may not be replaced, or holds ``source``.
     """
     if not folder.name or folder.is_symlink():
-        raise error(f"{folder}: is no name of a folder, or a link. Name the folder (-o).")
+        raise error(f"{folder}: expected the name of a folder, found none or a link. Name it (-o).")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     there = Path(source).expanduser().resolve()
-    # samefile: names alone do not tell on a disk that ignores case, as a Mac's does
+    # samefile, because a Mac's disk ignores case: two names may be one folder.
     if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
         raise error(f"{folder}: holds the source itself. Choose another name (-o).")
     if not folder.is_dir() or not (folder / RECORD).is_file():

@@ -1,6 +1,5 @@
 """How likely a text is under the model, steered or not: batched, and flat in memory."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
@@ -140,9 +139,7 @@ def _score(
 
     ``caches`` stay as they are.
     """
-    caches = [copy.copy(cache) for cache in caches]
-    for cache in caches:
-        cache.filter([row for row, _ in after])  # new arrays; a row may come several times
+    caches = [cache.take([row for row, _ in after]) for cache in caches]
     inputs = [[last, *tokens[:-1]] for (_, last), tokens in zip(after, continuations, strict=True)]
     totals, greedy = [0.0] * len(after), [True] * len(after)
     start = 0

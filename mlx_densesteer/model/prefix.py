@@ -1,16 +1,17 @@
-"""The KV caches of one sequence, always those of its tokens under its steering.
+"""The KV caches of one sequence under one steering; either can change.
 
-A KV cache belongs to a sequence and a steering. When the steering of layer l changes, the keys
-and values of layers up to l are still right: block l reads its input, and adds at its output.
-So ``Prefix`` keeps the residual stream at the lowest steered layer, before anything is added
-there, and recomputes the layers above it alone.
+When the steering of layer l changes, the keys and values of the layers up to l stay valid: block l
+computes them from its input, and the vector is added at its output. So ``Prefix`` keeps the residual
+stream at the lowest steered layer, before anything is added to it, and computes only the layers above
+that one again.
 
-Tokens are read in chunks, and a chunk is always read as a whole. The caches are therefore a pure
-function of (chunks, steering): bit for bit those of a new ``Prefix``, whatever happened before.
+Tokens are read in chunks, and a chunk is always read as a whole. So the caches depend on the chunks and
+the steering alone: bit for bit those of a new ``Prefix``, whatever happened before.
 
 Not covered: rotating caches, which cannot be cut back, and pipeline parallelism.
 """
 
+import copy
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ STEP = 2048  # tokens that go through the blocks together at most
 class Chunk(NamedTuple):
     """Tokens that are read together.
 
-    ``answer``: read at positions whose output chose a token of an answer, the last token of the
-    question first. Other chunks are prompt.
+    With ``answer`` the output at every position chose a token of an answer: the chunk begins with the
+    last token of the question. Other chunks are prompt.
     """
 
     tokens: tuple[int, ...]
@@ -47,9 +48,10 @@ class Chunk(NamedTuple):
 
 
 def steered_span(positions: str, answer: bool, start: int) -> Span:
-    """Return what is steered of tokens from ``start`` on, of an answer or of prompt.
+    """Return the steered positions of a chunk that begins at ``start``.
 
-    The last token of a prompt, with which an answer begins, is ``"prompt"`` and ``"generated"``.
+    The first token of an ``answer`` chunk is the last of the prompt: it is ``"prompt"`` and
+    ``"generated"``.
     """
     if positions == "all":
         return EVERYWHERE
@@ -73,8 +75,11 @@ def pieces(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 class Work(NamedTuple):
-    """What a ``fill`` had to compute: tokens times decoder blocks, and how many tokens of them
-    went through the upper blocks alone."""
+    """What a ``fill`` computed.
+
+    ``block_tokens`` is the sum over decoder blocks of the tokens that went through each. ``resteered``
+    tokens went through the upper blocks only.
+    """
 
     block_tokens: int
     resteered: int
@@ -84,20 +89,20 @@ class Prefix:
     """The KV caches of one sequence, one for each decoder block.
 
     Args:
-        model: a Qwen2 model of mlx-lm; its blocks are patched.
-        keep_bytes: how much of the residual stream to keep for re-steering, in bytes;
-            ``hidden_size`` times the bytes of the model's dtype for a token. 0: nothing.
-        kv_bits: quantise keys and values (4 or 8), in groups of ``group_size``.
+        network: a Qwen2 model of mlx-lm; its blocks are patched.
+        keep_bytes: how much of the residual stream to keep for re-steering, in bytes; a token takes
+            ``hidden_size`` numbers of the model's dtype. 0 keeps nothing.
+        kv_bits: quantise keys and values to 4 or 8 bits.
 
     Raises:
         SteeringError: keys and values of this model cannot be quantised like that.
     """
 
-    def __init__(self, model: nn.Module, *, keep_bytes: int = 0, kv_bits: int | None = None):
-        self.model = patch(model)
-        self._blocks = list(decoder_blocks(model).values())
+    def __init__(self, network: nn.Module, *, keep_bytes: int = 0, kv_bits: int | None = None):
+        self.network = patch(network)
+        self._blocks = list(decoder_blocks(network).values())
         self._keep_bytes = keep_bytes
-        self._quantization = _quantization(model, kv_bits)
+        self._quantization = _quantization(network, kv_bits)
         self.reset()
 
     @property
@@ -129,20 +134,22 @@ class Prefix:
         self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
         self._chunks: list[Chunk] = []
         self._ends: list[int] = []
-        self._plan: dict[int, tuple[str, bytes]] = {}
-        self._shifts: dict[int, tuple[Shift, str]] = {}
+        self._plan: dict[int, tuple[str, bytes]] = {}  # what is added at each layer, and where
+        self._deltas: dict[int, mx.array] = {}
+        self._positions = "all"
         self._captured: int | None = None  # the layer whose output is kept
-        self._residual: list[list[mx.array]] = []  # of the first chunks, (1, tokens, hidden) each
+        # of the first chunks, each as its pieces (1, tokens, hidden)
+        self._residual: list[list[mx.array]] = []
 
     def fill(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> Work:
-        """Make the caches those of ``chunks`` under ``steering``, with as little work as it takes.
+        """Make the caches those of ``chunks`` under ``steering``, and reuse what is still valid.
 
-        What follows, one token at a time, is an answer: its first token is the last of the
-        prompt, so leave that one out of ``chunks``. ``answering``: the last chunk is the beginning
-        of that answer. Tokens that were added to the caches since are cut off again by the next
-        call. An exception, Ctrl-C too, leaves the prefix empty.
+        The tokens that are added to the caches next are an answer. Its first one is the last of the
+        prompt: leave that token out of ``chunks``. With ``answering`` the last chunk is already the
+        beginning of that answer. The next call cuts off what was added since. An exception, Ctrl-C
+        too, leaves the prefix empty.
 
         Raises:
             VectorMismatchError, SteeringError: before anything is changed.
@@ -157,11 +164,11 @@ class Prefix:
     def filling(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> Generator[None, None, Work]:
-        """Fill as ``fill`` does, one chunk at a time, so that others can work in between.
+        """Do what ``fill`` does, one chunk a step, so that the caller can do other work in between.
 
         Closing the iterator leaves the prefix empty.
         """
-        made = deltas(self.model, steering)
+        made = deltas(self.network, steering)
         positions = steering.positions if steering else "all"
         plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
         wanted = [chunk for chunk in chunks if chunk.tokens]
@@ -171,8 +178,7 @@ class Prefix:
             again: list[Chunk] = []
             if changed and self._chunks:
                 again = self._keep_below(min(changed))
-            self._plan = plan
-            self._shifts = {k: (Shift.of(made[k], [EVERYWHERE]), positions) for k in made}
+            self._plan, self._deltas, self._positions = plan, made, positions
             if not self._chunks and not again and self._keep_bytes:
                 self._captured = min(steering.layers) if steering and steering.layers else None
             work = 0
@@ -183,33 +189,32 @@ class Prefix:
                 work += self._read(chunk)
                 yield
             begun = len(wanted[-1].tokens) if answering and wanted else 0
-            self._aim(answer=True, start=self.length - begun)
+            self._steer(answer=True, start=self.length - begun)
         except BaseException:
             self.reset()
             raise
         return Work(work, sum(len(chunk.tokens) for chunk in again))
 
     def cut(self, chunks: Sequence[Chunk]) -> None:
-        """Forget all that does not belong to ``chunks``."""
+        """Forget all chunks but those with which ``chunks`` begins."""
         self._cut(common_beginning(self._chunks, [chunk for chunk in chunks if chunk.tokens]))
 
     def fork(self) -> "Prefix":
-        """Return a prefix that shares what is computed; filling either leaves the other alone."""
-        twin = object.__new__(Prefix)
-        twin.__dict__.update(self.__dict__)
+        """Return a copy that shares what is computed; filling either leaves the other as it is."""
+        twin = copy.copy(self)
         twin.caches = [twin_of(cache) for cache in self.caches]
         twin._chunks, twin._ends = list(self._chunks), list(self._ends)
         twin._residual = list(self._residual)
         return twin
 
     def _cut(self, count: int) -> None:
-        """Keep the first ``count`` chunks, and nothing that was added behind them."""
+        """Keep the first ``count`` chunks, and cut off all that comes after them."""
         del self._chunks[count:], self._ends[count:], self._residual[count:]
         for cache in self.caches:
             cache.trim(cache.offset - self.length)
 
     def _keep_below(self, changed: int) -> list[Chunk]:
-        """Forget what the steering at layer ``changed`` and above had a part in.
+        """Forget all that depends on the steering at layer ``changed`` and above.
 
         Return the chunks that must go through the blocks above the kept residual stream.
         """
@@ -227,14 +232,11 @@ class Prefix:
         if not chunks:
             return
         first = self._captured + 1
-        for layer in range(first, len(self._blocks)):
-            self._carry(layer)
-        self._carry(self._captured)
         for chunk, kept in zip(chunks, self._residual, strict=True):
             start = self.length
-            self._aim(answer=chunk.answer, start=start)
+            self._steer(answer=chunk.answer, start=start)
             for h in kept:
-                h = self._steer(self._captured, h, start)
+                h = self._steered(self._captured, h, start)
                 start += h.shape[1]
                 self._blocks_from(first, h)
             self._add(chunk)
@@ -242,13 +244,11 @@ class Prefix:
 
     def _read(self, chunk: Chunk) -> int:
         """Send a chunk through all blocks, and keep the residual stream if there is room."""
-        for layer in range(len(self._blocks)):
-            self._carry(layer)
-        self._aim(answer=chunk.answer, start=self.length)
+        self._steer(answer=chunk.answer, start=self.length)
         keep = self._captured is not None and len(self._residual) == len(self._chunks)
         kept = []
         for tokens in pieces(chunk.tokens):
-            h = self.model.model.embed_tokens(mx.array([tokens]))
+            h = self.network.model.embed_tokens(mx.array([tokens]))
             kept.append(self._blocks_from(0, h, capture=keep))
         if keep and self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
             self._residual.append(kept)
@@ -256,10 +256,10 @@ class Prefix:
         return len(chunk.tokens) * len(self._blocks)
 
     def _blocks_from(self, first: int, h: mx.array, *, capture: bool = False) -> mx.array | None:
-        """Fill the caches from block ``first`` on; return what is kept at ``_captured``.
+        """Fill the caches from block ``first`` on; return the unsteered output of layer ``_captured``.
 
-        ``h`` is that block's input, ``(1, tokens, hidden)``. The last block's output is never
-        looked at, so its MLP is not computed.
+        ``h`` is the input of block ``first``, ``(1, tokens, hidden)``. mlx is lazy and evaluates the
+        caches only, so the last block's MLP is not computed.
         """
         if first == len(self._blocks):
             return None
@@ -272,14 +272,14 @@ class Prefix:
                 shift, cache.shift = cache.shift, None
                 kept = block(h, mask, cache)
                 cache.shift = shift
-                h = self._steer(layer, kept, start)
+                h = self._steered(layer, kept, start)
             else:
                 h = block(h, mask, cache)
         mx.eval([cache.state for cache in self.caches[first:]], [] if kept is None else kept)
         mx.clear_cache()
         return kept
 
-    def _steer(self, layer: int, h: mx.array, start: int) -> mx.array:
+    def _steered(self, layer: int, h: mx.array, start: int) -> mx.array:
         shift = self.caches[layer].shift
         return h if shift is None else shift.add_alone(h, shift.where(start, h.shape[1]))
 
@@ -287,15 +287,13 @@ class Prefix:
         self._ends.append(self.length + len(chunk.tokens))
         self._chunks.append(chunk)
 
-    def _carry(self, layer: int) -> None:
-        self.caches[layer].shift = self._shifts[layer][0] if layer in self._shifts else None
-
-    def _aim(self, *, answer: bool, start: int) -> None:
-        """Steer the positions of a chunk, or of an answer, that begins at ``start``."""
-        for layer, (shift, positions) in self._shifts.items():
-            aimed = shift.within(steered_span(positions, answer, start))
-            mx.eval(aimed.delta, aimed.start, aimed.stop)  # on the thread that made them
-            self.caches[layer].shift = aimed
+    def _steer(self, *, answer: bool, start: int) -> None:
+        """Give every cache its shift, at the steered positions of a chunk that begins at ``start``."""
+        span = steered_span(self._positions, answer, start)
+        for layer, cache in enumerate(self.caches):
+            cache.shift = Shift.of(self._deltas[layer], [span]) if layer in self._deltas else None
+        shifts = [cache.shift for cache in self.caches if cache.shift]
+        mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # on the thread that made them
 
     def _new_cache(self) -> KVCache:
         if self._quantization is None:
@@ -304,11 +302,11 @@ class Prefix:
         return SteeredQuantizedKVCache(group_size=group_size, bits=bits)
 
 
-def _quantization(model: nn.Module, bits: int | None) -> tuple[int, int] | None:
+def _quantization(network: nn.Module, bits: int | None) -> tuple[int, int] | None:
     """Return the group size and the bits of quantised keys and values."""
     if bits is None:
         return None
-    width = model.args.hidden_size // model.args.num_attention_heads
+    width = network.args.hidden_size // network.args.num_attention_heads
     group_size = next((size for size in (64, 32) if width % size == 0), None)
     if bits not in (4, 8) or group_size is None:
         raise SteeringError(

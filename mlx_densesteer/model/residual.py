@@ -1,6 +1,6 @@
 """Reading the residual stream: batched, flat in memory, shared beginnings computed once.
 
-Each part of a ``TokenTree`` goes through the blocks once; what follows it reads its keys and
+Each part of a ``TokenTree`` goes through the blocks once. The parts behind it attend to its keys and
 values, block by block.
 """
 
@@ -20,11 +20,12 @@ KeysValues = tuple[mx.array, mx.array]
 Weigh = Callable[[int], np.ndarray]
 
 
-class Reading(NamedTuple):
-    """What was read of some pairs at the output of one block.
+class PairStates(NamedTuple):
+    """The residual stream of some pairs at the output of one block.
 
-    ``pairs`` are their numbers; ``rows`` is float32 ``(pairs, 2, hidden)``, positive first;
-    ``norms``, float64 ``(pairs, 2)``, is the mean of ``||h_l||`` over the response's tokens.
+    ``pairs`` are their numbers. ``rows``, float32 ``(pairs, 2, hidden)``, is the weighted sum of ``h_l``
+    over each response, the positive one first; ``norms``, float64 ``(pairs, 2)``, is the mean of
+    ``||h_l||`` over its tokens.
     """
 
     layer: int
@@ -34,45 +35,48 @@ class Reading(NamedTuple):
 
 
 def record_pairs(
-    model: nn.Module, tree: TokenTree, layers: Iterable[int], weigh: Weigh
-) -> Iterator[Reading]:
+    network: nn.Module, tree: TokenTree, layers: Iterable[int], weigh: Weigh
+) -> Iterator[PairStates]:
     """Yield the unsteered residual stream of each pair's responses, batch by batch.
 
         row = sum_t w_t h_l[t]      over the tokens t of the response
 
-    Equal to reading each sequence alone, up to the rounding of the model's dtype. One
-    block's activations of one batch are alive at a time, and the keys and values of the root.
+    Equal to reading each sequence alone, up to the rounding of the model's dtype. In memory are one
+    block's activations of one batch, and the keys and values of the root.
 
     Args:
-        layers: layer numbers; the array is read at the output of that block. In Hugging
-            Face terms layer l is ``hidden_states[l + 1]``, for the last one before the norm.
+        layers: layer numbers; ``h_l`` is the output of that block. Hugging Face calls it
+            ``hidden_states[l + 1]``; of the last block it is the output before the final norm.
         weigh: from the number of a response's tokens to their weights w, float32 ``(tokens,)``.
 
     Raises:
         InputError: a layer that the model does not have.
     """
-    layers = _check_layers(model, layers)
+    layers = _check_layers(network, layers)
     root: dict[int, KeysValues] = {}
     if tree.root:
-        root = {layer: own for layer, _, own in _stream(model, tree.root, layers[-1])}
+        root = {layer: own for layer, _, own in _stream(network, tree.root, layers[-1])}
     for batch in tree.batches:
-        yield from _read(model, batch, len(tree.root), root, layers, weigh)
+        yield from _read(network, batch, len(tree.root), root, layers, weigh)
         mx.clear_cache()  # batches differ in shape: the buffers of one are no use to the next
 
 
 def residual_norms(
-    model: nn.Module, tokens: Sequence[int], layers: Iterable[int], *, first: int = 1
+    network: nn.Module, tokens: Sequence[int], layers: Iterable[int], *, first: int = 1
 ) -> dict[int, float]:
     """Return the mean of ``||h_l||`` over the tokens from ``first`` on, at each layer, unsteered.
 
-    The first token of all is better left out: it is the attention sink, and its norm is orders
-    of magnitude above the rest; those of a chat template's tokens are large too.
+    Leave out the first token of the sequence: it is the attention sink, and its norm is orders of
+    magnitude above the others. The norms of a chat template's tokens are large too.
+
+    Raises:
+        InputError: ``first`` is outside the tokens, or a layer that the model does not have.
     """
     if not 0 <= first < len(tokens):
         raise InputError(f"first token {first} of {len(tokens)}: expected one that is there.")
-    layers = _check_layers(model, layers)
+    layers = _check_layers(network, layers)
     norms = {}
-    for layer, h, _ in _stream(model, tokens, layers[-1]):
+    for layer, h, _ in _stream(network, tokens, layers[-1]):
         if layer in layers:
             lengths = _norms(h)[0]
             norms[layer] = float(mx.mean(lengths[first:]))
@@ -80,7 +84,10 @@ def residual_norms(
 
 
 class _Following:
-    """A block's cache for tokens that follow others: it fetches theirs, and keeps its own."""
+    """A block's cache for tokens behind others: it returns the earlier keys and values with the new ones.
+
+    ``own`` is what was computed for the new tokens alone.
+    """
 
     def __init__(self, offset: int | mx.array, *earlier: KeysValues):
         self.offset, self._earlier = offset, earlier
@@ -102,10 +109,10 @@ class _Part:
     The padding lies behind every real token, and the causal mask keeps it out of them.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Sequence[int]]):
+    def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]]):
         width = max(map(len, rows))
         padded = [[*row, *[0] * (width - len(row))] for row in rows]
-        self.h = model.model.embed_tokens(mx.array(padded))
+        self.h = network.model.embed_tokens(mx.array(padded))
         self.width = width
 
     def pad(self, rows: Sequence[np.ndarray]) -> mx.array:
@@ -114,12 +121,18 @@ class _Part:
         return mx.array(np.stack(padded).astype(np.float32))[..., None]
 
 
-def _read(model: nn.Module, batch: Batch, offset: int, root: dict[int, KeysValues],
-          layers: Sequence[int], weigh: Weigh) -> Iterator[Reading]:  # fmt: skip
-    """Take one batch through the blocks, the stems first in each, behind ``offset`` root tokens."""
-    stem = _Part(model, [pair.whole[0][offset : pair.stop] for pair in batch.stems])
+def _read(
+    network: nn.Module,
+    batch: Batch,
+    offset: int,
+    root: dict[int, KeysValues],
+    layers: Sequence[int],
+    weigh: Weigh,
+) -> Iterator[PairStates]:
+    """Take one batch through the blocks, behind ``offset`` tokens of root: stems first, then tails."""
+    stem = _Part(network, [pair.whole[0][offset : pair.stop] for pair in batch.stems])
     tails = [
-        _Part(model, [batch.stems[t.row].whole[t.side][t.start : t.stop] for t in group])
+        _Part(network, [batch.stems[t.row].whole[t.side][t.start : t.stop] for t in group])
         for group in batch.groups
     ]
     masks = [
@@ -130,7 +143,7 @@ def _read(model: nn.Module, batch: Batch, offset: int, root: dict[int, KeysValue
     starts = [mx.array([tail.start for tail in group]) for group in batch.groups]
     numbers = [pair.number for pair in batch.stems]
     sums = _Sums(batch, offset, stem, tails, weigh)
-    for layer, block in decoder_blocks(model).items():
+    for layer, block in decoder_blocks(network).items():
         if layer > layers[-1]:
             return
         before = [root[layer]] if root else []
@@ -141,11 +154,14 @@ def _read(model: nn.Module, batch: Batch, offset: int, root: dict[int, KeysValue
             tail.h = block(tail.h, mask, _Following(start, *before, (keys[row], values[row])))
         mx.eval(stem.h, [tail.h for tail in tails])
         if layer in layers:
-            yield Reading(layer, numbers, *sums())
+            yield PairStates(layer, numbers, *sums())
 
 
 class _Share(NamedTuple):
-    """What ``part`` gives to the responses ``at`` (rows, sides), weighted by token."""
+    """What the tokens of ``part`` add to the responses ``at`` (rows, sides).
+
+    ``weight`` is float32 ``(rows, tokens, 1)``.
+    """
 
     part: _Part
     at: tuple[list[int], list[int]]
@@ -153,7 +169,7 @@ class _Share(NamedTuple):
 
 
 class _Sums:
-    """The weighted sums over each response of a batch, added up from its parts."""
+    """The weighted sums over each response of a batch, added up from the parts that it lies in."""
 
     def __init__(
         self, batch: Batch, offset: int, stem: _Part, tails: Sequence[_Part], weigh: Weigh
@@ -180,7 +196,7 @@ class _Sums:
                     shares.append(_Share(part, at, weight))
 
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``rows`` and ``norms`` of a ``Reading``, as the parts now stand."""
+        """Return ``rows`` and ``norms`` of ``PairStates`` for the layer that the parts have reached."""
         rows = np.zeros((*self._shape, self._streams[0].part.h.shape[-1]), np.float32)
         norms = np.zeros(self._shape)
         for part, at, weight in self._streams:  # where: infinity * 0 is not 0
@@ -208,7 +224,7 @@ def _norms(h: mx.array) -> mx.array:
 
 
 def _tail_mask(group: Sequence[Tail], offset: int, stem: int, width: int) -> mx.array:
-    """Return what each token of a tail sees: root, its own stem, the tail up to itself.
+    """Return what each token of a tail attends to: root, its own stem, the tail up to itself.
 
     bool ``(rows, 1, tail tokens, root + stem + tail tokens)``.
     """
@@ -216,16 +232,16 @@ def _tail_mask(group: Sequence[Tail], offset: int, stem: int, width: int) -> mx.
     earlier = mx.arange(-offset, stem) < lengths
     causal = mx.arange(width)[:, None] >= mx.arange(width)
     rows = len(group)
-    return mx.concatenate([mx.broadcast_to(earlier, (rows, 1, width, offset + stem)),
-                           mx.broadcast_to(causal, (rows, 1, width, width))], axis=-1)  # fmt: skip
+    earlier = mx.broadcast_to(earlier, (rows, 1, width, offset + stem))
+    return mx.concatenate([earlier, mx.broadcast_to(causal, (rows, 1, width, width))], axis=-1)
 
 
 def _stream(
-    model: nn.Module, tokens: Sequence[int], last: int
+    network: nn.Module, tokens: Sequence[int], last: int
 ) -> Iterator[tuple[int, mx.array, KeysValues]]:
     """Yield layer, ``h`` ``(1, tokens, hidden)`` and the block's keys and values, up to ``last``."""
-    h = model.model.embed_tokens(mx.array([list(tokens)]))
-    for layer, block in decoder_blocks(model).items():
+    h = network.model.embed_tokens(mx.array([list(tokens)]))
+    for layer, block in decoder_blocks(network).items():
         if layer > last:
             return
         cache = _Following(0)
@@ -234,8 +250,8 @@ def _stream(
         yield layer, h, cache.own
 
 
-def _check_layers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    wanted, there = sorted(set(layers)), decoder_blocks(model)
+def _check_layers(network: nn.Module, layers: Iterable[int]) -> list[int]:
+    wanted, there = sorted(set(layers)), decoder_blocks(network)
     if not wanted or (strange := [layer for layer in wanted if layer not in there]):
         raise InputError(
             f"layers {format_layers(strange) if wanted else 'none'}: expected some of "

@@ -1,8 +1,7 @@
 """The sequences of contrastive pairs as a tree, so that what they share is computed once. No mlx.
 
-The *root* is what all prompts begin with (the chat template), a *stem* is what else the two
-sequences of a pair begin with (the prompt, and the words that both responses start with), the
-two *tails* are where the responses differ.
+All prompts begin with the *root* (the chat template). The two sequences of a pair then share a *stem*:
+the rest of the prompt, and the tokens with which both responses begin. Their two *tails* differ.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,8 @@ from typing import NamedTuple
 
 from ..errors import InputError
 
-BATCH_TOKENS = 4096
-PADDING = 0.9  # a row is at least this long, relative to the longest of its array
+BATCH_TOKENS = 4096  # that go through the blocks together, about
+PADDING = 0.9  # rows that are padded to one length have at least this part of it
 
 Tokens = Sequence[int]
 
@@ -26,7 +25,10 @@ class TokenPair(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The tokens ``start`` to ``stop`` of one sequence: side ``side`` of a batch's ``row``."""
+    """The tokens ``start`` to ``stop`` of one sequence.
+
+    ``row`` is the number of its pair in the batch; ``side`` is 0 for positive, 1 for negative.
+    """
 
     row: int
     side: int
@@ -36,9 +38,9 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class Stem:
-    """Pair ``number``: its two whole sequences, of which ``stop`` tokens are shared.
+    """Pair ``number``: its two ``whole`` sequences; the first ``stop`` tokens of both are the same.
 
-    ``prompt`` is the length of the prompt. Every tail has at least one token.
+    ``prompt`` is the length of the prompt. ``stop`` leaves each tail at least one token.
     """
 
     number: int
@@ -55,7 +57,7 @@ class Stem:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs that are read together, their stems of like length; tails grouped by length."""
+    """Pairs that are read together: stems of similar length, and the tails in groups of similar length."""
 
     stems: tuple[Stem, ...]
     groups: tuple[tuple[Tail, ...], ...]
@@ -65,7 +67,7 @@ class Batch:
         return cls(tuple(stems), tuple(map(tuple, _groups(stems))))
 
     def tokens(self, offset: int) -> int:
-        """Return the positions of the batch behind a root of ``offset``, padding included."""
+        """Return how many positions the batch has behind ``offset`` tokens of root, padding included."""
         stems = len(self.stems) * (max(stem.stop for stem in self.stems) - offset)
         return stems + sum(len(group) * (group[0].stop - group[0].start) for group in self.groups)
 
@@ -74,8 +76,8 @@ class Batch:
 class TokenTree:
     """The tokens of the root, and the pairs behind it in batches.
 
-    ``tokens`` counts the positions that go through the blocks, padding included;
-    ``tokens_apart`` those of the same sequences one by one.
+    ``tokens`` counts the positions that go through the blocks, padding included. ``tokens_apart`` counts
+    those of the same sequences read one by one.
     """
 
     root: tuple[int, ...]
@@ -85,7 +87,7 @@ class TokenTree:
 
     @classmethod
     def of(cls, pairs: Sequence[TokenPair]) -> "TokenTree":
-        """Find what ``pairs`` share.
+        """Return the tree of ``pairs``.
 
         Raises:
             InputError: no pairs, an empty prompt or an empty response.
@@ -129,7 +131,7 @@ def _groups(stems: Sequence[Stem]) -> list[list[Tail]]:
 
 
 def _batches(stems: Sequence[Stem], offset: int) -> Iterator[list[Stem]]:
-    """Group pairs with stems of like length, about ``BATCH_TOKENS`` tokens a group."""
+    """Group pairs with stems of similar length, about ``BATCH_TOKENS`` tokens a group."""
     batch: list[Stem] = []
     total = 0
     for stem in sorted(stems, key=lambda s: -s.stop):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import streams
+from conftest import at_every_layer, streams
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
@@ -80,7 +80,7 @@ def test_patching_twice_is_patching_once_and_undo_is_exact(tiny):
 def test_strength_zero_is_bit_identical(tiny, make_vector, dtype):
     tiny.set_dtype(dtype)
     stock = tiny(mx.array([PROMPT]), make_prompt_cache(tiny))
-    cache = make_cache(tiny, Steering(make_vector(), 0.0))
+    cache = make_cache(tiny, at_every_layer(make_vector(), 0.0))
     assert all(c.shift is None for c in cache)
     assert equal(tiny(mx.array([PROMPT]), cache), stock)
 
@@ -97,7 +97,7 @@ def test_the_output_is_the_stream_plus_lambda_v(tiny, make_vector, layers, stren
 
 def test_layers_below_are_untouched(tiny, make_vector):
     """Keys and values of the layers up to the steered one are those of the stock model."""
-    stock, steered = make_prompt_cache(tiny), make_cache(tiny, Steering(make_vector(), layers=(1,)))
+    stock, steered = make_prompt_cache(tiny), make_cache(tiny, Steering(make_vector(), 1.0, (1,)))
     tiny(mx.array([PROMPT]), stock)
     tiny(mx.array([PROMPT]), steered)
     same = [
@@ -110,7 +110,7 @@ def test_layers_below_are_untouched(tiny, make_vector):
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_the_stream_keeps_its_dtype(tiny, make_vector, dtype):
     tiny.set_dtype(dtype)
-    cache = make_cache(tiny, Steering(make_vector()))
+    cache = make_cache(tiny, at_every_layer(make_vector()))
     assert tiny(mx.array([PROMPT]), cache).dtype == dtype
     assert all(c.keys.dtype == dtype and c.values.dtype == dtype for c in cache)
 
@@ -285,7 +285,7 @@ def test_rows_with_mlx_lms_default_cache_do_not_cost_others_their_steering(
 def test_stock_caches_may_follow_ours(tiny, make_vector):
     stock = make_prompt_cache(tiny)
     assert all(type(c) is KVCache for c in stock)
-    ours = make_cache(tiny, Steering(make_vector(), layers=(1,)))
+    ours = make_cache(tiny, Steering(make_vector(), 1.0, (1,)))
     merged = [a.merge([a, b]) for a, b in zip(ours, stock, strict=True)]
     both = tiny(mx.array([PROMPT, PROMPT]), merged)
     assert not close(both[:1], both[1:], tolerance=0.01)
@@ -314,7 +314,7 @@ def test_the_model_is_freed_with_its_last_reference(tiny):
 
 def test_a_saved_prompt_cache_never_comes_back_without_its_steering(tiny, make_vector, tmp_path):
     file = str(tmp_path / "cache.safetensors")
-    cache = make_cache(tiny, Steering(make_vector()))
+    cache = make_cache(tiny, at_every_layer(make_vector()))
     tiny(mx.array([PROMPT]), cache)
     save_prompt_cache(file, cache)
     with pytest.raises(KeyError, match="SteeredKVCache"):
@@ -398,7 +398,7 @@ def test_two_steerings_side_by_side_do_not_meet(tiny, make_vector):
 
 def test_an_exception_leaves_nothing_behind(tiny, make_vector):
     before = tiny(mx.array([PROMPT]))
-    cache = make_cache(tiny, Steering(make_vector()))
+    cache = make_cache(tiny, at_every_layer(make_vector()))
     with pytest.raises(ValueError):
         tiny(mx.array([[1, 2], [3, 4]])[:, :, None], cache)
     assert equal(tiny(mx.array([PROMPT])), before)
@@ -412,7 +412,7 @@ def test_an_exception_leaves_nothing_behind(tiny, make_vector):
 
 
 def test_a_steered_cache_never_passes_unnoticed_through_stock_blocks(tiny, make_vector):
-    cache = make_cache(tiny, Steering(make_vector()))
+    cache = make_cache(tiny, at_every_layer(make_vector()))
     unpatch(tiny)
     with pytest.raises(SteeringError, match="a block that does not steer"):
         tiny(mx.array([PROMPT]), cache)
@@ -433,20 +433,20 @@ def test_another_model_is_refused_by_name(make_vector):
 
 def test_a_vector_of_another_width_is_refused(tiny, make_vector):
     with pytest.raises(VectorMismatchError, match="width 32, but .* hidden size 64"):
-        make_cache(tiny, Steering(make_vector(hidden=32)))
+        make_cache(tiny, at_every_layer(make_vector(hidden=32)))
     with pytest.raises(VectorMismatchError, match=r"holds layer 5, but .* layers 0\.\.3"):
-        make_cache(tiny, Steering(make_vector([5], layer_count=6)))
+        make_cache(tiny, at_every_layer(make_vector([5], layer_count=6)))
 
 
 def test_positions_without_a_prompt_length_are_refused(tiny, make_vector):
     with pytest.raises(SteeringError, match="need the prompt's length"):
-        make_cache(tiny, Steering(make_vector(), positions="generated"))
+        make_cache(tiny, at_every_layer(make_vector(), positions="generated"))
 
 
 def test_an_overflow_of_the_streams_dtype_is_refused(tiny, make_vector):
     tiny.set_dtype(mx.float16)
     with pytest.raises(SteeringError, match=r"overflows the\s+model's .*float16"):
-        make_cache(tiny, Steering(make_vector(), 7e4))
+        make_cache(tiny, at_every_layer(make_vector(), 7e4))
 
 
 def test_no_additional_primitive(tiny, make_vector):
@@ -464,7 +464,7 @@ def test_no_additional_primitive(tiny, make_vector):
 
     stock = primitives(None)
     assert stock > 50
-    assert primitives(Steering(make_vector(), 2.0)) == stock
+    assert primitives(at_every_layer(make_vector(), 2.0)) == stock
 
 
 def test_largest_error_of_the_self_check_is_small():

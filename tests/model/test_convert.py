@@ -144,7 +144,7 @@ def test_places_that_cannot_be_written(hf_folder, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConversionError, match="or a link"):
         convert(hf_folder, tmp_path / "dangling")
-    with pytest.raises(ConversionError, match="is no name of a folder"):
+    with pytest.raises(ConversionError, match="expected the name of a folder"):
         convert(hf_folder, ".", force=True)
 
 

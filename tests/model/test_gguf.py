@@ -7,8 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_densesteer.cli.self_check import tiny_model
-from mlx_densesteer.errors import ConversionError, UnsupportedModelError
-from mlx_densesteer.errors import install_command
+from mlx_densesteer.errors import ConversionError, UnsupportedModelError, install_command
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.gguf import hf_name, open_gguf
 from mlx_densesteer.model.model import load

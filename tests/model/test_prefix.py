@@ -2,12 +2,20 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
+from conftest import at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
 from mlx_densesteer.model.cache import EVERYWHERE, NOWHERE, Span
-from mlx_densesteer.model.prefix import STEP, Chunk, common_beginning, pieces, steered_span
-from mlx_densesteer.model.prefix import Prefix, Work
+from mlx_densesteer.model.prefix import (
+    STEP,
+    Chunk,
+    Prefix,
+    Work,
+    common_beginning,
+    pieces,
+    steered_span,
+)
 
 CHUNKS = [Chunk((1, 2, 3, 4)), Chunk((5, 6, 7), answer=True), Chunk((8, 9))]
 
@@ -79,6 +87,17 @@ def test_tokens_decoded_since_are_cut_off(tiny, steering):
     assert same(prefix, filled(tiny, steering))
 
 
+def test_a_prompt_of_one_token_is_answered_under_the_steering_in_force(tiny, steering):
+    """It leaves nothing to read, so that no chunk brings the new steering along."""
+    prefix = Prefix(tiny)
+    for one in (steering, None, ds.Steering(steering.vector, 1.0, (2,))):
+        prefix.fill([], one)
+        assert mx.array_equal(
+            tiny(mx.array([[5]]), cache=prefix.caches),
+            tiny(mx.array([[5]]), cache=ds.make_cache(tiny, one)),
+        )
+
+
 def test_a_stream_kept_in_part_is_used_in_part(tiny, steering):
     room = 7 * 64 * 4  # of the first two chunks
     prefix = filled(tiny, steering, keep_bytes=room)
@@ -105,7 +124,7 @@ def test_a_fork_leaves_its_origin_alone(tiny, steering):
 def test_what_does_not_fit_changes_nothing(tiny, steering, make_vector):
     prefix = filled(tiny, steering)
     with pytest.raises(VectorMismatchError):
-        prefix.fill(CHUNKS, ds.Steering(make_vector(hidden=32), 1.0))
+        prefix.fill(CHUNKS, at_every_layer(make_vector(hidden=32)))
     assert prefix.fill(CHUNKS, steering) == Work(0, 0)
 
 

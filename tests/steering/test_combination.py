@@ -3,6 +3,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
@@ -18,7 +19,7 @@ def test_the_sum_is_both_at_once(tiny, make_vector):
     assert both.name == "1 vector + -0.5 vector" and both.meta.method.startswith("combined")
     tokens = mx.array([[1, 2, 3]])
     zero = combine([(a, 1.0), (a, -1.0)])
-    steered = tiny(tokens, cache=ds.make_cache(tiny, ds.Steering(zero, 4.0)))
+    steered = tiny(tokens, cache=ds.make_cache(tiny, at_every_layer(zero, 4.0)))
     assert mx.array_equal(steered, tiny(tokens, cache=ds.make_cache(tiny)))
 
 

@@ -227,19 +227,18 @@ def test_llama_cpp_refuses_direction_0(tmp_path):
 def test_it_moves_the_gguf_checkpoint_as_run_time_steering_moves_ours(real_model, tmp_path):
     """Q4_K_M in llama.cpp, its dequantised weights here: compared is what the vector moves."""
     import mlx.core as mx
-    from conftest import checkpoint_cache
+    from conftest import at_every_layer, checkpoint_cache
     from llama_cpp import LlamaCpp, read_control_vector
 
     from mlx_densesteer.export.closeness import reference
-    from mlx_densesteer.model.dose import solutions
 
     model, tokenizer = real_model
-    tokens = solutions(tokenizer)[0][0][:96]
+    tokens = real_model.solutions()[0][0][:96]
     rng = np.random.default_rng(0)
     layers = {k: rng.normal(size=896) for k in (8, 16, 23)}
     meta = ds.VectorMeta(model="random", hidden_size=896, layer_count=24)
     random = ds.SteeringVector(layers, meta)
-    steering = ds.Steering(random, 0.5)
+    steering = at_every_layer(random, 0.5)
     ours = reference(model, tokens, steering)
     export_vector(random, tmp_path / "v.gguf")
     (file,) = checkpoint_cache().glob("*Q4_K_M.gguf")
