@@ -10,13 +10,14 @@ import click
 from ..text import Live, aligned, count, note
 from . import completers
 from .options import model_option, run_options, task_options
+from .run import load_problems, resumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..extraction.make_pairs import Progress
-    from ..extraction.pair_files import Files, Summary
+    from ..extraction.make_pairs import Files, PairsProgress, Summary
     from ..extraction.rewriting import Rewriter
+    from ..model.model import Model
 
 
 @click.command()
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
 )  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0,
-              show_default=True, metavar="SECONDS", help="For the whole answer of an endpoint.")  # fmt: skip
+              show_default=True, metavar="SECONDS", help="For an endpoint that sends nothing.")  # fmt: skip
 @click.option("--attempts", type=click.IntRange(min=1), default=6, show_default=True,
               help="Of a request to an endpoint.")  # fmt: skip
 @click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True,
@@ -60,9 +61,9 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
     """Make contrastive pairs: solve problems, make the solutions denser, check both.
 
     PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a
-    local JSONL file with the fields of one of these. It should hold no problem of the
-    evaluation, so gsm8k and demo are taken from their split train unless --split says
-    otherwise. A run that was cut off goes on where it was: start the same command again.
+    local JSONL file with the fields of one of these. Take no problem that you will evaluate on: gsm8k and
+    demo are taken from their split train unless --split says otherwise. A run that was cut off goes on
+    where it was: start the same command again.
     """
     kind, _, rest = spec.partition(":")
     if kind not in ("rules", "mlx", "openai", "file") or (kind == "rules") == bool(rest):
@@ -74,37 +75,27 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
     else:
         rewriter = _without_model(kind, rest)
 
-    from ..evaluation.tasks import load_task
-    from ..extraction.pair_files import Files
+    from ..extraction.make_pairs import Files
 
     files = Files(Path(out))
     files.check()
-    if split is None and problems in ("gsm8k", "demo"):
-        split = "train"
-    loaded_problems = load_task(problems, split=split, skip=skip, limit=limit, revision=revision)
+    chosen, _ = load_problems(
+        problems, split=split, skip=skip, limit=limit, revision=revision, calibration=True
+    )
 
     from ..extraction.make_pairs import make_pairs
     from ..extraction.verification import NLL_MARGIN
     from ..model.model import load
 
-    loaded, tokenizer = load(model)
+    loaded = load(model)
     if rewriter is None:
-        rewriter = _local(rest, model, loaded, tokenizer, rows)
-    live = Live()
-    try:
+        rewriter = _local(rest, model, loaded, rows)
+    with resumable(files.solved, files.rewrites) as live:
         summary = make_pairs(
-            loaded, tokenizer, loaded_problems, rewriter, out, count=wanted,
+            loaded, chosen, rewriter, out, count=wanted,
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin, system=system,
             max_tokens=max_tokens, rows=rows, progress=_progress(live, wanted),
         )  # fmt: skip
-    except KeyboardInterrupt:
-        live.clear()
-        note(
-            f"interrupted; every answer is in {files.solved}, every rewrite in {files.rewrites}. "
-            "The same command goes on from there."
-        )
-        raise
-    live.clear()
     _tell(summary, files, wanted)
     if as_json:
         click.echo(json.dumps(
@@ -137,7 +128,7 @@ def _endpoint(
     address: str, timeout: float, attempts: int, at_once: int, per_minute: float,
     fields: str | None,
 ) -> "Rewriter":  # fmt: skip
-    from ..extraction.rewriting.openai import KEY, Limits, OpenAIRewriter
+    from ..extraction.rewriting.openai import KEY, OpenAIRewriter
 
     try:
         more = json.loads(fields) if fields else {}
@@ -147,27 +138,26 @@ def _endpoint(
         raise click.UsageError("--rewriter-fields: expected a JSON object.")
     return OpenAIRewriter(
         address, key=os.environ.get(KEY), fields=more, warn=note,
-        limits=Limits(timeout=timeout, attempts=attempts, at_once=at_once, per_minute=per_minute),
+        timeout=timeout, attempts=attempts, at_once=at_once, per_minute=per_minute,
     )  # fmt: skip
 
 
-def _local(name: str, target: str, loaded, tokenizer, rows: int) -> "Rewriter":
+def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":
     """Load the rewriting model, unless it is the target."""
     from ..extraction.rewriting.model import ModelRewriter
     from ..model.model import find, load
 
     path = find(name)
-    if path.resolve() != find(target).resolve():
-        loaded, tokenizer = load(path)
-    return ModelRewriter(loaded, tokenizer, name, rows=rows)
+    model = loaded if path.resolve() == find(target).resolve() else load(path)
+    return ModelRewriter(model, name, rows=rows)
 
 
-def _progress(live: Live, wanted: int | None) -> "Callable[[Progress], None]":
+def _progress(live: Live, wanted: int | None) -> "Callable[[PairsProgress], None]":
     import time
 
     began = time.monotonic()
 
-    def show(state: "Progress") -> None:
+    def show(state: "PairsProgress") -> None:
         seconds = time.monotonic() - began
         rate = f", {state.tokens / seconds:.0f} tokens/s" if state.tokens and seconds > 1 else ""
         goal = f" of {wanted}" if wanted else ""

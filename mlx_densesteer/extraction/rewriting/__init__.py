@@ -1,5 +1,103 @@
-"""Making responses denser: by a local model, an endpoint, fixed rules, or a file."""
+"""Making responses denser: by a local model, an endpoint, fixed rules, or a file.
 
-from .draft import Draft, Rewrite, Rewriter
+What goes into every rewriter and what comes out; what a model is told, and how its answer is read.
+"""
 
-__all__ = ["Draft", "Rewrite", "Rewriter"]
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...generation.answer import split_steps
+
+INSTRUCTION = 1  # version of the wording below: rewrites asked for with another one are made anew
+
+SYSTEM = "You edit worked solutions. You never solve the problem anew."
+
+_REQUEST = """\
+Make the solution below denser: the same reasoning in fewer, fuller paragraphs.
+
+- Merge paragraphs that belong together. Put a calculation into the sentence that needs it.
+- Leave out headings, step numbers, announcements of what will be done, and sentences that say \
+a result a second time.
+- Keep every calculation and its result exactly as it is. Add no fact, no step, no calculation \
+and no number of your own, and correct nothing.
+- Keep the wording where you can, and the final answer in the form in which it stands at the end.
+- At most {paragraphs}, with a blank line between two of them.
+
+Answer with the edited solution alone.
+
+Problem:
+{question}
+
+Solution:
+{response}"""
+
+_PREFACE = re.compile(
+    r"^(?:sure|certainly|of course|okay|here(?:'s| is| are)|the (?:edited|rewritten|denser)|"
+    r"(?:edited |rewritten |denser )?solution)\b[^\n]*:\s*\n+",
+    re.I,
+)
+_FENCED = re.compile(r"^(`{3,})[a-z]*\n(.*)\n\1$", re.S)
+_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.S)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A correct response that is to be made denser; ``tokens`` as the target counts them."""
+
+    id: str
+    question: str
+    response: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A denser response; ``truncated`` if the rewriter was cut off.
+
+    Half a surrogate pair in ``text``, which no tokenizer and no file takes, becomes U+FFFD.
+    """
+
+    text: str
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", whole_characters(self.text))
+
+
+def whole_characters(text: str) -> str:
+    """Return ``text`` with U+FFFD for each lone surrogate; two that make a pair are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Rewriter(Protocol):
+    """Makes responses denser.
+
+    ``name`` identifies the rewriter in files: what was rewritten under it is not asked for again.
+    It must change with everything that changes the rewrites.
+    """
+
+    name: str
+
+    def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite | None]]:
+        """Yield ``(index, rewrite)`` as each is ready, ``None`` where there will be none yet."""
+        ...
+
+
+def request(original: Original) -> str:
+    """Return the user turn that asks a model to make ``original`` denser."""
+    most = max(1, len(split_steps(original.response)) // 3)
+    return _REQUEST.format(
+        paragraphs=f"{most} paragraphs" if most > 1 else "one paragraph",
+        question=original.question.strip(),
+        response=original.response.strip(),
+    )
+
+
+def read_answer(text: str) -> str:
+    """Return the rewrite without what a chat model says around it."""
+    text = _THOUGHT.sub("", text).strip()
+    text = _PREFACE.sub("", text).strip()
+    fenced = _FENCED.match(text)
+    return fenced[2].strip() if fenced and "```" not in fenced[2] else text

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...files import read_jsonl
 from ..pairs import text_of
-from .draft import Draft, Rewrite, whole_characters
+from . import Original, Rewrite, whole_characters
 
 _REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
 
@@ -40,11 +40,11 @@ class FileRewriter:
         digest = hashlib.sha256(held.encode()).hexdigest()[:12]
         self.name = f"file:{whole_characters(path.name)} {digest}"
 
-    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite | None]]:
-        for index, draft in enumerate(drafts):
-            found = self._rewrites.get(("id", draft.id))
+    def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite | None]]:
+        for index, original in enumerate(originals):
+            found = self._rewrites.get(("id", original.id))
             if found is None:
-                found = self._rewrites.get(("question", draft.question.strip()))
+                found = self._rewrites.get(("question", original.question.strip()))
             yield index, None if found is None else Rewrite(found.strip())
 
 

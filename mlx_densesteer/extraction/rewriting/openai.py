@@ -1,85 +1,52 @@
-"""Rewriting by an OpenAI-compatible endpoint, with the standard library alone.
+"""Rewriting by an OpenAI-compatible endpoint, through the ``openai`` client (extra ``rewrite``).
 
-Several requests run at once. What may pass is tried again after a pause that doubles: 408,
-409, 429, 5xx, time-outs, broken connections, answers that are no JSON. Anything else is refused
-with the server's own message. Redirects are not followed: they would carry the key elsewhere.
+Several requests run at once. The client tries again, after a pause that doubles or that the endpoint
+names: 408, 409, 429, 5xx, time-outs and broken connections. Anything else is refused with the
+endpoint's own message.
 """
 
-import contextlib
-import email.utils
 import hashlib
-import http.client
 import json
 import math
 import queue
-import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-from ...errors import InputError
-from ...generation.answer import split_steps
-from .draft import Draft, Rewrite, whole_characters
-from .instruction import SYSTEM, VERSION, read_answer, request
-from .transport import Http, Https, NoRedirect
+from ...errors import InputError, install_command
+from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request, whole_characters
+
+try:
+    import openai
+except ImportError as error:
+    raise InputError(
+        f"an endpoint as rewriter needs the package openai: {install_command('rewrite')}"
+    ) from error
 
 KEY = "OPENAI_API_KEY"
-_PASSING = (408, 409, 425, 429)
-_LARGEST_ANSWER = 8 * 2**20  # bytes
-_LONGEST_PAUSE = 600.0  # seconds; a server that asks for more has run out of something
 _DAY = 86400.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How an endpoint is asked. ``timeout`` and ``pause`` in seconds.
-
-    ``timeout`` is for the whole answer, however slowly it comes. ``pause`` comes before the
-    first repetition and doubles with each; ``per_minute`` 0 is no limit.
-
-    Raises:
-        InputError: a value that is not finite or of no use.
-    """
-
-    timeout: float = 120.0
-    attempts: int = 6
-    pause: float = 1.0
-    at_once: int = 4
-    per_minute: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout <= _DAY:
-            raise InputError(
-                f"a time-out of {self.timeout} s; expected more than 0, a day at most."
-            )
-        if not 0 <= self.pause <= _DAY:
-            raise InputError(f"a pause of {self.pause} s; expected 0 to a day.")
-        if min(self.attempts, self.at_once) < 1:
-            raise InputError("expected at least one attempt and one request at once.")
-        if self.per_minute and not 60 / _DAY <= self.per_minute < math.inf:
-            raise InputError(
-                f"{self.per_minute} requests per minute; expected 0 for no limit, or at least "
-                "one a day."
-            )
+_PATH = "/chat/completions"
 
 
 class OpenAIRewriter:
-    """Asks ``URL/chat/completions`` for each draft.
+    """Asks ``URL/chat/completions`` for each rewrite.
 
     Args:
         address: ``URL#model``, such as ``http://127.0.0.1:8080/v1#qwen``.
         key: sent as a bearer token where there is one; never written or printed.
-        fields: more fields of the request, such as ``{"temperature": 0}``; of these, files and
-            messages have the names and a digest only.
+        fields: more fields of the request, such as ``{"temperature": 0}``; files and messages
+            have only their names and a digest.
+        timeout: seconds without a byte from the endpoint after which a request is given up.
+        attempts: how often a request is sent at most.
+        at_once: how many requests run at the same time.
+        per_minute: how many are begun in a minute at most; 0 is no limit.
         warn: called with what the user should know.
 
     Raises:
-        InputError: an address of another form, or a key that cannot be sent.
+        InputError: an address of another form, a key that cannot be sent, a limit that is not
+            finite or of no use.
     """
 
     def __init__(
@@ -87,146 +54,142 @@ class OpenAIRewriter:
         address: str,
         *,
         key: str | None = None,
-        limits: Limits = Limits(),
         fields: Mapping[str, object] | None = None,
+        timeout: float = 120.0,
+        attempts: int = 6,
+        at_once: int = 4,
+        per_minute: float = 0.0,
         warn: Callable[[str], None] = lambda _: None,
     ):
-        self._url, self._model, host = _parse(address)
-        self._key, self._limits, self._fields = (key or "").strip(), limits, dict(fields or {})
-        if not (self._key.isascii() and self._key.isprintable()):
+        if not 0 < timeout <= _DAY:
+            raise InputError(f"a time-out of {timeout} s; expected more than 0, a day at most.")
+        if min(attempts, at_once) < 1:
+            raise InputError(f"{attempts} attempts, {at_once} at once; expected 1 or more of each.")
+        if per_minute and not 60 / _DAY <= per_minute < math.inf:
+            raise InputError(
+                f"{per_minute} requests per minute; expected 0 for no limit, or at least one a day."
+            )
+        url, query, self._host, self._model = _parse(address)
+        key = (key or "").strip()
+        if not (key.isascii() and key.isprintable()):
             raise InputError(f"{KEY} holds characters that no key has; set it again.")
-        if self._key and host not in _LOOPBACK and self._url.startswith("http:"):
-            warn(f"{KEY} is sent to {host} over plain http; everyone on the way can read it.")
-        self._host = host
-        shown, _, query = self._url.partition("?")
-        self._shown = f"openai:{shown}#{self._model}"
-        self._secrets = {self._key: f"[{KEY}]", query: "[query]"}
-        name = f"{self._shown} instruction {VERSION} {_described(self._fields)}"
+        if key and self._host not in _LOOPBACK and url.startswith("http:"):
+            warn(f"{KEY} is sent to {self._host} over plain http; everyone on the way can read it.")
+        self._fields, self._attempts, self._at_once = dict(fields or {}), attempts, at_once
+        self._secrets = {key: f"[{KEY}]", query: "[query]"}
+        self._shown = f"openai:{url}#{self._model}"
+        name = f"{self._shown} instruction {INSTRUCTION} {_described(self._fields)}"
         self.name = whole_characters(name.strip())
-        self._gate = _Gate(limits.per_minute)
-        handlers: list[urllib.request.BaseHandler] = [NoRedirect(), Http(), Https()]
-        if host in _LOOPBACK:
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        self._pace = _Pace(per_minute)
+        self._headers = {} if key else {"Authorization": openai.Omit()}
+        self._client = openai.OpenAI(
+            base_url=url,
+            api_key=key or "none",  # not sent: _headers
+            max_retries=attempts - 1,
+            timeout=timeout,
+            default_query=dict(parse_qsl(query, keep_blank_values=True)),
+            # A redirect carries problems, and a key of the query, elsewhere; no proxy knows this machine.
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False, trust_env=self._host not in _LOOPBACK
+            ),
+        )
 
-    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite]]:
+    def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
         """Yield rewrites as they come; one is empty where the model declined.
 
         Raises:
-            InputError: the endpoint refused, or still failed at the last attempt; what others
-                had been asked for meanwhile is yielded before.
+            InputError: the endpoint refused, or still failed at the last attempt; rewrites whose
+                requests were under way are yielded before.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(drafts)):
+        for index in range(len(originals)):
             waiting.put(index)
-        done: queue.SimpleQueue[tuple[int | None, object, threading.Event]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Rewrite] | Exception | None] = queue.SimpleQueue()
         ending = threading.Event()
-        count = min(self._limits.at_once, len(drafts))
-        for _ in range(count):
-            # daemons: an interrupted run does not wait for a server that hangs
-            threading.Thread(
-                target=self._work, args=(drafts, waiting, done, ending), daemon=True
-            ).start()
-        failure: InputError | None = None
+
+        def work() -> None:
+            try:
+                while not ending.is_set():
+                    index = waiting.get_nowait()
+                    if self._pace.wait(ending):
+                        done.put((index, self._ask(originals[index])))
+            except queue.Empty:
+                pass
+            except Exception as error:  # raised by the thread that reads
+                ending.set()
+                done.put(error)
+            finally:
+                done.put(None)
+
+        running = min(self._at_once, len(originals))
+        for _ in range(running):
+            # daemons: an interrupted run does not wait for an endpoint that hangs
+            threading.Thread(target=work, daemon=True).start()
+        failure: Exception | None = None
         try:
-            while count:
-                index, result, taken = done.get()
-                if index is None:
-                    count -= 1
-                    failure = failure or result  # type: ignore[assignment]
+            while running:
+                result = done.get()
+                if result is None:
+                    running -= 1
+                elif isinstance(result, Exception):
+                    failure = failure or result
                 else:
-                    yield index, result  # type: ignore[misc]
-                    taken.set()
+                    yield result
         finally:
             ending.set()
         if failure:
             raise failure
 
-    def _work(self, drafts, waiting, done, ending: threading.Event) -> None:
-        end: BaseException | None = None
+    def _ask(self, original: Original) -> Rewrite:
         try:
-            while not ending.is_set():
-                index = waiting.get_nowait()
-                rewrite = self._ask(drafts[index], ending)
-                if rewrite is not None:
-                    taken = threading.Event()
-                    done.put((index, rewrite, taken))
-                    while not (taken.wait(0.2) or ending.is_set()):
-                        pass  # the caller keeps what was paid for before more is asked for
-        except queue.Empty:
-            pass
-        except BaseException as error:  # handed over to the thread that reads
-            end = error
-            ending.set()
-        finally:
-            done.put((None, end, ending))
+            completion = self._client.chat.completions.create(
+                model=self._model,
+                messages=[
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": request(original)},
+                ],
+                extra_headers=self._headers,
+                extra_body=self._fields,
+            )
+        except openai.APIStatusError as error:
+            raise InputError(self._hide(self._refusal(error))) from error
+        except openai.APIConnectionError as error:
+            raise InputError(self._hide(self._failure(str(error.__cause__ or error)))) from error
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
+            raise InputError(self._hide(self._no_completion(error))) from error
+        try:
+            choice = completion.choices[0]
+            text = read_answer(choice.message.content or "")
+        except (AttributeError, LookupError, TypeError) as error:
+            raise InputError(self._hide(self._no_completion(completion))) from error
+        return Rewrite(text, choice.finish_reason == "length")
 
-    def _ask(self, draft: Draft, ending: threading.Event) -> Rewrite | None:
-        """Return the rewrite, or ``None`` if the end came before it was asked for."""
-        body = json.dumps({
-            "model": self._model,
-            "messages": [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": request(draft, len(split_steps(draft.response)))},
-            ],
-            **self._fields,
-        }).encode()  # fmt: skip
-        for attempt in range(1, self._limits.attempts + 1):
-            if not self._gate.wait(ending):
-                return None
-            problem, pause = "", None
-            try:
-                return _read(self._post(body))
-            except urllib.error.HTTPError as error:
-                problem, pause = self._tell(error), _retry_after(error.headers)
-                if error.code not in _PASSING and error.code < 500:
-                    raise InputError(self._refusal(error.code, problem)) from error
-            except (OSError, http.client.HTTPException, _Garbage) as error:
-                problem = self._hide(str(getattr(error, "reason", None) or error) or repr(error))
-            if attempt == self._limits.attempts:
-                break
-            if pause is not None and pause > _LONGEST_PAUSE:
-                problem += f" (it asks to wait for {pause:.0f} s)"
-                break
-            self._gate.pause(self._backoff(attempt) if pause is None else pause)
-        raise InputError(
-            f"{self._host}: no rewrite after {attempt} attempts; the last one: {problem}. What is "
-            "done is kept: start the same command again later, or with a lower --requests-per-minute."
-        )
+    def _no_completion(self, found: object) -> str:
+        shown = " ".join(str(found).split())[:200]
+        return f"{self._host}: found {shown!r}, expected a chat completion. Check the address."
 
-    def _backoff(self, attempt: int) -> float:
-        return min(60.0, self._limits.pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        asked = urllib.request.Request(self._url, body, headers)
-        with self._opener.open(asked, timeout=self._limits.timeout) as answer:
-            data = answer.read(_LARGEST_ANSWER + 1)
-        if len(data) > _LARGEST_ANSWER:
-            raise _Garbage(f"an answer of more than {_LARGEST_ANSWER} bytes")
-        return data
-
-    def _tell(self, error: urllib.error.HTTPError) -> str:
-        """Return what the server says, in one line."""
-        text = ""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            text = error.read(2**16).decode("utf-8", "replace").strip()
-        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-            said = json.loads(text)
-            said = said.get("error", said.get("message", said.get("detail", text)))
-            text = said.get("message", text) if isinstance(said, dict) else str(said)
-        shown = " ".join(str(text).split())[:300]
-        return self._hide(f"{error.code} {error.reason}" + (f": {shown}" if shown else ""))
-
-    def _refusal(self, code: int, problem: str) -> str:
+    def _refusal(self, error: openai.APIStatusError) -> str:
+        status, answer = error.status_code, error.response
+        said = error.body
+        if isinstance(said, Mapping):
+            said = said.get("message") or said.get("detail") or said
+        shown = " ".join(str(said or "").split())[:300]
+        problem = f"{status} {answer.reason_phrase}" + (f": {shown}" if shown else "")
+        if status in (408, 409, 429) or status >= 500:
+            pause = answer.headers.get("Retry-After")
+            return self._failure(f"{problem} (it asks to wait for {pause} s)" if pause else problem)
         remedy = {
             401: f"Set the right key in the environment: export {KEY}=...",
             403: f"The key in {KEY} may not use this model.",
             404: f"Check the address and the model: {self._shown}.",
-        }.get(code, "Check the address, the model and --rewriter-fields.")
+        }.get(status, "Check the address, the model and --rewriter-fields.")
         return f"{self._host} refuses: {problem}. {remedy}"
+
+    def _failure(self, problem: str) -> str:
+        return (
+            f"{self._host}: no rewrite in up to {self._attempts} attempts ({problem}). Finished "
+            "rewrites are kept: start the same command again later, or with a lower --requests-per-minute."
+        )
 
     def _hide(self, text: str) -> str:
         for secret, shown in self._secrets.items():
@@ -234,37 +197,25 @@ class OpenAIRewriter:
         return whole_characters(text)
 
 
-class _Garbage(Exception):
-    """An answer that is no chat completion."""
-
-
-class _Gate:
-    """When the next request may leave, for all threads together."""
+class _Pace:
+    """When the next request may begin, for all threads together."""
 
     def __init__(self, per_minute: float):
-        self._gap = 60.0 / per_minute if per_minute > 0 else 0.0
+        self._gap = 60.0 / per_minute if per_minute else 0.0
         self._next = 0.0
         self._lock = threading.Lock()
 
     def wait(self, ending: threading.Event) -> bool:
-        """Wait for our turn; ``False`` if the end came first."""
-        while True:
-            with self._lock:
-                now = time.monotonic()
-                if now >= self._next:
-                    self._next = now + self._gap
-                    return not ending.is_set()
-                rest = self._next - now
-            if ending.wait(rest):
-                return False
-
-    def pause(self, seconds: float) -> None:
-        """Let nobody ask for so long: a busy server is busy for all of us."""
+        """Wait for the next turn; ``False`` if the end came first."""
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._gap
+        return not ending.wait(turn - now)
 
 
-def _parse(address: str) -> tuple[str, str, str]:
+def _parse(address: str) -> tuple[str, str, str, str]:
+    """Return URL without query, query, host and model of ``URL#model``."""
     url, _, model = address.partition("#")
     shown = url.partition("?")[0]  # a key may stand in the query
     try:
@@ -278,12 +229,10 @@ def _parse(address: str) -> tuple[str, str, str]:
         raise InputError(f"openai:{shown!r}: no valid URL; it has a blank or no ASCII in it.")
     if parts.scheme not in ("http", "https") or not host or not model:
         raise InputError(
-            f"openai:{shown}: expected openai:URL#model, such as "
-            "openai:http://127.0.0.1:8080/v1#qwen."
+            f"openai:{shown}: expected openai:URL#model, such as openai:http://127.0.0.1:8080/v1#qwen."
         )
-    path = parts.path.rstrip("/")
-    path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-    return urlunsplit(parts._replace(path=path)), model, host
+    path = parts.path.rstrip("/").removesuffix(_PATH)
+    return urlunsplit((parts.scheme, parts.netloc, path, "", "")), parts.query, host, model
 
 
 def _described(fields: Mapping[str, object]) -> str:
@@ -292,27 +241,3 @@ def _described(fields: Mapping[str, object]) -> str:
         return ""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
     return f"fields {','.join(sorted(fields))} {digest}"
-
-
-def _read(data: bytes) -> Rewrite:
-    try:
-        choice = json.loads(data)["choices"][0]
-        text, reason = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        shown = " ".join(data[:200].decode("utf-8", "replace").split())
-        raise _Garbage(f"no chat completion: {shown!r}") from error
-    if text is not None and not isinstance(text, str):
-        raise _Garbage(f"the content is {type(text).__name__}, expected a text")
-    return Rewrite(read_answer(text or ""), reason == "length")
-
-
-def _retry_after(headers) -> float | None:
-    """Return the seconds of a ``Retry-After`` header, which may also be a date."""
-    value = headers.get("Retry-After") if headers else None
-    if not value:
-        return None
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(value))
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    return None

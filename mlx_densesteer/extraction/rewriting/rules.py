@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ...generation.answer import split_steps
-from ..quantities import given, written
-from .draft import Draft, Rewrite
+from ..verification import given, written
+from . import Original, Rewrite
 
 VERSION = 1  # of the rules: rewrites of another version are made anew
 
@@ -38,9 +38,9 @@ class RulesRewriter:
 
     name = f"rules {VERSION}"
 
-    def rewrite(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Rewrite]]:
-        for index, draft in enumerate(drafts):
-            yield index, Rewrite(merge_steps(draft.response))
+    def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
+        for index, original in enumerate(originals):
+            yield index, Rewrite(merge_steps(original.response))
 
 
 def merge_steps(response: str) -> str:
