@@ -1,10 +1,10 @@
 """A chat-completions endpoint on this machine, with the faults that real ones have."""
 
-import contextlib
 import json
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -12,15 +12,15 @@ class ChatServer:
     """Answer ``POST /v1/chat/completions``; a context manager.
 
     ``plan`` holds what happens to the next requests, one entry each: a status, "hang", "drop",
-    "garbage", "huge", "drip", "drip body" (a byte now and then) or "redirect", or ``(status, headers)`` with a
-    body or without. Then every request is answered with ``reply(user message)``.
+    "garbage" or "redirect", or ``(status, headers)`` with a body or without. Then every request is answered
+    with ``reply(user message)``. An error asks to be tried again after a millisecond.
     """
 
     def __init__(self, reply: Callable[[str], str] = lambda text: "One step."):
         self.reply = reply
         self.plan: list[object] = []
         self.bodies: list[dict] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Message] = []
         self.times: list[float] = []
         self.finish_reason = "stop"
         self.running = self.most = 0
@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with chat.lock:
             chat.bodies.append(body)
-            chat.headers.append(dict(self.headers))
+            chat.headers.append(self.headers)
             chat.times.append(time.monotonic())
             fate = chat.plan.pop(0) if chat.plan else 200
             chat.running += 1
@@ -74,24 +74,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif status == "garbage":
             self._send(200, b'{"choices": [', {})
-        elif status == "huge":
-            self._send(200, b" " * (9 * 2**20), {})
-        elif status in ("drip", "drip body"):
-            head = b"HTTP/1.0 200 OK\r\n" + (b"X-Slow: " if status == "drip" else b"\r\n")
-            with contextlib.suppress(OSError):  # the caller has given up
-                self.connection.sendall(head)
-                while not chat.ending.wait(0.05):
-                    self.connection.sendall(b" ")
         elif status == "redirect":
             self._send(307, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"})
-        elif status == 200:
+        elif status == 200 and not said:
             message = {"role": "assistant", "content": chat.reply(body["messages"][-1]["content"])}
             choice = {"index": 0, "message": message, "finish_reason": chat.finish_reason}
             self._send(200, json.dumps({"choices": [choice]}).encode(), {})
         else:
             key = self.headers.get("Authorization", "")
             error = {"error": {"message": f"no luck, {key}", "type": "test"}}
-            self._send(status, said[0] if said else json.dumps(error).encode(), headers)
+            body = said[0] if said else json.dumps(error).encode()
+            self._send(status, body, headers or {"Retry-After-Ms": "1"})
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

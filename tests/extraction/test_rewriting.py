@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from mlx_densesteer.demo.problems import calibration, draw_solution
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.evaluation.tasks import Problem
-from mlx_densesteer.extraction import quantities
-from mlx_densesteer.extraction.rewriting import Draft, Rewrite
+from mlx_densesteer.extraction import verification
+from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
-from mlx_densesteer.extraction.rewriting.instruction import read_answer, request
-from mlx_densesteer.extraction.rewriting.openai import Limits, OpenAIRewriter
+from mlx_densesteer.extraction.rewriting.openai import OpenAIRewriter
 from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
 from mlx_densesteer.extraction.verification import Response, verify
-from mlx_densesteer.generation.density import split_steps
+from mlx_densesteer.generation.answer import split_steps
 
 NUMBERED = r"""To determine the change, we need to follow these steps:
 
@@ -51,8 +50,11 @@ Next, let's calculate the cost of the pens:
 Therefore, the change is \(\boxed{9}\)."""
 
 
-def drafts(count=3):
-    return [Draft(f"t-{i}", f"Question {i}?", f"A{i}.\n\nB{i}.\n\nC{i}.", 9) for i in range(count)]
+def originals(count=3, steps=3):
+    return [
+        Original(f"t-{i}", f"Question {i}?", "\n\n".join(f"{c}{i}." for c in "ABCDEFGHI"[:steps]), 9)
+        for i in range(count)
+    ]
 
 
 # rules
@@ -120,7 +122,7 @@ LINES = st.sampled_from([
 def test_nothing_is_invented_and_no_calculation_lost(text):
     dense = merge_steps(text)
     assert len(split_steps(dense)) <= len(split_steps(text))
-    assert quantities.written(dense) <= quantities.given(text)
+    assert verification.written(dense) <= verification.given(text)
     for line in text.splitlines():
         if "=" in line or "####" in line:
             assert line.removeprefix("2. ") in dense
@@ -140,7 +142,7 @@ def test_rewrites_from_a_file_by_id_then_by_question(tmp_path):
     ]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rewriter = FileRewriter(tmp_path / "r.jsonl")
-    found = list(rewriter.rewrite(drafts()))
+    found = list(rewriter.rewrite(originals()))
     assert found == [(0, Rewrite("of the reference")), (1, Rewrite("by id")), (2, None)]
 
 
@@ -187,9 +189,10 @@ def test_a_rewrite_has_whole_characters(text, whole):
 
 
 def test_the_request_holds_problem_and_solution():
-    text = request(drafts()[1], 9)
-    assert "Question 1?" in text and drafts()[1].response in text and "3 paragraphs" in text
-    assert "one paragraph" in request(drafts()[1], 3)
+    original = originals(steps=9)[1]
+    text = request(original)
+    assert "Question 1?" in text and original.response in text and "3 paragraphs" in text
+    assert "one paragraph" in request(originals()[1])
 
 
 @pytest.mark.parametrize(
@@ -208,8 +211,7 @@ def test_what_a_chat_model_says_around_it_goes(said, rewrite):
     assert read_answer(said) == rewrite
 
 
-def test_a_local_model_is_asked_for_every_draft(hf_folder):
-    from mlx_densesteer.extraction.rewriting.instruction import SYSTEM
+def test_a_local_model_is_asked_for_every_rewrite(hf_folder):
     from mlx_densesteer.extraction.rewriting.model import ModelRewriter
     from mlx_densesteer.generation.stream import generate
     from mlx_densesteer.model.model import load
@@ -218,10 +220,10 @@ def test_a_local_model_is_asked_for_every_draft(hf_folder):
     model.set_dtype(mx.float32)
     model.args.max_position_embeddings = 1024  # a token is a byte here
     rewriter = ModelRewriter(model, tokenizer, "tiny", rows=2)
-    found = dict(rewriter.rewrite(drafts()))
+    found = dict(rewriter.rewrite(originals()))
     assert sorted(found) == [0, 1, 2] and rewriter.name.startswith("mlx:tiny ")
-    for index, draft in enumerate(drafts()):
-        alone = generate(model, tokenizer, request(draft, 3), system=SYSTEM, max_tokens=9 + 2 + 64)
+    for index, original in enumerate(originals()):
+        alone = generate(model, tokenizer, request(original), system=SYSTEM, max_tokens=9 + 2 + 64)
         assert found[index] == Rewrite(read_answer(alone.text), alone.finish_reason == "length")
 
 
@@ -246,11 +248,11 @@ def test_each_precision_of_a_model_is_another_rewriter(hf_folder):
 
 # an endpoint
 
-QUICK = Limits(timeout=5, attempts=4, pause=0.01, at_once=1)
+QUICK = {"timeout": 5, "attempts": 4, "at_once": 1}
 
 
-def ask(server, count=1, limits=QUICK, **options):
-    return list(OpenAIRewriter(f"{server.url}#m", limits=limits, **options).rewrite(drafts(count)))
+def ask(server, count=1, **options):
+    return list(OpenAIRewriter(f"{server.url}#m", **QUICK | options).rewrite(originals(count)))
 
 
 def test_an_endpoint_gets_the_request_and_the_key():
@@ -270,7 +272,7 @@ def test_no_key_no_header_and_a_cut_off_rewrite_is_marked():
     assert "Authorization" not in server.headers[0]
 
 
-@pytest.mark.parametrize("fate", [429, 500, 503, 408, "drop", "garbage", "huge"])
+@pytest.mark.parametrize("fate", [429, 500, 503, 408, 409, "drop"])
 def test_what_may_pass_is_tried_again(fate):
     with ChatServer() as server:
         server.plan = [fate, fate]
@@ -281,18 +283,21 @@ def test_what_may_pass_is_tried_again(fate):
 def test_a_server_that_hangs_is_given_up_and_asked_again():
     with ChatServer() as server:
         server.plan = ["hang"]
-        assert ask(server, limits=Limits(timeout=0.2, pause=0.01)) == [(0, Rewrite("One step."))]
+        assert ask(server, timeout=0.2) == [(0, Rewrite("One step."))]
 
 
-@pytest.mark.parametrize("fate", ["drip", "drip body"])
-def test_a_server_that_drips_is_given_up_and_asked_again(fate):
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b'{"choices": [', b"[1]", b"[" * 60000, b"{}", b'{"choices": []}',
+     b'{"choices": [{"message": {"content": [1]}}]}'],
+)  # fmt: skip
+def test_an_answer_that_is_no_chat_completion(body, kind):
     with ChatServer() as server:
-        server.plan = [fate]
-        assert ask(server, limits=Limits(timeout=0.4, pause=0.01)) == [(0, Rewrite("One step."))]
-        assert len(server.bodies) == 2
-        server.plan = [fate]
-        with pytest.raises(InputError, match="timed out"):
-            ask(server, limits=Limits(timeout=0.4, attempts=1))
+        server.plan = [(200, {"Content-Type": kind}, body)]
+        with pytest.raises(InputError, match="found '.*', expected a chat completion"):
+            ask(server)
+        assert len(server.bodies) == 1
 
 
 def test_half_a_surrogate_pair_in_an_answer_is_repaired():
@@ -316,21 +321,21 @@ def test_whatever_an_error_says_it_is_told(body, shown):
     "limits",
     [{"timeout": math.inf}, {"timeout": math.nan}, {"timeout": 0}, {"timeout": 1e10},
      {"per_minute": math.inf}, {"per_minute": math.nan}, {"per_minute": 1e-300}, {"per_minute": -1},
-     {"pause": math.inf}, {"attempts": 0}, {"at_once": 0}],
+     {"attempts": 0}, {"at_once": 0}],
 )  # fmt: skip
 def test_limits_that_cannot_be(limits):
     with pytest.raises(InputError, match="expected"):
-        Limits(**limits)
+        OpenAIRewriter("http://127.0.0.1:1/v1#m", **limits)
 
 
 def test_the_last_attempt_tells_what_happened():
     with ChatServer() as server:
         server.plan = [500] * 9
-        with pytest.raises(InputError, match=r"no rewrite after 4 attempts; .*500.*no luck"):
+        with pytest.raises(InputError, match=r"no rewrite in up to 4 attempts .*500.*no luck"):
             ask(server)
         assert len(server.bodies) == 4
-    with pytest.raises(InputError, match="no rewrite after 4 attempts"):
-        ask(server)  # nobody there
+    with pytest.raises(InputError, match="no rewrite in up to 2 attempts"):
+        ask(server, attempts=2)  # nobody there
 
 
 @pytest.mark.parametrize("retry_after", ["1", "date"])
@@ -340,7 +345,7 @@ def test_retry_after_is_honoured(retry_after):
     with ChatServer() as server:
         server.plan = [(429, {"Retry-After": retry_after})]
         assert ask(server) == [(0, Rewrite("One step."))]
-        assert server.times[1] - server.times[0] > 0.9  # its own pause would be 0.01 s
+        assert server.times[1] - server.times[0] > 0.9  # its own pause is half a second
 
 
 def test_a_server_that_wants_an_hour_is_told_about():
@@ -367,7 +372,7 @@ def test_rewrites_that_came_before_a_refusal_are_not_lost():
         server.plan = [200, 200, 401]
         found = []
         with pytest.raises(InputError, match="401"):
-            for one in OpenAIRewriter(f"{server.url}#m", limits=QUICK).rewrite(drafts(5)):
+            for one in OpenAIRewriter(f"{server.url}#m", **QUICK).rewrite(originals(5)):
                 found.append(one)
         assert [index for index, _ in found] == [0, 1] and len(server.bodies) == 3
 
@@ -375,14 +380,14 @@ def test_rewrites_that_came_before_a_refusal_are_not_lost():
 def test_requests_run_together_but_not_more_than_asked_for():
     with ChatServer() as server:
         server.slow = 0.1
-        found = ask(server, 9, Limits(at_once=3))
+        found = ask(server, 9, at_once=3)
         assert sorted(index for index, _ in found) == list(range(9))
         assert server.most == 3
 
 
 def test_a_limit_of_requests_per_minute():
     with ChatServer() as server:
-        ask(server, 4, Limits(at_once=4, per_minute=600))
+        ask(server, 4, at_once=4, per_minute=600)
         gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
         assert sum(gaps) > 0.25  # three gaps of 0.1 s, less what the threads' start costs
 
@@ -401,11 +406,11 @@ def test_addresses_that_cannot_be(address):
 
 def test_a_refusal_hides_the_query():
     with ChatServer() as server:
-        rewriter = OpenAIRewriter(f"{server.url}?key=sk-query#m", limits=QUICK)
+        rewriter = OpenAIRewriter(f"{server.url}?key=sk-query#m", **QUICK)
         for body in (b"", b"no such page: /v1/chat/completions?key=sk-query"):
             server.plan = [(404, {}, body)]
             with pytest.raises(InputError, match=f"the model: openai:{server.url}") as caught:
-                list(rewriter.rewrite(drafts(1)))
+                list(rewriter.rewrite(originals(1)))
             assert "sk-query" not in str(caught.value)
 
 
@@ -427,7 +432,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown():
 
 def test_names_tell_rewriters_apart_and_hide_the_query():
     name = OpenAIRewriter("https://host/v1/?api-key=x#m").name
-    assert name.startswith("openai:https://host/v1/chat/completions#m") and "api-key" not in name
+    assert name.startswith("openai:https://host/v1#m ") and "api-key" not in name
     other = OpenAIRewriter("https://host/v1#m", fields={"temperature": 1}).name
     colder = OpenAIRewriter("https://host/v1#m", fields={"temperature": 0}).name
     assert len({name, other, colder, RulesRewriter.name}) == 4
