@@ -1,11 +1,10 @@
-"""What the package costs and saves, measured on this machine: one module a benchmark.
+"""What steering costs and saves on this machine: the suite behind ``densesteer bench``.
 
-A module has ``run(subject, *, options, tell) -> dict``, whose docstring says how it measures. The
-numbers named in ``FIGURES`` are at the top level of that dict, all else is under ``details``.
-``rows(result)`` is its part of the table; ``SUITE`` and ``QUICK`` are the options with which
-``densesteer bench`` runs it. ``suite`` runs them all, ``alone`` is ``python benchmarks/NAME.py``.
+One module measures one thing: ``run(subject, *, options, tell) -> Measurement``; its docstring says
+how. ``FIGURES`` names the figures that programs read, ``SUITE`` and ``QUICK`` are the options that
+``densesteer bench`` and its ``--quick`` use. ``suite`` runs them all; a clone also has
+``python benchmarks/NAME.py`` for each, and more benchmarks that need servers or PyTorch.
 
-Figures are ratios of the same work done two ways within one run, in turn, so that a machine whose
-speed drifts favours neither; where it matters stock mlx-lm runs against itself as well, which
-shows what the noise alone looks like.
+A figure is a ratio of the same work done two ways within one run, in turn, so that a machine whose
+speed drifts favours neither. Where it matters one side also runs against itself: the noise.
 """

@@ -1,4 +1,4 @@
-"""Throughput against rows: our batch, every row steered, against mlx-lm's batch generator."""
+"""Throughput against rows: this package's batch, every row steered, against mlx-lm's."""
 
 import time
 from collections.abc import Callable
@@ -7,11 +7,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation.batch import Batch
-from ..model.block import unpatch
-from ..steering.steering import Steering
-from .report import Row, ratio
+from ..model.model import Model
+from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread
 from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread
 
 FIGURES = ("batch_ratio", "batch_gain")
 SUITE = {"tokens": 10, "rounds": 12, "seconds": 8.0}
@@ -27,69 +25,73 @@ def run(
     rounds: int = 3,
     seconds: float = 0.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
-    """Decode batches of each size, steered and stock in turn; only full steps count.
+) -> Measurement:
+    """Decode batches of each size, steered and stock in turn.
 
-    Ours is ``Batch`` as chat and sweep use it, text included, each row with a strength of its own
-    at the middle layer. Stock is mlx-lm's ``BatchGenerator`` on stock blocks and caches, tokens only,
-    and once more as the null. The seconds of the steps that gave every row a token are counted, so
-    prompts are not; the end-of-turn token ends no row. A ratio is our tokens per second over mlx-lm's:
-    ``batch_ratio`` at the largest size; ``batch_gain`` is its throughput over that of one row.
+    Ours is ``Batch`` as chat and sweep use it, text included, each row with its own strength at the
+    middle layer. Stock is mlx-lm's ``BatchGenerator`` on stock blocks and caches, tokens only, and
+    once more as the noise. Only steps that gave every row a token are timed, so prompts are not; an
+    end-of-turn token does not end a row. A ratio is our tokens per second over mlx-lm's:
+    ``batch_ratio`` at the largest size; ``batch_gain`` is our throughput there over that of one row.
 
     Args:
         rows: sizes, in order.
         prompt_tokens: random tokens of each prompt.
         tokens: tokens of each row.
         rounds: batches of each size and side.
-        seconds: for each size: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins, for each size; 0 is no limit.
     """
     sizes = [int(size) for size in rows.split(",")]
-    prompt = subject.tokens(prompt_tokens)
-    sizes_found = {}
+    text = subject.tokens(prompt_tokens)
+    found: dict[str, dict] = {}
     for size in sizes:
-        sides = [
-            lambda size=size: _ours(subject, size, prompt, tokens),
-            lambda size=size: _stock(subject, size, prompt, tokens),
-            lambda size=size: _stock(subject, size, prompt, tokens),
-        ]
-        steered, stock, again = alternate(
-            sides, rounds=rounds, seconds=seconds,
+        starts = [row % len(text) for row in range(size)]
+        prompts = [[*text[at:], *text[:at]] for at in starts]  # all different, if there is room
+
+        def ours(prompts: list[list[int]] = prompts) -> float:
+            return _ours(subject, prompts, tokens)
+
+        def stock(prompts: list[list[int]] = prompts) -> float:
+            return _stock(subject, prompts, tokens)
+
+        steered, plain, again = alternate(
+            [ours, stock, stock],
+            rounds=rounds,
+            seconds=seconds,
             tell=lambda message, size=size: tell(f"{size} rows, {message}"),
-        )  # fmt: skip
-        sizes_found[str(size)] = {
-            "ratio": spread(over(stock, steered)),
-            "null": spread(over(stock, again)),
+        )
+        found[str(size)] = {
+            "ratio": ratio(plain, steered),
+            "null": ratio(plain, again),
             "tokens_per_second": size / spread(steered)["median"],
-            "stock_tokens_per_second": size / spread(stock)["median"],
+            "stock_tokens_per_second": size / spread(plain)["median"],
         }
-    first, last = sizes_found[str(sizes[0])], sizes_found[str(sizes[-1])]
-    return {
-        "batch_ratio": last["ratio"]["median"],
-        "batch_gain": last["tokens_per_second"] / first["tokens_per_second"],
-        "details": {"rows": sizes_found, "prompt_tokens": prompt_tokens, "tokens": tokens},
-    }
-
-
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    found = result["details"]["rows"]
-    first, *_, last = found
+    first, last = found[str(sizes[0])], found[str(sizes[-1])]
+    gain = last["tokens_per_second"] / first["tokens_per_second"]
     table = [
-        ratio(f"throughput of {size} rows, steered / stock", of["ratio"], of["null"],
-              f"{of['tokens_per_second']:.1f} tokens/s, stock {of['stock_tokens_per_second']:.1f}")
+        Figure.of(
+            f"throughput of {size} rows, steered / stock",
+            of["ratio"],
+            of["null"],
+            f"{of['tokens_per_second']:.1f} tokens/s, stock {of['stock_tokens_per_second']:.1f}",
+        )
         for size, of in found.items()
-    ]  # fmt: skip
-    return [*table, Row(f"throughput, {last} rows / {first}", f"{result['batch_gain']:.2f}")]
+    ]
+    return Measurement(
+        {"batch_ratio": last["ratio"]["median"], "batch_gain": gain},
+        [*table, Figure(f"throughput, {sizes[-1]} rows / {sizes[0]}", f"{gain:.2f}")],
+        {"rows": found, "prompt_tokens": prompt_tokens, "tokens": tokens},
+    )
 
 
-def _ours(subject: Subject, size: int, prompt: list[int], tokens: int) -> float:
-    """Return the seconds of a full step of our batch."""
-    strengths = [0.05 * (1 + row % 8) for row in range(size)]
-    middle = (subject.layer_count // 2,)
-    with Batch(subject.model, _Endless(subject.tokenizer), rows=size) as batch:
-        for row, strength in enumerate(strengths):
-            how: Steering = subject.steering(middle, strength=strength)
-            batch.add(_turned(prompt, row), steering=how, max_tokens=tokens)
+def _ours(subject: Subject, prompts: list[list[int]], tokens: int) -> float:
+    """Return the seconds of a full step of this package's batch."""
+    middle, size = (subject.model.layer_count // 2,), len(prompts)
+    endless = Model(subject.model.network, _Endless(subject.model.tokenizer), subject.name)
+    with Batch(endless, rows=size) as batch:
+        for row, prompt in enumerate(prompts):
+            how = subject.steering(middle, strength=0.05 * (1 + row % 8))
+            batch.add(prompt, steering=how, max_tokens=tokens)
 
         def step() -> int | None:
             if not batch.running:
@@ -98,17 +100,20 @@ def _ours(subject: Subject, size: int, prompt: list[int], tokens: int) -> float:
             batch.step()
             return batch.tokens - before
 
-        return _seconds_of_full_steps(step, size)
+        return seconds_of_full_steps(step, size)
 
 
-def _stock(subject: Subject, size: int, prompt: list[int], tokens: int) -> float:
+def _stock(subject: Subject, prompts: list[list[int]], tokens: int) -> float:
     """Return the seconds of a full step of mlx-lm's batch generator."""
+    subject.take_side(None)
+    running = size = len(prompts)
     batch = BatchGenerator(
-        unpatch(subject.model), max_tokens=tokens, completion_batch_size=size,
+        subject.model.network,
+        max_tokens=tokens,
+        completion_batch_size=size,
         prefill_batch_size=min(size, 8),
-    )  # fmt: skip
-    batch.insert([_turned(prompt, row) for row in range(size)])
-    running = size
+    )
+    batch.insert(prompts)
 
     def step() -> int | None:
         nonlocal running
@@ -119,7 +124,7 @@ def _stock(subject: Subject, size: int, prompt: list[int], tokens: int) -> float
         return len(responses)
 
     try:
-        return _seconds_of_full_steps(step, size)
+        return seconds_of_full_steps(step, size)
     finally:
         batch.close()
 
@@ -136,17 +141,14 @@ class _Endless:
         return getattr(self._tokenizer, name)
 
 
-def _turned(prompt: list[int], row: int) -> list[int]:
-    """Return the prompt begun elsewhere: no two rows need be alike."""
-    at = row % len(prompt)
-    return [*prompt[at:], *prompt[:at]]
+def seconds_of_full_steps(step: Callable[[], int | None], size: int) -> float:
+    """Return the mean seconds of the steps that give ``size`` tokens, without the first of them.
 
+    ``step`` returns its number of tokens, ``None`` when nothing runs. The first full step may have
+    read prompts too.
 
-def _seconds_of_full_steps(step: Callable[[], int | None], size: int) -> float:
-    """Return the mean seconds of the steps that give ``size`` tokens, but the first of them.
-
-    ``step`` returns its number of tokens, ``None`` when nothing runs. The first full step
-    may have read prompts too.
+    Raises:
+        RuntimeError: fewer than two full steps.
     """
     taken = []
     while True:

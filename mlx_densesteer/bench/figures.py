@@ -1,15 +1,48 @@
-"""Sides that take turns, and what their seconds say. No mlx."""
+"""Sides that take turns, the ratios of their seconds, and the table of figures. No mlx."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-Tell = Callable[[str], None]
-Side = Callable[[], float]  # does its work once, and returns the seconds of it
+Tell = Callable[[str], None]  # is called with how far a benchmark is
+Side = Callable[[], float]  # does its work once and returns its seconds
+Spread = dict[str, float]  # "median", "low" and "high" (the quartiles), "count"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; ``noise`` is the same work against itself."""
+
+    name: str
+    value: str
+    quartiles: str = ""
+    noise: str = ""
+    remark: str = ""
+
+    @classmethod
+    def of(
+        cls, name: str, ratio: Spread, noise: Spread | None = None, remark: str = ""
+    ) -> "Figure":
+        """Write a ratio with its quartiles."""
+        shown = f"{noise['median']:.3f} ({quartiles(noise)})" if noise else ""
+        return cls(name, f"{ratio['median']:.3f}", quartiles(ratio), shown, remark)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a benchmark found: ``figures`` and ``details`` for programs, ``table`` for people.
+
+    A table of strings is printed as it is.
+    """
+
+    figures: dict[str, object]
+    table: Sequence[Figure | str]
+    details: dict[str, object]
 
 
 def quiet(message: str) -> None:
-    """Tell nobody how far it is."""
+    """Show no progress."""
 
 
 def alternate(
@@ -17,8 +50,8 @@ def alternate(
 ) -> list[list[float]]:
     """Let every side do its work once a round; return each side's seconds, round by round.
 
-    Another side begins each round, and every second round goes backwards, so that no side
-    always follows the same one. With ``seconds`` there is no new round once they are over.
+    Each round begins with another side, and every second one goes backwards, so that no side always
+    follows the same one. After ``seconds`` no new round begins; 0 is no limit.
     """
     taken: list[list[float]] = [[] for _ in sides]
     began = time.perf_counter()
@@ -29,7 +62,7 @@ def alternate(
         order = [*range(turn, len(sides)), *range(turn)]
         for side in order if number % 2 == 0 else reversed(order):
             taken[side].append(sides[side]())
-        tell(f"round {number + 1} of {rounds} at most")
+        tell(f"round {number + 1} of at most {rounds}")
     return taken
 
 
@@ -40,12 +73,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def over(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Return ``one / other`` round by round."""
-    return [a / b for a, b in zip(one, other, strict=True)]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Return the median and the quartiles; of few values the quartiles are nearly the extremes."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
@@ -55,3 +83,26 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "high": ordered[-1 - quarter],
         "count": len(ordered),
     }
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """Return the spread of ``one / other``, taken round by round."""
+    return spread([a / b for a, b in zip(one, other, strict=True)])
+
+
+def quartiles(of: Spread) -> str:
+    return f"{of['low']:.3f}-{of['high']:.3f}" if of["count"] > 1 else "one round"
+
+
+def lines(measured: Iterable[tuple[str, Sequence[Figure]]]) -> list[str]:
+    """Return the table of (benchmark, its figures): a line with the name, then figures and remarks."""
+    cells: list[tuple[str, ...]] = [("", "value", "quartiles", "the same twice")]
+    for name, figures in measured:
+        cells.append((name,))
+        for figure in figures:
+            cells.append((f"  {figure.name}", figure.value, figure.quartiles, figure.noise))
+            if figure.remark:
+                cells.append((f"      {figure.remark}",))
+    full = [line for line in cells if len(line) > 1]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

@@ -1,18 +1,17 @@
-"""What it costs to turn the dial on a prefix that was read, against reading it again."""
+"""What changing the strength costs on a prefix that was read, against reading it again."""
 
 import mlx.core as mx
 
 from ..model.prefix import Chunk, Prefix
 from ..steering.steering import Steering
-from .report import Row, ratio
+from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread, timed
 from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread, timed
 
 FIGURES = ("resteer_ratio", "resteer_excess", "resteer_identical")
 SUITE = {"rounds": 10, "seconds": 20.0}
 QUICK = {"prefix_tokens": 128, "rounds": 3, "seconds": 4.0}
-PLENTY = 2**40  # bytes: the whole residual stream is kept
 DEPTHS = (0.25, 0.5, 0.75)
+KEEP = 2**40  # bytes: the whole residual stream
 
 
 def run(
@@ -22,131 +21,119 @@ def run(
     rounds: int = 5,
     seconds: float = 0.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
-    """Fill caches under a new strength: re-steered, by a full prefill, and by another one as null.
+) -> Measurement:
+    """Fill caches under a new strength: re-steered, by a full prefill, and by another one as noise.
 
-    One layer is steered, at a quarter, half and three quarters of the depth. ``Prefix.fill`` goes
-    on from the residual stream that it kept there; the full prefill is ``fill`` of a new
-    ``Prefix`` that keeps nothing. Every round has a strength that was not there before. A ratio is
-    seconds re-steered over seconds of the full prefill; ``expected`` is (layers above the steered
-    one) / (all layers); the excess is ratio / expected - 1, goal at most 0.1. Nobody reads what
-    the last block puts out, so of it either side computes little more than keys and values:
-    ``expected_strict`` leaves that block out, (layers above - 1) / (all - 1).
-    ``resteer_ratio`` is that at half depth, ``resteer_excess`` the largest. ``resteer_identical``:
-    the caches, and the logits that follow, are bit for bit those of the full prefill.
+    One layer is steered, at a quarter, half and three quarters of the depth. ``Prefix.fill`` goes on
+    from the residual stream that it kept there; the full prefill is ``fill`` of a new ``Prefix``.
+    Every round has a new strength. A ratio is seconds re-steered over seconds of the full prefill;
+    ``expected`` is (layers above the steered one) / (all layers), the excess is
+    ratio / expected - 1. Of the last block either side computes little more than keys and values;
+    ``expected_strict`` leaves it out: (layers above - 1) / (all - 1). ``resteer_ratio`` is the ratio
+    at half depth, ``resteer_excess`` the largest excess, and ``resteer_identical`` says whether
+    caches and next logits are those of the full prefill, bit for bit.
 
     Args:
         prefix_tokens: random tokens that were read.
-        rounds: turns of the dial at each depth.
-        seconds: for each depth: then no new round is begun; 0 is no limit.
+        rounds: changes of the strength at each depth.
+        seconds: after which no new round begins, for each depth; 0 is no limit.
     """
     chunks = [Chunk(tuple(subject.tokens(prefix_tokens)))]
-    count = subject.layer_count
-    found = {}
-    for depth in DEPTHS:
-        layer = int(depth * count)
-        dial = _Dial(subject, layer, chunks)
-        again, full, null = alternate(
-            [dial.resteer, dial.full, dial.full], rounds=rounds, seconds=seconds,
-            tell=lambda message, layer=layer: tell(f"layer {layer}, {message}"),
-        )  # fmt: skip
-        expected = (count - 1 - layer) / count
-        cost = spread(over(again, full))
-        found[str(depth)] = {
-            "layer": layer,
-            "ratio": cost,
-            "null": spread(over(null, full)),
-            "expected": expected,
-            "expected_strict": max(0, count - 2 - layer) / max(1, count - 1),
-            "excess": cost["median"] / expected - 1 if expected else None,
-            "share_of_block_tokens": dial.share,
-            "resteer_seconds": spread(again),
-            "full_seconds": spread(full),
-            "residual_bytes": dial.kept_bytes,
-            "identical": dial.identical(),
-        }
-    excesses = [one["excess"] for one in found.values() if one["excess"] is not None]
-    return {
-        "resteer_ratio": found["0.5"]["ratio"]["median"],
-        "resteer_excess": max(excesses, default=None),
-        "resteer_identical": all(one["identical"] for one in found.values()),
-        "details": {"depths": found, "prefix_tokens": prefix_tokens, "layers": count},
-    }
-
-
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    d = result["details"]
+    found: dict[str, dict] = {}
     table = []
-    for one in d["depths"].values():
-        same = "identical bits" if one["identical"] else "THE CACHES DIFFER"
-        table.append(ratio(
-            f"re-steer at layer {one['layer']} of {d['layers']}, cost / full prefill", one["ratio"],
-            one["null"],
-            f"{_expectation(one)}; {d['prefix_tokens']} tokens in {one['full_seconds']['median']:.2f} s; "
-            f"keeps {one['residual_bytes'] / 2**20:.1f} MiB; {same}",
-        ))  # fmt: skip
-    return table
-
-
-def _expectation(one: dict) -> str:
-    if one["excess"] is None:
-        return "no layer above"
-    return (
-        f"layers above: {one['expected']:.3f} ({100 * one['excess']:+.0f} %), "
-        f"{one['expected_strict']:.3f} without the last"
+    for depth in DEPTHS:
+        layer = int(depth * subject.model.layer_count)
+        one = found[str(depth)] = _at_layer(subject, layer, chunks, rounds, seconds, tell)
+        expected = "no layer above"
+        if one["excess"] is not None:
+            expected = f"layers above: {one['expected']:.3f} ({100 * one['excess']:+.0f} %), "
+            expected += f"{one['expected_strict']:.3f} without the last"
+        table.append(
+            Figure.of(
+                f"re-steer at layer {layer} of {subject.model.layer_count}, cost / full prefill",
+                one["ratio"],
+                one["null"],
+                f"{expected}; {prefix_tokens} tokens in {one['full_seconds']['median']:.2f} s; "
+                f"keeps {one['residual_bytes'] / 2**20:.1f} MiB; "
+                f"{'identical bits' if one['identical'] else 'THE CACHES DIFFER'}",
+            )
+        )
+    excesses = [one["excess"] for one in found.values() if one["excess"] is not None]
+    return Measurement(
+        {
+            "resteer_ratio": found["0.5"]["ratio"]["median"],
+            "resteer_excess": max(excesses, default=None),
+            "resteer_identical": all(one["identical"] for one in found.values()),
+        },
+        table,
+        {"depths": found, "prefix_tokens": prefix_tokens, "layers": subject.model.layer_count},
     )
 
 
-class _Dial:
-    """A prefix whose strength at one layer is turned again and again."""
+def _at_layer(
+    subject: Subject, layer: int, chunks: list[Chunk], rounds: int, seconds: float, tell: Tell
+) -> dict[str, object]:
+    """Measure one depth."""
+    count, strengths = subject.model.layer_count, _Strengths(subject, layer, chunks)
+    strengths.resteer()  # warm up
+    again, full, null = alternate(
+        [strengths.resteer, strengths.full, strengths.full],
+        rounds=rounds,
+        seconds=seconds,
+        tell=lambda message: tell(f"layer {layer}, {message}"),
+    )
+    cost, expected = ratio(again, full), (count - 1 - layer) / count
+    return {
+        "layer": layer,
+        "ratio": cost,
+        "null": ratio(null, full),
+        "expected": expected,
+        "expected_strict": max(0, count - 2 - layer) / max(1, count - 1),
+        "excess": cost["median"] / expected - 1 if expected else None,
+        "resteer_seconds": spread(again),
+        "full_seconds": spread(full),
+        "residual_bytes": strengths.prefix.residual_bytes,
+        **strengths.compared(),
+    }
+
+
+class _Strengths:
+    """A prefix that is filled under one strength after the other at one layer."""
 
     def __init__(self, subject: Subject, layer: int, chunks: list[Chunk]):
         self._subject, self._layer, self._chunks = subject, layer, chunks
-        self._prefix = Prefix(subject.model, keep_bytes=PLENTY)
-        self._prefix.fill(chunks, self._turn(0))
-        self._turns = 0
-        self.resteer()  # warm up
+        self._number = 0
+        self.prefix = Prefix(subject.model.network, keep_bytes=KEEP)
+        self.prefix.fill(chunks, self._current)
 
     @property
-    def kept_bytes(self) -> int:
-        return self._prefix.residual_bytes
-
-    def _turn(self, number: int) -> Steering:
-        return self._subject.steering((self._layer,), strength=0.1 + 0.01 * number)
+    def _current(self) -> Steering:
+        return self._subject.steering((self._layer,), strength=0.1 + 0.01 * self._number)
 
     def resteer(self) -> float:
-        """Turn the dial; return the seconds."""
-        self._turns += 1
-        how = self._turn(self._turns)
-        mx.synchronize()
-        return timed(lambda: self._prefix.fill(self._chunks, how))
+        """Change the strength; return the seconds."""
+        self._number += 1
+        return self._fill(self.prefix)
 
     def full(self) -> float:
-        """Read everything again at the strength in force; return the seconds."""
-        prefix, how = Prefix(self._subject.model), self._turn(self._turns)
+        """Read everything again at the current strength; return the seconds."""
+        return self._fill(Prefix(self._subject.model.network))
+
+    def _fill(self, prefix: Prefix) -> float:
+        steering = self._current
         mx.synchronize()
-        return timed(lambda: prefix.fill(self._chunks, how))
+        return timed(lambda: prefix.fill(self._chunks, steering))
 
-    @property
-    def share(self) -> float:
-        """The part of a full prefill's (tokens x blocks) that a turn computes."""
-        fresh = Prefix(self._subject.model)
-        full = fresh.fill(self._chunks, self._turn(self._turns)).block_tokens
-        self._turns += 1
-        return self._prefix.fill(self._chunks, self._turn(self._turns)).block_tokens / full
-
-    def identical(self) -> bool:
-        """Compare caches and the next logits with those of a full prefill, bit by bit."""
-        fresh = Prefix(self._subject.model)
-        fresh.fill(self._chunks, self._turn(self._turns))
+    def compared(self) -> dict[str, object]:
+        """Change the strength once more; compare the work, the caches and the next logits, bit by bit."""
+        self._number += 1
+        network = self._subject.model.network
+        fresh = Prefix(network)
+        works = [p.fill(self._chunks, self._current).block_tokens for p in (self.prefix, fresh)]
         token = mx.array([[self._chunks[0].tokens[-1]]])
-        logits = [self._subject.model(token, cache=p.caches) for p in (self._prefix, fresh)]
-        pairs = [(one.state, other.state)
-                 for one, other in zip(self._prefix.caches, fresh.caches, strict=True)]  # fmt: skip
-        same = all(
-            mx.array_equal(a, b).item()
-            for one, other in pairs
-            for a, b in zip(one, other, strict=True)
-        )
-        return bool(same and mx.array_equal(*logits).item())
+        states = []
+        for prefix in (self.prefix, fresh):
+            logits = network(token, cache=prefix.caches)
+            states.append([logits, *(array for cache in prefix.caches for array in cache.state)])
+        identical = all(mx.array_equal(a, b).item() for a, b in zip(*states, strict=True))
+        return {"share_of_block_tokens": works[0] / works[1], "identical": identical}

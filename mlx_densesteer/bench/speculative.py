@@ -1,17 +1,16 @@
-"""Speculative decoding: how many drafted tokens are taken, and what it gains."""
+"""Speculative decoding: how many drafted tokens are taken, and what that gains."""
 
 from dataclasses import replace
 
 import mlx.nn as nn
-from mlx_lm.models.qwen2 import Model
+from mlx_lm.models.qwen2 import Model as Qwen2
 
 from ..generation.speculation import Draft
 from ..generation.stream import Generation, generate
-from ..model.block import decoder_blocks, patch
-from ..model.model import load
-from .report import Row, ratio
+from ..model.block import decoder_blocks
+from ..model.model import Model, load
+from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, timed
 from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread, timed
 
 FIGURES = ("speculative_acceptance", "speculative_ratio", "speculative_equal")
 SUITE = {"questions": 2, "tokens": 24, "rounds": 10, "seconds": 30.0}
@@ -29,86 +28,87 @@ def run(
     rounds: int = 3,
     seconds: float = 0.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
+) -> Measurement:
     """Answer questions under a mild steering, greedily, with and without a draft, in turn.
 
-    Without a smaller model of the family at hand the draft is a *truncated copy*: the model's own
-    first blocks, its final norm and head, sharing the weights. Such a copy is a poor draft, as it
-    was never trained to speak from there, so its acceptance is a lower bound for a real draft's.
-    ``speculative_acceptance`` is accepted over proposed tokens, ``speculative_ratio`` the speed
-    with the draft over that without (whole responses, prompts included), with the plain run once
-    more as the null, and ``speculative_equal`` whether all tokens were the same.
+    Without ``draft`` it is a *truncated copy*: the model's own first blocks, final norm and head.
+    Such a copy was never trained to speak from there, so it shows that the tokens stay the same, and
+    a lower bound for a real draft's acceptance. ``speculative_acceptance`` is accepted over proposed
+    tokens, ``speculative_ratio`` the speed with the draft over that without (whole responses,
+    prompts included), with the plain run once more as the noise, and ``speculative_equal`` says
+    whether all tokens were the same.
 
     Args:
-        draft: a smaller model's folder or Hub id; without one the truncated copy.
+        draft: a smaller model's folder or Hub id; by default the truncated copy.
         draft_layers: blocks of the truncated copy; 0 is a quarter of the model's, at least 1.
         draft_tokens: tokens that the draft proposes at a time.
         questions: arithmetic stories to answer.
         tokens: tokens of an answer at most.
         rounds: answers to each question and side.
-        seconds: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins; 0 is no limit.
     """
+    model = subject.model
     if draft is None:
-        blocks = draft_layers or max(1, subject.layer_count // 4)
-        small, words = truncated(subject.model, blocks), subject.tokenizer
-        what = f"its own first {blocks} of {subject.layer_count} blocks"
+        blocks = draft_layers or max(1, model.layer_count // 4)
+        small = Model(truncated(model.network, blocks), model.tokenizer)
+        what = f"its own first {blocks} of {model.layer_count} blocks"
     else:
-        (small, words), what = load(draft), draft
-    helper = Draft(small, words, draft_tokens)
-    prompts, steering = subject.questions(questions), subject.mild(subject.layer_count // 2)
-    answers: dict[bool, list[Generation]] = {}
+        small, what = load(draft), draft
+    prompts, steering = subject.questions(questions), subject.dosed(model.layer_count // 2)
+    answers: dict[Draft | None, list[Generation]] = {}
 
-    def respond(*, drafted: bool) -> None:
-        answers[drafted] = [
-            generate(
-                subject.model, subject.tokenizer, prompt, steering=steering, max_tokens=tokens,
-                draft=helper if drafted else None,
-            )
-            for prompt in prompts
-        ]  # fmt: skip
+    def respond(helper: Draft | None) -> None:
+        options = {"steering": steering, "max_tokens": tokens, "draft": helper}
+        answers[helper] = [generate(model, prompt, **options) for prompt in prompts]
 
-    respond(drafted=True)  # warm up
-    with_draft, without, again = alternate(
-        [lambda: timed(lambda: respond(drafted=True)), *[lambda: timed(lambda: respond(drafted=False))] * 2],
-        rounds=rounds, seconds=seconds, tell=tell,
-    )  # fmt: skip
-    pairs = list(zip(answers[True], answers[False], strict=True))
-    proposed = sum(one.draft_proposed or 0 for one in answers[True])
-    accepted = sum(one.draft_accepted or 0 for one in answers[True])
-    speed = spread(over(without, with_draft))
-    return {
-        "speculative_acceptance": accepted / proposed if proposed else None,
-        "speculative_ratio": speed["median"],
-        "speculative_equal": all(a.token_ids == b.token_ids for a, b in pairs),
-        "details": {
-            "speed": {"ratio": speed, "null": spread(over(without, again))},
+    helper = Draft(small, draft_tokens)
+    respond(helper)  # warm up
+    works = [lambda one=one: timed(lambda: respond(one)) for one in (helper, None, None)]
+    drafting, without, again = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
+    drafted, plain = answers[helper], answers[None]
+    proposed = sum(one.draft_proposed or 0 for one in drafted)
+    accepted = sum(one.draft_accepted or 0 for one in drafted)
+    equal = sum(a.token_ids == b.token_ids for a, b in zip(drafted, plain, strict=True))
+    count = sum(len(one.token_ids) for one in plain)
+    acceptance = accepted / proposed if proposed else None
+    speed, noise = ratio(without, drafting), ratio(without, again)
+    return Measurement(
+        {
+            "speculative_acceptance": acceptance,
+            "speculative_ratio": speed["median"],
+            "speculative_equal": equal == len(prompts),
+        },
+        [
+            Figure(
+                "drafted tokens accepted",
+                "-" if acceptance is None else f"{acceptance:.3f}",
+                remark=f"{accepted} of {proposed}; draft: {what}, {draft_tokens} at a time",
+            ),
+            Figure.of(
+                "speed with the draft / without",
+                speed,
+                noise,
+                f"{equal} of {len(prompts)} answers with equal tokens ({count} tokens)",
+            ),
+        ],
+        {
+            "speed": {"ratio": speed, "null": noise},
             "draft": what,
             "draft_tokens": draft_tokens,
             "proposed": proposed,
             "accepted": accepted,
             "questions": len(prompts),
-            "tokens": sum(len(one.token_ids) for one in answers[False]),
-            "equal_answers": sum(a.token_ids == b.token_ids for a, b in pairs),
+            "tokens": count,
+            "equal_answers": equal,
         },
-    }
+    )
 
 
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    d, acceptance = result["details"], result["speculative_acceptance"]
-    return [
-        Row("drafted tokens accepted", "-" if acceptance is None else f"{acceptance:.3f}",
-            remark=f"{d['accepted']} of {d['proposed']}; draft: {d['draft']}, {d['draft_tokens']} at a time"),
-        ratio("speed with the draft / without", d["speed"]["ratio"], d["speed"]["null"],
-              f"{d['equal_answers']} of {d['questions']} answers with equal tokens ({d['tokens']} tokens)"),
-    ]  # fmt: skip
-
-
-def truncated(model: nn.Module, blocks: int) -> nn.Module:
-    """Return a model of the first ``blocks`` blocks that shares the weights of ``model``."""
-    copy = Model(replace(model.args, num_hidden_layers=blocks))
-    copy.model.embed_tokens, copy.model.norm = model.model.embed_tokens, model.model.norm
-    copy.model.layers = [decoder_blocks(model)[layer] for layer in range(blocks)]
-    if not model.args.tie_word_embeddings:
-        copy.lm_head = model.lm_head
-    return patch(copy.eval())
+def truncated(network: nn.Module, blocks: int) -> nn.Module:
+    """Return a network of the first ``blocks`` blocks that shares the weights of ``network``."""
+    copy = Qwen2(replace(network.args, num_hidden_layers=blocks))
+    copy.model.embed_tokens, copy.model.norm = network.model.embed_tokens, network.model.norm
+    copy.model.layers = [decoder_blocks(network)[layer] for layer in range(blocks)]
+    if not network.args.tie_word_embeddings:
+        copy.lm_head = network.lm_head
+    return copy.eval()

@@ -1,114 +1,110 @@
 """Time to the first token of a whole process, `densesteer generate` against `mlx_lm generate`."""
 
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import mlx.core as mx
-
-from .. import demo
 from ..demo.problems import held_out
-from ..model.model import find
-from ..steering.vector import SteeringVector, VectorMeta
-from .report import Row, ratio
+from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread, timed
 from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread, timed
 
 FIGURES = ("first_token_ratio", "first_token_steered_ratio", "import_seconds", "help_seconds")
 SUITE = {"rounds": 5, "seconds": 25.0}
 QUICK = {"rounds": 1}
-TOKENS = 10  # one more than the brake holds back
+TOKENS = "10"
 RULE = b"=" * 10 + b"\n"  # mlx_lm prints it before it begins
+OURS = (sys.executable, "-m", "mlx_densesteer")
+SHORT = {
+    "import mlx_densesteer": (sys.executable, "-c", "import mlx_densesteer"),
+    "densesteer --help": (*OURS, "--help"),
+}
 
 
 def run(
     subject: Subject, *, rounds: int = 5, seconds: float = 0.0, tell: Tell = quiet
-) -> dict[str, object]:
+) -> Measurement:
     """Start processes in turn and wait for the first byte of text on their standard output.
 
-    `densesteer generate`, the same with a vector, that with `--no-brake`, `python -m mlx_lm generate`,
-    and this once more as the null; same model folder, same prompt, greedy. A ratio is our seconds over
-    mlx-lm's: below 1 we are sooner. The brake shows a steered text some tokens late. The files are in
-    the system's cache after a first start of each. The vector carries the norms that
-    `densesteer extract` records, as vectors do. ``import_seconds`` is
-    ``import mlx_densesteer`` in a new process, ``help_seconds`` is `densesteer --help`.
+    `densesteer generate`, the same with a vector, `python -m mlx_lm generate`, and this once more as
+    the noise; same model folder, same prompt, greedy. A ratio is our seconds over mlx-lm's: below 1
+    is sooner. One start of each beforehand puts the files into the system's cache.
+    ``import_seconds`` is `import mlx_densesteer` in a new process, ``help_seconds`` is
+    `densesteer --help`.
 
     Args:
         rounds: starts of each side.
-        seconds: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins; 0 is no limit.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model, prompt = _folder(subject, place), held_out(1)[0].question
-        file = _vector(subject).save(place / "random.npz")
-        ours = [
-            sys.executable, "-m", "mlx_densesteer", "generate", "-m", str(model), "-n", str(TOKENS)
-        ]  # fmt: skip
-        theirs = [
-            sys.executable, "-m", "mlx_lm", "generate", "--model", str(model), "--max-tokens",
-            str(TOKENS), "--temp", "0", "--prompt", prompt,
-        ]  # fmt: skip
-        steered = ["-v", str(file), "-l", str(subject.layer_count // 2), "-s", "0.1"]
-        sides = [
-            _Process([*ours, prompt]), _Process([*ours, *steered, prompt]),
-            _Process([*ours, *steered, "--no-brake", prompt]), _Process(theirs), _Process(theirs),
-        ]  # fmt: skip
-        for side in sides[:4]:
+        model, prompt = str(subject.folder(place)), held_out(1)[0].question
+        vector = str(subject.vector.save(place / "random.npz"))
+        ours = [*OURS, "generate", "-m", model, "-n", TOKENS]
+        steered = ["-v", vector, "-l", str(subject.model.layer_count // 2), "-s", "0.1"]
+        stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", model, "--temp", "0"]
+        stock += ["--max-tokens", TOKENS, "--prompt", prompt]
+        commands = [[*ours, prompt], [*ours, *steered, prompt], stock]
+        sides = [_Command(words) for words in (*commands, stock)]
+        for side in sides[:3]:
             side.first_token()
-        plain, with_vector, at_once, stock, again = alternate(
-            [side.first_token for side in sides], rounds=rounds, seconds=seconds, tell=tell
+        works = [side.first_token for side in sides]
+        plain, with_vector, theirs, again = alternate(
+            works, rounds=rounds, seconds=seconds, tell=tell
         )
-    short = _short_commands(rounds)
-    ratios = {
-        "plain": spread(over(plain, stock)),
-        "steered": spread(over(with_vector, stock)),
-        "steered_no_brake": spread(over(at_once, stock)),
-        "null": spread(over(again, stock)),
+    short = [lambda words=words: timed(lambda: _silently(words)) for words in SHORT.values()]
+    taken = map(spread, alternate(short, rounds=max(2, rounds)))
+    times = dict(zip(SHORT, taken, strict=True))
+    first = {
+        "plain": ratio(plain, theirs),
+        "steered": ratio(with_vector, theirs),
+        "null": ratio(again, theirs),
     }
-    return {
-        "first_token_ratio": ratios["plain"]["median"],
-        "first_token_steered_ratio": ratios["steered"]["median"],
-        "import_seconds": short["import mlx_densesteer"]["median"],
-        "help_seconds": short["densesteer --help"]["median"],
-        "details": {
-            "first_token": ratios,
-            "seconds": {
-                "densesteer": spread(plain),
-                "densesteer_steered": spread(with_vector),
-                "densesteer_steered_no_brake": spread(at_once),
-                "mlx_lm": spread(stock),
-            },
-            "same_text": sides[0].text == sides[3].text,
-            "short_commands": short,
+    whole = {
+        "densesteer": spread(plain),
+        "densesteer_steered": spread(with_vector),
+        "mlx_lm": spread(theirs),
+    }
+    median = {name: f"{of['median']:.2f} s" for name, of in (whole | times).items()}
+    same = sides[0].text == sides[2].text
+    remark = f"ours {median['densesteer']}, mlx_lm {median['mlx_lm']}; "
+    remark += "same text" if same else "THE TEXTS DIFFER"
+    return Measurement(
+        {
+            "first_token_ratio": first["plain"]["median"],
+            "first_token_steered_ratio": first["steered"]["median"],
+            "import_seconds": times["import mlx_densesteer"]["median"],
+            "help_seconds": times["densesteer --help"]["median"],
         },
-    }
+        [
+            Figure.of(
+                "seconds to the first token, ours / mlx_lm", first["plain"], first["null"], remark
+            ),
+            Figure.of(
+                "  ours steered / mlx_lm",
+                first["steered"],
+                first["null"],
+                f"ours {median['densesteer_steered']}",
+            ),
+            *(
+                Figure(f"`{name}`", median[name], f"{of['low']:.2f}-{of['high']:.2f}")
+                for name, of in times.items()
+            ),
+        ],
+        {"first_token": first, "seconds": whole, "same_text": same, "short_commands": times},
+    )
 
 
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    d = result["details"]
-    first, taken, short = d["first_token"], d["seconds"], d["short_commands"]
-    same = "same text" if d["same_text"] else "THE TEXTS DIFFER"
-    return [
-        ratio("seconds to the first token, ours / mlx_lm", first["plain"], first["null"],
-              f"ours {taken['densesteer']['median']:.2f} s, mlx_lm {taken['mlx_lm']['median']:.2f} s; {same}"),
-        ratio("  ours steered / mlx_lm", first["steered"], first["null"],
-              f"ours {taken['densesteer_steered']['median']:.2f} s; the brake holds a few tokens back"),
-        ratio("  ours steered, --no-brake / mlx_lm", first["steered_no_brake"], first["null"],
-              f"ours {taken['densesteer_steered_no_brake']['median']:.2f} s"),
-        *(Row(f"`{name}`", f"{of['median']:.2f} s", f"{of['low']:.2f}-{of['high']:.2f}")
-          for name, of in short.items()),
-    ]  # fmt: skip
+def _silently(command: tuple[str, ...]) -> None:
+    subprocess.run(command, check=True, capture_output=True)
 
 
-class _Process:
+class _Command:
     """A command that writes text, and the text of its last run."""
 
-    def __init__(self, command: list[str]):
-        self._command = command
+    def __init__(self, words: list[str]):
+        self._words = words
         self.text = ""
 
     def first_token(self) -> float:
@@ -120,7 +116,7 @@ class _Process:
         seen, first = b"", None
         with tempfile.TemporaryFile() as errors:
             began = time.perf_counter()
-            with subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=errors) as process:
+            with subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=errors) as process:
                 try:
                     while piece := process.stdout.read1():
                         seen += piece
@@ -130,55 +126,9 @@ class _Process:
                     process.kill()
                     raise
             errors.seek(0)
-            if process.returncode or first is None:
-                message = errors.read().decode("utf-8", "replace")
-                raise subprocess.CalledProcessError(
-                    process.returncode, self._command, stderr=message
-                )
-        self.text = (
-            seen.removeprefix(RULE).split(b"\n" + RULE)[0].decode("utf-8", "replace").strip()
-        )
+            said = errors.read().decode("utf-8", "replace")
+        if process.returncode or first is None:
+            raise subprocess.CalledProcessError(process.returncode, self._words, stderr=said)
+        text = seen.removeprefix(RULE).split(b"\n" + RULE)[0]
+        self.text = text.decode("utf-8", "replace").strip()
         return first
-
-
-def _folder(subject: Subject, place: Path) -> Path:
-    """Return a folder that both commands compute in the same dtype.
-
-    The embedded model comes in bfloat16, which we compute in float32 on the CPU, and mlx-lm
-    does not: there both get a copy in float32.
-    """
-    found = find(subject.name)
-    if found != demo.MODEL or mx.default_device() != mx.Device(mx.cpu):
-        return found
-    copy = shutil.copytree(found, place / "demo-float32")
-    weights = mx.load(str(copy / "model.safetensors"))
-    floats = {name: array.astype(mx.float32) for name, array in weights.items()}
-    mx.save_safetensors(str(copy / "model.safetensors"), floats, metadata={"format": "mlx"})
-    return copy
-
-
-def _vector(subject: Subject) -> SteeringVector:
-    """Return the random vector with the metadata that an extracted one has."""
-    meta = VectorMeta(
-        model=subject.name, hidden_size=subject.model.args.hidden_size,
-        layer_count=subject.layer_count, fingerprint=subject.fingerprint,
-        residual_norms={str(layer): norm for layer, norm in subject.norms.items()},
-    )  # fmt: skip
-    return SteeringVector(subject.vector.layers, meta)
-
-
-def _short_commands(rounds: int) -> dict[str, dict[str, float]]:
-    commands = {
-        "import mlx_densesteer": ["-c", "import mlx_densesteer"],
-        "import mlx_lm": ["-c", "import mlx_lm"],
-        "densesteer --help": ["-m", "mlx_densesteer", "--help"],
-        "python -c pass": ["-c", "pass"],
-    }
-
-    def start(arguments: list[str]) -> float:
-        command = [sys.executable, *arguments]
-        return timed(lambda: subprocess.run(command, check=True, capture_output=True))
-
-    sides = [lambda arguments=arguments: start(arguments) for arguments in commands.values()]
-    taken = alternate(sides, rounds=max(2, rounds))
-    return {name: spread(seconds) for name, seconds in zip(commands, taken, strict=True)}

@@ -1,25 +1,43 @@
 """All benchmarks one after the other, and what they found as one object and one table."""
 
+import datetime
+import os
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import InputError
+import mlx.core as mx
+
+from .._version import __version__
+from ..errors import DenseSteerError, InputError
 from . import batch, decode, extract, generation, resteer, speculative, startup, sweep
-from .report import REFUSALS, Row, reason
+from .figures import Figure, Measurement, Tell, lines, quiet
 from .subject import Subject
-from .timing import Tell, quiet
 
-BENCHMARKS = MappingProxyType({
-    "decode": decode, "generation": generation, "startup": startup, "batch": batch,
-    "resteer": resteer, "speculative": speculative, "extract": extract, "sweep": sweep,
-})  # fmt: skip
+BENCHMARKS = MappingProxyType(
+    {
+        "decode": decode,
+        "generation": generation,
+        "startup": startup,
+        "batch": batch,
+        "resteer": resteer,
+        "speculative": speculative,
+        "extract": extract,
+        "sweep": sweep,
+    }
+)
 
-Finding = tuple[str, dict[str, object]]
+# what a benchmark may meet on a user's machine; anything else is a bug
+REFUSALS = (DenseSteerError, OSError, subprocess.SubprocessError, RuntimeError, ImportError)
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Return the benchmarks of these names, all without any, in the suite's order.
+    """Return the benchmarks of these names, all of them without any, in the suite's order.
 
     Raises:
         InputError: there is no such benchmark.
@@ -38,45 +56,116 @@ def measure(
     quick: bool = False,
     options: Mapping[str, Mapping[str, object]] | None = None,
     tell: Callable[[str], Tell] = lambda name: quiet,
-) -> Iterator[Finding]:
-    """Yield (name, result) of each benchmark as it is done.
+) -> Iterator[tuple[str, Measurement]]:
+    """Yield (name, measurement) of each benchmark as it is done.
 
-    One that cannot run gives ``{"details": {"reason": ...}}``. ``options`` by name go before those
-    of the suite; ``tell(name)`` returns who is told how far that benchmark is.
+    A benchmark that cannot run yields the reason in its ``details``. ``options`` by name replace
+    those of the suite; ``tell(name)`` returns what is called with that benchmark's progress.
     """
     for name in chosen(names):
         module = BENCHMARKS[name]
         settings = {**(module.QUICK if quick else module.SUITE), **(options or {}).get(name, {})}
         began = time.perf_counter()
         try:
-            result = module.run(subject, tell=tell(name), **settings)
+            found = module.run(subject, tell=tell(name), **settings)
         except REFUSALS as error:
-            result = {"details": {"reason": reason(error)}}
-        result["details"]["wall_seconds"] = round(time.perf_counter() - began, 1)
-        yield name, result
+            found = _not_measured(reason(error))
+        found.details["wall_seconds"] = round(time.perf_counter() - began, 1)
+        yield name, found
 
 
-def document(found: Mapping[str, dict], head: Mapping[str, object], missing: str) -> dict:
+def _not_measured(why: str) -> Measurement:
+    return Measurement({}, [Figure("not measured", "-", remark=why)], {"reason": why})
+
+
+def document(
+    found: Mapping[str, Measurement], head: Mapping[str, object], missing: str
+) -> dict[str, object]:
     """Return one object: figures at the top level, ``header``, ``details`` by benchmark.
 
-    A figure without a measurement is ``None``; ``missing`` is the reason where a benchmark did
-    not run at all.
+    A figure without a measurement is ``None``; ``missing`` is the reason of benchmarks that did not
+    run at all.
     """
-    figures: dict[str, object] = {}
-    details: dict[str, object] = {}
-    for name, module in BENCHMARKS.items():
-        result = found.get(name, {"details": {"reason": missing}})
-        figures |= {key: result.get(key) for key in module.FIGURES}
-        details[name] = result["details"]
-    return {**figures, "header": dict(head), "details": details}
+    all_of = {name: found.get(name, _not_measured(missing)) for name in BENCHMARKS}
+    return {
+        **{
+            key: of.figures.get(key)
+            for name, of in all_of.items()
+            for key in BENCHMARKS[name].FIGURES
+        },
+        "header": dict(head),
+        "details": {name: of.details for name, of in all_of.items()},
+    }
 
 
-def table(found: Mapping[str, dict]) -> list[tuple[str, Row]]:
-    """Return the rows of all benchmarks with their names."""
-    return [(name, row) for name, result in found.items() for row in _rows(name, result)]
+def report(found: Mapping[str, Measurement], head: Mapping[str, object]) -> list[str]:
+    """Return the header and the table of all that was measured."""
+    return [*heading(head), "", *lines((name, of.table) for name, of in found.items())]
 
 
-def _rows(name: str, result: dict) -> list[Row]:
-    if "reason" in result["details"]:
-        return [Row("not measured", "-", remark=str(result["details"]["reason"]))]
-    return BENCHMARKS[name].rows(result)
+def reason(error: BaseException) -> str:
+    """Say in a line why a benchmark could not run."""
+    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    said = said if isinstance(said, str) else said.decode("utf-8", "replace")
+    last = said.strip().splitlines()[-1]
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{' '.join(error.cmd[1:4])}: exit code {error.returncode}: {last}"
+    return last
+
+
+def header(subject: Subject, command: str) -> dict[str, object]:
+    """Return what a figure must carry: model, machine, versions, date, command."""
+    return {
+        "model": subject.name,
+        "layers": subject.model.layer_count,
+        "dtype": subject.dtype,
+        "device": _device(),
+        "machine": platform.machine(),
+        "chip": _chip(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": _system(),
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "mlx-lm": metadata.version("mlx-lm"),
+        "mlx-densesteer": __version__,
+        "load": round(os.getloadavg()[0], 1),  # processes that want to run, over the last minute
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "command": command,
+    }
+
+
+def heading(head: Mapping[str, object]) -> list[str]:
+    """Return the header as a few lines above the table."""
+    return [
+        f"{head['model']}: {head['layers']} layers, {head['dtype']}, on {head['device']}",
+        f"{head['chip']} ({head['machine']}), {head['cores']} cores, {head['memory_gib']} GiB, "
+        f"{head['os']}, load {head['load']}",
+        f"Python {head['python']}, mlx {head['mlx']}, mlx-lm {head['mlx-lm']}, "
+        f"mlx-densesteer {head['mlx-densesteer']}, {head['date']}",
+        f"$ {head['command']}",
+    ]
+
+
+def _device() -> str:
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "CPU"
+    name = mx.device_info().get("device_name")
+    return f"GPU ({name})" if name else "GPU"
+
+
+def _chip() -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    else:
+        file = Path("/proc/cpuinfo")
+        names = file.read_text("utf-8").partition("model name")[2] if file.exists() else ""
+        said = names.partition("\n")[0].strip("\t: ") or platform.processor()
+    return said.strip() or "unknown chip"
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    return f"{platform.system()} {platform.release()}"

@@ -6,12 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.answers import Answer, answer
-from ..evaluation.sweep import Setting, settings_of
-from ..evaluation.tasks import Problem, load_task
-from .report import Row, ratio
+from ..generation.batch import generate_batch
+from ..steering.steering import Steering
+from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, timed
 from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread, timed
 
 FIGURES = ("sweep_speedup_vs_separate", "sweep_speedup_vs_processes")
 SUITE = {"max_tokens": 16, "rounds": 3, "seconds": 15.0}
@@ -22,7 +20,6 @@ DOSES = (-0.2, 0.1, 0.2, 0.3)
 def run(
     subject: Subject,
     *,
-    task: str = "demo",
     problems: int = 2,
     settings: int = 12,
     max_tokens: int = 48,
@@ -31,107 +28,91 @@ def run(
     rounds: int = 2,
     seconds: float = 0.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
+) -> Measurement:
     """Answer the same problems under the same settings three ways, greedily, in turn.
 
-    The grid: all settings of all problems are rows of shared batches (`densesteer sweep`).
+    The grid: all settings of all problems are rows of shared batches, as in `densesteer sweep`.
     Separate: one setting after the other in one process, its problems in one batch. Processes: one
-    process for each setting, as the reference does with lm-eval, each loading the model. A speed-up
-    is the other way's seconds over the grid's. With more problems a separate run fills its batch
-    too, and the grid gains less: vary ``problems``. The answers of grid and separate runs are
-    compared.
+    `densesteer eval` for each setting, as the reference does with lm-eval, each loading the model. A
+    speed-up is the other way's seconds over the grid's. With more problems a separate run fills its
+    batch too, and the grid gains less. The answers of grid and separate runs are compared.
 
     Args:
-        task: problems to answer; as for `densesteer eval`.
-        problems: how many.
+        problems: how many of the demo's problems.
         settings: how many, of three layers times four doses.
         max_tokens: tokens of an answer at most.
         rows: responses that are generated together at most.
         processes: also run the processes.
         rounds: runs of each way.
-        seconds: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins; 0 is no limit.
     """
-    chosen = load_task(task, limit=problems)
-    grid = _settings(subject)[:settings]
-    limits = {"max_tokens": max_tokens, "rows": rows}
-    answers: dict[str, list[Answer]] = {}
+    count = subject.model.layer_count
+    layers = sorted({count // 3, count // 2, 2 * count // 3})
+    grid = [subject.dosed(layer, dose) for layer in layers for dose in DOSES][:settings]
+    prompts = subject.questions(problems)
+    answers: dict[str, list[tuple[int, ...]]] = {}
+
+    def answer(steerings: Sequence[Steering]) -> list[tuple[int, ...]]:
+        """Return the token ids of every problem under every steering, in that order."""
+        found = generate_batch(
+            subject.model,
+            prompts * len(steerings),
+            steering=[how for how in steerings for _ in prompts],
+            max_tokens=max_tokens,
+            rows=rows,
+        )
+        return [one.token_ids for _, one in sorted(found, key=lambda item: item[0])]
 
     def together() -> None:
-        answers["grid"] = _answer(subject, chosen, grid, limits)
+        answers["grid"] = answer(grid)
 
     def separate() -> None:
-        answers["separate"] = [a for one in grid for a in _answer(subject, chosen, [one], limits)]
+        answers["separate"] = [tokens for how in grid for tokens in answer([how])]
 
-    _answer(subject, chosen[:1], grid[:1], {"max_tokens": 4, "rows": rows})  # warm up
+    answer(grid[:1])  # warm up
     with tempfile.TemporaryDirectory() as folder:
         file = subject.vector.save(Path(folder) / "random.npz")
-        common = ["-m", subject.name, task, "-v", str(file), "--limit", str(problems),
-                  "-n", str(max_tokens), "--rows", str(rows)]  # fmt: skip
+        common = ["-m", subject.name, "demo", "-v", str(file), "--limit", str(problems)]
+        common += ["-n", str(max_tokens), "--rows", str(rows), "--no-nll", "--no-baseline"]
         ways = [together, separate]
         if processes:
-            ways.append(lambda: _processes(grid, common, folder, tell))
-        taken = alternate(
-            [lambda way=way: timed(way) for way in ways], rounds=rounds, seconds=seconds, tell=tell
-        )
-    speedups = [spread(over(other, taken[0])) for other in taken[1:]]
-    solo = {(one.problem, one.steering): one.token_ids for one in answers["separate"]}
-    equal = [one.token_ids == solo[one.problem, one.steering] for one in answers["grid"]]
-    return {
-        "sweep_speedup_vs_separate": speedups[0]["median"],
-        "sweep_speedup_vs_processes": speedups[1]["median"] if processes else None,
-        "details": {
-            "speedups": speedups,
-            "seconds": dict(zip(("grid", "separate", "processes"), taken, strict=False)),
-            "task": task,
-            "settings": len(grid),
-            "problems": len(chosen),
-            "max_tokens": max_tokens,
-            "tokens": sum(one.tokens for one in answers["grid"]),
-            "equal_answers": sum(equal),
-            "answers": len(equal),
+            ways.append(lambda: _evaluate(grid, common, tell))
+        works = [lambda way=way: timed(way) for way in ways]
+        taken = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
+    speedups = [ratio(other, taken[0]) for other in taken[1:]]
+    equal = sum(a == b for a, b in zip(answers["grid"], answers["separate"], strict=True))
+    remark = (
+        f"{len(grid)} settings, {problems} problems of {max_tokens} tokens at most; "
+        f"{equal} of {len(answers['grid'])} answers equal"
+    )
+    labels = ("separate runs / grid", "one process each / grid")[: len(speedups)]
+    return Measurement(
+        {
+            "sweep_speedup_vs_separate": speedups[0]["median"],
+            "sweep_speedup_vs_processes": speedups[1]["median"] if processes else None,
         },
-    }
+        [
+            Figure.of(f"sweep, seconds: {label}", of, remark=remark)
+            for label, of in zip(labels, speedups, strict=True)
+        ],
+        {
+            "speedups": speedups,
+            "settings": len(grid),
+            "problems": problems,
+            "max_tokens": max_tokens,
+            "tokens": sum(map(len, answers["grid"])),
+            "equal_answers": equal,
+            "answers": len(answers["grid"]),
+        },
+    )
 
 
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    d = result["details"]
-    what = f"{d['settings']} settings, {d['problems']} problems of {d['max_tokens']} tokens at most"
-    same = f"{d['equal_answers']} of {d['answers']} answers equal"
-    labels = ("separate runs / grid", "one process each / grid")
-    return [
-        ratio(f"sweep, seconds: {label}", of, remark=f"{what}; {same}")
-        for label, of in zip(labels, d["speedups"], strict=False)
-    ]
-
-
-def _settings(subject: Subject) -> list[Setting]:
-    count = subject.layer_count
-    layers = sorted({count // 3, count // 2, 2 * count // 3})
-    grid = settings_of(
-        subject.vector, layers, DOSES, residual_norms=subject.norms, relative=True
-    )  # fmt: skip
-    return [one for one in grid if one.steering]
-
-
-def _answer(
-    subject: Subject,
-    problems: Sequence[Problem],
-    settings: Sequence[Setting],
-    limits: dict[str, int],
-) -> list[Answer]:
-    how = [setting.steering for setting in settings]
-    return answer(subject.model, subject.tokenizer, problems, how, with_nll=False, **limits)
-
-
-def _processes(settings: Sequence[Setting], common: list[str], folder: str, tell: Tell) -> None:
+def _evaluate(grid: Sequence[Steering], common: list[str], tell: Tell) -> None:
     """Call `densesteer eval` once for each setting, with nothing kept in between."""
-    for number, setting in enumerate(settings):
-        tell(f"process {number + 1} of {len(settings)}")
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            command = [
-                sys.executable, "-m", "mlx_densesteer", "eval", *common, "-l", str(setting.layer),
-                "-s", repr(setting.strength), "--no-nll", "--no-baseline",
-                "-o", f"{place}/answers.jsonl",
-            ]  # fmt: skip
+    for number, how in enumerate(grid):
+        tell(f"process {number + 1} of {len(grid)}")
+        with tempfile.TemporaryDirectory() as place:
+            command = [sys.executable, "-m", "mlx_densesteer", "eval", *common]
+            command += ["-l", str(how.layers[0]), "-s", repr(how.strength)]
+            command += ["-o", f"{place}/answers.jsonl"]
             subprocess.run(command, check=True, capture_output=True, text=True)
