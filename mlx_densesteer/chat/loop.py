@@ -302,7 +302,7 @@ class Chat:
         if isinstance(error, OSError):
             message = f"{error.filename or 'the system'}: {error.strerror or error}."
         if isinstance(error, ContextError):
-            message += " Type /drop or /drop all for that."
+            message = f"{message.partition('. ')[0]}. Shorten it, or forget old turns: /drop or /drop all."
         self.screen.warn(f"error: {message}")
 
     def _ends(self, error: KeyboardInterrupt) -> bool:

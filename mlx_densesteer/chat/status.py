@@ -107,9 +107,9 @@ def sweep_lines(rows: "Sequence[Row]", doses: Sequence[float], width: int) -> li
             figures = [figures[0], *_figures(row.result)]
         table.append([signed_dose(dose), signed(strength), *figures])
     left = aligned(table)
-    room = max(width - len(max(left, key=len)) - 2, 8)
-    words = ["answer", *(one_line(row.text, room) for row in rows)]
     longest = max(map(len, left))
+    room = max(width - longest - 2, 8)
+    words = ["answer", *(one_line(row.text, room) for row in rows)]
     return [
         f"{line.ljust(longest)}  {word}".rstrip() for line, word in zip(left, words, strict=True)
     ]

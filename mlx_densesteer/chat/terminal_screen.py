@@ -53,10 +53,10 @@ class TerminalScreen(Screen):
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
         def answers() -> RenderableType:
-            texts = [_markdown(printable(row.text)) for row in rows.rows]
+            texts = [markdown(printable(row.text)) for row in rows.rows]
             if self.width < 2 * COLUMN:
-                pairs = zip(titles, texts, strict=True)
-                return Group(*(part for t, x in pairs for part in (Text(t, style="bold"), x)))
+                first, second = (Text(title, style="bold") for title in titles)
+                return Group(first, texts[0], Text(), second, texts[1])
             table = Table(*titles, box=box.MINIMAL, expand=True, pad_edge=False, show_edge=False)
             table.add_row(*texts)
             return table
@@ -92,13 +92,13 @@ class _Streaming(Answer):
             return
         *finished, self._text = blocks(self._text)
         if finished:
-            self._foot.keep(_markdown("".join(finished)))
-        self._foot.paint(_markdown(self._text))
+            self._foot.keep(markdown("".join(finished)))
+        self._foot.paint(markdown(self._text))
 
     def finish(self) -> None:
         with self._stack:
             if text := self._text.rstrip():
-                self._foot.keep(_markdown(text))
+                self._foot.keep(markdown(text))
 
 
 class _Foot:
@@ -170,7 +170,8 @@ def blocks(text: str) -> list[str]:
     return ["".join(lines[a:b]) for a, b in itertools.pairwise(borders)]
 
 
-def _markdown(text: str) -> RenderableType:
+def markdown(text: str) -> RenderableType:
+    """Return Markdown as rich shows it."""
     return Group(*(_Block(block) for block in blocks(text)))
 
 

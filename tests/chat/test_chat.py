@@ -4,18 +4,22 @@ import io
 import os
 import subprocess
 import sys
-from os import terminal_size
 from pathlib import Path
 
 import pytest
 
-from mlx_densesteer.chat.blocks import Blocks
 from mlx_densesteer.chat.commands import COMMANDS, Call, help_lines, markdown_table, nearest, parse
-from mlx_densesteer.chat.dial import read_strength, sweep_strengths
-from mlx_densesteer.text import one_line, printable
-from mlx_densesteer.chat.state import history_file
+from mlx_densesteer.chat.loop import Chat
+from mlx_densesteer.chat.plain import Keyboard, Screen
+from mlx_densesteer.chat.rows import Rows
 from mlx_densesteer.chat.status import Status
-from mlx_densesteer.errors import InputError
+from mlx_densesteer.demo import VECTOR
+from mlx_densesteer.errors import ContextError, InputError
+from mlx_densesteer.generation.session import Session
+from mlx_densesteer.steering.request import resolve
+from mlx_densesteer.steering.steering import Steering
+from mlx_densesteer.steering.vector import SteeringVector
+from mlx_densesteer.text import one_line, printable
 
 COINS = (
     "Kim has 12 coins. Then Kim buys 5. Next the number doubles. How many coins does Kim have now?"
@@ -63,37 +67,22 @@ def test_the_documentation_has_the_table_of_the_help():
     assert markdown_table() in page.read_text("utf-8")
 
 
-# The dial
-
-
-def test_strengths_are_numbers_or_doses():
-    def relative(dose):
-        return 20 * dose
-
-    assert read_strength("1.5", relative) == 1.5
-    assert read_strength("-10%", relative) == -2.0
-    for wrong in ("", "much", "nan", "inf", "%", "1.5r"):
-        with pytest.raises(InputError, match="expected a number"):
-            read_strength(wrong, relative)
-    assert sweep_strengths("2, 10% -1 2", 5.0, relative) == [-1.0, 2.0]
-    assert sweep_strengths("", 4.0, relative) == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert sweep_strengths("", -4.0, relative) == [-8.0, -6.0, -4.0, -2.0, 0.0]
-    assert sweep_strengths("", 0.0, relative) == [-2.0, 0.0, 2.0, 4.0, 8.0]
-    assert str(sweep_strengths("-0", 1.0, relative)[0]) == "0.0"
+# What reaches the screen
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_the_settings_are_always_whole(width):
-    name = "a-very-long-name-of-a-model-that-somebody-has-chosen"
-    status = Status(name, "dense.npz", "3-5,9", -1.5, "generated", 123, 32768)
+def test_the_settings_are_always_whole(width, make_vector):
+    vector = make_vector(range(10), layer_count=10)
+    steering = Steering(vector, -1.5, (3, 4, 5, 9), "generated")
+    status = Status("a-very-long-name-of-a-model-that-was-chosen", steering, -0.125, 123, 32768)
     lines = status.lines(width)
     assert all(len(line) <= width for line in lines)
-    for part in ("dense.npz", "layer 3-5,9", "strength -1.5", "123/32768"):
+    wanted = ["vector", "layer 3-5, 9", "dose -12.5%", "positions generat", "123/32768"]
+    for part in wanted:
         assert any(part in line for line in lines), part
-    assert status.prompt == "-1.5> "
-
-
-# What reaches the screen
+    assert width == 20 or any("dose -12.5% (strength -1.5)" in line for line in lines)
+    assert status.prompt == "-12.5%> "
+    assert Status("m", None, 0.0, 0, 9).prompt == "unsteered> "
 
 
 def test_control_characters_become_visible():
@@ -104,74 +93,49 @@ def test_control_characters_become_visible():
     assert one_line("a  b\n" + 100 * "c", 10) == "a b ccc..."
 
 
-def test_blocks_end_where_nothing_can_change_them_any_more():
+def test_only_the_last_block_can_still_change():
+    blocks = pytest.importorskip("mlx_densesteer.chat.terminal_screen").blocks
     text = (
-        "One\ntwo.\n\n\n1. item\n\n   its second paragraph\n\n2. item\n \n```py\na\n\nb\n```\n\n"
+        "One\ntwo.\n\n\n- item\n\n   its second paragraph\n\n- item\n \n```py\na\n\nb\n```\n\n"
         "~~~\n```\n\n~~~\n\nlast\n"
     )
-    blocks, found = Blocks(), []
+    finished, rest = [], ""
     for character in text:  # whatever the pieces are
-        found += blocks.feed(character)
-    assert [*found, blocks.current] == [
-        "One\ntwo.", "1. item\n\n   its second paragraph", "2. item\n ", "```py\na\n\nb\n```",
-        "~~~\n```\n\n~~~", "last\n",
-    ]  # fmt: skip
-    at_once = Blocks()
-    assert at_once.feed(text) == found
+        *more, rest = blocks(rest + character)
+        finished += more
+    assert [*finished, rest] == [
+        "One\ntwo.\n\n\n",
+        "- item\n\n   its second paragraph\n\n- item\n \n",
+        "```py\na\n\nb\n```\n\n",
+        "~~~\n```\n\n~~~\n\n",
+        "last\n",
+    ]
+    assert blocks(text) == [*finished, rest]
+    assert blocks("") == [""]
 
 
 def lines_of(text: str, width: int = 60) -> list[str]:
-    pytest.importorskip("rich")
-    import click
+    markdown = pytest.importorskip("mlx_densesteer.chat.terminal_screen").markdown
     from rich.console import Console
 
-    from mlx_densesteer.chat.markdown import render
-
-    console = Console(file=io.StringIO(), force_terminal=True, width=width)
-    return [click.unstyle(line).rstrip() for line in render(text, console, width)]
+    console = Console(file=io.StringIO(), width=width, markup=False, emoji=False)
+    console.print(markdown(text), end="")
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 def test_markdown_as_models_write_it():
     assert lines_of("2*3*4=24 and 5*6*7\nnext **line**") == ["2*3*4=24 and 5*6*7", "next line"]
     assert lines_of(r"so \(x^2\) and \[ a \\ b \]") == [r"so \(x^2\) and \[ a \\ b \]"]
+    assert lines_of(r"5 \* 6 \_ 7") == ["5 * 6 _ 7"]
     assert lines_of("<think> a < b </think> &#27; &lt;") == ["<think> a < b </think> &#27; &lt;"]
-    assert lines_of("[x]: http://a.b") == ["[x]: http://a.b"], "no text vanishes"
+    assert lines_of("<div>\na\n</div>") == ["<div>", "a", "</div>"], "no text vanishes"
+    assert lines_of("[x]: http://a.b") == ["[x]: http://a.b"]
     assert lines_of("Kim buys 5.\n#### 34") == ["Kim buys 5.", "34"], "one step looks like one"
     assert lines_of("a\n\nb\n#### 3") == ["a", "", "b", "3"]
+    assert lines_of("so:\n- a\n- b\n\n```\nx\n```") == ["so:", " • a", " • b", "", " x"]
     assert all(
         len(line) <= 20 for line in lines_of("| a | b |\n|-|-|\n| 1 | " + 40 * "x" + " |", 20)
     )
-
-
-def test_the_painter_writes_from_where_lines_differ():
-    pytest.importorskip("rich")
-    pyte = pytest.importorskip("pyte")
-    from mlx_densesteer.chat.painter import Painter
-
-    screen = pyte.HistoryScreen(20, 5, ratio=1)
-    terminal, out = pyte.Stream(screen), io.StringIO()
-    painter = Painter(out, lambda: terminal_size((20, 5)))
-
-    def after(action, lines):
-        out.seek(0)
-        out.truncate()
-        action(lines)
-        terminal.feed(out.getvalue().replace("\n", "\r\n"))
-        return [line.rstrip() for line in screen.display]
-
-    assert after(painter.show, ["one", "two", "foot"])[:3] == ["one", "two", "foot"]
-    assert after(painter.show, ["one", "two three", "foot"])[:3] == ["one", "two three", "foot"]
-    assert "one" not in out.getvalue(), "what is the same is not written again"
-    after(painter.show, ["one", "two three", "foot"])
-    assert out.getvalue() == ""
-    long = [f"line {n}" for n in range(8)]
-    assert after(painter.show, [*long, "foot"]) == [*long[-4:], "foot"]
-    after(painter.keep, long)
-    assert after(painter.show, ["next", "foot"])[-2:] == ["next", "foot"]
-    after(lambda _: painter.close(), None)
-    gone = ["".join(row[x].data for x in sorted(row)).rstrip() for row in screen.history.top]
-    kept = [*gone, *(line.rstrip() for line in screen.display)]
-    assert [line for line in kept if line] == long, "every line once, no foot"
 
 
 def test_an_answer_on_a_terminal_holds_no_escape_codes_of_the_model():
@@ -179,7 +143,7 @@ def test_an_answer_on_a_terminal_holds_no_escape_codes_of_the_model():
     code = (
         "from mlx_densesteer.chat.terminal_screen import TerminalScreen\n"
         "from mlx_densesteer.chat.status import Status\n"
-        "view = TerminalScreen().answer(lambda: Status('m', None, '', 0.0, '', 1, 2))\n"
+        "view = TerminalScreen().answer(lambda: Status('m', None, 0.0, 1, 2))\n"
         "for piece in ('a\\x1b]0;ti', 'tle\\x07\\n\\n# b\\x1b[2J\\x9b5n'): view.feed(piece)\n"
         "view.finish(); TerminalScreen().warn('c\\x1b[2J')"
     )
@@ -194,6 +158,7 @@ def test_an_answer_on_a_terminal_holds_no_escape_codes_of_the_model():
 
 
 def test_the_history_is_the_users_own(tmp_path, monkeypatch):
+    history_file = pytest.importorskip("mlx_densesteer.chat.terminal_keyboard").history_file
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     path = history_file()
@@ -216,14 +181,9 @@ def test_the_history_is_the_users_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    from mlx_densesteer.demo import VECTOR
-    from mlx_densesteer.model.model import load
-    from mlx_densesteer.steering.steering import Steering
-    from mlx_densesteer.steering.vector import SteeringVector
-
-    model, tokenizer = load("demo")
-    return model, tokenizer, Steering(SteeringVector.load(VECTOR), 4.756, (5,))
+def steering(demo_model):
+    """The demo's steering at a dose of 20 %: answers of one step."""
+    return resolve(demo_model, "demo", "20%")
 
 
 def answer(session, text):
@@ -233,25 +193,21 @@ def answer(session, text):
     return reply.result
 
 
-def test_rows_equal_the_answers_of_the_session(demo):
-    from mlx_densesteer.chat.rows import Asked, Rows, context_tokens, last_question
-    from mlx_densesteer.generation.session import Session
-
-    model, tokenizer, steering = demo
-    session = Session(model, tokenizer, steering, max_tokens=80)
+def test_rows_equal_the_answers_of_the_session(demo_model, steering):
+    session = Session(demo_model, steering, max_tokens=80)
+    assert session.tokens == 0
     answer(session, EGGS)
     second = answer(session, COINS)
-    assert context_tokens(session) == second.prompt_tokens + second.tokens
-    rows = Rows(session, last_question(session), [None, steering])
+    assert session.tokens == second.prompt_tokens + second.tokens
+    rows = Rows(session, [None, steering])
     for _ in rows:
         pass
     unsteered, steered = rows.stop()
     assert steered.token_ids == second.token_ids
-    assert [state.text for state in rows.states] == [unsteered.text, steered.text]
+    assert [row.text for row in rows.rows] == [unsteered.text, steered.text]
     session.set_strength(0)
-    again = session.regenerate()
-    assert "".join(again) == unsteered.text
-    rows = Rows(session, Asked(EGGS, session.turns), [steering])
+    assert "".join(session.regenerate()) == unsteered.text
+    rows = Rows(session, [steering], EGGS)
     for _ in rows:
         pass
     session.steer(steering)
@@ -259,40 +215,34 @@ def test_rows_equal_the_answers_of_the_session(demo):
     assert len(session.turns) == 3
 
 
-def test_rows_that_are_stopped_keep_what_they_said(demo):
-    from mlx_densesteer.chat.rows import Asked, Rows
-    from mlx_densesteer.errors import ContextError
-    from mlx_densesteer.generation.session import Session
-
-    model, tokenizer, steering = demo
-    session = Session(model, tokenizer, steering)
-    rows = Rows(session, Asked(COINS, ()), [None, steering])
+def test_rows_that_are_stopped_keep_what_they_said(demo_model, steering):
+    session = Session(demo_model, steering)
+    rows = Rows(session, [None, steering], COINS)
     for _, _ in zip(range(12), rows, strict=False):
         pass
     results = rows.stop()
     assert [result.finish_reason for result in results] == ["interrupted"] * 2
-    assert all(state.text == state.result.text != "" for state in rows.states)
+    assert all(row.text == row.result.text != "" for row in rows.rows)
     assert rows.stop() == results
-    with pytest.raises(ContextError, match="no room"):
-        Rows(Session(model, tokenizer, context=20), Asked(COINS, ()), [None])
+    with pytest.raises(ContextError, match="context is 20"):
+        Rows(Session(demo_model, context=20), [None], COINS)
 
 
-def script(demo, lines, **options):
-    """Run a chat over ``lines``; a line may be an exception to raise."""
-    from mlx_densesteer.chat.keyboard import Keyboard
-    from mlx_densesteer.chat.loop import Chat
-    from mlx_densesteer.chat.screen import Screen
-    from mlx_densesteer.generation.session import Session
-    from mlx_densesteer.model.model import inspect
+@pytest.fixture
+def script(demo_model, steering):
+    """Return a function that runs a chat over lines; a line may be an exception to raise."""
 
     class Script(Keyboard):
         interactive = True
         given_back: str | None = None
 
+        def __init__(self, lines):
+            self.lines = lines
+
         def read(self, status):
-            if not lines:
+            if not self.lines:
                 raise EOFError
-            line = lines.pop(0)
+            line = self.lines.pop(0)
             if isinstance(line, BaseException):
                 raise line
             return line() or "" if callable(line) else line
@@ -300,14 +250,16 @@ def script(demo, lines, **options):
         def give_back(self, text):
             self.given_back = text
 
-    model, tokenizer, steering = demo
-    session = Session(model, tokenizer, steering, max_tokens=80, **options)
-    chat = Chat(session, inspect(model, "demo"), Script(), Screen())
-    chat.failures = chat.run()
-    return chat
+    def run(lines, **options):
+        session = Session(demo_model, steering, max_tokens=80, **options)
+        chat = Chat(session, Script(list(lines)), Screen())
+        chat.failures = chat.run()
+        return chat
+
+    return run
 
 
-def test_ctrl_c_while_the_question_is_read_gives_it_back(demo, monkeypatch, capsys):
+def test_ctrl_c_while_the_question_is_read_gives_it_back(script, monkeypatch, capsys):
     from mlx_densesteer.model.prefix import Prefix
 
     fill = Prefix.fill
@@ -316,66 +268,79 @@ def test_ctrl_c_while_the_question_is_read_gives_it_back(demo, monkeypatch, caps
         monkeypatch.setattr(Prefix, "fill", fill)
         raise KeyboardInterrupt
 
-    chat = script(
-        demo, [EGGS, lambda: monkeypatch.setattr(Prefix, "fill", interrupted), COINS, "/retry"]
-    )
+    chat = script([EGGS, lambda: monkeypatch.setattr(Prefix, "fill", interrupted), COINS, "/retry"])
     assert chat.keyboard.given_back == COINS
     assert [turn.user for turn in chat.session.turns] == [EGGS]
     assert "does not count" in capsys.readouterr().err
     assert chat.failures == 0
 
 
-def test_errors_are_shown_and_the_chat_goes_on(demo, tmp_path, capsys):
+def test_errors_are_shown_and_the_chat_goes_on(script, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     lines = [
         "/compare", "/stats", "/strength much", "/layer 77", f"/save {tmp_path}/folder", "/save",
         f"/load {tmp_path}/none", "/drop 3", "/drop x", "/sweep " + "1 " * 3 + " ".join(map(str, range(20))),
         "/vector /dev/null", KeyboardInterrupt(), EGGS,
     ]  # fmt: skip
-    chat = script(demo, lines)
+    chat = script(lines)
     said = capsys.readouterr()
     assert chat.failures == 11 == said.err.count("error: ")
     assert said.out.startswith("Tom finds 6: 4+6=10.")
     assert len(chat.session.turns) == 1
 
 
-def test_a_full_context_says_what_to_do(demo, capsys):
-    chat = script(demo, [EGGS, COINS, "/drop", COINS], context=90)
+def test_a_full_context_says_what_to_do(script, capsys):
+    chat = script([EGGS, COINS, "/drop", COINS], context=90)
     assert chat.failures == 1
-    assert "Here that is /drop" in capsys.readouterr().err
+    assert "forget old turns: /drop or /drop all" in capsys.readouterr().err
     assert [turn.user for turn in chat.session.turns] == [COINS]
 
 
-def test_the_unsteered_run_of_the_stats_is_remembered(demo, monkeypatch, capsys):
-    from mlx_densesteer.chat import actions
+def test_the_unsteered_run_of_the_stats_is_remembered(script, monkeypatch, capsys):
+    from mlx_densesteer.chat import loop
 
     made = []
-    rows = actions.Rows
-    monkeypatch.setattr(actions, "Rows", lambda *a: made.append(a) or rows(*a))
-    script(demo, [COINS, "/stats", "/stats", "/retry", "/stats", "/strength 0", "/retry", "/stats"])
+    monkeypatch.setattr(loop, "Rows", lambda *a: made.append(a) or Rows(*a))
+    script([COINS, "/stats", "/stats", "/retry", "/stats", "/strength 0", "/retry", "/stats"])
     tables = capsys.readouterr().out.split("  steered  ")[1:]
     assert len(tables) == 3
     assert len(made) == 2, "once for each of the two steered answers"
     assert tables[0].startswith(tables[1].partition("Kim")[0]), "the same figures"
 
 
-def test_another_vector_keeps_the_strength(demo, tmp_path):
-    import numpy as np
+def test_a_sweep_takes_strengths_and_doses(script, capsys):
+    chat = script(
+        [EGGS, "/sweep 2, 10% -1 2", "/sweep", "/strength -10%", "/sweep", "/strength 0", "/sweep"]
+    )
+    assert not chat.failures
+    tables = capsys.readouterr().out.split("ending  answer\n")[1:]
+    doses = [
+        [line.split()[0] for line in table.splitlines() if "%" in line.split()[0]]
+        for table in tables
+    ]
+    assert doses.pop(0) == ["-4.21%", "+8.41%", "+10%"], "each once, the lowest first"
+    assert doses == [
+        ["0%", "+10%", "+20%", "+30%", "+40%"],
+        ["-20%", "-15%", "-10%", "-5%", "0%"],
+        ["-10%", "0%", "+10%", "+20%", "+40%"],
+    ]
 
-    from mlx_densesteer.steering.vector import SteeringVector
 
-    _, _, steering = demo
-    arrays = {
-        2: np.ones_like(steering.vector.layers[5]),
-        3: np.ones_like(steering.vector.layers[5]),
-    }
-    SteeringVector(arrays, steering.vector.meta).save(tmp_path / "other.npz")
-    chat = script(demo, ["/positions generated", f"/vector {tmp_path}/other.npz"])
+def test_another_vector_comes_with_its_own_layer_and_strength(script, tmp_path, capsys):
+    import dataclasses
+
+    vector = SteeringVector.load(VECTOR)
+    best = {"layer": 3, "strength": 2.5, "positions": "generated"}
+    meta = dataclasses.replace(vector.meta, recommended=best, fingerprint="0" * 16, model="another")
+    SteeringVector(vector.layers, meta).save(tmp_path / "other.npz")
+    chat = script(["/strength -9", f"/vector {tmp_path}/other.npz"])
     now = chat.session.steering
-    assert (now.strength, now.layers, now.positions) == (4.756, (3,), "generated")
-    chat = script(demo, ["/vector off", "/vector demo"])
-    assert chat.session.steering.layers == (5,)
-    assert chat.session.strength == pytest.approx(4.756, abs=1e-3)
+    assert (now.strength, now.layers, now.positions) == (2.5, (3,), "generated")
+    assert "extracted from other weights (another)" in capsys.readouterr().err
+    chat = script(["/vector off", "/vector demo"])
+    assert chat.session.model.dose(chat.session.steering) == pytest.approx(0.2)
+    script(["/strength 100%"])
+    assert "a large dose" in capsys.readouterr().err
 
 
 def test_a_pipe_is_a_conversation(tmp_path):
@@ -399,9 +364,9 @@ def test_a_pipe_is_a_conversation(tmp_path):
         "Kim buys 5: 12+5=17. The number doubles: 17*2=34.\n#### 34\n"
         "Kim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34.\n#### 34\n"
     )
-    assert "--- unsteered\n" in out and "\n--- strength 0\n" in out
-    assert f"+4.76> {COINS}\n(31 tokens, 1 step, density 31.0" in err
-    assert "0> Kim has \\\n . 3 coins.\n" in err
+    assert "--- unsteered\n" in out and "\n--- 0% (strength 0)\n" in out
+    assert f"+20%> {COINS}\n(31 tokens, 1 step, density 31.0" in err
+    assert "0%> Kim has \\\n  . 3 coins.\n" in err
     assert "/nothing: no such command" in err and "not UTF-8" in err
     assert "\x1b" not in out + err
     assert run.returncode == 1
@@ -411,7 +376,6 @@ def test_a_pipe_is_a_conversation(tmp_path):
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch, capsys):
     import importlib.util
 
-    from mlx_densesteer.chat.screen import Screen
     from mlx_densesteer.cli.chat import _faces
     from mlx_densesteer.errors import install_command
 

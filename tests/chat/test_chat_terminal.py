@@ -1,6 +1,7 @@
 """The chat in a real pseudo-terminal, with the demo model."""
 
 import os
+import re
 import signal
 import sys
 
@@ -26,7 +27,7 @@ def chat(tmp_path):
         settings = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), **env}
         terminal = Terminal(command, settings, columns=columns, lines=lines)
         started.append(terminal)
-        terminal.wait(r"(?m)^(unsteered|[+-]?[0-9.]+)>")
+        terminal.wait(r"(?m)^(unsteered|[+-]?[0-9.]+%)>")
         return terminal
 
     yield start
@@ -42,14 +43,14 @@ def ask(terminal: Terminal, text: str, until: str, count: int = 1) -> str:
 def test_a_conversation(chat, tmp_path):
     terminal = chat("-v", "demo")
     assert "Ask it this:\nZoe has 7 rows" in terminal.text
-    settings = "demo | vector demo | layer 5 | strength +4.76 | positions all | 0/1024 tokens"
-    terminal.wait(settings.replace("|", r"\|").replace("+", r"\+"))
+    settings = "demo | vector demo | layer 5 | dose +20% (strength +4.76) | 0/1024 tokens"
+    terminal.wait(re.escape(settings))
     assert terminal.screen[-1] == settings
     text = ask(terminal, COINS, r"density 31\.0")
     assert "Kim buys 5: 12+5=17. The number doubles: 17*2=34.\n34\n31 tokens, 1 step" in text
     terminal.wait(r"65/1024 tokens")
-    ask(terminal, "/strength 0", r"(?m)^0>$")
-    terminal.wait(r"layer 5 \| strength 0 \|")
+    ask(terminal, "/strength 0", r"(?m)^0%>$")
+    terminal.wait(r"layer 5 \| dose 0% \(strength 0\) \|")
     assert "Kim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34." in ask(
         terminal, "/retry", "2 steps"
     )
@@ -86,26 +87,25 @@ def test_several_lines_and_editing(chat):
 
 
 def test_ctrl_c_keeps_what_was_said_and_the_strength_stays_in_sight(chat):
-    terminal = chat("-v", "demo", "-s", "1", "--relative", "--no-brake", "-n", "900")
-    ask(terminal, COINS, r"strength \+23\.8 \| positions all\s+\d+/1024 tokens \| Ctrl-C stops")
-    terminal.wait(r"(?s)Ctrl-C stops")
-    terminal.pump(1.0)
+    terminal = chat("-v", "demo", "-s", "100%", "--no-brake", "-n", "900")
+    ask(terminal, COINS, r"strength \+23\.8\) \|\s+\d+/1024 tokens \| Ctrl-C stops")
+    terminal.pump(0.3)
     terminal.send("\x03")
     text = terminal.wait(r"; interrupted")
     assert "Kim" in text.rsplit("now?", 1)[1]
-    terminal.wait(r"(?m)^\+23\.8>$")
+    terminal.wait(r"(?m)^\+100%>$")
     tokens = int(terminal.text.rsplit("/1024 tokens", 1)[0].rsplit(None, 1)[-1])
     assert 34 < tokens < 900, "the turn stays"
     assert terminal.text.count("Ctrl-C stops") == 0, "the line below an answer is gone"
     ask(terminal, "/undo", "taken back: Kim has")
-    terminal.wait(r"(?s)\+23\.8> Kim has 12 coins\..*0/1024")  # and can be edited
+    terminal.wait(r"(?s)\+100%> Kim has 12 coins\..*0/1024")  # and can be edited
     terminal.send("\x03\x04")
     assert terminal.end() == 0
 
 
 def test_a_terminal_that_becomes_wider(chat):
     columns = 160
-    terminal = chat("-v", "demo", "-s", "1", "--relative", "--no-brake", "-n", "250")
+    terminal = chat("-v", "demo", "-s", "100%", "--no-brake", "-n", "250")
     ask(terminal, COINS, "Ctrl-C stops")
     terminal.resize(columns, 24)
     terminal.wait("250 tokens, 1 step", seconds=60)
@@ -122,15 +122,19 @@ def test_every_command(chat, tmp_path):
     ask(
         terminal,
         "/compare",
-        r"unsteered: 31 tokens, 2 steps(.|\n)*strength \+4\.76: 31 tokens, 1 step",
+        r"unsteered: 31 tokens, 2 steps(.|\n)*strength \+4\.76\): 31 tokens, 1 step",
     )
-    assert " | Kim buys 5: 12+5=17. The number doubles" in terminal.text
-    ask(terminal, "/sweep", r"\+9\.51 +1 +31 +31\.0 +end  Kim")
-    ask(terminal, "/sweep 0 10%", r"(?s)strength  steps.*?\n0 +2.*?\n\+2\.38 +2.*?\n\n.*>")
+    assert "│ Kim buys 5: 12+5=17. The number doubles" in terminal.text
+    ask(terminal, "/sweep", r"\+40% +\+9\.51 +1 +31 +31\.0 +end  Kim")
+    ask(
+        terminal,
+        "/sweep 0 10%",
+        r"(?s)strength  steps.*?\n0% +0 +2.*?\n\+10% +\+2\.38 +2.*?\n\n.*>",
+    )
     ask(terminal, "/stats", r"density +31\.0 +15\.5(.|\n)*ending +end +end")
-    ask(terminal, "/strength -1.5", r"(?m)^-1\.5>$")
-    ask(terminal, "/layer 3-4", r"layer 3-4 \| strength -1\.5")
-    ask(terminal, "/positions generated", r"positions generated \|")
+    ask(terminal, "/strength -1.5", r"(?m)^-6\.31%>$")
+    ask(terminal, "/layer 3-4", r"layer 3-4 \| dose -[0-9.]+% \(strength -1\.5\)")
+    ask(terminal, "/positions generated", r"positions generated")
     ask(terminal, "/positions nowhere", r"expected one of all, generated, prompt")
     ask(terminal, "/vector none.npz", r"error: none\.npz: no such file")
     ask(terminal, "/retry", r"\d tokens/s", count=4)
@@ -142,7 +146,7 @@ def test_every_command(chat, tmp_path):
     terminal.send("\x03")
     ask(terminal, "/retry", "conversation is empty")
     ask(terminal, f"/load {tmp_path}/talk.json", "loaded 1 turn; the last question: Kim has")
-    terminal.wait(r"strength -1\.5 \| positions generated")
+    terminal.wait(r"strength -1\.5\) \| positions generated")
     ask(terminal, "/drop", "0 turns left of 1")
     ask(terminal, "/stat", r"nothing was sent\. Did you mean /stats")
     (tmp_path / "mine.txt").write_text("mine")
@@ -155,18 +159,18 @@ def test_every_command(chat, tmp_path):
 
 def test_a_narrow_terminal_compares_one_after_the_other(chat):
     terminal = chat("-v", "demo", columns=40, lines=20)
-    text = ask(terminal, f"/compare {COINS}", r"strength \+4\.76: 31 tokens")
+    text = ask(terminal, f"/compare {COINS}", r"strength \+4\.76\): 31 tokens")
     assert (
-        "unsteered\nKim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34.\n34\n\nstrength +4.76\nKim"
+        "unsteered\nKim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34.\n34\n\n+20% (strength +4.76)\nKim"
         in text
     )
     terminal.wait(r"(?m)^0/1024 tokens$")  # it does not enter the conversation
 
 
 def test_the_brake_is_told_and_lowers_the_strength(chat):
-    terminal = chat("-v", "demo", "-s", "1", "--relative")
+    terminal = chat("-v", "demo", "-s", "100%")
     ask(terminal, COINS, r"began to repeat itself")
-    terminal.wait(r"(?m)^(\+(11\.9|5\.95|2\.97)|0)>$")
+    terminal.wait(r"(?m)^(\+(50|25|12\.5)|0)%>$")
 
 
 def test_colours_are_left_out_on_request(chat):
@@ -186,8 +190,8 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path):
     command = [sys.executable, "-m", "mlx_densesteer", "chat", "-m", "demo", "-v", "demo"]
     terminal = Terminal(command, {**os.environ, "XDG_STATE_HOME": str(tmp_path)}, term="dumb")
     try:
-        terminal.wait(r"(?m)^\+4\.76>$")
-        ask(terminal, "Kim has 12 coins.\\", r"(?m)^     \.$")
+        terminal.wait(r"(?m)^\+20%>$")
+        ask(terminal, "Kim has 12 coins.\\", r"(?m)^    \.$")
         ask(terminal, COINS.removeprefix("Kim has 12 coins. "), r"(?m)^\(\d+ tokens, 1 step")
         terminal.send("\x04")
         assert terminal.end() == 0
