@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ExportError
 from ..files import scratch_folder
 from ..model.gguf import SPLIT, gguf_name
-from ..steering.formats.gguf_package import check_header, damage, gguf_package
+from ..steering.formats.gguf import check_header, damage, gguf_package
 from .closeness import differing
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConversionError, UnsupportedModelError
-from ..steering.formats.gguf_package import check_header, damage, gguf_package
+from ..steering.formats.gguf import check_header, damage, gguf_package
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

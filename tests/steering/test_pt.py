@@ -41,8 +41,10 @@ def test_reference_vectors_equal_what_torch_loads(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(TORCH))
 def test_reference_vectors_equal_torch_itself(name):
-    """Where torch is installed; elsewhere the fixture above stands for it."""
-    torch = pytest.importorskip("torch", reason="torch is not installed; the fixture stands for it")
+    """Where torch is installed; elsewhere the fixture above takes its place."""
+    torch = pytest.importorskip(
+        "torch", reason="torch is not installed; the fixture takes its place"
+    )
     modules = pytest.importorskip("steering_vectors")
     with torch.serialization.safe_globals([modules.SteeringVector]):
         theirs = torch.load(reference(name), weights_only=True).layer_activations
@@ -90,7 +92,7 @@ VALUES = np.arange(8, dtype="<f2")
 
 
 def test_the_hand_made_file_is_read(tmp_path):
-    """So that the refusals below are refusals of what they change."""
+    """Each refusal below changes one thing of this file."""
     path = pt_file(tmp_path / "v.pt", opcodes(), {"0": VALUES.tobytes()})
     vector = import_vector(path, model="Qwen/Qwen2.5-1.5B-Instruct")
     assert np.array_equal(vector.layers[0], VALUES.astype(np.float32))
@@ -206,7 +208,7 @@ def test_a_damaged_pickle(tmp_path, body):
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape")
-def test_any_one_byte_of_damage_is_an_error_of_ours_or_harmless(tmp_path):
+def test_one_damaged_byte_is_a_vector_format_error_or_harmless(tmp_path):
     body = bytearray(opcodes())
     rng = np.random.default_rng(0)
     refused = 0

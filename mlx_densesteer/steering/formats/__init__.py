@@ -1,4 +1,4 @@
-"""Other people's vector files, one module each. No torch."""
+"""Vector files of other programs, one module each. Reading one executes nothing and needs no torch."""
 
 from pathlib import Path
 
@@ -14,16 +14,15 @@ _WRITERS = {"gguf": save_control_vector, "safetensors": save_safetensors}
 def import_vector(
     path: str | Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
-    """Read another project's vector file; its ending says which: ``.pt``, ``.gguf``, ``.safetensors``.
+    """Read another program's vector file; its ending says which: ``.pt``, ``.gguf``, ``.safetensors``.
 
     Args:
-        path: the file; nothing in it is executed.
-        model: that the vector was made for; needed where the file does not say.
-        layer_offset: number N in the file is layer ``N - layer_offset``; by default what the file says of
-            itself, else 0. 1 for files of llama.cpp's ``cvector-generator``.
+        model: the model that the vector was made for; needed where the file does not say.
+        layer_offset: number N in the file is layer ``N - layer_offset``; by default what the file says,
+            else 0. Files of llama.cpp's ``cvector-generator`` need 1.
 
     Raises:
-        VectorFormatError: an ending that is not known, ``model`` is needed, or see the reader's own module.
+        VectorFormatError: an unknown ending, ``model`` is missing, or the file is not what its ending says.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -32,7 +31,9 @@ def import_vector(
     if ending == ".safetensors":
         return load_safetensors(path, model=model, layer_offset=layer_offset)
     if ending == ".npz":
-        raise VectorFormatError(f"{path}: is a file of ours, by its ending. Use it as it is.")
+        raise VectorFormatError(
+            f"{path}: is no other program's file, by its ending. Use it as it is."
+        )
     if ending != ".pt":
         raise VectorFormatError(
             f"{path}: cannot tell what it is by its ending; known are .pt, .gguf and .safetensors."
@@ -40,7 +41,7 @@ def import_vector(
     if not model or layer_offset:
         raise VectorFormatError(
             f"{path}: a .pt file does not say which model it was made for: name it with --model "
-            "(model=...). Its layers are numbered as ours; no --layer-offset."
+            "(model=...). Leave out --layer-offset: its layers are counted from 0, as here."
         )
     return load_pt(path, model=model)
 
@@ -50,16 +51,17 @@ def export_vector(
 ) -> list[str]:
     """Write a vector for other programs; return, in words, what they will not do with it.
 
-    ``import_vector`` gives the same vector back: layers bit for bit, and all metadata.
+    ``import_vector`` gives the same vector back: its layers bit for bit, and all metadata.
 
     Args:
-        path: the file, replaced if it exists, written to a temporary name first.
+        path: the file; replaced if it exists, and only by a complete one.
         to: ``"gguf"``, llama.cpp's control vector (extra ``gguf``), or ``"safetensors"``; by default
             what the ending of ``path`` says.
         layer_offset: layer L gets the number ``L + layer_offset`` in the file.
 
     Raises:
-        VectorFormatError: an unknown format, or no layer of the vector can be expressed in it.
+        VectorFormatError: an unknown format, or one that can hold no layer of the vector.
+        DiskError: no such folder.
     """
     path = Path(path)
     kind = to or path.suffix.lower().removeprefix(".")

@@ -1,4 +1,4 @@
-"""What is known of a vector whose file does not say where it comes from."""
+"""What the readers and writers of other programs' vector files share."""
 
 import hashlib
 from collections.abc import Container, Iterable, Mapping
@@ -14,7 +14,7 @@ LARGEST_NUMBER = 9999  # of a layer in a file
 
 
 def check_numbers(path: Path, numbers: Iterable[int]) -> None:
-    """Raise ``VectorFormatError`` for layer numbers that no reader takes, ours included."""
+    """Raise ``VectorFormatError`` for a layer number that no reader takes."""
     if bad := [number for number in numbers if number > LARGEST_NUMBER]:
         raise VectorFormatError(
             f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
@@ -22,10 +22,10 @@ def check_numbers(path: Path, numbers: Iterable[int]) -> None:
 
 
 def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[int]) -> int:
-    """Return the layer of a tensor that the file numbers ``number``.
+    """Return the layer of the tensor ``name``, which the file numbers ``number``: ``number - offset``.
 
     Raises:
-        VectorFormatError: below 0, or one of ``taken``.
+        VectorFormatError: a layer below 0, or one of ``taken``.
     """
     layer = number - offset
     if layer < 0:
@@ -38,34 +38,33 @@ def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[i
 
 
 def meta_of(
-    path: Path, kind: str, document: str | None, layers: Mapping[int, np.ndarray], model: str | None
+    path: Path,
+    kind: str,
+    layers: Mapping[int, np.ndarray],
+    model: str | None,
+    document: str | None = None,
 ) -> VectorMeta:
-    """Return the metadata that a file holds, or what is known without; ``model`` counts for more.
+    """Return the metadata of a file that was read.
+
+    Args:
+        kind: what the file is, for ``VectorMeta.source``.
+        layers: what was read; without a document the model is taken to end at the last of them.
+        model: the name of the model, by the user; it counts for more than the document's.
+        document: the JSON that ``vector export`` wrote into the file.
 
     Raises:
-        VectorFormatError: the document lists other layers than the file holds; or as ``foreign_meta``.
+        VectorFormatError: no layers, several widths, no document and no ``model``, or a document that
+            lists other layers.
     """
-    if document is None:
-        return foreign_meta(path, kind, layers, model)
-    meta, listed = parse_document(path, document.encode())
-    if sorted(listed) != sorted(layers):
-        raise VectorFormatError(
-            f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
-            f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
-        )
-    if model in (None, meta.model):
-        return meta
-    return replace(meta, model=model, fingerprint=None)  # somebody knows better
-
-
-def foreign_meta(
-    path: Path, kind: str, layers: Mapping[int, np.ndarray], model: str | None
-) -> VectorMeta:
-    """Return metadata for another project's file; the layer count is taken to be that of the file.
-
-    Raises:
-        VectorFormatError: no layers, several widths, or ``model`` is not given.
-    """
+    if document is not None:
+        meta, listed = parse_document(path, document.encode())
+        if sorted(listed) != sorted(layers):
+            raise VectorFormatError(
+                f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
+                f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
+            )
+        known = model in (None, meta.model)
+        return meta if known else replace(meta, model=model, fingerprint=None)
     widths = sorted({array.shape[-1] if array.ndim else 0 for array in layers.values()})
     if len(widths) != 1:
         raise VectorFormatError(f"{path}: its layers have widths {widths}, expected one width.")

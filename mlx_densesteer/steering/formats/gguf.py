@@ -1,26 +1,30 @@
-"""Control vectors of llama.cpp: GGUF files with one ``direction.N`` for each layer.
+"""Control vectors of llama.cpp: GGUF files with one tensor ``direction.N`` for each layer.
 
-llama.cpp adds ``direction.N`` to the output of block N (0-based), which is our layer N. Its loader
-refuses ``direction.0``, so layer 0 cannot be steered there. Its own ``cvector-generator`` writes what it
+llama.cpp adds ``direction.N`` to the output of block N (0-based), which is layer N here. Its loader
+refuses ``direction.0``, so llama.cpp cannot steer layer 0. Its own ``cvector-generator`` writes what it
 read at the output of block k as ``direction.(k+1)``; ``layer_offset`` 1 reads and writes such files.
 
-Format: ``common_control_vector_load`` (common/common.cpp) and ``llama_adapter_cvec`` of llama.cpp,
-``tools/cvector-generator``; repeng writes the same.
+The ``gguf`` package of the llama.cpp project is an extra. It believes every length that a file claims, so
+``check_header`` walks the header first. Models in GGUF are read and written with the same functions.
+
+Format: the GGUF specification of ggml; ``common_control_vector_load`` (common/common.cpp),
+``llama_adapter_cvec`` and ``tools/cvector-generator`` of llama.cpp; repeng writes the same.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DiskError, VectorFormatError
-from ...files import MAX_BYTES, scratch_folder
+from ...errors import ConversionError, DenseSteerError, VectorFormatError, install_command
+from ...files import MAX_BYTES, check_parent, scratch_folder
 from ..vector import SteeringVector, format_layers
-from .foreign import check_numbers, layer_of, meta_of
-from .gguf_package import check_header, damage, gguf_package
+from .base import check_numbers, layer_of, meta_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -32,21 +36,21 @@ _DIRECTION = re.compile(r"direction\.(\d{1,4})")
 
 
 def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int = 0) -> list[str]:
-    """Write a control vector, to a temporary name first; return what llama.cpp will not do with it.
+    """Write a control vector; return what llama.cpp will not do with it, for the user.
 
-    Layers and metadata that llama.cpp has no place for are kept in fields of ours, so that
+    Layers and metadata that llama.cpp has no place for stand in extra fields, which it ignores, so that
     ``load_control_vector`` gives back the same vector, bit for bit.
 
     Args:
-        path: the file, which is replaced.
+        path: the file; replaced if it exists, and only by a complete one.
         layer_offset: layer L is written as ``direction.(L + layer_offset)``.
 
     Raises:
-        VectorFormatError: the extra ``gguf`` is missing, or no layer can be expressed.
+        VectorFormatError: the extra ``gguf`` is missing, or llama.cpp can steer no layer of the vector.
+        DiskError: no such folder.
     """
     gguf = gguf_package(path, VectorFormatError)
-    if not path.parent.is_dir():
-        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
+    check_parent(path)
     numbers = {layer: layer + layer_offset for layer in vector.layers}
     check_numbers(path, numbers.values())
     kept = [layer for layer, number in numbers.items() if number < 1]
@@ -74,17 +78,13 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
 
 
 def load_control_vector(
-    path: Path,
-    *,
-    model: str | None = None,
-    layer_offset: int | None = None,
+    path: Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
     """Read a control vector; ``direction.N`` becomes layer ``N - layer_offset``.
 
     Args:
-        model: that it was made for; needed where the file does not say.
-        layer_offset: by default what the file says of itself, else 0 (as llama.cpp's loader applies
-            it); 1 for files of llama.cpp's ``cvector-generator``.
+        model: the model that it was made for; needed where the file does not say.
+        layer_offset: by default what the file says, else 0, as llama.cpp's loader applies it.
 
     Raises:
         VectorFormatError: no control vector, damaged, larger than 64 MiB, a direction of another type
@@ -110,7 +110,7 @@ def load_control_vector(
         document = _contents(reader, _META)
         if not isinstance(document, str | None):
             raise VectorFormatError(f"{path}: its {_META} is no text.")
-        meta = meta_of(path, "GGUF control vector", document, layers, model)
+        meta = meta_of(path, "GGUF control vector", layers, model, document)
         return SteeringVector(layers, meta, name=path.name)
 
 
@@ -139,6 +139,7 @@ def _contents(reader: "GGUFReader", key: str) -> object:
 def _not_expressed(
     vector: SteeringVector, numbers: Mapping[int, int], kept: list[int]
 ) -> list[str]:
+    """Return what llama.cpp does otherwise with this vector; ``kept`` are the layers it cannot steer."""
     told = []
     if kept:
         told.append(
@@ -152,8 +153,81 @@ def _not_expressed(
         )
     if len(numbers) - len(kept) > 1:
         told.append(
-            "llama.cpp adds every layer of a file; ours adds one by default. Export one (-l), or "
-            "name a range there (--control-vector-layer-range)"
+            "llama.cpp steers every layer of a file, not one. Export one (-l), or name a range there "
+            "(--control-vector-layer-range)"
         )
     told.append("llama.cpp steers every position, prompt and response")
     return told
+
+
+def gguf_package(path: Path, kind: type[DenseSteerError] = ConversionError) -> Any:
+    """Return the package ``gguf``; raise ``kind`` where the extra is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise kind(
+            f"{path}: GGUF files need the package gguf: {install_command('gguf')}"
+        ) from error
+    return gguf
+
+
+@contextlib.contextmanager
+def damage(path: Path, kind: type[DenseSteerError] = ConversionError) -> Iterator[None]:
+    """Turn what the package raises for damaged files, which has no class of its own, into ``kind``."""
+    try:
+        yield
+    except (
+        ValueError, KeyError, IndexError, TypeError, OverflowError, ZeroDivisionError,
+        RecursionError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
+        raise kind(f"{path}: no complete GGUF file ({error}). Download it again.") from error
+
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value
+_STRING, _ARRAY = 8, 9
+
+
+def check_header(path: Path, kind: type[DenseSteerError] = ConversionError) -> None:
+    """Raise ``kind`` unless the file is as long as its header claims; nothing is kept in memory.
+
+    Arrays of arrays are refused too: no file of a model or vector has them.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic != b"GGUF":
+            raise kind(f"{path}: is no GGUF file, it begins with {magic!r}.")
+        with damage(path, kind):
+            version, tensors, fields = struct.unpack("<IQQ", file.read(20))
+            if version not in (2, 3):
+                raise ValueError(f"version {version}, expected 2 or 3")
+            for _ in range(fields):
+                _skip(file, _number(file, "<Q"), size)
+                _skip_value(file, _number(file, "<I"), size)
+            for _ in range(tensors):
+                _skip(file, _number(file, "<Q"), size)
+                _skip(file, 8 * _number(file, "<I") + 12, size)
+
+
+def _skip_value(file: IO[bytes], kind: int, size: int) -> None:
+    if kind == _STRING:
+        _skip(file, _number(file, "<Q"), size)
+    elif kind == _ARRAY:
+        of, count = struct.unpack("<IQ", file.read(12))
+        if of == _STRING:
+            for _ in range(count):
+                _skip(file, _number(file, "<Q"), size)
+        else:
+            _skip(file, _SIZES[of] * count, size)
+    else:
+        _skip(file, _SIZES[kind], size)
+
+
+def _number(file: IO[bytes], form: str) -> int:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+def _skip(file: IO[bytes], count: int, size: int) -> None:
+    if file.tell() + count > size:
+        raise ValueError(f"it claims {count} bytes at {file.tell()}, but ends at {size}")
+    file.seek(count, 1)

@@ -1,8 +1,8 @@
 """Steering vectors of the reference implementation: a ``.pt`` file of ``steering-vectors``.
 
 A ``.pt`` file is a zip archive with a pickle (``data.pkl``) and one raw file per storage.
-An ordinary unpickler runs whatever the pickle names. This one knows four names and builds
-numpy arrays from them; any other name is refused by name and nothing is called.
+An ordinary unpickler runs whatever the pickle names. This one knows four names, builds numpy arrays from
+them, refuses a pickle with any other name, and calls nothing.
 
 Format: torch.save with the zip serialisation, ``torch/serialization.py``.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from ...errors import VectorFormatError
 from ...files import read_archive
 from ..vector import SteeringVector
-from .foreign import foreign_meta
+from .base import meta_of
 
 
 class _SteeringVectorState:
@@ -38,7 +38,7 @@ class _HalfStorage:
 
 
 class _Refused(Exception):
-    """A pickle names something outside the four globals, or uses them oddly."""
+    """A pickle names something outside the four globals, or uses them in another way than torch does."""
 
 
 def _rebuild_tensor(
@@ -71,19 +71,19 @@ _GLOBALS = {
 
 
 # What torch.save writes for such a vector (protocol 2). BUILD, which can set attributes, is
-# allowed once; the stand-ins are made anew for every file, so nothing outlives it.
+# allowed once; the stand-ins are new for every file, so no attribute stays.
 _OPCODES = {
     "PROTO", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MARK", "STOP",
     "EMPTY_TUPLE", "TUPLE", "TUPLE1", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE",
     "BININT", "BININT1", "BININT2", "NEWFALSE", "NEWTRUE", "NEWOBJ", "BUILD", "REDUCE", "BINPERSID",
-    # of other protocols: harmless, and a foreign global is then refused by its name
+    # of other protocols: harmless, and the error can then name the global that is refused
     "PUT", "GET", "UNICODE",
     "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "TUPLE2", "TUPLE3",
 }  # fmt: skip
 
 
 def _fresh(stand_in: Any) -> Any:
-    if stand_in is OrderedDict:  # of the interpreter: it cannot be changed
+    if stand_in is OrderedDict:  # the interpreter's own, which cannot be changed
         return stand_in
     if isinstance(stand_in, type):
         return type(stand_in.__name__, (stand_in,), {})
@@ -117,9 +117,8 @@ class _Unpickler(pickle.Unpickler):
 def load_pt(path: str | Path, *, model: str) -> SteeringVector:
     """Read a ``.pt`` file of ``steering-vectors`` without torch and without executing it.
 
-    ``model`` names the model that the vector was made for; the file does not say. The
-    model's layer count is taken to be that of the file. The float16 values of shape
-    ``(hidden,)`` become float32 exactly.
+    The float16 values of shape ``(hidden,)`` become float32 exactly. The file does not say which model
+    it is for: ``model`` names it, and its layer count is taken to be that of the file.
 
     Raises:
         VectorFormatError: not such a file, damaged, or its pickle names anything but the
@@ -131,7 +130,7 @@ def load_pt(path: str | Path, *, model: str) -> SteeringVector:
     if members.get(f"{root}byteorder", b"little").strip() != b"little":
         raise VectorFormatError(f"{path}: was saved on a big-endian machine; save it again.")
     layers = _layers(path, _unpickle(path, pickled, storages))
-    meta = foreign_meta(path, "steering-vectors .pt", layers, model)
+    meta = meta_of(path, "steering-vectors .pt", layers, model)
     return SteeringVector(layers, meta, name=path.name)
 
 
@@ -156,9 +155,9 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
         names = ", ".join(f"{module}.{name}" for module, name in _GLOBALS)
         raise VectorFormatError(
             f"{path}: refused, its pickle asks for {error}. Nothing was executed. "
-            f"Only {names} are read; re-export the vector from a source that you trust."
+            f"Only {names} are read. Take the vector from a source that you trust."
         ) from error
-    # What a corrupt or hostile stream of opcodes can raise on four harmless names.
+    # what a damaged or hostile stream of opcodes raises on four harmless names
     except (
         pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError,
         ValueError, OverflowError, ImportError, RecursionError, MemoryError,
@@ -172,7 +171,7 @@ def _check_opcodes(data: bytes) -> None:
     builds, slots, tuples, last = 0, 0, set(), ""
     for opcode, argument, _ in pickletools.genops(data):
         builds += opcode.name == "BUILD"
-        # Tuples of tuples, each twice: a few hundred bytes whose hash takes for ever.
+        # A tuple that holds another one twice, nested: the hash of a few hundred bytes would never end.
         if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
             if "TUPLE" in last:
                 tuples.add(slots if argument is None else argument)
@@ -182,7 +181,7 @@ def _check_opcodes(data: bytes) -> None:
         last = opcode.name
         if opcode.name not in _OPCODES or builds > 1:
             raise _Refused(f"the operation {opcode.name}")
-        # The unpickler makes room for the memo slot that a PUT names, however far out.
+        # The unpickler allocates memory up to the memo slot that a PUT names.
         if opcode.name.endswith("PUT") and argument > len(data):
             raise _Refused(f"memo slot {argument}")
 
@@ -195,7 +194,8 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
     kind = state.get("layer_type")
     if kind != "decoder_block":
         raise VectorFormatError(
-            f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block': it was read at another point."
+            f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block'. Only vectors that were read at "
+            "the output of a decoder block can be used."
         )
     for layer, array in layers.items():
         if type(layer) is not int or not isinstance(array, np.ndarray):

@@ -1,6 +1,6 @@
-"""Steering vectors as safetensors: ``layer.L`` for each layer, our metadata in the header.
+"""Steering vectors as safetensors: a tensor ``layer.L`` for each layer, the metadata in the header.
 
-Files of other projects are read if their tensors are vectors whose names end in the layer's number:
+Files of other programs are read if each tensor is a vector whose name ends in the layer's number:
 ``layer.14``, ``layer_14``, ``direction.14``, ``14``.
 
 Format: the safetensors format of Hugging Face; ``__metadata__["densesteer"]`` is the JSON document of
@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import VectorFormatError
 from ...files import MAX_BYTES, atomic_file
 from ..vector import SteeringVector
-from .foreign import check_numbers, layer_of, meta_of
+from .base import check_numbers, layer_of, meta_of
 
 _KEY = "densesteer"
 _NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
@@ -25,12 +25,11 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 0) -> list[str]:
-    """Write the file, to a temporary name first; return what it cannot say (nothing).
-
-    Layer L is written as ``layer.(L + layer_offset)``.
+    """Write ``path``, layer L as ``layer.(L + layer_offset)``; return an empty list: it holds all.
 
     Raises:
         VectorFormatError: a layer would get a number below 0.
+        DiskError: no such folder.
     """
     from safetensors.numpy import save
 
@@ -49,11 +48,11 @@ def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 
 def load_safetensors(
     path: Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
-    """Read such a file; tensor number N becomes layer ``N - layer_offset``.
+    """Read a vector; the tensor of number N becomes layer ``N - layer_offset``.
 
     Args:
-        model: that it was made for; needed where the file does not say.
-        layer_offset: by default what the file says of itself, else 0.
+        model: the model that it was made for; needed where the file does not say.
+        layer_offset: by default what the file says, else 0.
 
     Raises:
         VectorFormatError: no safetensors file, damaged, larger than 64 MiB, or a tensor that is no
@@ -75,7 +74,7 @@ def load_safetensors(
     for name, tensor in tensors:
         layer = layer_of(path, name, _number(path, name, tensor), offset, layers)
         layers[layer] = _array(tensor)
-    meta = meta_of(path, "safetensors", metadata.get(_KEY), layers, model)
+    meta = meta_of(path, "safetensors", layers, model, metadata.get(_KEY))
     return SteeringVector(layers, meta, name=path.name)
 
 
