@@ -14,19 +14,16 @@ from conftest import ROOT
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
-from mlx_densesteer.demo import problems as stories
 from mlx_densesteer.demo import DOSES
+from mlx_densesteer.demo import problems as stories
 from mlx_densesteer.evaluation.answers import answer, by_steering
 from mlx_densesteer.evaluation.scoring import score
 from mlx_densesteer.evaluation.sweep import settings_of
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.generation.answer import split_steps
-from mlx_densesteer.model.model import fingerprint
+from mlx_densesteer.steering.request import Amount, request
 
-
-@pytest.fixture(scope="module")
-def loaded():
-    return ds.load("demo")
+(LAYER,) = request(ds.SteeringVector.load("demo")).layers
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +93,14 @@ def test_no_training_example_holds_an_evaluation_or_calibration_problem(monkeypa
     sys.modules.pop("train_demo_model")
 
 
-def test_the_vector_is_of_this_model(loaded, vector):
-    assert vector.meta.fingerprint == fingerprint(loaded[0])
+def test_the_vector_is_of_this_model(demo_model, vector):
+    assert vector.meta.fingerprint == demo_model.fingerprint
     assert vector.meta.model == "demo"
     assert vector.meta.pair_count == 50
     assert set(vector.residual_norms) == set(vector.layers) == set(range(6))
 
 
+@pytest.mark.slow
 def test_the_vector_comes_out_again_from_the_models_own_solutions(vector, tmp_path):
     runner, pairs = CliRunner(), tmp_path / "pairs.jsonl"
     made = runner.invoke(main, [
@@ -121,18 +119,18 @@ def test_the_vector_comes_out_again_from_the_models_own_solutions(vector, tmp_pa
         assert a @ b > 0.95 * np.linalg.norm(a) * np.linalg.norm(b)
 
 
-def test_the_effect_on_its_plateaus_with_a_random_direction_as_the_null(loaded, vector):
+def test_the_effect_on_its_plateaus_with_a_random_direction_as_the_null(demo_model, vector):
     rng = np.random.default_rng(0)
     arrays = {k: rng.normal(size=v.shape) for k, v in vector.layers.items()}
     norms = vector.norms()
     arrays = {k: a * norms[k] / np.linalg.norm(a) for k, a in arrays.items()}
     noise = ds.SteeringVector(arrays, vector.meta, name="random")
-    options = {"positions": POSITIONS, "residual_norms": vector.residual_norms, "relative": True}
-    dense = settings_of(vector, [LAYER], [0.25, DOSES[-1]], **options)
-    null = settings_of(noise, [LAYER], [-0.25, 0.25], **options)[1:]
+    overdose = Amount(DOSES[-1], is_dose=True)
+    dense = settings_of(demo_model, vector, [LAYER], ["25%", overdose])
+    null = settings_of(demo_model, noise, [LAYER], ["-25%", "25%"])[1:]
     answers = answer(
-        *loaded, load_task("demo", limit=40), [s.steering for s in dense + null], rows=64,
-        max_tokens=150,
+        demo_model, load_task("demo", limit=20), [s.steering for s in dense + null], rows=64,
+        max_tokens=120,
     )  # fmt: skip
     groups = by_steering(answers)
     unsteered, steered, overdose = (score(groups[s.fingerprint]) for s in dense)
@@ -150,12 +148,12 @@ def test_the_command_prints_what_it_says():
     rows = json.loads(CliRunner().invoke(main, ["demo", "--problems", "2", "--json"]).stdout)[
         "rows"
     ]
-    assert [row["relative"] for row in rows] == pytest.approx(list(DOSES))
+    assert [row["dose"] for row in rows] == list(DOSES)
     for row in rows:
-        assert {"strength", "accuracy", "steps", "tokens", "density", "nll"} <= set(row)
+        assert {"dose", "strength", "accuracy", "steps", "tokens", "density", "nll"} <= set(row)
     shown = CliRunner().invoke(main, ["demo", "--problems", "1"]).stdout
     assert "toy" in shown and "no evidence about Qwen2.5" in shown
-    assert shown.count("--- strength") == len(DOSES)
+    assert shown.count("--- dose") == len(DOSES)
     assert stories.held_out(1)[0].question in shown
 
 
@@ -164,13 +162,13 @@ def test_other_input_gets_a_word_about_what_the_model_is():
     assert "is a toy" in strange.stderr and strange.exit_code == 0
     known = stories.held_out(1)[0].question
     assert "is a toy" not in CliRunner().invoke(
-        main, ["generate", "-m", "demo", "-v", "demo", "-l", "5", "-s", "0.1", "--relative", known]
+        main, ["generate", "-m", "demo", "-v", "demo", "-s", "10%", "-n", "3", known]
     ).stderr  # fmt: skip
 
 
-def test_what_the_page_suggests_is_answered_rightly_steered_or_not(loaded, vector):
+def test_what_the_page_suggests_is_answered_rightly_steered_or_not(demo_model, vector):
     for problem in stories.held_out(3):  # server/overview.py offers these
         for strength in (0.0, 4.76):
             steering = ds.Steering(vector, strength, (LAYER,))
-            text = ds.generate(*loaded, problem.question, steering=steering).text
+            text = ds.generate(demo_model, problem.question, steering=steering).text
             assert text.endswith(f"#### {problem.answer}")

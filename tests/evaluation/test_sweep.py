@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import InputError, ModelError, VectorMismatchError
 from mlx_densesteer.evaluation.answers import answer, by_steering, journal_header
-from mlx_densesteer.evaluation.evaluate import evaluate
 from mlx_densesteer.evaluation.journal import Journal
+from mlx_densesteer.evaluation.recommendation import Recommendation
+from mlx_densesteer.evaluation.scoring import evaluate
 from mlx_densesteer.evaluation.sweep import settings_of, sweep, table, with_recommendation
 from mlx_densesteer.evaluation.tasks import Problem
 from mlx_densesteer.model.likelihood import nll
@@ -25,7 +27,7 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def loaded(hf_folder, tmp_path_factory):
+def model(hf_folder, tmp_path_factory):
     folder = ds.convert(hf_folder, tmp_path_factory.mktemp("m") / "t", bits=None, dtype="float32")
     return ds.load(folder)
 
@@ -35,34 +37,43 @@ def vector(make_vector):
     return make_vector(size=0.5)
 
 
-def keep(loaded, path):
-    return Journal(path, journal_header(*loaded, TOKENS))
+def keep(model, path):
+    return Journal(path, journal_header(model, TOKENS))
 
 
-def test_every_cell_of_the_grid_equals_the_same_setting_run_alone(loaded, vector):
-    model, tokenizer = loaded
-    settings = settings_of(vector, [0, 2], [-2, 0, 1, 4])
+class Norms:
+    """A model of which only the norms of the residual stream are known."""
+
+    def __init__(self, norms):
+        self._norms = norms
+
+    def norms(self, vector, layers):
+        return {layer: self._norms[layer] for layer in layers}
+
+
+NORMS = Norms(dict.fromkeys(range(4), 10.0))
+
+
+def test_every_cell_of_the_grid_equals_the_same_setting_run_alone(model, vector):
+    settings = settings_of(model, vector, [0, 2], [-2, 0, "1", "25%"])
     assert len(settings) == 1 + 2 * 3  # strength 0 once
-    answers = answer(model, tokenizer, PROBLEMS, [s.steering for s in settings], max_tokens=TOKENS)
+    answers = answer(model, PROBLEMS, [s.steering for s in settings], max_tokens=TOKENS)
     groups = by_steering(answers)
     assert len(answers) == len(PROBLEMS) * len(settings)
     for setting in settings:
         for problem in PROBLEMS:
-            alone = ds.generate(
-                model, tokenizer, problem.prompt, steering=setting.steering, max_tokens=TOKENS
-            )
+            alone = ds.generate(model, problem.prompt, steering=setting.steering, max_tokens=TOKENS)
             cell = groups[setting.fingerprint][problem.id]
             assert (cell.text, cell.token_ids) == (alone.text, alone.token_ids)
             assert (cell.steps, cell.finish_reason) == (alone.steps, alone.finish_reason)
     assert len({one.token_ids for one in answers if one.problem == "p-0"}) > 3
 
 
-def test_the_likelihood_is_that_of_the_unsteered_model(loaded, vector):
-    model, tokenizer = loaded
+def test_the_likelihood_is_that_of_the_unsteered_model(model, vector):
     steering = ds.Steering(vector, 4.0, (2,))
-    answers = answer(model, tokenizer, PROBLEMS, [None, steering], max_tokens=TOKENS)
-    prompts = [encode_prompt(tokenizer, p.prompt) for p in PROBLEMS for _ in range(2)]
-    expected = nll(model, prompts, [one.token_ids for one in answers])
+    answers = answer(model, PROBLEMS, [None, steering], max_tokens=TOKENS)
+    prompts = [encode_prompt(model.tokenizer, p.prompt) for p in PROBLEMS for _ in range(2)]
+    expected = nll(model.network, prompts, [one.token_ids for one in answers])
     assert [one.nll for one in answers] == pytest.approx(expected, abs=1e-5)
 
 
@@ -70,12 +81,11 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3, 7, 12, 15])
-def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, after):
-    model, tokenizer = loaded
+@pytest.mark.parametrize("after", [1, 7, 15])
+def test_an_interrupted_run_goes_on_and_ends_the_same(model, vector, tmp_path, after):
     steerings = [None, ds.Steering(vector, 2.0, (1,)), ds.Steering(vector, -2.0, (3,))]
     options = {"max_tokens": TOKENS, "rows": 4}
-    whole = answer(model, tokenizer, PROBLEMS, steerings, **options)
+    whole = answer(model, PROBLEMS, steerings, **options)
     calls = 0
 
     def stop(answers, tokens):
@@ -85,12 +95,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, 
             raise Stop
 
     path = tmp_path / "a.jsonl"
-    with keep(loaded, path) as journal, contextlib.suppress(Stop):
-        answer(model, tokenizer, PROBLEMS, steerings, journal, progress=stop, **options)
+    with keep(model, path) as journal, contextlib.suppress(Stop):
+        answer(model, PROBLEMS, steerings, journal, progress=stop, **options)
     before = path.read_text().splitlines()
-    with keep(loaded, path) as journal:
+    with keep(model, path) as journal:
         kept = len(journal.records)
-        again = answer(model, tokenizer, PROBLEMS, steerings, journal, **options)
+        again = answer(model, PROBLEMS, steerings, journal, **options)
     lines = path.read_text().splitlines()
     assert lines[: len(before)] == before
     assert kept > 0 and len(lines) == 1 + 2 * len(whole)  # nothing was done twice
@@ -99,16 +109,15 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, vector, tmp_path, 
     assert [a.nll for a in again] == pytest.approx([a.nll for a in whole], abs=1e-5)
 
 
-def test_one_journal_grows_over_runs_and_notices_changed_problems(loaded, vector, tmp_path):
-    model, tokenizer = loaded
+def test_one_journal_grows_over_runs_and_notices_changed_problems(model, vector, tmp_path):
     path, changed = tmp_path / "a.jsonl", [Problem(**(vars(PROBLEMS[0]) | {"answer": "3"}))]
     generated = []
 
     def run(problems, steering):
-        with keep(loaded, path) as journal:
+        with keep(model, path) as journal:
             before = len(journal.records)
             scores, _ = evaluate(
-                model, tokenizer, problems, steering=steering, journal=journal,
+                model, problems, steering=steering, journal=journal,
                 max_tokens=TOKENS, with_nll=False,
             )  # fmt: skip
             generated.append(len(journal.records) - before)
@@ -121,44 +130,45 @@ def test_one_journal_grows_over_runs_and_notices_changed_problems(loaded, vector
     assert generated == [4, 4, 0, 1]
     assert steered["steered"].against_unsteered.problems == 4
     with pytest.raises(InputError, match='has {"max_tokens": 12}, this one {"max_tokens": 5}'):
-        Journal(path, journal_header(*loaded, 5))
+        Journal(path, journal_header(model, 5))
 
 
-def test_strength_zero_is_the_unsteered_model_and_needs_no_comparison(loaded, vector):
+def test_strength_zero_is_the_unsteered_model_and_needs_no_comparison(model, vector):
     scores, answers = evaluate(
-        *loaded, PROBLEMS, steering=ds.Steering(vector, 0.0), max_tokens=TOKENS, with_nll=False
+        *model, PROBLEMS, steering=ds.Steering(vector, 0.0, (1,)), max_tokens=TOKENS, with_nll=False
     )
     assert list(scores) == ["unsteered"]
     assert {one.steering for one in answers} == {"unsteered"}
     assert list(evaluate(
-        *loaded, PROBLEMS, steering=ds.Steering(vector, 1.0), baseline=False, max_tokens=TOKENS
+        model, PROBLEMS, steering=ds.Steering(vector, 1.0, (1,)), baseline=False, max_tokens=TOKENS
     )[0]) == ["steered"]  # fmt: skip
 
 
-def test_relative_strengths_are_fractions_of_the_residual_norm(vector):
-    norms = {1: 10.0, 2: 40.0}
-    settings = settings_of(vector, [1, 2], [-0.1, 0, 0.3], residual_norms=norms, relative=True)
-    assert [s.relative for s in settings] == pytest.approx([0, -0.1, 0.3, -0.1, 0.3])
+def test_doses_are_signed_fractions_of_the_residual_norm_and_mix_with_strengths(vector):
+    norms, sizes = {1: 10.0, 2: 40.0}, vector.norms()
+    settings = settings_of(Norms(norms), vector, [1, 2], ["-10%", 0, "30%", "0%"])
+    assert [s.dose for s in settings] == [0, -0.1, 0.3, -0.1, 0.3]  # exact
+    assert [s.layer for s in settings] == [None, 1, 1, 2, 2]
     for setting in settings[1:]:
-        added = setting.strength * vector.norms()[setting.layer]
-        assert added == pytest.approx(setting.relative * norms[setting.layer])
-    raw = settings_of(vector, [1], [2.0], residual_norms=norms)[1]
-    assert (raw.strength, raw.relative) == (2.0, pytest.approx(2 * vector.norms()[1] / 10))
-    with pytest.raises(InputError, match="need the mean norms"):
-        settings_of(vector, [1], [0.1], relative=True)
+        added = setting.strength * sizes[setting.layer]
+        assert added == pytest.approx(setting.dose * norms[setting.layer])
+    mixed = settings_of(Norms(norms), vector, [1], [-2, "20%", 2, "2.0"])
+    assert [s.strength for s in mixed[1:]] == sorted([-2, 2, 0.2 * 10 / sizes[1]])
+    assert mixed[1].dose == pytest.approx(-2 * sizes[1] / 10)
+    with pytest.raises(InputError, match="strength 'x%'"):
+        settings_of(Norms(norms), vector, [1], ["x%"])
     with pytest.raises(VectorMismatchError, match="no vector for layer 9"):
-        settings_of(vector, [9], [0.1])
+        settings_of(Norms(norms), vector, [9], ["10%"])
 
 
-def test_a_sweep_has_rows_a_recommendation_and_stores_both(loaded, vector, tmp_path):
-    model, tokenizer = loaded
-    settings = settings_of(vector, [1, 2], [3.0, -3.0], residual_norms={1: 10.0, 2: 10.0})
+def test_a_sweep_has_rows_a_recommendation_and_stores_both(model, vector, tmp_path):
+    settings = settings_of(NORMS, vector, [1, 2], [3.0, -3.0])
     seen = []
 
     def watch(answers, tokens):
         seen.append(len(table(settings, answers)))
 
-    result = sweep(model, tokenizer, PROBLEMS, settings, max_tokens=TOKENS, progress=watch)
+    result = sweep(model, PROBLEMS, settings, max_tokens=TOKENS, progress=watch)
     assert [row.setting.strength for row in result.rows] == [0, -3, 3, -3, 3]
     assert seen[-1] == 5
     assert result.recommendation.layer is None  # four problems support nothing
@@ -169,31 +179,39 @@ def test_a_sweep_has_rows_a_recommendation_and_stores_both(loaded, vector, tmp_p
     again = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
     assert again.meta.recommended is None
     assert [row["strength"] for row in again.meta.tested] == [0, -3, 3, -3, 3]
+    best = Recommendation(2, 3.0, 0.25, "tokens", "shorter")
+    stored = with_recommendation(
+        vector, replace(result, recommendation=best), task={"task": "tiny"}, positions="prompt"
+    )
+    kept = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
+    assert {"layer": 2, "strength": 3.0, "dose": 0.25, "positions": "prompt"}.items() <= (
+        kept.meta.recommended.items()
+    )
+    asked = ds.resolve(model, kept)
+    assert (asked.layers, asked.strength, asked.positions) == ((2,), 3.0, "prompt")
     with pytest.raises(InputError, match="nothing to sweep"):
-        sweep(model, tokenizer, PROBLEMS, settings_of(vector, [1], [0]))
+        sweep(model, PROBLEMS, settings_of(NORMS, vector, [1], [0]))
 
 
-def test_damaged_records_and_margins_that_mean_nothing_are_refused(loaded, vector, tmp_path):
+def test_damaged_records_and_margins_that_mean_nothing_are_refused(model, vector, tmp_path):
     path = tmp_path / "a.jsonl"
-    with keep(loaded, path) as journal:
+    with keep(model, path) as journal:
         journal.append({"problem": "p-0"})
         with pytest.raises(InputError, match=r"a\.jsonl: line 2 is no answer"):
-            answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
+            answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS)
     for margin in (0, 1, float("nan")):
         with pytest.raises(InputError, match="margin"):
-            sweep(*loaded, PROBLEMS, settings_of(vector, [1], [1.0]), margin=margin)
+            sweep(model, PROBLEMS, settings_of(NORMS, vector, [1], [1.0]), margin=margin)
 
 
-def test_a_likelihood_that_overflows_is_told_and_the_answers_are_kept(
-    loaded, tmp_path, monkeypatch
-):
+def test_a_likelihood_that_overflows_is_told_and_the_answers_are_kept(model, tmp_path, monkeypatch):
     from mlx_densesteer.evaluation import answers as answering
 
     path = tmp_path / "a.jsonl"
-    monkeypatch.setattr(answering, "nll", lambda model, prompts, responses: [float("nan")] * 4)
-    with keep(loaded, path) as journal, pytest.raises(ModelError, match="overflows its dtype"):
-        answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS)
-    with keep(loaded, path) as journal:
+    monkeypatch.setattr(answering, "nll", lambda network, prompts, responses: [float("nan")] * 4)
+    with keep(model, path) as journal, pytest.raises(ModelError, match="overflows its dtype"):
+        answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    with keep(model, path) as journal:
         assert len(journal.records) == 4
-        again = answer(*loaded, PROBLEMS, [None], journal, max_tokens=TOKENS, with_nll=False)
+        again = answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS, with_nll=False)
     assert len(again) == 4
