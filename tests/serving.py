@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 class Serving:
     """A running server: its ``url``, its ``engine``, and ways to ask it."""
 
-    def __init__(self, server, url: str):
-        self.server, self.engine, self.url = server, server.engine, url
+    def __init__(self, service, url: str):
+        self.service, self.engine, self.url = service, service.engine, url
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
@@ -69,48 +69,42 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(
-    model="demo", given=None, *, folder=None, access=None, cache_mib=256, **limits
-) -> Iterator[Serving]:
-    """Serve ``model`` on a thread; ``given`` maps names to ``Wanted``, by default the demo's."""
+def serving(model="demo", given=None, *, folder=None, access=None, **limits) -> Iterator[Serving]:
+    """Serve ``model`` on a thread; ``given`` are ``NamedVector``s, by default the demo's at 20 %, layer 5."""
     from mlx_densesteer.server.listening import listen, open_socket
-    from mlx_densesteer.server.settings import Access, Limits, Settings
+    from mlx_densesteer.server.settings import Access, ServerLimits, Settings
     from mlx_densesteer.server.start import model_id, start
 
-    settings = Settings(
-        model_id(str(model), None), replace(Limits(grace=2.0), **limits), access or Access(), folder
-    )
+    name, bounds = model_id(str(model), None), replace(ServerLimits(grace=2.0), **limits)
+    settings = Settings(name, bounds, access or Access(), folder)
     given = demo_vector() if given is None else given
-    server = start(str(model), given, settings, cache_bytes=cache_mib * 2**20)
+    service = start(str(model), given, settings, cache_bytes=256 * 2**20)
     listener = open_socket("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    ending = []
+    uvicorn = []
     thread = threading.Thread(
-        target=listen, args=(server.application, listener, server.engine, settings.limits),
-        kwargs={"on_start": ending.append}, daemon=True,
-    )  # fmt: skip
+        target=listen,
+        args=(service.application, listener, service.engine, settings.limits),
+        kwargs={"on_start": uvicorn.append},
+        daemon=True,
+    )
     thread.start()
-    serving = Serving(server, url)
-    for _ in range(200):
-        with contextlib.suppress(ConnectionError, IndexError):
-            serving.uvicorn = ending[0]
-            serving.ask("/health")
-            break
-        time.sleep(0.02)
+    running = Serving(service, url)
+    running.ask("/health")  # the socket listens: this waits for the server
+    running.uvicorn = uvicorn[0]
     try:
-        yield serving
+        yield running
     finally:
-        ending[0].should_exit = True
+        running.uvicorn.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"
-        assert not server.engine.alive, "the model's thread did not end in time"
-        server.engine.close()
+        assert not service.engine.alive, "the model's thread did not end in time"
+        service.engine.close()
 
 
 def demo_vector():
-    from mlx_densesteer import SteeringVector, demo
-    from mlx_densesteer.server.wanted import Wanted
+    from mlx_densesteer import SteeringVector
+    from mlx_densesteer.server.vectors import NamedVector
+    from mlx_densesteer.steering.request import Amount
 
-    vector = SteeringVector.load(demo.VECTOR)
-    vector.name = "dense"
-    return {"dense": Wanted(vector, 4.76, (5,), "all")}
+    return [NamedVector(SteeringVector.load("demo"), Amount.parse("20%"), (5,))]

@@ -1,7 +1,7 @@
 """``densesteer serve --install-agent`` and ``--uninstall-agent``."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,18 +11,24 @@ from click.core import ParameterSource
 from .. import demo
 from ..text import note
 
-PATHS = {"vectors", "folder", "api_key_file"}  # options: an agent starts in another folder
-
 if TYPE_CHECKING:
-    from ..steering.request import Request
+    from ..steering.vector import SteeringVector
+
+# Options whose values are paths: made absolute, because launchd starts the agent in another folder.
+PATHS = {"vectors", "folder", "api_key_file"}
 
 
 def install(
-    model: str, port: int, grace: int, requests: "Mapping[str, Request]", *, key_in_environment: bool
+    model: str,
+    port: int,
+    grace: int,
+    vectors: "Sequence[SteeringVector]",
+    *,
+    key_in_environment: bool,
 ) -> None:
-    """Make an agent of the options that were given, and install it on a Mac.
+    """Make an agent of the options that were given, and install it on a Mac; elsewhere, print it.
 
-    What would keep the server from starting is refused now: launchd would try for ever.
+    An agent whose server could not start is refused: launchd would start it again and again.
     """
     from ..model.config import read_config
     from ..model.model import find
@@ -30,14 +36,14 @@ def install(
 
     if key_in_environment:
         raise click.UsageError(
-            "an agent cannot keep a secret: put the API key of DENSESTEER_API_KEY into a file that only "
-            "you can read, and name it with --api-key-file."
+            "an agent cannot keep the API key of DENSESTEER_API_KEY secret: put the key into a file that "
+            "only you can read, and name that with --api-key-file."
         )
     if port == 0:
         raise click.UsageError("--port 0: an agent needs a port that clients know.")
     config = read_config(find(model))
-    for one in requests.values():
-        one.vector.check_fits(
+    for vector in vectors:
+        vector.check_fits(
             hidden_size=config["hidden_size"], layer_count=config["num_hidden_layers"], model=model
         )
     home = Path.home()
@@ -75,12 +81,18 @@ def _arguments(ctx: click.Context) -> list[str]:
             found.append(long)
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            found += [long, _absolute(name, str(one))]
+            found += [long, _text(name, one)]
     return found
 
 
-def _absolute(name: str, value: str) -> str:
-    local = name in PATHS or (name == "model" and Path(value).expanduser().is_dir())
-    if not local or (value == demo.NAME and name in ("model", "vectors")):
-        return value
-    return str(Path(value).expanduser().absolute())
+def _text(name: str, value: object) -> str:
+    """Return an option's value as it is typed, a path of this machine absolute."""
+    from ..server.vectors import exact
+
+    if name == "strength":
+        return exact(value)
+    text = str(value)
+    local = name in PATHS or (name == "model" and Path(text).expanduser().is_dir())
+    if not local or (text == demo.NAME and name in ("model", "vectors")):
+        return text
+    return str(Path(text).expanduser().absolute())

@@ -14,14 +14,15 @@ from ..text import count, note
 from . import completers
 from .agent import install, uninstall
 from .options import layers_option, model_option, positions_option, strength_option
-from .steering import read_steering, tell_fit, tell_steering
+from .steering import read_vector, tell_fit, tell_steering
 
 if TYPE_CHECKING:
     import socket
 
     from ..server.settings import Access
-    from ..server.start import Started
-    from ..steering.request import Amount, Request
+    from ..server.vectors import NamedVector, Vectors
+    from ..steering.request import Amount
+    from ..steering.steering import Positions
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
@@ -30,51 +31,139 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 
 @click.command()
 @partial(model_option, required=False)
-@click.option("-v", "--vector", "vectors", multiple=True, metavar="FILE", shell_complete=completers.vectors,
-              help="A vector that requests may name, by its file's name; may be repeated. With -m demo "
-                   "the embedded one, demo, is always there.")  # fmt: skip
-@click.option("--vectors", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              metavar="DIR", help="A folder of vectors (NAME.npz) that requests may name.")  # fmt: skip
+@click.option(
+    "-v",
+    "--vector",
+    "vectors",
+    multiple=True,
+    metavar="FILE",
+    shell_complete=completers.vectors,
+    help="A vector that requests may name, by its file's name; may be repeated. -m demo always has the "
+    "embedded one, demo.",
+)
+@click.option(
+    "--vectors",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="A folder of vectors (NAME.npz) that requests may name.",
+)
 @strength_option
 @layers_option()
 @positions_option
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
 )
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
-              help="Where to listen; anything but this machine itself needs an API key.")  # fmt: skip
-@click.option("-p", "--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
-              help="0 is any free one.")  # fmt: skip
-@click.option("--api-key-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
-              help=f"The API key; or in the environment, {KEY_VARIABLE}.")  # fmt: skip
-@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
-              help="A host name under which this server is reached; may be repeated.")  # fmt: skip
-@click.option("--allow-origin", "origins", multiple=True, metavar="ORIGIN",
-              help="A web page that may ask, as https://app.example; may be repeated.")  # fmt: skip
-@click.option("--rows", type=click.IntRange(1, 256), default=16, show_default=True,
-              help="Answers that are generated together.")  # fmt: skip
-@click.option("--queue", type=click.IntRange(0, 4096), default=64, show_default=True,
-              help="Answers that may wait; then clients are told to come again (429).")  # fmt: skip
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Length of an answer at most.")  # fmt: skip
-@click.option("--prompt-cache", type=click.IntRange(min=0), default=1024, show_default=True, metavar="MIB",
-              help="Memory for prompts that were read, 0 for none.")  # fmt: skip
-@click.option("--grace", type=click.IntRange(0, 3600), default=10, show_default=True, metavar="SECONDS",
-              help="What answers that run are given when the server ends.")  # fmt: skip
-@click.option("--install-agent", is_flag=True,
-              help="Instead of serving now: serve like this from now on, whenever you are logged in "
-                   "(launchd). On other systems than macOS, print the agent.")  # fmt: skip
-@click.option("--uninstall-agent", is_flag=True,
-              help="Stop and remove the agent; no other option is needed.")  # fmt: skip
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where to listen; any address but this machine's own needs an API key.",
+)
+@click.option(
+    "-p",
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="0 is any free one.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help=f"The file with the API key; without it, the key in the environment ({KEY_VARIABLE}), if any.",
+)
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A host name under which this server is reached; may be repeated.",
+)
+@click.option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A web page that may ask, as https://app.example; may be repeated.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Answers that are generated together.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0, 4096),
+    default=64,
+    show_default=True,
+    help="Answers that may wait; beyond them clients are told to come again (429).",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Length of an answer at most.",
+)
+@click.option(
+    "--prompt-cache",
+    type=click.IntRange(min=0),
+    default=1024,
+    show_default=True,
+    metavar="MIB",
+    help="Memory for prompts that were read; 0 keeps none.",
+)
+@click.option(
+    "--grace",
+    type=click.IntRange(0, 3600),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for running answers when the server ends.",
+)
+@click.option(
+    "--install-agent",
+    is_flag=True,
+    help="Instead of serving now, serve like this whenever you are logged in (launchd). On systems other "
+    "than macOS, print the agent.",
+)
+@click.option(
+    "--uninstall-agent", is_flag=True, help="Stop and remove the agent; no other option is needed."
+)
 @click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
-def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, strength: "Amount | None",
-          layers: tuple[str, ...], positions: str | None, name: str | None, host: str,
-          port: int, api_key_file: Path | None, hosts: tuple[str, ...], origins: tuple[str, ...],
-          rows: int, queue: int, max_tokens: int, prompt_cache: int, grace: int, install_agent: bool, uninstall_agent: bool, verbose: bool) -> None:  # fmt: skip
+def serve(
+    model: str | None,
+    vectors: tuple[str, ...],
+    folder: Path | None,
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    positions: "Positions | None",
+    name: str | None,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    rows: int,
+    queue: int,
+    max_tokens: int,
+    prompt_cache: int,
+    grace: int,
+    install_agent: bool,
+    uninstall_agent: bool,
+    verbose: bool,
+) -> None:
     """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
 
-    A request steers with the field `steering`, or with the model's name: NAME@VECTOR=STRENGTH. The
-    bare name is the stock model. Ctrl-C ends.
+    A request steers with the field `steering`, or with the model's name: NAME@VECTOR=20%. -s, -l and
+    --positions are what the vectors of -v get where a request does not say. The bare name is the stock
+    model. Ctrl-C ends.
     """
     if uninstall_agent:
         uninstall()
@@ -86,29 +175,26 @@ def serve(model: str | None, vectors: tuple[str, ...], folder: Path | None, stre
     _check_extra()
     access = _access(host, _read_key(api_key_file), hosts, origins)
     listener = None if install_agent else _open_socket(host, port)
-    requests = _read_vectors(model, vectors, strength, layers, positions)
+    given = _read_vectors(model, vectors, strength, layers, positions)
     if install_agent:
+        in_environment = api_key_file is None and access.key is not None
         install(
-            model,
-            port,
-            grace,
-            requests,
-            key_in_environment=api_key_file is None and access.key is not None,
+            model, port, grace, [one.vector for one in given], key_in_environment=in_environment
         )
         return
     _set_up_logs(verbose)
 
     from ..server.listening import listen
-    from ..server.settings import Limits, Settings
+    from ..server.settings import ServerLimits, Settings
     from ..server.start import model_id, start
 
-    limits = Limits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
+    limits = ServerLimits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
     settings = Settings(model_id(model, name), limits, access, folder)
-    server = start(model, requests, settings, cache_bytes=prompt_cache * 2**20)
-    _tell_vectors(server, set(requests))
+    service = start(model, given, settings, cache_bytes=prompt_cache * 2**20)
+    _tell_vectors(service.vectors, given)
     address = f"[{host}]" if ":" in host else host
     note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
-    listen(server.application, listener, server.engine, limits)
+    listen(service.application, listener, service.engine, limits)
 
 
 def _open_socket(host: str, port: int) -> "socket.socket":
@@ -130,27 +216,34 @@ def _read_vectors(
     vectors: tuple[str, ...],
     strength: "Amount | None",
     layers: tuple[str, ...],
-    positions: str | None,
-) -> "dict[str, Request]":
-    """Return the vectors of ``-v`` by name, with the settings given beside them.
+    positions: "Positions | None",
+) -> "list[NamedVector]":
+    """Return the vectors of ``-v``, each with the settings of ``-s -l --positions``.
 
-    With the demo model its own vector is always among them.
+    The demo model's own vector is always among them.
     """
     from .. import demo
+    from ..server.vectors import NamedVector
+    from ..steering.request import parse_layers
 
-    if not vectors and model != demo.NAME:
-        read_steering(None, strength, layers, positions)  # refuses settings without a vector
     if model == demo.NAME and demo.NAME not in vectors:
         vectors = (*vectors, demo.NAME)
-    found: dict[str, Request] = {}
-    for vector in vectors:
-        name = Path(vector).stem
-        if name in found:
-            raise click.UsageError(f"two vectors have the name {name}: rename one of the files.")
-        asked = read_steering(vector, strength, layers, positions)
-        asked.vector.name = name
-        found[name] = asked
-    return found
+    if not vectors and (strength is not None or layers or positions):
+        raise click.UsageError("--strength, --layer and --positions need a vector: add -v FILE.")
+    found: dict[str, NamedVector] = {}
+    for file in vectors:
+        vector = read_vector(file)
+        vector.name = Path(file).stem
+        if vector.name in found:
+            raise click.UsageError(
+                f"two vectors have the name {vector.name}: rename one of the files."
+            )
+        chosen = parse_layers(layers, vector.layers) if layers else None
+        found[vector.name] = NamedVector(vector, strength, chosen, positions)
+        found[
+            vector.name
+        ].request()  # refuses what can never be applied, before the model is loaded
+    return list(found.values())
 
 
 def _read_key(file: Path | None) -> bytes | None:
@@ -205,16 +298,16 @@ class _Brief(logging.Formatter):
         return f"densesteer: {record.getMessage().splitlines()[0]}"
 
 
-def _tell_vectors(server: "Started", given: set[str]) -> None:
+def _tell_vectors(vectors: "Vectors", given: "list[NamedVector]") -> None:
     """Say what can be steered, and warn of a vector that was made for other weights."""
-    for one in server.vectors.all():
-        if one.name in given:
-            tell_fit(one.vector, server.model)
-            steering = one.default.steering(server.model)
-            tell_steering(steering, server.model.dose(steering), one.default.why)
-    for name, reason in server.vectors.unusable().items():
+    for one in given:
+        tell_fit(one.vector, vectors.model)
+        asked = one.request()
+        steering = asked.steering(vectors.model)
+        tell_steering(steering, vectors.model.dose(steering), asked.why)
+    for name, reason in vectors.unusable().items():
         note(f"warning: {name} of the folder cannot be used: {reason}")
-    names = [one.name for one in server.vectors.all()]
+    names = [one.name for one in vectors.all()]
     if names:
         note(f"{count(len(names), 'vector')} by name: {', '.join(names)}")
     else:

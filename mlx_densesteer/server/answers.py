@@ -2,38 +2,39 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from .._version import __version__
 from ..generation.sampling import Sampling
-from ..model.model import Model
 from .encoding import Encoder
 from .engine import Engine
 from .faults import Fault
-from .jobs import Failed, Job, Said, Taken
-from .replies import ApiAnswer
+from .replies import Completion
 from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
-from .vectors import Vectors, ask, format_model_name, parse_model_name
+from .vectors import Asked, Vectors
+from .worker import Event, Failed, Job, Said
 
 IGNORED = "X-DenseSteer-Ignored"
+Inbox = asyncio.Queue[tuple[Job, Event]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """What an answer is made of."""
+class Completions:
+    """Answers requests for completions."""
 
     settings: Settings
     engine: Engine
     encoder: Encoder
     vectors: Vectors
-    model: Model
-    fingerprint: str
 
     async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         """Answer a request.
@@ -42,107 +43,108 @@ class Answerer:
             Fault: it is refused, or no answer can be finished.
         """
         ignored = check_extra(asked)
-        jobs, name = await self._jobs(asked)
-        reply = ApiAnswer(
-            chat=isinstance(asked, ChatRequest), model=name,
-            fingerprint=self.fingerprint, choices=sum(job.n for job in jobs), n=asked.n or 1,
-            token_bytes=self.encoder.token_bytes, with_usage=bool(asked.stream and asked.wants_usage),
-        )  # fmt: skip
-        headers = (
-            {IGNORED: ", ".join(_header_safe(name) for name in ignored[:20])} if ignored else {}
+        headers = {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
+        steering = self.vectors.asked(asked.model, asked.steering)
+        jobs = await self._jobs(asked, steering)
+        completion = Completion(
+            chat=isinstance(asked, ChatRequest),
+            model=steering.model if steering else self.settings.name,
+            fingerprint=f"mlx-densesteer-{__version__}-{self.vectors.model.fingerprint[:8]}",
+            choices=sum(job.n for job in jobs),
+            n=asked.n or 1,
+            token_bytes=self.encoder.token_bytes,
+            steering=self.vectors.describe(steering.steering) if steering else None,
+            with_usage=bool(asked.stream and asked.wants_usage),
         )
         with ExitStack() as held:
             inbox = held.enter_context(self.engine.holding(jobs))
             async with _Watch(request) as watch:
-                early = await self._await_start(reply, jobs, inbox, watch)
+                early = await self._await_start(jobs, inbox, watch)
                 if not asked.stream:
-                    for event in early:
-                        self._take(reply, event)
-                    while not reply.complete:
-                        self._take(reply, await watch.first(inbox.get()))
-                    body = reply.whole(asked.alternatives is not None)
+                    for job, said in early:
+                        completion.add(job.first, said)
+                    while not completion.complete:
+                        job, event = await watch.first(inbox.get())
+                        completion.add(job.first, _said(event))
+                    body = completion.whole(asked.alternatives is not None)
                     return JSONResponse(body, headers=headers)
-            lines = self._stream(reply, early, inbox, asked.wants_usage)
+            lines = self._stream(completion, early, inbox, asked.wants_usage)
             return EventStream(lines, held.pop_all(), headers)
 
-    async def _jobs(self, asked: ChatRequest | CompletionRequest) -> tuple[list[Job], str]:
-        """Return the jobs of a request, and the model's name in its answer: the one that asks for the same."""
-        name = self.settings.name
-        named = parse_model_name(asked.model, name) if asked.model else None
-        steering, vector = ask(named, asked.steering, self.vectors)
+    async def _jobs(
+        self, asked: ChatRequest | CompletionRequest, steering: Asked | None
+    ) -> list[Job]:
         sampling = Sampling(
-            asked.temperature or 0.0, asked.top_p or 1.0,
-            None if asked.seed is None else asked.seed % 2**64,
-        )  # fmt: skip
-        limit = min(asked.limit or self.settings.limits.max_tokens, self.settings.limits.max_tokens)
+            temp=asked.temperature or 0.0,
+            top_p=asked.top_p or 1.0,
+            seed=None if asked.seed is None else asked.seed % 2**64,
+        )
+        most = self.settings.limits.max_tokens
         n = asked.n or 1
-        if steering is not None and steering.amount.number and vector is not None:
-            name = format_model_name(name, vector, steering.amount)
-        jobs = [
+        return [
             Job(
-                tokens, steering, self.model.room(len(tokens), limit), sampling,
-                asked.stops, n, asked.alternatives, number * n,
+                tokens=tokens,
+                steering=steering.steering if steering else None,
+                max_tokens=min(asked.limit or most, most),
+                sampling=sampling,
+                stop=asked.stops,
+                n=n,
+                logprobs=asked.alternatives,
+                first=number * n,
             )
             for number, tokens in enumerate(await self.encoder.encode(asked))
-        ]  # fmt: skip
-        return jobs, name
+        ]
 
     async def _await_start(
-        self, reply: ApiAnswer, jobs: list[Job], inbox: asyncio.Queue, watch: "_Watch"
+        self, jobs: list[Job], inbox: Inbox, watch: "_Watch"
     ) -> list[tuple[Job, Said]]:
-        """Wait until the model's thread has taken the jobs: what it refuses is an error, not a stream.
+        """Wait until the model's thread has taken all jobs; return what was said meanwhile.
 
-        Return what was said meanwhile.
+        A job that it refuses is then an error response, not a stream that breaks off.
         """
-        started, early = 0, []
-        while started < len(jobs):
-            event = await watch.first(inbox.get())
-            if isinstance(event[1], Said):
-                early.append(event)
-                continue
-            self._take(reply, event)
-            started += 1
+        taken, early = 0, []
+        while taken < len(jobs):
+            job, event = await watch.first(inbox.get())
+            if isinstance(event, Failed):
+                raise event.fault
+            if isinstance(event, Said):
+                early.append((job, event))
+            else:
+                taken += 1
         return early
 
-    def _take(self, reply: ApiAnswer, event: tuple[Job, Taken | Said | Failed]) -> None:
-        job, what = event
-        if isinstance(what, Failed):
-            raise what.fault
-        if isinstance(what, Taken):
-            reply.steering = what.steering
-        else:
-            reply.cached[job.first] = what.cached_tokens
-            reply.add(what.choice, what.piece)
-
     async def _stream(
-        self, reply: ApiAnswer, early: list[tuple[Job, Said]], inbox: asyncio.Queue, with_usage: bool
+        self,
+        completion: Completion,
+        early: list[tuple[Job, Said]],
+        inbox: Inbox,
+        with_usage: bool,
     ) -> AsyncIterator[bytes]:
         """Yield server-sent events."""
-        for chunk in reply.opening():
+        for chunk in completion.opening():
             yield _event(chunk)
-        while not reply.complete:
+        while not completion.complete:
             try:
                 async with asyncio.timeout(self.settings.limits.ping):
-                    event = early.pop(0) if early else await inbox.get()
+                    job, event = early.pop(0) if early else await inbox.get()
+                said = _said(event)
             except TimeoutError:
                 yield b": still at work\n\n"
                 continue
-            try:
-                self._take(reply, event)
             except Fault as fault:
                 yield _event(fault.body)
                 return
-            if isinstance(event[1], Said):
-                yield _event(reply.chunk(event[1].choice, event[1].piece))
+            completion.add(job.first, said)
+            yield _event(completion.chunk(said))
         if with_usage:
-            yield _event(reply.last())
+            yield _event(completion.last())
         yield b"data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; at the end, whatever it is, ``held`` is let go.
+    """Server-sent events; ``held`` is closed at the end, however it comes.
 
-    Not left to the generator: one that was never read is never cleaned up.
+    The generator cannot do that: one that was never started is not cleaned up.
     """
 
     def __init__(self, lines: AsyncIterator[bytes], held: ExitStack, headers: dict[str, str]):
@@ -168,7 +170,7 @@ class _Watch:
         self._gone.cancel()
         await asyncio.wait([self._gone])
 
-    async def first(self, waiting):
+    async def first(self, waiting: Coroutine[Any, Any, T]) -> T:
         """Return what ``waiting`` gives.
 
         Raises:
@@ -188,15 +190,19 @@ class _Watch:
             pass
 
 
+def _said(event: Event) -> Said:
+    """Return what was said; raise the fault of a job that failed."""
+    if isinstance(event, Failed):
+        raise event.fault
+    assert isinstance(event, Said)
+    return event
+
+
 def _event(body: dict[str, object]) -> bytes:
-    return (
-        b"data: "
-        + json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        + b"\n\n"
-    )
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def _header_safe(name: str) -> str:
-    return (
-        "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:40]) or "?"
-    )
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:40])
+    return safe or "?"

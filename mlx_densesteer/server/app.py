@@ -1,68 +1,79 @@
-"""The routes."""
+"""The routes, and their OpenAPI description."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.schemas import BaseSchemaGenerator
+from starlette.types import ASGIApp
 
 from .._version import __version__
-from .answers import Answerer
+from .answers import Completions
 from .body import read_json
-from .description import describe
 from .faults import Fault, internal
-from .guard import Application, guarded
+from .guard import guarded
 from .overview import Overview
-from .schema import ChatRequest, CompletionFields, CompletionRequest
+from .schema import ChatRequest, CompletionFields, CompletionRequest, ErrorBody
 
 PAGE = files(__package__) / "page"
 TYPES = {
-    ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml",
-    ".png": "image/png", ".webmanifest": "application/manifest+json",
-}  # fmt: skip
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 
 
-def build(answering: Answerer, overview: Overview) -> Application:
+def build(completions: Completions, overview: Overview) -> ASGIApp:
     """Return the ASGI application."""
-    limits, access = answering.settings.limits, answering.settings.access
-    engine = answering.engine
-    description = describe(access.key is not None)
+    settings, engine = completions.settings, completions.engine
+    limits = settings.limits
     pages = _page_files()
 
     async def complete(request: Request, kind: type[CompletionFields]) -> Response:
         asked = await read_json(request, kind, limit=limits.body, seconds=limits.idle)
-        return await answering.answer(request, asked)
+        return await completions.answer(request, asked)
 
-    async def chat(request: Request) -> Response:
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
         return await complete(request, ChatRequest)
 
-    async def text(request: Request) -> Response:
+    async def text_completions(request: Request) -> Response:
+        """Continue a text."""
         return await complete(request, CompletionRequest)
 
     async def models(request: Request) -> Response:
+        """List the model and its steered presets."""
         return JSONResponse(overview.models())
 
     async def model(request: Request) -> Response:
-        return JSONResponse(overview.one_model(request.path_params["name"]))
+        """Return one model, listed or not."""
+        return JSONResponse(overview.model(request.path_params["name"]))
 
     async def steering(request: Request) -> Response:
+        """List the vectors and the presets, and what is known of them."""
         return JSONResponse(overview.steering())
 
     async def health(request: Request) -> Response:
-        running = engine.running
-        up = engine.alive
-        return JSONResponse(
-            {
-                "status": "ok" if up else "down", "model": answering.settings.name,
-                "version": __version__, "running": running, "waiting": engine.promised - running,
-            },
-            200 if up else 503,
-        )  # fmt: skip
+        """Tell whether the server is up, and how many answers run and wait."""
+        running, up = engine.running, engine.alive
+        body = {
+            "status": "ok" if up else "down",
+            "model": settings.name,
+            "version": __version__,
+            "running": running,
+            "waiting": engine.promised - running,
+        }
+        return JSONResponse(body, 200 if up else 503)
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(description)
@@ -79,34 +90,81 @@ def build(answering: Answerer, overview: Overview) -> Application:
         engine.attach(asyncio.get_running_loop())
         yield
         engine.end()
-        answering.encoder.close()
+        completions.encoder.close()
 
     routes = [
-        Route("/", page),
-        Route("/page/{name}", page),
+        Route("/", page, include_in_schema=False),
+        Route("/page/{name}", page, include_in_schema=False),
+        Route("/openapi.json", openapi, include_in_schema=False),
         Route("/health", health),
-        Route("/openapi.json", openapi),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/steering", steering),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", text, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", text_completions, methods=["POST"]),
     ]
+    bodies = {"chat_completions": ChatRequest, "text_completions": CompletionRequest}
+    description = describe(routes, bodies, with_key=settings.access.key is not None)
     application = Starlette(
-        routes=routes, lifespan=lifespan,
-        exception_handlers={HTTPException: _no_such_thing, Fault: _refuse, Exception: _fail},
-    )  # fmt: skip
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _no_such_page, Fault: _refuse, Exception: _fail},
+    )
     application.router.redirect_slashes = False
-    return guarded(application, access, stall=limits.idle)
+    return guarded(application, settings.access, stall=limits.idle)
 
 
-async def _no_such_thing(request: Request, error: Exception) -> Response:
-    """Say 404 and 405 in OpenAI's shape."""
+def describe(
+    routes: Sequence[Route], bodies: dict[str, type[BaseModel]], *, with_key: bool
+) -> dict[str, object]:
+    """Return the OpenAPI description: paths and docstrings of the routes, ``bodies`` of their functions."""
+    kinds = [(kind, "validation") for kind in (*bodies.values(), ErrorBody)]
+    _, made = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    components = {"schemas": made["$defs"]}
+    answer = {
+        "description": "The answer.",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+    paths: dict[str, dict[str, object]] = {}
+    for endpoint in BaseSchemaGenerator().get_endpoints(routes):
+        operation: dict[str, object] = {"summary": endpoint.func.__doc__}
+        responses = {"200": answer, "default": {"description": "An error."} | _schema(ErrorBody)}
+        if names := re.findall(r"{(\w+)}", endpoint.path):
+            text = {"in": "path", "required": True, "schema": {"type": "string"}}
+            operation["parameters"] = [{"name": name} | text for name in names]
+        if endpoint.func.__name__ in bodies:
+            body = _schema(bodies[endpoint.func.__name__])
+            operation["requestBody"] = {"required": True} | body
+            stream = {"text/event-stream": {"schema": {"type": "string"}}}
+            responses["200"] = answer | {"content": answer["content"] | stream}
+        paths.setdefault(endpoint.path, {})[endpoint.http_method] = operation | {
+            "responses": responses
+        }
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "mlx-densesteer", "version": __version__},
+        "paths": paths,
+        "components": components,
+    }
+    if with_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _schema(kind: type[BaseModel]) -> dict[str, object]:
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+async def _no_such_page(request: Request, error: Exception) -> Response:
+    """Return a 404 or 405 in OpenAI's shape."""
     if not isinstance(error, HTTPException) or error.status_code not in (404, 405):
         raise error
     what = "no such page"
     if error.status_code == 405:
-        what = f"{request.method[:8]} is not for this page: use {(error.headers or {}).get('Allow', 'another')}"
+        allowed = (error.headers or {}).get("Allow", "another method")
+        what = f"{request.method[:8]} is not for this page: use {allowed}"
     fault = Fault(error.status_code, f"{what}; see /openapi.json.", code="not_found")
     return JSONResponse(fault.body, fault.status, headers=error.headers)
 
@@ -115,7 +173,7 @@ async def _refuse(request: Request, fault: Exception) -> Response:
     if not isinstance(fault, Fault):
         raise fault
     headers = dict(fault.headers)
-    if fault.status in (408, 413):  # what is left of the body is not read
+    if fault.status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
     return JSONResponse(fault.body, fault.status, headers=headers)
 
@@ -127,7 +185,7 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 
 def _page_files() -> dict[str, tuple[str, bytes]]:
-    """Read the page once; a request only ever names one of these."""
+    """Read the page's files once, so that a request cannot name any other file."""
     found = {}
     for file in PAGE.iterdir() if PAGE.is_dir() else ():
         kind = next((kind for ending, kind in TYPES.items() if file.name.endswith(ending)), None)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError
 from ..model.model import Model
@@ -14,7 +15,7 @@ from .schema import ChatRequest, CompletionRequest, Message
 
 
 class Encoder:
-    """Encode on a thread of its own: a long prompt does not hold up the loop or the model."""
+    """Encodes on a thread of its own, so that a long prompt holds up neither the loop nor the model."""
 
     def __init__(self, model: Model):
         self._model, self._tokenizer = model, model.tokenizer
@@ -34,7 +35,7 @@ class Encoder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token; of a byte-level vocabulary exactly, else of its text."""
+        """Return the bytes of a token: exact for a byte-level vocabulary, else those of its text."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is not None and all(c in self._byte_of for c in name):
             return bytes(self._byte_of[c] for c in name)
@@ -63,7 +64,7 @@ class Encoder:
         if not self._tokenizer.has_chat_template:
             raise bad("this model has no chat template: use /v1/completions.", "messages")
         if not any(one.role == "user" and one.text.strip() for one in messages):
-            raise bad("no message of the user with text: expected at least one.", "messages")
+            raise bad("no message of the user has text: expected at least one.", "messages")
         plain = [
             {"role": "system" if one.role == "developer" else one.role, "content": one.text}
             for one in messages
@@ -86,18 +87,17 @@ class Encoder:
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:
-        """The bytes that the characters of a byte-level vocabulary stand for (GPT-2's table).
+        """The byte of each character in a byte-level vocabulary's names (GPT-2's table).
 
-        Printable Latin-1 stands for itself, the other bytes for U+0100 and on, in order.
+        A printable character of Latin-1 is itself; U+0100 and on are the other bytes, in order.
         """
         plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in plain]
         return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def opening_tokens(model: Model) -> frozenset[int]:
-    """Return the token of its own with which a message begins, if the chat template has one."""
-    tokenizer = model.tokenizer
+def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Return the special token that opens a message, if the chat template has one."""
     if not tokenizer.has_chat_template:
         return frozenset()
     first = tokenizer.apply_chat_template(

@@ -3,44 +3,43 @@
 import asyncio
 import contextlib
 import logging
-import queue as queue_
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as _FutureTimeout
 
 import mlx.core as mx
 
-from .faults import Fault, ending, internal
-from .jobs import Event, Failed, Job
-from .worker import Told, Worker
+from .faults import Fault, bad, ending, internal
+from .worker import Event, Failed, Job, Told, Worker
 
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60
-ASLEEP = 0.05  # seconds after which the thread that said so sleeps: it needs the GIL for that
+ASLEEP = 0.05  # seconds for the thread to fall asleep after it has ended: it needs the GIL for that
 QUIET = 5.0  # seconds without a request after which memory is given back
 GATHER = 0.05  # seconds that the first of several requests waits for the others at most
 
 
 class Engine:
-    """Jobs go in from the loop, events come out there; the model is touched by one thread alone.
+    """Jobs come from the loop, events go back to it; only this thread touches the model.
 
     Args:
         load: called once, on the thread; mlx arrays belong to the thread that made them.
-        rows, queue: answers that run, and that wait, at most.
+        rows: answers that run at most.
+        waiting: answers that wait at most.
     """
 
-    def __init__(self, load: Callable[[], Worker], *, rows: int, queue: int):
-        self._load, self.rows, self._room = load, rows, rows + queue
-        self._orders: queue_.SimpleQueue[Callable[[], None] | None] = queue_.SimpleQueue()
+    def __init__(self, load: Callable[[], Worker], *, rows: int, waiting: int):
+        self._load, self.rows, self._room = load, rows, rows + waiting
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._inboxes: dict[Job, asyncio.Queue[tuple[Job, Event]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loaded: Future[Worker] = Future()
         self._ending = False
-        self._company = 0  # answers that ran or waited together, at most, before it was last idle
-        self._most = 0  # and since then
+        self._company = 0  # the most answers at a time before the thread was last idle
+        self._most = 0  # the most since then
         self._ended, self._may_go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -48,8 +47,8 @@ class Engine:
         """Load the model; raises what ``load`` raises."""
         self._thread.start()
         try:
-            while True:  # in short waits: Ctrl-C must come through
-                with contextlib.suppress(TimeoutError, _FutureTimeout):
+            while True:  # in short waits, so that Ctrl-C ends them
+                with contextlib.suppress(TimeoutError):
                     self._loaded.result(timeout=0.2)
                     return
         except BaseException:
@@ -57,7 +56,7 @@ class Engine:
             raise
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Tell events to this loop from now on."""
+        """Send events to this loop from now on."""
         self._loop = loop
 
     @property
@@ -75,7 +74,7 @@ class Engine:
 
     @contextlib.contextmanager
     def holding(self, jobs: Sequence[Job]) -> Iterator["asyncio.Queue[tuple[Job, Event]]"]:
-        """Do these jobs; yield the queue of their events. What has not ended at the end is cancelled.
+        """Do these jobs and yield the queue of their events; on leaving, cancel what has not ended.
 
         Raises:
             Fault: no room (429), or the server is ending.
@@ -104,10 +103,10 @@ class Engine:
         self._orders.put(lambda: self._tell(worker.close()))
 
     def end(self) -> None:
-        """End what runs, and take nothing more; the thread is given the time of a step.
+        """End what runs, and take nothing more; wait until the thread has ended its step.
 
-        The thread then sleeps until the process ends. It must not end beside the interpreter: what mlx
-        keeps for a thread takes the GIL as it is destroyed, and a thread that asks a finalizing
+        The thread then sleeps until the process ends. It must not end while the interpreter does: mlx
+        takes the GIL when it destroys what it keeps for a thread, and a thread that asks a finalizing
         interpreter for the GIL aborts the process (github.com/ml-explore/mlx/pull/4110).
         """
         self._ending = True
@@ -122,16 +121,15 @@ class Engine:
         self._thread.join(JOIN_SECONDS)
 
     def _busy(self, count: int) -> Fault:
-        limit = self._room
-        if count > limit:
-            return Fault(
-                400, f"{count} answers in one request: this server has room for {limit}.", "n"
-            )
+        if count > self._room:
+            message = f"{count} answers in one request: this server has room for {self._room}."
+            return bad(message, "n")
         seconds = max(1, min(30, self.promised // max(1, self.rows) * 2))
-        return Fault(
-            429, f"{self.promised} answers run or wait, as many as this server has room for. Try again "
-            f"in {seconds} seconds.", code="queue_full", headers={"Retry-After": str(seconds)},
-        )  # fmt: skip
+        message = (
+            f"{self.promised} answers run or wait, as many as this server has room for. Try again in "
+            f"{seconds} seconds."
+        )
+        return Fault(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
     def _run(self) -> None:
         try:
@@ -162,9 +160,9 @@ class Engine:
     def _obey(self, worker: Worker) -> bool:
         """Do what was ordered; wait for an order if there is nothing else to do.
 
-        Where several requests ran together before, the first one waits a moment for the others: they
-        ask again at the same time, and prompts that are read together cost less. A client that was
-        alone before does not wait.
+        Where several answers ran together before, the first request now waits a moment for the others:
+        such clients ask again at the same time, and prompts that are read together cost less. A request
+        that was alone before does not wait.
         """
         gathering = not worker.busy
         if gathering and self._most:
@@ -174,7 +172,7 @@ class Engine:
             left = QUIET if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 order = self._orders.get(block=gathering and left != 0.0, timeout=left)
-            except queue_.Empty:
+            except queue.Empty:
                 if gathering and deadline is None:
                     worker.rest()
                 break

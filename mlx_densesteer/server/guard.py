@@ -1,8 +1,9 @@
 """What stands between the network and the application.
 
-Every request passes here. Faults become OpenAI's errors. A page of another site cannot ask (Host against
-DNS rebinding, Origin and Sec-Fetch-Site against cross-site requests); ``guarded`` adds Starlette's CORS
-for the origins that may. A stalled reader is let go. One line is logged, without query or content.
+Every request passes here. Faults become OpenAI's errors. A page of another site cannot ask: the check of
+``Host`` stops DNS rebinding, that of ``Origin`` and ``Sec-Fetch-Site`` cross-site requests; Starlette's CORS
+answers the origins that may. A client that stops reading its answer is cut off. One line is logged for each
+request, without query or content.
 
 Sources: OWASP cheat sheets on cross-site request forgery and on HTTP headers; Fetch Metadata (W3C).
 """
@@ -11,24 +12,19 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .faults import Fault, bad, internal
 from .settings import Access
 
 log = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -40,23 +36,39 @@ HEADERS = {
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
 }
+ONCE = ("host", "origin", "authorization", "content-type")  # headers that may not come twice
+LOGGED = {  # paths that the log names; another one may hold what a client must not leak
+    "/",
+    "/health",
+    "/openapi.json",
+    "/v1/models",
+    "/v1/steering",
+    "/v1/completions",
+    "/v1/chat/completions",
+}
 
 
-def guarded(application: Application, access: Access, *, stall: float) -> Application:
-    """Return the application behind the guard, and Starlette's CORS for the origins that may ask."""
-    guard = Guard(application, access, stall=stall)
+def guarded(application: ASGIApp, access: Access, *, stall: float) -> ASGIApp:
+    """Return the application behind the guard, and CORS if other web pages may ask.
+
+    ``stall`` is how many seconds a client may leave a part of its answer unread.
+    """
+    guard = Guard(application, access, stall)
     if not access.origins:
         return guard
     return CORSMiddleware(
-        guard, allow_origins=sorted(access.origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+        guard,
+        allow_origins=sorted(access.origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],  # OpenAI's client sends many headers of its own
         expose_headers=["X-DenseSteer-Ignored", "Retry-After"],
-    )  # fmt: skip
+    )
 
 
 class Guard:
-    """ASGI middleware; ``stall`` is how long a client may leave a part of its answer unread."""
+    """ASGI middleware; see ``guarded``."""
 
-    def __init__(self, application: Application, access: Access, *, stall: float):
+    def __init__(self, application: ASGIApp, access: Access, stall: float):
         self._application, self._access, self._stall = application, access, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,38 +77,29 @@ class Guard:
             return
         exchange = _Exchange(send, self._stall)
         try:
-            headers = _headers(scope)
-            self._check_host(headers.get("host"))
-            exchange.origin = self._check_origin(scope, headers)
-            self._check_key(scope, headers)
-            await self._application(scope, receive, exchange.send)
-        except Fault as fault:
-            await exchange.fail(fault)
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
+            try:
+                self._check(scope["path"], Headers(scope=scope))
+                await self._application(scope, receive, exchange.send)
+            except Fault as fault:
+                await exchange.fail(fault, scope, receive)
         # The last place where an unexpected error can be kept from the client.
         except Exception as error:
             if not exchange.gone:
                 log.error("a request failed: %s", type(error).__name__, exc_info=error)
-                await exchange.fail(internal())
+                await exchange.fail(internal(), scope, receive)
         finally:
             exchange.log(scope)
 
-    def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
-        """Raise 401 without the key."""
-        asks = scope["path"].startswith("/v1/")
-        if (
-            asks
-            and self._access.key is not None
-            and not self._has_key(headers.get("authorization"))
-        ):
-            raise Fault(
-                401, "no valid API key: send it as `Authorization: Bearer KEY`.", None,
-                "invalid_api_key", {"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
+    def _check(self, path: str, headers: Headers) -> None:
+        for name in ONCE:
+            if len(headers.getlist(name)) > 1:
+                raise bad(f"the header {name} comes twice: expected it once.")
+        self._check_host(headers.get("host"))
+        self._check_origin(path, headers)
+        self._check_key(path, headers.get("authorization"))
 
     def _check_host(self, host: str | None) -> None:
-        """Raise 403 unless the server may be addressed so: DNS rebinding brings another name."""
+        """Raise 403 unless ``Host`` names this machine: with DNS rebinding it names another one."""
         try:
             plain = host is not None and not set(host) & set("@/?#\\")
             name = (urlsplit(f"//{host}").hostname or "") if plain else ""
@@ -104,60 +107,56 @@ class Guard:
             name = ""
         if name in self._access.hosts or (self._access.any_address and _is_address(name)):
             return
-        raise Fault(
-            403, "this server does not answer to the name in the Host header. Use its address, or name "
-            "the host when it is started (--allow-host).", code="host_not_allowed",
-        )  # fmt: skip
+        message = (
+            "this server does not answer to the name in the Host header. Use its address, or name the "
+            "host when it is started (--allow-host)."
+        )
+        raise Fault(403, message, code="host_not_allowed")
 
-    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> str | None:
-        """Return the origin of another page that may ask, if it is one; raise 403 for the rest."""
+    def _check_origin(self, path: str, headers: Headers) -> None:
+        """Raise 403 unless the server's own page asks, or a page that was named, or no page at all."""
         origin = headers.get("origin")
-        if origin in self._access.origins:
-            return origin
-        # our own page; https where a proxy with TLS stands in front
-        if origin is not None and origin in (
-            f"{s}://{headers.get('host')}" for s in ("http", "https")
-        ):
-            return None
+        # https: a proxy with TLS may stand in front
+        own = {f"{scheme}://{headers.get('host')}" for scheme in ("http", "https")}
+        if origin is not None and origin in own | self._access.origins:
+            return
         site = headers.get("sec-fetch-site", "none")
-        visit = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
+        visit = path == "/" and headers.get("sec-fetch-mode") == "navigate"
         if origin is not None or (site not in ("none", "same-origin") and not visit):
-            raise Fault(
-                403, "a page of another site may not ask. Name its origin when the server is started "
-                "(--allow-origin).", code="origin_not_allowed",
-            )  # fmt: skip
-        return None
+            message = (
+                "a page of another site may not ask. Name its origin when the server is started "
+                "(--allow-origin)."
+            )
+            raise Fault(403, message, code="origin_not_allowed")
 
-    def _has_key(self, authorization: str | None) -> bool:
+    def _check_key(self, path: str, authorization: str | None) -> None:
+        """Raise 401 where a key is needed and the right one is missing."""
+        if self._access.key is None or not path.startswith("/v1/"):
+            return
         kind, _, key = (authorization or "").partition(" ")
-        digests = [
-            hashlib.sha256(k).digest() for k in (key.strip().encode(), self._access.key or b"")
-        ]
-        return hmac.compare_digest(*digests) and kind.casefold() == "bearer"
+        found = hashlib.sha256(key.strip().encode()).digest()
+        expected = hashlib.sha256(self._access.key).digest()
+        if hmac.compare_digest(found, expected) and kind.casefold() == "bearer":
+            return
+        message = "no valid API key: send it as `Authorization: Bearer KEY`."
+        raise Fault(401, message, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
 
 class _Exchange:
-    """One request's way out: headers, the time a reader may take, and what to log."""
+    """The response to one request: adds headers, bounds the time that a reader may take, and logs."""
 
     def __init__(self, send: Send, stall: float):
         self._send, self._stall = send, stall
         self._began = time.perf_counter()
-        self.origin: str | None = None
         self.status = 0
-        self.gone = False  # the client cannot be told anything more
+        self.gone = False  # nothing more can be sent
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            present = {name.lower() for name, _ in message["headers"]}
-            extra = dict(HEADERS)
-            if self.origin is not None:
-                extra["Cross-Origin-Resource-Policy"] = "cross-origin"
-            message["headers"] = [*message["headers"]] + [
-                (name.lower().encode(), value.encode())
-                for name, value in extra.items()
-                if name.lower().encode() not in present
-            ]
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
         try:
             async with asyncio.timeout(self._stall):
                 await self._send(message)
@@ -165,43 +164,17 @@ class _Exchange:
             self.gone = True
             raise ConnectionError("the client does not read its answer") from error
 
-    async def send_whole(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        start = {
-            "type": "http.response.start", "status": status,
-            "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
-        }  # fmt: skip
-        if status != 204:
-            start["headers"].append((b"content-length", str(len(body)).encode()))
-        await self.send(start)
-        await self.send({"type": "http.response.body", "body": body})
-
-    async def fail(self, fault: Fault) -> None:
-        """Tell the fault, unless the answer has begun."""
+    async def fail(self, fault: Fault, scope: Scope, receive: Receive) -> None:
+        """Send the fault, unless the answer has begun."""
         if self.status or self.gone:
             return
-        headers = {"Content-Type": "application/json"} | fault.headers
-        await self.send_whole(fault.status, json.dumps(fault.body).encode(), headers)
+        response = JSONResponse(fault.body, fault.status, headers=fault.headers)
+        await response(scope, receive, self.send)
 
     def log(self, scope: Scope) -> None:
-        known = scope["path"] if scope["path"] in _PATHS else "(another path)"
+        path = scope["path"] if scope["path"] in LOGGED else "(another path)"
         seconds = time.perf_counter() - self._began
-        log.info("%s %s %s %.2f s", scope["method"][:8], known, self.status or "gone", seconds)
-
-
-_PATHS = {
-    "/", "/health", "/openapi.json", "/v1/models", "/v1/steering", "/v1/completions",
-    "/v1/chat/completions",
-}  # fmt: skip
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        key = name.decode("latin-1").lower()
-        if key in ("host", "origin", "authorization", "content-type") and key in found:
-            raise bad(f"the header {key} stands there twice.")
-        found[key] = value.decode("latin-1")
-    return found
+        log.info("%s %s %s %.2f s", scope["method"][:8], path, self.status or "gone", seconds)
 
 
 def _is_address(name: str) -> bool:

@@ -7,30 +7,32 @@ import socket
 from collections.abc import Callable
 
 import h11
+from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import InputError
 from .engine import Engine
-from .guard import Application
-from .settings import Limits
+from .settings import ServerLimits
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 128  # connections that wait to be accepted
+
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound.
+    """Return a socket that listens: a client may connect before the server runs, and waits.
 
     Raises:
         InputError: the address cannot be used, with the reason.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         reason = "another program uses it; choose another --port (0: any free one)"
         if error.errno != errno.EADDRINUSE:
@@ -40,30 +42,39 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def listen(
-    application: Application,
+    application: ASGIApp,
     listener: socket.socket,
     engine: Engine,
-    limits: Limits,
+    limits: ServerLimits,
     *,
     on_start: Callable[[Server], None] = lambda server: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Answers that run are given ``limits.grace`` seconds.
+    """Serve until SIGINT or SIGTERM; then running answers have ``limits.grace`` seconds to end.
 
-    On another thread than the main one, what ``on_start`` gets ends it (``should_exit``).
+    ``on_start`` gets uvicorn's server. A thread that is not the main one gets no signals: set the
+    server's ``should_exit`` to end it.
     """
     config = Config(
-        application, http=_bounded(limits), ws="none", lifespan="on", log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(limits.idle),
-        timeout_graceful_shutdown=int(limits.grace) + 5, h11_max_incomplete_event_size=limits.header,
-        backlog=128,
-    )  # fmt: skip
-    server = _Server(config, engine, limits.grace)
+        application,
+        http=_bounded(limits),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(limits.idle),
+        timeout_graceful_shutdown=int(limits.grace) + 5,
+        h11_max_incomplete_event_size=limits.header,
+        backlog=BACKLOG,
+    )
+    server = _EndingServer(config, engine, limits.grace)
     on_start(server)
     server.run(sockets=[listener])
 
 
-class _Server(Server):
-    """Ends the answers itself, so that their clients are told, before uvicorn cuts them off."""
+class _EndingServer(Server):
+    """Tells clients that the server ends before uvicorn cuts their connections."""
 
     def __init__(self, config: Config, engine: Engine, grace: float):
         super().__init__(config)
@@ -71,12 +82,12 @@ class _Server(Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._engine.promised:
-            log.info("ending; what runs is given %g seconds", self._grace)
+            log.info("ending; running answers have %g seconds to end", self._grace)
         asyncio.get_running_loop().call_later(self._grace, self._end_rest)
         await super().shutdown(sockets)
 
     def _end_rest(self) -> None:
-        """End the answers that run, and the requests that have not come whole by now."""
+        """End the answers that run, and the requests whose bodies are not complete."""
         self._engine.end_all()
         for connection in list(self.server_state.connections):
             cycle = connection.cycle
@@ -84,8 +95,8 @@ class _Server(Server):
                 connection.transport.abort()
 
 
-def _bounded(limits: Limits) -> type[H11Protocol]:
-    """Return a protocol with bounds: connections at a time, and seconds for a request's headers."""
+def _bounded(limits: ServerLimits) -> type[H11Protocol]:
+    """Return a protocol that bounds connections at a time, and seconds for a request's headers."""
 
     class Bounded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -107,7 +118,7 @@ def _bounded(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            # a request that was sent behind this one may have begun by now
+            # a pipelined request may have begun by now
             if not self.transport.is_closing() and self.cycle.response_complete:
                 self._await_headers()
 
@@ -116,16 +127,14 @@ def _bounded(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            if self.conn.our_state is not h11.IDLE and self.conn.our_state is not h11.SEND_RESPONSE:
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.abort()  # garbage behind a request that is being answered
-                return
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.transport.abort()
                 return
             super().send_400_response(msg)
 
         def _await_headers(self) -> None:
-            """One bound for all of a request's headers: bytes that drip do not extend it."""
+            """Start one timer for all of a request's headers: single bytes do not extend it."""
             if self._patience is None:
                 self._patience = self.loop.call_later(limits.idle, self.transport.abort)
 

@@ -1,11 +1,11 @@
-"""What prompts have in common is read once, and never under another's steering.
+"""Prompts that begin alike are read once for each steering.
 
-Entries are found by the fingerprint of the steering under which they were read. Where there is none,
-an entry of another steering gives what is the same in both: the layers up to the lowest that either
-steers (``prefix.py``). A prompt is cut into the same chunks wherever it comes from, so what is taken
-from here is bit for bit what reading it anew would give.
+An entry is found by the fingerprint of the steering under which it was read. An entry of another steering
+gives what both have in common: the layers up to the lowest one that either steers (``model/prefix.py``).
+Equal beginnings are cut into equal chunks, so what is taken from here is bit for bit what reading the
+prompt again would give.
 
-Short prompts that come together are read together instead (``PromptReading.rest``), which is faster.
+Short prompts that come at the same time are read together instead (``PromptReading.rest``): that is faster.
 """
 
 from collections import OrderedDict
@@ -22,19 +22,20 @@ from ..model.cache import twin_of
 from ..model.prefix import Chunk, Prefix, common_beginning
 from ..steering.steering import UNSTEERED, Steering
 
-SMALL, LARGE = 64, 256  # tokens of a chunk: ended by a message from here on, ended anyway
-FIRST = 16  # tokens of a first message that is a chunk, the system message above all
-FEW = 8  # tokens that are no chunk even then: the header of the answer
+# Tokens of a chunk: it may end at a message from SMALL on; it always ends at LARGE.
+SMALL, LARGE = 64, 256
+FIRST = 16  # the first chunk may end at a message from here on: most often the system message
+FEW = 8  # fewer tokens than these, such as the header of the answer, are no second chunk
 
 
 def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
     """Cut a prompt without its last token into chunks.
 
-    Where a chunk ends depends on what precedes it, so prompts that begin alike have the same first
-    chunks. It ends before a token that opens a message (``opens``), or when it is long: other rows
-    decode in between. What would be a small last chunk belongs to the one before: a forward pass of
+    Where a chunk ends depends only on what precedes the end, so prompts that begin alike have the same
+    first chunks. A chunk ends before a token that opens a message (``opens``), or when it is long, so
+    that other rows decode in between. A small last chunk is added to the one before: a forward pass of
     few tokens costs almost as much as one of many. A first message is a chunk even if it is small:
-    Qwen2.5's own system message (21 tokens) begins every question.
+    Qwen2.5's own system message (21 tokens) begins every conversation.
     """
     ends, start, last = [], 0, len(tokens) - 1
     for at in range(1, last):
@@ -50,7 +51,7 @@ def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
 
 @dataclass(eq=False)
 class _Entry:
-    """``layers`` are those that are steered where the prompt was read."""
+    """A prompt that was read; ``fingerprint`` and ``layers`` are those of the steering then in force."""
 
     fingerprint: str
     layers: frozenset[int]
@@ -59,8 +60,11 @@ class _Entry:
 
 
 class Found(NamedTuple):
-    """A prefix that begins a prompt. ``tokens``: what it spares; one whose lower layers alone are
-    known counts for that part. ``exact``: it was read under the same steering."""
+    """A prefix with which a prompt begins.
+
+    ``tokens`` is how many need not be read; where only the lower layers are known, that share of them.
+    ``exact`` says that it was read under the same steering.
+    """
 
     prefix: Prefix
     tokens: int
@@ -70,12 +74,12 @@ class Found(NamedTuple):
 class PromptCache:
     """Caches of the prompts that were read last, up to ``max_bytes``; used on the model's thread.
 
-    ``usual`` is the steering that most requests will ask for: what an unsteered prompt keeps of the
-    residual stream then serves the same prompt under it.
+    ``usual`` is the steering that most requests will ask for. An unsteered prompt keeps the residual
+    stream at its lowest layer, so that the same prompt under it is read faster.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, usual: Steering | None = None):
-        self._model, self._max_bytes = model, max_bytes
+    def __init__(self, network: nn.Module, *, max_bytes: int, usual: Steering | None = None):
+        self._network, self._max_bytes = network, max_bytes
         self._usual = replace(usual, strength=0.0) if usual else None
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._count = 0
@@ -90,22 +94,22 @@ class PromptCache:
     def read(
         self, tokens: Sequence[int], steering: Steering | None, opens: Collection[int]
     ) -> "PromptReading":
-        """Begin to read a prompt, with what is known of it."""
-        return PromptReading(self, self._model, tokens, steering, cut(tokens, opens))
+        """Begin to read a prompt; what is known of it is not read again."""
+        return PromptReading(self, self._network, tokens, steering, cut(tokens, opens))
 
     def clear(self) -> None:
         self._entries.clear()
 
     def while_reading(self, steering: Steering | None) -> Steering | None:
-        """Return what steers the prompt itself, its last token aside."""
+        """Return the steering of the prompt without its last token."""
         if steering is None or not steering.strength:
             return self._usual
         if steering.positions == "generated":
             return replace(steering, strength=0.0)
         return replace(steering, positions="all")
 
-    def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> "Found":
-        """Return the prefix that spares most work, for the caller alone."""
+    def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> Found:
+        """Return a copy of the prefix that spares most work."""
         fingerprint, layers = _identity(steering)
         best, most, exact = None, 0.0, True
         for number, entry in self._entries.items():
@@ -117,22 +121,18 @@ class PromptCache:
             if length * share > most:
                 best, most, exact = number, length * share, entry.fingerprint == fingerprint
         if best is None:
-            return Found(Prefix(self._model, keep_bytes=self._max_bytes), 0, True)
+            return Found(Prefix(self._network, keep_bytes=self._max_bytes), 0, True)
         self._entries.move_to_end(best)
         return Found(self._entries[best].prefix.fork(), int(most), exact)
 
     def keep(self, prefix: Prefix, steering: Steering | None) -> None:
-        """Keep a prompt that was read; what it begins with needs no entry of its own any more."""
-        if (
-            not prefix.chunks or prefix.nbytes > self._max_bytes
-        ):  # alone it would push out all others
-            return
+        """Keep a prompt that was read, in place of entries with which it begins."""
+        if not prefix.chunks or prefix.nbytes > self._max_bytes:
+            return  # too large: it would push out all other entries
         fingerprint, layers = _identity(steering)
         for number, entry in list(self._entries.items()):
-            same = entry.fingerprint == fingerprint
-            if same and common_beginning(entry.prefix.chunks, prefix.chunks) == len(
-                entry.prefix.chunks
-            ):
+            old = entry.prefix.chunks
+            if entry.fingerprint == fingerprint and prefix.chunks[: len(old)] == old:
                 del self._entries[number]
         self._count += 1
         self._entries[self._count] = _Entry(fingerprint, layers, prefix.fork(), prefix.nbytes)
@@ -144,10 +144,14 @@ class PromptReading:
     """A prompt that is to be read, a chunk at a time."""
 
     def __init__(
-        self, cache: PromptCache, model: nn.Module, tokens: Sequence[int],
-        steering: Steering | None, chunks: Sequence[Chunk],
-    ):  # fmt: skip
-        self._cache, self._model, self._steering = cache, model, steering
+        self,
+        cache: PromptCache,
+        network: nn.Module,
+        tokens: Sequence[int],
+        steering: Steering | None,
+        chunks: Sequence[Chunk],
+    ):
+        self._cache, self._network, self._steering = cache, network, steering
         self._tokens, self._chunks = tokens, chunks
         self._while_reading = cache.while_reading(steering)
         self._prefix, self.cached_tokens, self._exact = cache.lookup(chunks, self._while_reading)
@@ -161,9 +165,9 @@ class PromptReading:
         return self._chunks[known] if known < len(self._chunks) else None
 
     def rest(self) -> list[int] | None:
-        """Return the tokens that are not known, if they can as well be read beside other prompts.
+        """Return the tokens that are not known if they may be read together with other prompts.
 
-        ``caches`` then hold what precedes them. That is for short rests: they are not kept.
+        ``caches`` then hold what precedes them. Only a short rest is returned: it is not kept.
         """
         if not self._exact or self._filling is not None:
             return None
@@ -186,21 +190,21 @@ class PromptReading:
 
     def caches(self) -> list[KVCache]:
         """Return caches that hold what was read, and go on under the prompt's steering."""
-        caches = make_cache(self._model, self._steering, prompt_length=len(self._tokens))
-        copies = [twin_of(read) for read in self._prefix.caches]
-        for copy, made in zip(copies, caches, strict=True):
-            copy.shift = made.shift
-        return copies
+        caches = [twin_of(cache) for cache in self._prefix.caches]
+        steered = make_cache(self._network, self._steering, prompt_length=len(self._tokens))
+        for cache, other in zip(caches, steered, strict=True):
+            cache.shift = other.shift
+        return caches
 
 
 def _identity(steering: Steering | None) -> tuple[str, frozenset[int]]:
     if steering is None or not steering.strength:
         return UNSTEERED, frozenset()
-    return steering.fingerprint, frozenset(steering.layers or ())
+    return steering.fingerprint, frozenset(steering.layers)
 
 
 def _shared(entry: _Entry, layers: frozenset[int]) -> int:
-    """Return how many blocks give the same under both steerings, from what was kept."""
+    """Return how many blocks of an entry are valid under a steering of ``layers`` too."""
     captured = entry.prefix.captured
     changed = entry.layers | layers
     if captured is None or not changed or captured > min(changed):

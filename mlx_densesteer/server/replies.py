@@ -1,4 +1,4 @@
-"""OpenAI's answers, whole and in chunks, with what was applied and the density receipt."""
+"""OpenAI's response bodies, whole and in chunks, with the steering that was applied and the density."""
 
 import time
 import uuid
@@ -6,28 +6,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..generation.answer import Generation, density
-from ..generation.batch import Piece, TokenLogprob
+from ..generation.batch import TokenLogprob
+from .worker import Said
 
 TokenBytes = Callable[[int], bytes]
 
-LEAST = -9999.0  # OpenAI's word for a token that cannot come; JSON has no infinity
+LEAST = -9999.0  # OpenAI's log-probability of an impossible token; JSON has no infinity
 
 
 @dataclass
-class ApiAnswer:
-    """One answer of the API as it comes: to chat or to a plain prompt, with one choice or several."""
+class Completion:
+    """The answer to one request while it comes: to chat or to plain prompts, one choice or several.
+
+    Args:
+        choices: how many answers there are in all, ``n`` to each prompt.
+        steering: what is applied, as JSON; ``None`` is the stock model.
+        with_usage: a stream that ends with the usage; its other chunks have ``"usage": null``.
+    """
 
     chat: bool
     model: str
     fingerprint: str
     choices: int
-    n: int  # of each prompt
+    n: int
     token_bytes: TokenBytes
     steering: dict[str, object] | None = None
-    cached: dict[int, int] = field(default_factory=dict)  # by prompt
-    with_usage: bool = False  # a stream that ends with the usage says null in its other chunks
-    results: dict[int, Generation] = field(default_factory=dict)
-    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    with_usage: bool = False
+    results: dict[int, Generation] = field(default_factory=dict)  # by choice
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by choice
+    cached: dict[int, int] = field(default_factory=dict)  # tokens, by the prompt's first choice
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -35,19 +42,20 @@ class ApiAnswer:
         self._began, self._first = time.perf_counter(), 0.0
         self._lengths: dict[int, int] = {}  # characters told with log-probabilities, by choice
 
-    def add(self, choice: int, piece: Piece) -> None:
-        """Take in a piece of one choice."""
+    def add(self, first: int, said: Said) -> None:
+        """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
         self._first = self._first or time.perf_counter() - self._began
-        self.logprobs.setdefault(choice, []).extend(piece.logprobs)
-        if piece.result:
-            self.results[choice] = piece.result
+        self.cached[first] = said.cached_tokens
+        self.logprobs.setdefault(said.choice, []).extend(said.piece.logprobs)
+        if said.piece.result:
+            self.results[said.choice] = said.piece.result
 
     @property
     def complete(self) -> bool:
         return len(self.results) == self.choices
 
     def whole(self, with_logprobs: bool) -> dict[str, object]:
-        """Return the answer as one object."""
+        """Return the whole body."""
         choices = []
         for index in sorted(self.results):
             result = self.results[index]
@@ -62,25 +70,26 @@ class ApiAnswer:
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
 
     def opening(self) -> list[dict[str, object]]:
-        """Return the chunks with which a stream begins: who speaks, and what is applied."""
+        """Return the chunks with which a stream begins: the role, and the steering."""
         if not self.chat:
             return []
+        delta = {"role": "assistant", "content": ""}
         choices = [
-            {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-             "finish_reason": None}
+            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             for i in range(self.choices)
-        ]  # fmt: skip
+        ]
         return [self._chunk(choices) | {"steering": self.steering}]
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, object]:
+    def chunk(self, said: Said) -> dict[str, object]:
         """Return one piece as a chunk; the last one of a choice says why it ended."""
+        index, piece = said.choice, said.piece
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
-        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        if self.chat and not piece.text:
-            said = {"delta": {}}
+        text: dict[str, object] = {"text": piece.text}
+        if self.chat:
+            text = {"delta": {"content": piece.text} if piece.text else {}}
         reason = piece.result.finish_reason if piece.result else None
         chunk = self._chunk(
-            [{"index": index} | said | {"logprobs": logprobs, "finish_reason": reason}]
+            [{"index": index} | text | {"logprobs": logprobs, "finish_reason": reason}]
         )
         return chunk | {"steering": self.steering} if piece.result else chunk
 
@@ -89,9 +98,9 @@ class ApiAnswer:
         return self._chunk([]) | {"usage": self.usage(), "steering": self.steering}
 
     def usage(self) -> dict[str, object]:
-        """Return tokens read and written, and the density receipt.
+        """Return the tokens of prompts and answers, the steps and the density.
 
-        Seconds to the first token count from the request, time in the queue included.
+        The seconds to the first token count from the request, time in the queue included.
         """
         results = list(self.results.values())
         prompt = sum(self.results[i].prompt_tokens for i in range(0, self.choices, self.n))
@@ -117,9 +126,13 @@ class ApiAnswer:
 
     def _frame(self, kind: str, choices: Sequence[dict[str, object]]) -> dict[str, object]:
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model,
-            "system_fingerprint": self.fingerprint, "choices": list(choices),
-        }  # fmt: skip
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": list(choices),
+        }
 
     def _logprobs(self, choice: int, found: Sequence[TokenLogprob]) -> dict[str, object]:
         if self.chat:
@@ -132,7 +145,7 @@ class ApiAnswer:
         return {
             "tokens": [self._text(one.token) for one in found],
             "token_logprobs": [max(one.logprob, LEAST) for one in found],
-            # the token itself is always among them
+            # the chosen token is always among them
             "top_logprobs": [
                 {self._text(t): max(p, LEAST) for t, p in (*one.top, (one.token, one.logprob))}
                 for one in found
@@ -147,8 +160,10 @@ class ApiAnswer:
 
     def _entry(self, token: int, logprob: float) -> dict[str, object]:
         return {
-            "token": self._text(token), "logprob": max(logprob, LEAST), "bytes": list(self.token_bytes(token)),
-        }  # fmt: skip
+            "token": self._text(token),
+            "logprob": max(logprob, LEAST),
+            "bytes": list(self.token_bytes(token)),
+        }
 
     def _text(self, token: int) -> str:
         return self.token_bytes(token).decode(errors="replace")

@@ -37,7 +37,9 @@ class SteeringField(BaseModel):
         "towards dense.",
         examples=["20%", 1.5],
     )
-    layer: Layer | Layers | None = Field(None, description="0-based; one, or a list as in `layers`.")
+    layer: Layer | Layers | None = Field(
+        None, description="0-based; one, or a list as in `layers`."
+    )
     layers: Layers | None = None
     positions: Positions | None = None
 
@@ -163,6 +165,19 @@ class CompletionRequest(CompletionFields):
     def alternatives(self) -> int | None:
         """As in ``ChatRequest``."""
         return self.logprobs
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of a response that is an error."""
+
+    error: ErrorDetail
 
 
 # OpenAI's fields that this server does not have, and the values that ask for nothing.

@@ -1,17 +1,20 @@
-"""The vectors that requests may name, and from what a request asks for to a ``Steering``.
+"""The vectors that requests may name, and from what a request says to a ``Steering``.
 
-A request names a vector, never a path: names are looked up among the vectors given at the start and the
-files of one folder. The folder is looked at again with every request, so a new file needs no restart.
+A request names a vector, never a path. The names are those of the vectors given at the start and of the
+files in one folder, which is read again with every request: a new file needs no restart. A request says its
+steering in the field ``steering`` or in the model's name, ``qwen2.5-1.5b@dense=20%``, which every client
+can send.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import DenseSteerError, InputError
-from ..steering.request import Amount, Request, request
+from ..model.model import Model
+from ..steering.request import Amount, Request, format_dose, request
+from ..steering.steering import LARGE_DOSE, Positions, Steering
 from ..steering.vector import SteeringVector
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
@@ -20,76 +23,200 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A vector under its name, and what is asked for where a request gives only that name."""
+class NamedVector:
+    """A vector that requests may name, and the settings that the server was started with.
 
-    name: str
-    default: Request
+    A setting that is ``None`` is the vector's own default (``steering.request.request``).
+    """
+
+    vector: SteeringVector
+    strength: Amount | None = None
+    layers: tuple[int, ...] | None = None
+    positions: Positions | None = None
 
     @property
-    def vector(self) -> SteeringVector:
-        return self.default.vector
+    def name(self) -> str:
+        return self.vector.name
+
+    def request(
+        self,
+        strength: str | float | Amount | None = None,
+        layers: Iterable[int] | None = None,
+        positions: Positions | None = None,
+    ) -> Request:
+        """Fill in what a request leaves out; raises as ``steering.request.request`` does."""
+        return request(
+            self.vector,
+            self.strength if strength is None else strength,
+            self.layers if layers is None else layers,
+            positions or self.positions,
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The steering that a request asks for; ``model`` is the model name that asks for it again."""
+
+    steering: Steering
+    model: str
 
 
 class Vectors:
-    """Look vectors up by name.
+    """Look vectors up by name, and read what requests say of them.
 
     Args:
-        given: vectors that stay available whatever happens to their files.
+        given: vectors that stay whatever happens to their files.
         folder: its ``NAME.npz`` are vectors too.
-        hidden_size, layer_count: of the model; a file of another model is left out.
+        model: what is served; a file of another model is left out.
+        base: the name that clients call the model.
 
     Raises:
-        InputError: a name that cannot be asked for.
+        InputError: a given vector's name cannot stand in a model's name, or its default cannot be applied.
         VectorMismatchError: a given vector does not fit the model.
     """
 
-    def __init__(
-        self, given: Mapping[str, Request], folder: Path | None, *, hidden_size: int, layer_count: int
-    ):
-        self._size = {"hidden_size": hidden_size, "layer_count": layer_count}
+    def __init__(self, given: Sequence[NamedVector], folder: Path | None, model: Model, base: str):
+        self.model, self.base = model, base
         self._folder = folder
-        self._given: dict[str, Preset] = {}
-        self._files: dict[str, tuple[tuple[int, int], Preset | str]] = {}
-        for name, default in given.items():
-            if not NAME.fullmatch(name):
+        self._given: dict[str, NamedVector] = {}
+        self._files: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
+        for one in given:
+            if not NAME.fullmatch(one.name):
                 raise InputError(
-                    f"vector name {name!r}: expected letters, digits and . _ + - only, so that a "
+                    f"vector name {one.name!r}: expected letters, digits and . _ + - only, so that a "
                     "model name can hold it. Rename the file."
                 )
-            default.vector.check_fits(**self._size, model="the model")
-            self._given[name] = Preset(name, default)
+            self._check(one)
+            self._given[one.name] = one
 
-    def all(self) -> list[Preset]:
+    def all(self) -> list[NamedVector]:
         """Return every vector that can be used now, those given at the start first."""
-        found = [one for one in self._look().values() if isinstance(one, Preset)]
+        found = [one for one in self._look().values() if isinstance(one, NamedVector)]
         return [*self._given.values(), *found]
 
     def unusable(self) -> dict[str, str]:
         """Return the folder's files that cannot be used, each with the reason."""
         return {name: one for name, one in self._look().items() if isinstance(one, str)}
 
-    def get(self, name: str, param: str | None = None) -> Preset:
+    def get(self, name: str, param: str) -> NamedVector:
         """Return the vector of that name; ``param`` is the request's field that names it.
 
         Raises:
             Fault: no such vector (with those there are), or one that cannot be used.
         """
         found = self._given.get(name) or self._look().get(name)
-        if isinstance(found, Preset):
+        if isinstance(found, NamedVector):
             return found
         if found is not None:
             raise bad(f"vector {excerpt(name)} cannot be used: {found}", param)
-        names = ", ".join(one.name for one in self.all()) or "none"
-        raise bad(
-            f"no vector {excerpt(name)}: this server has {names}.", param, code="vector_not_found"
-        )
+        message = f"no vector {excerpt(name)}: this server has {self._names()}."
+        raise bad(message, param, "vector_not_found")
 
-    def _look(self) -> dict[str, Preset | str]:
-        """Return the folder's vectors; in place of one that cannot be used, the reason."""
+    def asked(self, model: str | None, field: SteeringField | None) -> Asked | None:
+        """Return the steering that a request's model name or its field ``steering`` asks for.
+
+        ``None`` is the stock model: no steering is asked for, or one of strength 0.
+
+        Raises:
+            Fault: steering given twice, an unknown model or vector, or a steering that cannot be applied.
+        """
+        named = self._read_name(model) if model else None
+        if named is not None and field is not None:
+            raise bad(
+                "steering stands in the model's name and in `steering`: expected it once. Send the bare "
+                "model name with `steering`.",
+                "steering",
+            )
+        if named is not None:
+            one, amount = named
+            return self._asked(one, "model", amount)
+        if field is None:
+            return None
+        one = self._choose(field)
+        return self._asked(one, "steering", field.strength, field.chosen_layers, field.positions)
+
+    def preset(self, one: NamedVector) -> Asked:
+        """Return a vector at its default as lists show it: the dose rounded, as people read it.
+
+        Asking for the preset's name gives exactly the preset's steering.
+        """
+        usual = one.request().steering(self.model)
+        dose = self.model.dose(usual)
+        text = format_dose(-dose if usual.strength < 0 else dose)
+        return Asked(one.request(text).steering(self.model), f"{self.base}@{one.name}={text}")
+
+    def describe(self, steering: Steering) -> dict[str, object]:
+        """Return a steering as JSON: what is added, its dose (0.2 is 20 %), a warning if that is large."""
+        # 12 digits, so that a dose comes back as it was asked for: 0.2, not 0.19999999999999998
+        dose = float(f"{self.model.dose(steering):.12g}")
+        warning = None
+        if dose >= LARGE_DOSE:
+            warning = "a large dose: the answer may repeat itself or lose its sense."
+        return steering.describe() | {"dose": dose, "warning": warning}
+
+    def _asked(
+        self,
+        one: NamedVector,
+        param: str,
+        strength: str | float | None,
+        layers: Iterable[int] | None = None,
+        positions: Positions | None = None,
+    ) -> Asked | None:
+        try:
+            found = one.request(strength, layers, positions)
+            steering = found.steering(self.model)
+        except DenseSteerError as error:
+            raise bad(str(error), param) from error
+        return Asked(steering, self._name_of(one, found)) if steering.strength else None
+
+    def _choose(self, field: SteeringField) -> NamedVector:
+        if field.vector is not None:
+            return self.get(field.vector, "steering.vector")
+        vectors = self.all()
+        if len(vectors) != 1:
+            message = f"steering.vector is missing: this server has {self._names()}."
+            raise bad(message, "steering.vector")
+        return vectors[0]
+
+    def _read_name(self, text: str) -> tuple[NamedVector, str | None] | None:
+        """Read ``BASE``, ``BASE@VECTOR`` or ``BASE@VECTOR=STRENGTH``; ``None`` is the bare name.
+
+        ``STRENGTH`` is as ``Amount.parse`` reads it. Upper and lower case of ``BASE`` are alike.
+        """
+        split = len(self.base)
+        base, at, rest = text[:split], text[split : split + 1], text[split + 1 :]
+        if base.casefold() != self.base.casefold() or at not in ("", "@") or (at and not rest):
+            message = (
+                f"model {excerpt(text)}: this server has {self.base} only, steered as "
+                f"{self.base}@VECTOR=20%; see /v1/models."
+            )
+            raise Fault(404, message, "model", "model_not_found")
+        if not at:
+            return None
+        name, equals, amount = rest.partition("=")
+        return self.get(name, "model"), amount if equals else None
+
+    def _name_of(self, one: NamedVector, found: Request) -> str:
+        """Return the model name that asks for exactly this; the bare name where no name can.
+
+        No name says other layers or positions than the vector's default.
+        """
+        usual = one.request(found.amount)
+        if (usual.layers, usual.positions) != (found.layers, found.positions):
+            return self.base
+        name = f"{self.base}@{one.name}"
+        if Amount.parse(str(found.amount)) != found.amount and one.request() == found:
+            return name  # a default strength of 17 digits, such as a sweep recommends
+        return f"{name}={exact(found.amount)}"
+
+    def _names(self) -> str:
+        return ", ".join(one.name for one in self.all()) or "none"
+
+    def _look(self) -> dict[str, NamedVector | str]:
+        """Return the folder's vectors by name; for one that cannot be used, the reason."""
         if self._folder is None:
             return {}
-        here: dict[str, tuple[tuple[int, int], Preset | str]] = {}
+        here: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
         for path in sorted(self._folder.glob("*.npz")):
             name = path.stem
             if name in self._given or not NAME.fullmatch(name):
@@ -104,101 +231,25 @@ class Vectors:
         self._files = here
         return {name: one for name, (_, one) in here.items()}
 
-    def _load(self, name: str, path: Path) -> Preset | str:
+    def _load(self, name: str, path: Path) -> NamedVector | str:
         try:
             vector = SteeringVector.load(path)
             vector.name = name
-            vector.check_fits(**self._size, model="the model")
-            return Preset(name, request(vector))
+            self._check(NamedVector(vector))
         except (DenseSteerError, OSError) as error:
             return str(error).replace(str(path), name)
+        return NamedVector(vector)
+
+    def _check(self, one: NamedVector) -> None:
+        """Raise unless the vector fits the model and its default can be applied."""
+        size = {"hidden_size": self.model.hidden_size, "layer_count": self.model.layer_count}
+        one.vector.check_fits(**size, model="the model")  # clients must not see the model's path
+        self.preset(one)
 
 
-class SteeredName(NamedTuple):
-    """What a model name such as ``qwen@dense=20%`` asks for; ``amount`` is ``None`` without ``=``."""
-
-    vector: str
-    amount: Amount | None
-
-
-def parse_model_name(text: str, base: str) -> SteeredName | None:
-    """Return what ``BASE@VECTOR=STRENGTH`` asks for, ``None`` for the bare name.
-
-    ``STRENGTH`` is a number (lambda) or a dose (``20%``). Upper and lower case of ``BASE`` are alike.
-
-    Raises:
-        Fault: another model (404), or a strength that is neither (400).
-    """
-    name, at, rest = text[: len(base)], text[len(base) : len(base) + 1], text[len(base) + 1 :]
-    if name.casefold() != base.casefold() or at not in ("", "@") or (at and not rest):
-        raise Fault(
-            404,
-            f"model {excerpt(text)}: this server has {base} alone, steered as {base}@VECTOR=20%; "
-            "see /v1/models.",
-            "model",
-            "model_not_found",
-        )
-    if not at:
-        return None
-    vector, equals, words = rest.partition("=")
-    return SteeredName(vector, _amount(words, "model") if equals else None)
-
-
-def format_model_name(base: str, vector: str, amount: Amount) -> str:
-    """Return the name that asks for a vector at this strength or dose, rounded for people."""
-    return f"{base}@{vector}={amount}"
-
-
-def ask(
-    named: SteeredName | None, field: SteeringField | None, vectors: Vectors
-) -> tuple[Request | None, str | None]:
-    """Return what the model's name or the field ``steering`` asks for; ``None``: the stock model.
-
-    Also the vector's name if a model name can say the same: its own layers and positions.
-
-    Raises:
-        Fault: steering given twice, an unknown vector, or what can never be applied.
-    """
-    if named is not None and field is not None:
-        raise bad(
-            "the steering stands in the model's name and in `steering`: expected it once. Send the "
-            "bare model name with `steering`.",
-            "steering",
-        )
-    if named is not None:
-        preset, amount, layers, positions = vectors.get(named.vector, "model"), named.amount, None, None
-    elif field is not None:
-        preset = _choose(field, vectors)
-        amount = None if field.strength is None else _amount(field.strength, "steering.strength")
-        layers, positions = field.chosen_layers, field.positions
-    else:
-        return None, None
-    default = preset.default
-    try:
-        asked = request(
-            preset.vector,
-            default.amount if amount is None else amount,
-            default.layers if layers is None else layers,
-            positions or default.positions,
-        )
-    except DenseSteerError as error:
-        raise bad(str(error), "steering") from error
-    same = set(asked.layers) == set(default.layers) and asked.positions == default.positions
-    return asked, preset.name if same else None
-
-
-def _amount(words: str | float, param: str) -> Amount:
-    try:
-        return Amount.parse(words)
-    except InputError as error:
-        raise bad(str(error), param) from error
-
-
-def _choose(field: SteeringField, vectors: Vectors) -> Preset:
-    if field.vector is not None:
-        return vectors.get(field.vector, "steering.vector")
-    all_ = vectors.all()
-    if len(all_) != 1:
-        names = ", ".join(one.name for one in all_) or "none"
-        raise bad(f"steering.vector is missing: this server has {names}.", "steering.vector")
-    return all_[0]
+def exact(amount: Amount) -> str:
+    """Write an amount so that ``Amount.parse`` reads the same again, as short as that allows."""
+    short = str(amount)
+    if Amount.parse(short) == amount:
+        return short
+    return f"{100 * amount.number:.15g}%" if amount.is_dose else repr(amount.number)

@@ -1,11 +1,11 @@
-"""All that happens with the model while it serves; one thread, no locks, no HTTP.
+"""All that happens with the model while it serves: one thread, no locks, no HTTP.
 
-Each turn of ``work`` reads a part of the prompts that arrive and decodes one token of every row that
-runs. Prompts are read by ``prompt_cache``, rows decoded by ``batch``.
+Each call of ``work`` reads a part of the prompts that arrive and decodes one token of every row that
+runs. ``prompt_cache`` reads prompts, ``generation.batch`` decodes rows.
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -14,26 +14,66 @@ from ..generation.batch import PREFILL_BESIDE, Batch, Piece
 from ..generation.sampling import Sampling
 from ..model.block import deltas
 from ..model.model import Model
-from ..steering.steering import LARGE_DOSE, Steering
+from ..steering.steering import Steering
 from .faults import Fault, bad, ending
-from .jobs import Event, Failed, Job, Said, Taken
 from .prompt_cache import PromptCache, PromptReading
 
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One prompt, answered ``n`` times.
+
+    ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may end
+    an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's first
+    answer in the response.
+    """
+
+    tokens: list[int]
+    steering: Steering | None
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The job was taken: its steering can be applied to this model."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of one answer; the last one carries its result."""
+
+    choice: int
+    piece: Piece
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job has ended without all of its answers."""
+
+    fault: Fault
+
+
+Event = Taken | Said | Failed
 Told = list[tuple[Job, Event]]
 
 
 @dataclass(eq=False)
-class _Work:
-    """A job that was taken: it waits, its prompt is read, its rows run."""
+class _TakenJob:
+    """A job that waits, whose prompt is read, or whose rows run."""
 
     job: Job
-    steering: Steering | None
     reading: PromptReading | None = None
     cached_tokens: int = 0
 
 
 class Worker:
-    """Jobs in, events out.
+    """Takes jobs and returns events.
 
     Args:
         rows: how many answers are decoded together at most.
@@ -43,16 +83,21 @@ class Worker:
     """
 
     def __init__(
-        self, model: Model, *, rows: int, cache_bytes: int,
-        usual: Steering | None = None, opens: frozenset[int] = frozenset(),
-    ):  # fmt: skip
+        self,
+        model: Model,
+        *,
+        rows: int,
+        cache_bytes: int,
+        usual: Steering | None = None,
+        opens: frozenset[int] = frozenset(),
+    ):
         self.prompts = PromptCache(model.network, max_bytes=cache_bytes, usual=usual)
         self._model, self._limit, self._opens = model, rows, opens
-        self._waiting: deque[_Work] = deque()
-        self._reading: deque[_Work] = deque()
+        self._waiting: deque[_TakenJob] = deque()
+        self._reading: deque[_TakenJob] = deque()
         self._batch: Batch | None = None
-        self._rows: dict[int, tuple[_Work, int]] = {}  # row of the batch -> job, choice
-        self._owed: dict[Job, int] = {}  # answers that were promised and are not told yet
+        self._rows: dict[int, tuple[_TakenJob, int]] = {}  # row of the batch -> job, choice
+        self._owed: dict[Job, int] = {}  # answers that have not ended yet
 
     @property
     def busy(self) -> bool:
@@ -68,17 +113,15 @@ class Worker:
         return sum(taken.job.n for taken in self._waiting)
 
     def take(self, job: Job) -> Event:
-        """Take a job, or say why not: what is refused must not fail in the middle of a step."""
+        """Take a job, or say why not: a steering that cannot be applied must not fail in a later step."""
         self._owed[job] = job.n
         try:
-            steering = self._steering(job)
-            deltas(self._model.network, steering)
-            applied = None if steering is None else self._applied(steering)
+            deltas(self._model.network, job.steering)
         except DenseSteerError as error:
             del self._owed[job]
-            return Failed(error if isinstance(error, Fault) else bad(str(error), "steering"))
-        self._waiting.append(_Work(job, steering))
-        return Taken(applied)
+            return Failed(bad(str(error), "steering"))
+        self._waiting.append(_TakenJob(job))
+        return Taken()
 
     def cancel(self, job: Job) -> None:
         """Forget a job; harmless if it has ended."""
@@ -96,7 +139,7 @@ class Worker:
         return self._decode()
 
     def fail(self, fault: Fault) -> Told:
-        """End everything; return what to tell those who wait, wherever their jobs are."""
+        """End everything; return an event for each job that has not ended."""
         told: Told = [(job, Failed(fault)) for job in self._owed]
         for those in (self._owed, self._waiting, self._reading, self._rows):
             those.clear()
@@ -114,21 +157,19 @@ class Worker:
         mx.clear_cache()
         return told
 
-    def _steering(self, job: Job) -> Steering | None:
-        if job.asked is None or not job.asked.amount.number:
-            return None
-        return job.asked.steering(self._model)
+    def rest(self) -> None:
+        """Give back what is not needed while nothing runs.
 
-    def _applied(self, steering: Steering) -> dict[str, object]:
-        """Say what is applied: the steering, its dose, and a warning of an overdose."""
-        dose, warning = self._model.dose(steering), None
-        if dose >= LARGE_DOSE:
-            warning = "a large dose: the answer may repeat itself or lose its sense."
-        return steering.describe() | {"dose": dose, "warning": warning}
+        Not between two requests of one client: memory that is given back takes time to get again.
+        """
+        if self._batch is not None and not self._rows:
+            self._batch.close()
+            self._batch = None
+            mx.clear_cache()
 
     def _read(self) -> None:
-        """Read prompts, in the order in which they came, as far as rows that decode can wait."""
-        # more answers than rows in one job: the batch lets the rest wait
+        """Read prompts in the order in which they came, as far as the rows that decode can wait."""
+        # A job with more answers than rows is taken when nothing else runs: the batch lets the rest wait.
         while self._waiting and (
             not self.running or self.running + self._waiting[0].job.n <= self._limit
         ):
@@ -147,7 +188,8 @@ class Worker:
     def _join_together(self) -> None:
         """Begin to read: several short prompts with nothing in common at once, else the first one."""
         for taken in self._reading:
-            taken.reading = self.prompts.read(taken.job.tokens, taken.steering, self._opens)
+            job = taken.job
+            taken.reading = self.prompts.read(job.tokens, job.steering, self._opens)
         next_chunks = Counter(taken.reading.next_chunk for taken in self._reading)
         rests = {
             taken: taken.reading.rest()
@@ -160,19 +202,23 @@ class Worker:
             for taken, rest in together.items():
                 self._join(taken, rest)
         for taken in list(self._reading)[len(together) <= 1 :]:
-            taken.reading = None  # looked up again when its turn comes: more is known then
+            taken.reading = None  # looked up again in its turn, when more is known
 
-    def _join(self, taken: _Work, tokens: list[int]) -> None:
-        """Let a job's rows join the batch; ``tokens`` are what its caches do not hold."""
+    def _join(self, taken: _TakenJob, tokens: list[int]) -> None:
+        """Let a job's rows join the batch; ``tokens`` are those that its caches do not hold."""
         if self._batch is None:
             self._batch = Batch(self._model, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
         for choice in range(job.n):
             row = self._batch.add(
-                tokens, steering=taken.steering, max_tokens=job.max_tokens,
-                sampling=_sampling(job.sampling, choice), stop=job.stop, cache=caches,
+                tokens,
+                steering=job.steering,
+                max_tokens=job.max_tokens,
+                sampling=_sampling(job.sampling, choice),
+                stop=job.stop,
+                cache=caches,
                 logprobs=job.logprobs,
-            )  # fmt: skip
+            )
             self._rows[row] = taken, choice
         taken.cached_tokens, taken.reading = taken.reading.cached_tokens, None
 
@@ -190,19 +236,9 @@ class Worker:
                     del self._owed[taken.job]
         return told
 
-    def rest(self) -> None:
-        """Give back what is not needed while nothing runs.
-
-        Not between two requests of one client: memory that is given back must be got again.
-        """
-        if self._batch is not None and not self._rows:
-            self._batch.close()
-            self._batch = None
-            mx.clear_cache()
-
 
 def _sampling(sampling: Sampling, choice: int) -> Sampling:
     """Return the sampling of one of several answers: with a seed each draws its own."""
     if sampling.seed is None or not choice:
         return sampling
-    return Sampling(sampling.temp, sampling.top_p, (sampling.seed + choice) % 2**64)
+    return replace(sampling, seed=(sampling.seed + choice) % 2**64)
