@@ -39,7 +39,7 @@ async def main() -> None:
 
         try:
             await asyncio.wait_for(collect(ask()), 0.01)  # cancels it: the thread is free again
-        except asyncio.TimeoutError:
+        except TimeoutError:
             print("an answer was given up after 10 ms; the next one:", file=sys.stderr)
         print(await collect(ask()))
 

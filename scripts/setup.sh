@@ -12,15 +12,15 @@ python=$venv/bin/python
 
 if [ ! -x "$python" ]; then
     base=
-    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3.14 python3.10 python3}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3.14 python3}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
             2>/dev/null; then
             base=$candidate
             break
         fi
     done
     if [ -z "$base" ]; then
-        say "No Python 3.10 or newer with venv found. Install one (macOS: python.org or brew install"
+        say "No Python 3.11 or newer with venv found. Install one (macOS: python.org or brew install"
         say "python; Debian: apt-get install python3 python3-venv) or name it: PYTHON=/path/to/it $0"
         exit 1
     fi

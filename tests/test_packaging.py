@@ -134,7 +134,7 @@ def test_the_metadata_says_what_is_installed(dist):
         told = message_from_bytes(wheel.read(f"{NAME}.dist-info/METADATA"))
         entry_points = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode()
     assert (told["Name"], told["Version"]) == ("mlx-densesteer", __version__)
-    assert told["Requires-Python"] == ">=3.10"
+    assert told["Requires-Python"] == ">=3.11"
     assert told["License-Expression"] == "MIT"
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload().startswith("# mlx-densesteer")
@@ -212,7 +212,7 @@ def test_it_installs_and_runs_outside_the_repository(install, dist, uv, tmp_path
     assert "compdef" in run(densesteer, "completion", "zsh", cwd=empty).stdout
     place = shlex.quote(f"{dist / WHEEL}[gguf]")
     tool = "uv tool" if install is install_with_uv else "pipx"
-    import_it = "from mlx_densesteer.extras import install_command; print(install_command('gguf'))"
+    import_it = "from mlx_densesteer.errors import install_command; print(install_command('gguf'))"
     told = run(python, "-c", import_it, cwd=empty).stdout
     assert told == f"{tool} install --force {place} (and name what other extras you use)\n"
     if install is install_with_uv:

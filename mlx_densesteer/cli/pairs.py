@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
 )  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0,
-              show_default=True, metavar="SECONDS", help="For an endpoint that sends nothing.")  # fmt: skip
+              show_default=True, metavar="SECONDS", help="How long an endpoint may send nothing.")  # fmt: skip
 @click.option("--attempts", type=click.IntRange(min=1), default=6, show_default=True,
               help="Of a request to an endpoint.")  # fmt: skip
 @click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True,
