@@ -1,6 +1,8 @@
 """Throughput against rows: python benchmarks/batch.py --help"""
 
-from mlx_densesteer.bench.alone import main
+from script import main
+
+from mlx_densesteer.bench.batch import run
 
 if __name__ == "__main__":
-    main("batch")
+    main(run)

@@ -1,6 +1,8 @@
 """Steered against stock: decode, prefill, operations: python benchmarks/decode.py --help"""
 
-from mlx_densesteer.bench.alone import main
+from script import main
+
+from mlx_densesteer.bench.decode import run
 
 if __name__ == "__main__":
-    main("decode")
+    main(run)

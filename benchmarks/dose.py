@@ -1,23 +1,25 @@
-"""At which relative dose does a steered model lose its thread?"""
+"""At which dose does a steered model repeat itself? python benchmarks/dose.py --help"""
 
 import json
 import re
 from collections.abc import Sequence
 
-from ..generation.batch import generate_batch
-from ..generation.answer import split_steps
-from ..generation.stream import Generation
-from ..model.dose import mean_norms
-from ..steering.steering import Steering, parse_layers
-from ..steering.vector import SteeringVector
-from .subject import Subject
-from .timing import Tell, quiet
+from script import main
+
+from mlx_densesteer.bench.figures import Measurement, Tell, quiet
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.generation.answer import Generation
+from mlx_densesteer.generation.batch import generate_batch
+from mlx_densesteer.steering.request import format_dose, parse_layers, resolve
+from mlx_densesteer.steering.vector import SteeringVector
+from mlx_densesteer.text import aligned
 
 PROMPT = (
     "Anna picks 48 apples in the morning, and in the afternoon half as many. "
     "How many apples does she pick altogether?"
 )
 ANSWER = "72"
+HEAD = ("layer", "dose", "strength", "tokens", "steps", "density", "right", "repeated")
 
 
 def run(
@@ -25,63 +27,79 @@ def run(
     vector: str,
     *,
     layers: str = "8,12,16,20",
-    doses: str = "-0.3,-0.2,-0.1,0.1,0.2,0.3,0.6,1.0,1.9",
+    doses: str = "-30%,-20%,-10%,10%,20%,30%,60%,100%,190%",
     prompt: str = PROMPT,
     answer: str = ANSWER,
     max_tokens: int = 200,
     show: int = 60,
     tell: Tell = quiet,
-) -> dict[str, object]:
-    """Answer one prompt under every (layer, relative dose), all as rows of one batch, greedily.
+) -> Measurement:
+    """Answer one prompt under every (layer, dose), all as rows of one batch, greedily.
 
     For each row: tokens, steps, density, whether its last number is the answer, and the share of the
-    response that repeats itself (1 - distinct 4-grams of tokens / 4-grams): near 1 is a collapse.
+    response that repeats itself (1 - distinct 4-grams of tokens / 4-grams): near 1 it only repeats.
     No speed is measured.
 
     Args:
-        vector: a steering vector's file.
+        vector: a steering vector's file, or demo.
         layers: layers to steer, one at a time.
-        doses: relative doses, 1 being as large as the residual stream.
+        doses: doses in per cent of the residual stream.
         prompt: the question.
         answer: the number that is right.
         max_tokens: tokens of a response at most.
         show: characters of each response's end.
     """
     loaded = SteeringVector.load(vector)
-    chosen = parse_layers([layers], loaded.layers)
-    residual = mean_norms(subject.model, subject.tokenizer, loaded, chosen)
-    norms = loaded.norms()
-    grid: list[tuple[int | None, float, float]] = [(None, 0.0, 0.0)]
-    grid += [
-        (layer, float(dose), float(dose) * residual[layer] / norms[layer])
-        for layer in chosen
+    steerings = [
+        resolve(subject.model, loaded, dose, [layer])
+        for layer in parse_layers([layers], loaded.layers)
         for dose in doses.split(",")
     ]
-    steerings = [
-        None if layer is None else Steering(loaded, strength, (layer,))
-        for layer, _, strength in grid
-    ]
+    grid = [None, *steerings]
     found: dict[int, Generation] = {}
+    prompts = [prompt] * len(grid)
     for index, response in generate_batch(
-        subject.model, subject.tokenizer, [prompt] * len(grid), steering=steerings,
-        max_tokens=max_tokens, rows=len(grid),
-    ):  # fmt: skip
+        subject.model, prompts, steering=grid, max_tokens=max_tokens, rows=len(grid)
+    ):
         found[index] = response
         tell(f"{len(found)}/{len(grid)} rows done")
-    settings = [_row(*setting, found[i], answer, show) for i, setting in enumerate(grid)]
-    return {"details": {"settings": settings, "prompt": prompt, "vector": vector}}
+    settings = [
+        {
+            "layer": how.layers[0] if how else None,
+            "dose": subject.model.dose(how) * (-1 if how and how.strength < 0 else 1),
+            "strength": how.strength if how else 0.0,
+            **_figures(found[i], answer, show),
+        }
+        for i, how in enumerate(grid)
+    ]
+    table = aligned([HEAD, *(_cells(one) for one in settings)])
+    ends = ["end of the response", *(json.dumps(one["end"]) for one in settings)]
+    lines = [f"{line}  {end}" for line, end in zip(table, ends, strict=True)]
+    return Measurement({}, lines, {"settings": settings, "prompt": prompt, "vector": vector})
 
 
-def _row(
-    layer: int | None, dose: float, strength: float, response: Generation, answer: str, show: int
-) -> dict[str, object]:
-    numbers = re.findall(r"\d+", response.text)
+def _figures(response: Generation, answer: str, show: int) -> dict[str, object]:
     return {
-        "layer": layer, "dose": dose, "strength": strength, "tokens": response.tokens,
-        "steps": len(split_steps(response.text)), "density": response.density,
-        "right": numbers[-1:] == [answer], "repeated": repeated_share(response.token_ids),
+        "tokens": response.tokens,
+        "steps": response.steps,
+        "density": response.density,
+        "right": re.findall(r"\d+", response.text)[-1:] == [answer],
+        "repeated": repeated_share(response.token_ids),
         "end": response.text[-show:] if show else "",
-    }  # fmt: skip
+    }
+
+
+def _cells(one: dict[str, object]) -> tuple[str, ...]:
+    return (
+        "-" if one["layer"] is None else str(one["layer"]),
+        format_dose(one["dose"]),
+        f"{one['strength']:.2f}",
+        str(one["tokens"]),
+        str(one["steps"]),
+        f"{one['density'] or 0:.1f}",
+        "yes" if one["right"] else "no",
+        f"{one['repeated']:.2f}",
+    )
 
 
 def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
@@ -90,13 +108,5 @@ def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def lines(result: dict) -> list[str]:
-    """Return the table."""
-    table = ["layer   dose  strength  tokens  steps  density  right  repeated  end of the response"]
-    for r in result["details"]["settings"]:
-        table.append(
-            f"{'-' if r['layer'] is None else r['layer']:>5}  {r['dose']:>5g}  {r['strength']:>8.2f}"
-            f"  {r['tokens']:>6}  {r['steps']:>5}  {r['density'] or 0:>7.1f}"
-            f"  {'yes' if r['right'] else 'no':>5}  {r['repeated']:>8.2f}  {json.dumps(r['end'])}"
-        )
-    return table
+if __name__ == "__main__":
+    main(run)

@@ -1,17 +1,25 @@
-"""A function file (``.mlxfn``) against run-time steering: single decoding steps in turn."""
+"""A function file against run-time steering, single steps: python benchmarks/function.py --help"""
 
 import tempfile
-import time
 from pathlib import Path
 
 import mlx.core as mx
+from script import main
 
-from ..export.function import export_function
-from .report import Row, ratio
-from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread
+from mlx_densesteer.bench.figures import (
+    Figure,
+    Measurement,
+    Tell,
+    alternate,
+    quiet,
+    ratio,
+    spread,
+    timed,
+)
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.export.function import export_function
 
-FIGURES = ("function_ratio",)
+STRENGTH = 0.1
 
 
 def run(
@@ -22,72 +30,71 @@ def run(
     steps: int = 60,
     seconds: float = 60.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
-    """Compare single steps through a function file with steps under run-time steering.
+) -> Measurement:
+    """Compare single decoding steps through a function file with steps under run-time steering.
 
-    The file is written to a temporary folder, imported by Python, and steered at every layer, as
-    the model is. A ratio is run-time seconds over the file's seconds of the same round, so
-    above 1 the file is faster; run-time over run-time is the noise.
+    The file is written to a temporary folder, imported by Python, and steered at every layer, as the
+    model is. A ratio is run-time seconds over the file's seconds of the same round: above 1 the file
+    is faster. Run-time over run-time is the noise.
 
     Args:
         capacity: tokens of the file's KV cache; it attends over all of them.
         prompt_tokens: random tokens of the prompt.
         steps: decoding steps of each side at most; prompt and steps must fit the capacity.
-        seconds: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins; 0 is no limit.
     """
-    steering, prompt = subject.steering(), subject.tokens(prompt_tokens)
+    prompt = subject.tokens(prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
         made = export_function(
-            subject.model, subject.tokenizer, steering, Path(folder) / "function.mlxfn",
-            name=subject.name, capacity=capacity, chunks=[prompt_tokens], progress=tell,
-        )  # fmt: skip
-        sides = [_Live(subject, prompt), _File(made.path, prompt), _Live(subject, prompt)]
+            *subject.model,
+            subject.steering(strength=STRENGTH),
+            Path(folder) / "function.mlxfn",
+            name=subject.name,
+            capacity=capacity,
+            chunks=[prompt_tokens],
+            progress=tell,
+        )
+        sides = [
+            _RunTimeSteps(subject, prompt),
+            _FunctionSteps(made.path, prompt),
+            _RunTimeSteps(subject, prompt),
+        ]
         for side in sides:
             side.step()
-        live, file, again = alternate(
-            [side.step for side in sides], rounds=steps, seconds=seconds, tell=tell
-        )
-    return {
-        "function_ratio": spread(over(live, file))["median"],
-        "details": {
-            "ratio": spread(over(live, file)),
-            "null": spread(over(live, again)),
-            "live_seconds": spread(live),
+        works = [lambda side=side: timed(side.step) for side in sides]
+        live, file, again = alternate(works, rounds=steps, seconds=seconds, tell=tell)
+    speed, noise, live_seconds = ratio(live, file), ratio(live, again), spread(live)
+    remark = f"capacity {capacity}, after {prompt_tokens} tokens; run-time steering "
+    remark += f"{1 / live_seconds['median']:.1f} tokens/s"
+    return Measurement(
+        {"function_ratio": speed["median"]},
+        [Figure.of("decode speed, file / run-time steering", speed, noise, remark)],
+        {
+            "ratio": speed,
+            "null": noise,
+            "live_seconds": live_seconds,
             "capacity": capacity,
             "prompt_tokens": prompt_tokens,
             "largest_difference": made.largest_difference,
         },
-    }
-
-
-def rows(result: dict) -> list[Row]:
-    """Return the table's rows."""
-    d = result["details"]
-    remark = (
-        f"capacity {d['capacity']}, after {d['prompt_tokens']} tokens; run-time steering "
-        f"{1 / d['live_seconds']['median']:.1f} tokens/s"
     )
-    return [ratio("decode speed, file / run-time steering", d["ratio"], d["null"], remark)]
 
 
-class _Live:
+class _RunTimeSteps:
     """Run-time steering: caches and the next token."""
 
     def __init__(self, subject: Subject, prompt: list[int]):
-        self._model = subject.model
-        self._cache = subject.caches(subject.steering(), len(prompt))
+        self._network = subject.model.network
+        self._cache = subject.caches(subject.steering(strength=STRENGTH), len(prompt))
         self._next = mx.array([prompt])
 
-    def step(self) -> float:
-        mx.synchronize()
-        began = time.perf_counter()
-        logits = self._model(self._next, cache=self._cache)[:, -1]
+    def step(self) -> None:
+        logits = self._network(self._next, cache=self._cache)[:, -1]
         self._next = logits.argmax(axis=-1, keepdims=True)
         mx.eval(self._next, [one.state for one in self._cache])
-        return time.perf_counter() - began
 
 
-class _File:
+class _FunctionSteps:
     """The imported function, its cache and the next token."""
 
     def __init__(self, path: Path, prompt: list[int]):
@@ -95,15 +102,16 @@ class _File:
         _, *self._cache = self._function()
         self._next, self._position = mx.array([prompt]), 0
 
-    def step(self) -> float:
-        mx.synchronize()
-        began = time.perf_counter()
-        before, self._cache = self._cache, []  # nobody else holds it: written in place
-        inputs = (self._next, mx.array(self._position), mx.array(0.1), *before)
+    def step(self) -> None:
+        before, self._cache = self._cache, []  # without another owner it is written in place
+        inputs = (self._next, mx.array(self._position), mx.array(STRENGTH), *before)
         del before
         logits, *self._cache = self._function(*inputs)
         del inputs
         self._position += self._next.shape[1]
         self._next = logits.argmax(axis=-1, keepdims=True).astype(mx.int32)
         mx.eval(self._next, self._cache)
-        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main(run)

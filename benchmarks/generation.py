@@ -1,6 +1,8 @@
 """Peak memory and speed of whole responses: python benchmarks/generation.py --help"""
 
-from mlx_densesteer.bench.alone import main
+from script import main
+
+from mlx_densesteer.bench.generation import run
 
 if __name__ == "__main__":
-    main("generation")
+    main(run)

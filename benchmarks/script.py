@@ -1,4 +1,4 @@
-"""One benchmark by itself: ``python benchmarks/NAME.py MODEL``. Its flags are ``run``'s arguments."""
+"""Run one benchmark by itself: its command-line options are the arguments of its ``run``."""
 
 import argparse
 import inspect
@@ -7,62 +7,62 @@ import re
 import shlex
 import signal
 import sys
-from importlib import import_module
+from collections.abc import Callable
+from pathlib import Path
 
-from ..cli.progress import Live
-from .report import REFUSALS, header, heading, lines, reason
+from mlx_densesteer.bench.figures import Figure, Measurement, lines
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.bench.suite import REFUSALS, header, heading, reason
+from mlx_densesteer.text import Live
 
 
-def main(name: str) -> None:
-    """Run the benchmark ``name`` with the arguments of the command line and print what it found."""
-    module = import_module(f".{name}", __package__)
-    options = vars(_parser(module).parse_args())
+def main(run: Callable[..., Measurement]) -> Measurement:
+    """Call ``run`` with the arguments of the command line and print what it found."""
+    options = vars(_parser(run).parse_args())
     model, as_json = options.pop("model"), options.pop("json")
-    command = shlex.join(["python", *sys.argv])
-    from .subject import Subject
-
     live = Live()
     try:
         subject = Subject.load(model)
-        head = header(subject, command)
-        result = module.run(subject, tell=live.show, **options)
+        head = header(subject, shlex.join(["python", *sys.argv]))
+        found = run(subject, tell=live.show, **options)
     except REFUSALS as error:
         sys.exit(f"error: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    live.clear()
+    finally:
+        live.clear()
     if as_json:
-        print(json.dumps({**result, "header": head}, allow_nan=False))
-    elif hasattr(module, "rows"):
-        table = lines((name, row) for row in module.rows(result))
-        print("\n".join([*heading(head), "", *table]))
+        whole = {**found.figures, "header": head, "details": found.details}
+        print(json.dumps(whole, allow_nan=False))
     else:
-        print("\n".join([*heading(head), "", *module.lines(result)]))
+        figures = [one for one in found.table if isinstance(one, Figure)]
+        table = lines([(Path(inspect.getfile(run)).stem, figures)]) if figures else found.table
+        print("\n".join([*heading(head), "", *table]))
+    return found
 
 
-def _parser(module) -> argparse.ArgumentParser:
-    """Make options of ``run``'s arguments; one without a default is a positional argument."""
-    said = inspect.getdoc(module.run) or ""
+def _parser(run: Callable[..., Measurement]) -> argparse.ArgumentParser:
+    """Make options of the arguments of ``run``; one without a default is positional."""
+    said = inspect.getdoc(run) or ""
     helps = dict(re.findall(r"^    (\w+): (.+(?:\n        .+)*)", said, re.MULTILINE))
+    about = sys.modules[run.__module__].__doc__
     parser = argparse.ArgumentParser(
-        description=f"{module.__doc__}\n\n{said.partition('Args:')[0]}".replace("``", "`"),
+        description=f"{about}\n\n{said.partition('Args:')[0]}".replace("``", "`"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="a model folder, a Hub id, or demo")
-    for name, parameter in list(inspect.signature(module.run).parameters.items())[1:]:
-        if name == "tell":
+    for name, parameter in inspect.signature(run).parameters.items():
+        if name in ("subject", "tell"):
             continue
-        default = parameter.default
-        about = {"help": " ".join(helps.get(name, "").split()).replace("%", "%%")}
-        flag = f"--{name.replace('_', '-')}"
+        default, flag = parameter.default, f"--{name.replace('_', '-')}"
+        extra = {"help": " ".join(helps.get(name, "").split()).replace("%", "%%")}
         if default is inspect.Parameter.empty:
-            parser.add_argument(name, **about)
-        elif isinstance(default, bool):
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, **about
-            )
+            parser.add_argument(name, **extra)
+            continue
+        if isinstance(default, bool):
+            extra["action"] = argparse.BooleanOptionalAction
         else:
-            kind = str if default is None else type(default)
-            parser.add_argument(flag, type=kind, default=default, **about)
+            extra["type"] = str if default is None else type(default)
+        parser.add_argument(flag, default=default, **extra)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -1,6 +1,8 @@
 """Acceptance and speed with a draft model: python benchmarks/speculative.py --help"""
 
-from mlx_densesteer.bench.alone import main
+from script import main
+
+from mlx_densesteer.bench.speculative import run
 
 if __name__ == "__main__":
-    main("speculative")
+    main(run)

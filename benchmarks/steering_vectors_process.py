@@ -1,7 +1,7 @@
-"""steering-vectors (PyTorch) in a process of its own: the other side of ``extract --oracle``.
+"""steering-vectors (PyTorch) in a process of its own: the other side of ``extract.py --oracle``.
 
-Run by the *other* Python as a file, ``PYTHON oracle.py MODEL``: only the standard library, torch,
-transformers and steering-vectors are imported here.
+The *other* Python runs this file, ``PYTHON steering_vectors_process.py MODEL``. It has torch,
+transformers and steering-vectors, and nothing of this package.
 """
 
 import json
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 
-class Oracle:
+class SteeringVectorsProcess:
     """Asks the other Python; it answers with seconds, counts and vectors.
 
     Raises:
@@ -21,9 +21,12 @@ class Oracle:
 
     def __init__(self, python: str, folder: Path):
         self._process = subprocess.Popen(
-            [python, __file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, bufsize=1,
-        )  # fmt: skip
+            [python, __file__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
         self.versions = self._answer()
 
     def train(self, pairs: list[list[str | None]], layers: list[int], batch_size: int) -> dict:
@@ -91,5 +94,5 @@ def _sample(
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: its modules must hide nobody's
+    del sys.path[0]  # this folder, so that torch does not import a benchmark
     serve(sys.argv[1])

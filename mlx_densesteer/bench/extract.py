@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..demo.problems import calibration, draw_solution
-from ..extraction.extract import ReadOut, encode_pairs, extract_with_report
+from ..extraction.extract import ReadOut, encode_pairs
 from ..extraction.pairs import Pair, read_pairs
 from ..extraction.rewriting.rules import merge_steps
 from ..generation.answer import split_steps
+from ..model.residual import record_pairs
 from ..model.token_tree import TokenPair, TokenTree
 from ..steering.request import parse_layers
 from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread, timed
@@ -20,6 +21,7 @@ SUITE = {"limit": 4, "rounds": 10, "seconds": 30.0}
 QUICK = {"limit": 4, "rounds": 4, "seconds": 5.0}
 COUNTED = 50  # pairs whose tokens are counted at least
 DRAWS = 8
+LAST_TOKEN = ReadOut.of(-1)
 
 
 def run(
@@ -32,9 +34,10 @@ def run(
     seconds: float = 0.0,
     tell: Tell = quiet,
 ) -> Measurement:
-    """Count and time ``extract`` against reading the same sequences one after the other.
+    """Count and time how extraction reads pairs, against reading their sequences one by one.
 
-    One by one: each prompt with each response through the blocks, no cache, no head. A *token* is a
+    One by one: each prompt with each response through the blocks, no cache, no head. What extraction
+    does with what it read (means, the comparison of layers) is not timed. A *token* is a
     position through every block, padding included. ``extract_token_ratio`` is theirs over ours, of
     up to 50 pairs; ``extract_time_ratio`` their seconds over ours, on ``limit`` of them.
 
@@ -46,22 +49,19 @@ def run(
         rounds: extractions of each side.
         seconds: after which no new round begins; 0 is no limit.
     """
-    tokenizer = subject.model.tokenizer
-    found = (read_pairs(pairs) if pairs else drawn_pairs(max(COUNTED, limit)))[
-        : max(COUNTED, limit)
-    ]
+    most = max(COUNTED, limit)
+    found = (read_pairs(pairs) if pairs else drawn_pairs(most))[:most]
     chosen = list(parse_layers([layers], range(subject.model.layer_count)))
-    tree = TokenTree.of(encode_pairs(tokenizer, found, ReadOut.of(-1)))
-    timed_pairs = found[:limit]
-    token_pairs = encode_pairs(tokenizer, timed_pairs, ReadOut.of(-1))
+    tree = TokenTree.of(encode_pairs(subject.model, found, LAST_TOKEN))
+    token_pairs = encode_pairs(subject.model, found[:limit], LAST_TOKEN)
 
     def ours() -> float:
-        return timed(lambda: extract_with_report(*subject.model, timed_pairs, layers=chosen))
+        return timed(lambda: read_together(subject, token_pairs, chosen))
 
     def apart() -> float:
-        return timed(lambda: _read_apart(subject, token_pairs))
+        return timed(lambda: read_apart(subject, token_pairs))
 
-    _read_apart(subject, token_pairs[:1])  # warm up
+    read_apart(subject, token_pairs[:1])  # warm up
     mine, theirs, again = alternate([ours, apart, apart], rounds=rounds, seconds=seconds, tell=tell)
     times, noise = ratio(theirs, mine), ratio(theirs, again)
     source, tokens = pairs or "the demo's problems", tree.tokens_apart / tree.tokens
@@ -74,10 +74,10 @@ def run(
                 remark=f"{len(found)} pairs of {source}: {tree.tokens_apart:,} / {tree.tokens:,}",
             ),
             Figure.of(
-                "seconds of an extraction, one by one / ours",
+                "seconds of reading, one by one / ours",
                 times,
                 noise,
-                f"{len(timed_pairs)} pairs, {len(chosen)} layers; "
+                f"{len(token_pairs)} pairs, {len(chosen)} layers; "
                 f"ours {spread(mine)['median']:.1f} s",
             ),
         ],
@@ -85,7 +85,7 @@ def run(
             "pairs": len(found),
             "source": source,
             "tokens": {"ours": tree.tokens, "apart": tree.tokens_apart},
-            "timed_pairs": len(timed_pairs),
+            "timed_pairs": len(token_pairs),
             "time": {"ratio": times, "null": noise},
             "seconds": {"ours": spread(mine), "apart": spread(theirs)},
             "layers": len(chosen),
@@ -104,7 +104,13 @@ def drawn_pairs(count: int) -> list[Pair]:
     return pairs
 
 
-def _read_apart(subject: Subject, pairs: Sequence[TokenPair]) -> None:
+def read_together(subject: Subject, pairs: Sequence[TokenPair], layers: Sequence[int]) -> None:
+    """Read the pairs as extraction does: what they share once, and nothing above the last layer."""
+    for _ in record_pairs(subject.model.network, TokenTree.of(pairs), layers, LAST_TOKEN.weights):
+        pass
+
+
+def read_apart(subject: Subject, pairs: Sequence[TokenPair]) -> None:
     for pair in pairs:
         for response in (pair.positive, pair.negative):
             mx.eval(subject.model.network.model(mx.array([[*pair.prompt, *response]])))
