@@ -77,7 +77,7 @@ def test_the_settings_are_always_whole(width, make_vector):
     status = Status("a-very-long-name-of-a-model-that-was-chosen", steering, -0.125, 123, 32768)
     lines = status.lines(width)
     assert all(len(line) <= width for line in lines)
-    wanted = ["vector", "layer 3-5, 9", "dose -12.5%", "positions generat", "123/32768"]
+    wanted = ["vector", "layer 3-5, 9", "dose -12.5%", "positions gen", "123/32768"]
     for part in wanted:
         assert any(part in line for line in lines), part
     assert width == 20 or any("dose -12.5% (strength -1.5)" in line for line in lines)

@@ -54,6 +54,9 @@ def test_a_conversation(chat, tmp_path):
     assert "Kim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34." in ask(
         terminal, "/retry", "2 steps"
     )
+    ask(terminal, "/strength 100%", r"a large dose(.|\n)*\+100%>")
+    ask(terminal, "/retry", r"began to repeat itself")  # the brake is told, and lowers the strength
+    terminal.wait(r"(?m)^(\+(50|25|12\.5)|0)%>$")
     history = tmp_path / "state/mlx-densesteer/chat-history"
     assert COINS in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
@@ -82,18 +85,21 @@ def test_several_lines_and_editing(chat):
     terminal.wait("system: Solve")
     terminal.send("\x1b[A")  # the history
     terminal.wait(r"unsteered> /system Solve", count=2)
-    terminal.send("\x15/quit\r")
-    assert terminal.end() == 0
+    terminal.process.kill(signal.SIGTERM)  # leaves the terminal in order
+    assert terminal.end() == 143
 
 
-def test_ctrl_c_keeps_what_was_said_and_the_strength_stays_in_sight(chat):
+def test_ctrl_c_keeps_what_was_said_and_the_settings_stay_in_sight(chat):
     terminal = chat("-v", "demo", "-s", "100%", "--no-brake", "-n", "900")
-    ask(terminal, COINS, r"strength \+23\.8\) \|\s+\d+/1024 tokens \| Ctrl-C stops")
-    terminal.pump(0.3)
+    ask(terminal, COINS, r"strength \+23\.8\)[^>]*Ctrl-C stops")
+    columns = 160
+    terminal.resize(columns, 24)
+    terminal.wait(r"\+23\.8\) \| \d+/1024 tokens \| Ctrl-C stops")
     terminal.send("\x03")
-    text = terminal.wait(r"; interrupted")
+    text = terminal.wait(r", interrupted")
     assert "Kim" in text.rsplit("now?", 1)[1]
     terminal.wait(r"(?m)^\+100%>$")
+    assert all(len(line) <= columns for line in terminal.screen)
     tokens = int(terminal.text.rsplit("/1024 tokens", 1)[0].rsplit(None, 1)[-1])
     assert 34 < tokens < 900, "the turn stays"
     assert terminal.text.count("Ctrl-C stops") == 0, "the line below an answer is gone"
@@ -103,21 +109,8 @@ def test_ctrl_c_keeps_what_was_said_and_the_strength_stays_in_sight(chat):
     assert terminal.end() == 0
 
 
-def test_a_terminal_that_becomes_wider(chat):
-    columns = 160
-    terminal = chat("-v", "demo", "-s", "100%", "--no-brake", "-n", "250")
-    ask(terminal, COINS, "Ctrl-C stops")
-    terminal.resize(columns, 24)
-    terminal.wait("250 tokens, 1 step", seconds=60)
-    terminal.wait(r"strength \+23\.8")
-    assert all(len(line) <= columns for line in terminal.screen)
-    assert terminal.text.count("Ctrl-C stops") == 0
-    terminal.send("\x04")
-    assert terminal.end() == 0
-
-
 def test_every_command(chat, tmp_path):
-    terminal = chat("-v", "demo", columns=100, lines=50)
+    terminal = chat("-v", "demo", columns=100, lines=50, NO_COLOR="1")
     ask(terminal, COINS, r"density 31\.0")
     ask(
         terminal,
@@ -153,37 +146,19 @@ def test_every_command(chat, tmp_path):
     ask(terminal, f"/save {tmp_path}/mine.txt", "not a session file")
     assert (tmp_path / "mine.txt").read_text() == "mine"
     ask(terminal, "/help", r"sends a text that begins with a slash")
-    terminal.send("/quit\r")
-    assert terminal.end() == 0
-
-
-def test_a_narrow_terminal_compares_one_after_the_other(chat):
-    terminal = chat("-v", "demo", columns=40, lines=20)
-    text = ask(terminal, f"/compare {COINS}", r"strength \+4\.76\): 31 tokens")
+    terminal.resize(40, 20)
+    ask(terminal, "/vector demo", r"vector demo, layer 5, dose \+20%")
+    text = ask(
+        terminal, f"/compare {COINS}", r"(?s)dose \+20%.*\+20% \(strength \+4\.76\): 31\n? ?tokens"
+    )
     assert (
         "unsteered\nKim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34.\n34\n\n+20% (strength +4.76)\nKim"
         in text
-    )
-    terminal.wait(r"(?m)^0/1024 tokens$")  # it does not enter the conversation
-
-
-def test_the_brake_is_told_and_lowers_the_strength(chat):
-    terminal = chat("-v", "demo", "-s", "100%")
-    ask(terminal, COINS, r"began to repeat itself")
-    terminal.wait(r"(?m)^(\+(50|25|12\.5)|0)%>$")
-
-
-def test_colours_are_left_out_on_request(chat):
-    terminal = chat("-v", "demo", NO_COLOR="1")
-    ask(terminal, "/help", "begins with a slash")
-    ask(terminal, COINS, r"density 31\.0")
-    assert b"\x1b[3" not in terminal.raw.replace(b"\x1b[3m", b""), "only weights and slants"
-
-
-def test_a_signal_ends_it_and_leaves_the_terminal_in_order(chat):
-    terminal = chat()
-    terminal.process.kill(signal.SIGTERM)
-    assert terminal.end() == 143
+    ), "on a narrow screen one after the other"
+    terminal.wait(r"(?m)^0/1024 tokens$")  # it does not join the conversation
+    terminal.send("/quit\r")
+    assert terminal.end() == 0
+    assert not re.search(rb"\x1b\[[0-9;]*3[0-7]m", terminal.raw), "no colours, on request"
 
 
 def test_a_dumb_terminal_gets_plain_lines(tmp_path):
