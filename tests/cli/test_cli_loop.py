@@ -11,8 +11,9 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.steering.request import request
 
-FEW = ("--limit", "3", "-n", "120")
+FEW = ("--limit", "3", "-n", "96")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def records(path):
 
 
 def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
-    words = ("eval", "-m", "demo", "demo", *FEW, "-v", "demo", "-s", "0.2", "--relative")
+    words = ("eval", "-m", "demo", "demo", *FEW, "-v", "demo", "-s", "20%")
     first = run(*words)
     lines = first.stdout.splitlines()
     assert lines[1].startswith("unsteered") and lines[2].startswith("steered")
@@ -51,7 +52,8 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     assert "6 answers there already" in again.stderr
     document = json.loads(again.stdout)
     assert document["scores"]["steered"]["against_unsteered"]["problems"] == 3
-    assert document["steering"]["layers"] == [5]
+    assert document["steering"]["layers"] == list(request(ds.SteeringVector.load("demo")).layers)
+    assert document["steering"]["dose"] == pytest.approx(0.2)
     assert (
         document["scores"]["steered"]["steps"]["value"]
         < (document["scores"]["unsteered"]["steps"]["value"])
@@ -59,7 +61,7 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     alone = run("eval", "-m", "demo", "demo", *FEW)
     assert alone.stdout.splitlines()[1] == lines[1]  # the unsteered row is the same row
     refused = run("eval", "-m", "demo", "demo", "--limit", "3", "-n", "60", code=1)
-    assert '{"max_tokens": 120}, this one {"max_tokens": 60}' in refused.stderr
+    assert '{"max_tokens": 96}, this one {"max_tokens": 60}' in refused.stderr
 
 
 def test_eval_reads_a_local_file_and_grades_it(run, tmp_path):
@@ -79,23 +81,31 @@ def test_eval_reads_a_local_file_and_grades_it(run, tmp_path):
     assert scores["nll"] is None
 
 
-def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path):
+def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path, monkeypatch):
     vector = shutil.copy(demo.VECTOR, tmp_path / "v.npz")
-    words = ("sweep", "-m", "demo", "demo", *FEW, "-v", vector, "--layers", "4,5",
-             "--strengths=0,0.2", "--relative", "-o", "out", "--write")  # fmt: skip
+    words = ("sweep", "-m", "demo", "demo", "--limit", 2, "-n", 48, "-v", vector, "--layers", "4,5",
+             "--strengths=0,20%", "-o", "out", "--write")  # fmt: skip
     first = run(*words)
     lines = first.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["-", "4", "5"]
-    assert "No setting is recommended" in lines[-1]  # three problems support nothing
+    assert lines[0].split()[:3] == ["layer", "dose", "strength"]
+    cells = [line.split()[:3] for line in lines[1:4]]
+    assert [cell[:2] for cell in cells] == [["-", "0%"], ["4", "+20%"], ["5", "+20%"]]
+    assert all(float(cell[2]) > 1 for cell in cells[1:])
+    assert "No setting is recommended" in lines[-1]  # two problems support nothing
     folder = tmp_path / "out"
     assert {p.name for p in folder.iterdir()} == {
         "answers.jsonl", "table.json", "heatmap.png", "curves.png",
     }  # fmt: skip
     before = (folder / "answers.jsonl").read_bytes()
+    monkeypatch.setattr("mlx_densesteer.evaluation.plot.plot_sweep", lambda *_: [])
     document = json.loads(run(*words, "--json").stdout)
     assert (folder / "answers.jsonl").read_bytes() == before
     assert [row["layer"] for row in document["rows"]] == [None, 4, 5]
-    assert [row["relative"] for row in document["rows"]] == pytest.approx([0, 0.2, 0.2])
+    assert [row["dose"] for row in document["rows"]] == [0, 0.2, 0.2]
+    grown = json.loads(run(*words[:-3], "--json", "--strengths=5", "-o", "out").stdout)
+    assert [row["strength"] for row in grown["rows"]] == [0, 5, 5]
+    other = run(*words[:-1], "--positions", "prompt", code=1)
+    assert "results of a sweep with other positions. Name another folder (-o)" in other.stderr
     stored = ds.SteeringVector.load(vector).meta
     assert [row["layer"] for row in stored.tested] == [None, 4, 5]
     assert stored.recommended is None
@@ -104,22 +114,19 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path)
 
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layer": 4, "strength": 3.5, "positions": "generated", "text": "because"}
+    best = {"layer": 4, "strength": 3.5, "dose": 0.2, "positions": "generated", "text": "because"}
     made = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
     file = made.save(tmp_path / "best.npz")
-    question = "Tom has 4 cups. Then Tom buys 5. How many cups does Tom have now?"
 
     def applied(*words):
-        words = ("generate", "-m", "demo", "-v", file, "-n", "4", "--json", *words, question)
-        found = json.loads(run(*words).stdout)["steering"]
+        words = ("eval", "-m", "demo", "demo", "--limit", 1, "-n", 4, "-v", file, "--json", *words)
+        found = json.loads(run(*words, "--no-baseline", "--no-nll").stdout)["steering"]
         return found["layers"], found["strength"], found["positions"]
 
     assert applied() == ([4], 3.5, "generated")
-    assert applied("-l", "4") == ([4], 3.5, "generated")
-    assert applied("-s", "1") == ([4], 1.0, "generated")
-    assert applied("-l", "5") == ([5], 1.0, "all")
-    assert applied("--positions", "prompt") == ([4], 3.5, "prompt")
-    assert "layer 4, strength 3.5. because" in run("vector", "show", file).stdout
+    assert applied("-s", "1", "-l", "4") == ([4], 1.0, "generated")
+    assert applied("-l", "5", "-s", "2") == ([5], 2.0, "all")
+    assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
 
 
 @pytest.mark.parametrize(
@@ -127,10 +134,10 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     [
         (["eval", "-m", "demo", "nothing"], "no such file, and no task"),
         (["eval", "-m", "demo", "demo", "-s", "1"], "need a vector"),
-        (["eval", "-m", "demo", "demo", "-v", "demo", "--relative", "-l", "5"], "needs a --strength"),
+        (["eval", "-m", "demo", "demo", "-v", "demo", "-s", "a lot"], "expected a number"),
         (["eval", "-m", "demo", "demo", "--split", "dev"], "has no split 'dev'"),
-        (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=a"], "expected numbers"),
-        (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=nan"], "finite"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=1,a"], "strength 'a': expected a number"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=nan%"], "strength 'nan%'"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=0"], "nothing to sweep"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "-l", "9", "--strengths=1"], "layer 9"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=1", "--write"], "embedded"),
@@ -138,7 +145,23 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_anything_is_written(run, tmp_path, words, message):
-    code = 2 if message in ("need a vector", "needs a --strength", "expected numbers", "embedded") else 1  # fmt: skip
+    code = (
+        2
+        if message in ("need a vector", "expected a number", "nothing to sweep", "embedded")
+        else 1
+    )
     result = run(*words, code=code)
     assert message in result.stderr
     assert not [p for p in tmp_path.rglob("*.jsonl") if p.stat().st_size > 2000]
+
+
+def test_ctrl_c_says_where_the_work_is(run, tmp_path, monkeypatch):
+    def stop(*_, progress, **__):
+        progress([], 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_densesteer.distributed.answers.answer", stop)
+    for command in (["eval"], ["sweep", "-v", "demo", "--strengths=10%"]):
+        result = run(*command, "-m", "demo", "demo", "--limit", "1", code=130)
+        assert "interrupted; what is done is in " in result.stderr
+        assert "The same command goes on from there." in result.stderr
