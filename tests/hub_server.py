@@ -37,7 +37,7 @@ class Faults:
     stop_at: int | None = None  # no byte of a large file arrives from here on, as the connection
     # ... "close"s, "reset"s or "hang"s; at the end it heals
     breaks: Iterator[str] = field(default_factory=lambda: repeat("close"))
-    sizes: dict[str, int] = field(default_factory=dict)  # by file name, added to what is told of a large file
+    sizes: dict[str, int] = field(default_factory=dict)  # by name: added to what it tells of a file
 
 
 class HubServer:

@@ -1,6 +1,9 @@
+import importlib
 import json
 import math
 import random
+import re
+import sys
 import time
 
 import mlx.core as mx
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_densesteer.demo.problems import calibration, draw_solution
-from mlx_densesteer.errors import InputError
+from mlx_densesteer.errors import InputError, install_command
 from mlx_densesteer.evaluation.tasks import Problem
 from mlx_densesteer.extraction import verification
 from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
@@ -52,7 +55,9 @@ Therefore, the change is \(\boxed{9}\)."""
 
 def originals(count=3, steps=3):
     return [
-        Original(f"t-{i}", f"Question {i}?", "\n\n".join(f"{c}{i}." for c in "ABCDEFGHI"[:steps]), 9)
+        Original(
+            f"t-{i}", f"Question {i}?", "\n\n".join(f"{c}{i}." for c in "ABCDEFGHI"[:steps]), 9
+        )
         for i in range(count)
     ]
 
@@ -263,6 +268,14 @@ def test_an_endpoint_gets_the_request_and_the_key():
     assert body["model"] == "m" and body["temperature"] == 0
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch):
+    name = "mlx_densesteer.extraction.rewriting.openai"
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(InputError, match=re.escape(install_command("rewrite"))):
+        importlib.import_module(name)
 
 
 def test_no_key_no_header_and_a_cut_off_rewrite_is_marked():
