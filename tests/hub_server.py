@@ -133,9 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self._answer(404, commit | {"X-Error-Code": "EntryNotFound"})
         elif name.endswith(LARGE):
-            sha256 = _sha256(file)
+            sha256, size = _sha256(file), file.stat().st_size + self.hub.faults.sizes.get(name, 0)
             self._answer(302, commit | {
-                "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(file.stat().st_size + self.hub.faults.sizes.get(name, 0)),
+                "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(size),
                 "Location": f"http://localhost:{self.hub.port}/cdn/{sha256}",
             })  # fmt: skip
         else:
