@@ -16,7 +16,7 @@ from ..errors import InputError, ModelError
 from ..generation.answer import Generation
 from ..generation.batch import ROWS, generate_batch
 from ..model.likelihood import nll
-from ..model.model import Model, takes_model
+from ..model.model import Model
 from ..model.prompt import encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .grading import grade
@@ -109,7 +109,6 @@ class Answerer(Protocol):
     ) -> list[Answer]: ...
 
 
-@takes_model
 def journal_header(model: Model, max_tokens: int, system: str | None = None) -> dict[str, object]:
     """Return what must be equal for two runs to share a journal: all but problems and steering."""
     info = model.info
@@ -125,7 +124,6 @@ def journal_header(model: Model, max_tokens: int, system: str | None = None) -> 
     }
 
 
-@takes_model
 def answer(
     model: Model,
     problems: Sequence[Problem],

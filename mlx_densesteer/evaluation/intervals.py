@@ -99,23 +99,23 @@ def _cross(function: Callable[[float], float], low: float, high: float) -> float
     return (low + high) / 2
 
 
-def paired_bootstrap(
-    differences: Sequence[float] | np.ndarray,
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
     *,
     resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Return the mean of paired differences and the bounds of its bootstrap interval.
+    """Return a mean and the bounds of its bootstrap interval.
 
-    ``differences``: one number a problem, the setting's less the baseline's. Problems are
-    drawn with replacement; the bounds are percentiles of the resampled means.
+    ``values``: one number a problem. To compare two settings, give the difference on each problem.
+    Problems are drawn with replacement; the bounds are percentiles of the resampled means.
 
     Raises:
         ValueError: no value, one that is not finite, fewer than 1 resample, or a confidence
             outside (0, 1).
     """
-    values = _check_values(differences, resamples)
+    values = _check_values(values, resamples)
     _quantile(confidence)  # checks it
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
@@ -135,13 +135,13 @@ def sign_flip(
     """Return the two-sided p value of paired differences by the sign-flip test.
 
     If the two settings are exchangeable, every difference may as well have the other sign: p is
-    the share of random signs, ours among them, whose mean is as far from 0. It stays right for
+    the share of random signs, the observed ones among them, whose mean is as far from 0. It stays right for
     few problems and long tails, where the bootstrap finds too much.
 
     Source: Fisher, The Design of Experiments (1935), section 21.
 
     Raises:
-        ValueError: see ``paired_bootstrap``.
+        ValueError: see ``bootstrap``.
     """
     values = _check_values(differences, resamples)
     rng, far, rows = np.random.default_rng(seed), 0, max(1, _CELLS // values.size)
@@ -154,23 +154,8 @@ def sign_flip(
     return (far + 1) / (resamples + 1)
 
 
-def mean_interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """Return the mean of one sample and the bounds of its bootstrap interval.
-
-    Raises:
-        ValueError: see ``paired_bootstrap``.
-    """
-    return paired_bootstrap(values, resamples=resamples, seed=seed, confidence=confidence)
-
-
-def _check_values(differences: Sequence[float] | np.ndarray, resamples: int) -> np.ndarray:
-    values = np.asarray(differences, dtype=np.float64)
+def _check_values(given: Sequence[float] | np.ndarray, resamples: int) -> np.ndarray:
+    values = np.asarray(given, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"shape {values.shape}: expected a row of finite numbers, at least one.")
     if resamples < 1:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ..steering.request import format_dose
-from .intervals import mcnemar, paired_bootstrap, paired_difference, sign_flip
+from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def _saving(c: _Comparison, baseline: Outcome, confidence: float) -> tuple[float
     resamples = max(10_000, math.ceil(40 / (1 - confidence)))  # for the far percentiles
     if sign_flip(differences, resamples=resamples) > 1 - confidence:
         return None
-    low, high = paired_bootstrap(differences, resamples=resamples, confidence=confidence)[1:]
+    low, high = bootstrap(differences, resamples=resamples, confidence=confidence)[1:]
     return (low, high) if low > 0 else None
 
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..model.model import Model, takes_model
 from ..steering.steering import UNSTEERED, Steering
 from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
-from .intervals import mcnemar, mean_interval, paired_bootstrap, paired_difference, wilson
+from .intervals import bootstrap, mcnemar, paired_difference, wilson
 from .tasks import Problem
 
 
@@ -143,7 +143,7 @@ def score(answers: Mapping[str, Answer], baseline: Mapping[str, Answer] | None =
     )  # fmt: skip
 
 
-def _compare(steered: Sequence, unsteered: Sequence) -> Comparison:
+def _compare(steered: Sequence[Answer], unsteered: Sequence[Answer]) -> Comparison:
     pairs = list(zip(steered, unsteered, strict=True))
     better = sum(s.correct and not u.correct for s, u in pairs)
     worse = sum(u.correct and not s.correct for s, u in pairs)
@@ -156,17 +156,11 @@ def _compare(steered: Sequence, unsteered: Sequence) -> Comparison:
         accuracy=Estimate(
             (better - worse) / len(pairs), *paired_difference(better, worse, len(pairs))
         ),
-        steps=_paired([s.steps - u.steps for s, u in pairs]),
-        tokens=_paired([s.tokens - u.tokens for s, u in pairs]),
-        nll=_paired(likely) if likely else None,
+        steps=_mean([s.steps - u.steps for s, u in pairs]),
+        tokens=_mean([s.tokens - u.tokens for s, u in pairs]),
+        nll=_mean(likely) if likely else None,
     )
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    return Estimate(*(float(x) for x in mean_interval(np.asarray(values, dtype=float))))
-
-
-def _paired(differences: Sequence[float]) -> Estimate:
-    return Estimate(
-        *(float(x) for x in paired_bootstrap(np.asarray(differences, dtype=float)))
-    )  # fmt: skip
+    return Estimate(*bootstrap(values))

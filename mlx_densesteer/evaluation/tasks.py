@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..demo import NAME
 from ..errors import InputError, install_command
 from ..files import read_jsonl
 from .grading import last_boxed
@@ -48,8 +49,7 @@ _SOURCES = {
         {"test": "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet"},
     ),
 }
-DEMO = "demo"
-TASKS = (*_SOURCES, DEMO)
+TASKS = (*_SOURCES, NAME)
 
 
 def load_task(
@@ -68,7 +68,7 @@ def load_task(
     Raises:
         InputError: neither a task nor a file, no such split, an unreadable file, a record
             without the fields that are needed, a repeated problem, or nothing left.
-        HubError: the Hub did not give us the file.
+        HubError: the file cannot be fetched from the Hub.
     """
     if skip < 0 or (limit is not None and limit < 1):
         raise InputError(f"skip {skip}, limit {limit}: expected skip >= 0 and limit >= 1.")
@@ -77,7 +77,7 @@ def load_task(
         problems = _from_hub(name, split, revision)
     elif revision is not None:
         raise InputError(f"{name}: only tasks of the Hub have a revision: {', '.join(_SOURCES)}.")
-    elif name == DEMO:
+    elif name == NAME:
         problems = _embedded(split)
     else:
         problems = _from_file(Path(name_or_path).expanduser(), split)
@@ -88,7 +88,7 @@ def load_task(
 
 
 def _from_hub(name: str, split: str | None, revision: str | None) -> list[Problem]:
-    from ..model.hub import fetch_file  # not when the shell asks for TASKS: it takes a while
+    from ..model.hub import fetch_file  # slow to import: the shell asks for TASKS
 
     source = _SOURCES[name]
     split = _choose_split(name, split, source.files)
@@ -110,7 +110,7 @@ def _embedded(split: str | None) -> list[Problem]:
     draw = {"test": held_out, "train": calibration}
     return [
         Problem(p.id, p.question, p.question, str(p.answer), "number")
-        for p in draw[_choose_split(DEMO, split, draw)](RESERVED)
+        for p in draw[_choose_split(NAME, split, draw)](RESERVED)
     ]
 
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_densesteer.evaluation.intervals import (
+    bootstrap,
     mcnemar,
-    mean_interval,
-    paired_bootstrap,
     paired_difference,
     sign_flip,
     wilson,
@@ -129,26 +128,26 @@ VALUES = np.array([3.0, -1.0, 4.0, 1.5, -5.0, 9.0, 2.0, 6.0, -5.0, 3.5] * 8) + n
     ("confidence", "low", "high"), [(0.95, 4.69125, 6.8025), (0.8, 5.05625, 6.44)]
 )
 def test_bootstrap(confidence, low, high):
-    got = paired_bootstrap(VALUES, resamples=100_000, confidence=confidence)
+    got = bootstrap(VALUES, resamples=100_000, confidence=confidence)
     assert got == pytest.approx((5.75, low, high), abs=0.02)
-    assert mean_interval(list(VALUES), resamples=100_000, confidence=confidence) == got
+    assert bootstrap(list(VALUES), resamples=100_000, confidence=confidence) == got
 
 
 def test_bootstrap_is_reproducible_and_follows_its_seed():
-    assert paired_bootstrap(VALUES, seed=1) == paired_bootstrap(VALUES, seed=1)
-    assert paired_bootstrap(VALUES, seed=1) != paired_bootstrap(VALUES, seed=2)
+    assert bootstrap(VALUES, seed=1) == bootstrap(VALUES, seed=1)
+    assert bootstrap(VALUES, seed=1) != bootstrap(VALUES, seed=2)
 
 
 def test_bootstrap_in_many_pieces(monkeypatch):
     """The memory limit changes the draws' layout and not what they are."""
-    whole = paired_bootstrap(VALUES)
+    whole = bootstrap(VALUES)
     monkeypatch.setattr("mlx_densesteer.evaluation.intervals._CELLS", 1000)
-    assert paired_bootstrap(VALUES) == whole
+    assert bootstrap(VALUES) == whole
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
 def test_bootstrap_stays_within_the_values(values):
-    mean, low, high = paired_bootstrap(values, resamples=200)
+    mean, low, high = bootstrap(values, resamples=200)
     slack = 1e-9 * (1 + max(map(abs, values)))
     assert min(values) - slack <= low <= high <= max(values) + slack
     assert mean == pytest.approx(np.mean(values))
@@ -170,7 +169,7 @@ def test_sign_flip_is_right_where_the_bootstrap_is_not():
         lengths = np.where(rng.random((2, 40)) < 1 / 30, 2048, rng.normal(150, 20, (2, 40)))
         differences = lengths[0] - lengths[1]
         flip += sign_flip(differences, resamples=1000, seed=seed) <= 0.02
-        _, low, high = paired_bootstrap(differences, resamples=1000, seed=seed, confidence=0.98)
+        _, low, high = bootstrap(differences, resamples=1000, seed=seed, confidence=0.98)
         boot += not low <= 0 <= high
     assert flip <= 16  # 8 expected at most
     assert boot > flip
@@ -187,11 +186,11 @@ def test_sign_flip_is_right_where_the_bootstrap_is_not():
         lambda: paired_difference(3, 3, 5),
         lambda: paired_difference(0, 0, 0),
         lambda: paired_difference(1, 1, 5, 0.0),
-        lambda: paired_bootstrap([]),
-        lambda: paired_bootstrap([[1.0]]),
-        lambda: paired_bootstrap([1.0, math.nan]),
-        lambda: paired_bootstrap([1.0], resamples=0),
-        lambda: paired_bootstrap([1.0], confidence=95),
+        lambda: bootstrap([]),
+        lambda: bootstrap([[1.0]]),
+        lambda: bootstrap([1.0, math.nan]),
+        lambda: bootstrap([1.0], resamples=0),
+        lambda: bootstrap([1.0], confidence=95),
         lambda: sign_flip([]),
         lambda: sign_flip([1.0], resamples=0),
     ],

@@ -11,10 +11,9 @@ import pytest
 from conftest import ROOT, SHARED
 from hub_server import HubServer
 
-from mlx_densesteer.errors import InputError
+from mlx_densesteer.errors import InputError, install_command
 from mlx_densesteer.evaluation.grading import grade
 from mlx_densesteer.evaluation.tasks import Problem, load_task
-from mlx_densesteer.errors import install_command
 
 GSM8K = {"question": "How many clips?", "answer": "She sold 48+24 = <<48+24=72>>72.\n#### 1,072"}
 MATH = {
