@@ -46,8 +46,6 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
     path = Path(out).expanduser()
     if path.suffix != ".npz":
         raise click.UsageError(f"--out {out}: expected a name that ends in .npz.")
-    if path.exists() and path.samefile(pairs):
-        raise click.ClickException(f"{path}: is the file of the pairs. Choose another name (-o).")
     refuse_existing(path, force)
     if not path.parent.is_dir():
         raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
@@ -108,13 +106,13 @@ def _tell(found: "Extraction", pairs: int) -> None:
     for layer, row in found.layers.items():
         figures = [row.agreement, row.noise, row.margin_gain]
         sizes = [f"{row.norm:.4f}", f"{row.residual_norm:.2f}", format_dose(row.unit_dose)]
-        rows.append([str(layer), *sizes, *("-" if x is None else f"{x:.2f}" for x in figures)])
+        rows.append([str(layer), *sizes, *("-" if x is None else f"{x:.3f}" for x in figures)])
     click.echo("\n".join(aligned(rows)), err=True)
     click.echo(
         "norm: ||v||; residual: mean ||h|| over the responses; dose of 1: norm / residual, the dose of"
         "\nstrength 1; halves: cosine between the vectors of two random halves of the pairs, 1 is"
         "\nstable; noise: the size of that cosine if dense and sparse were swapped at random; gain: by how"
-        "\nmany nats a dose of 20% favours the dense responses of pairs held out for it.",
+        "\nmany nats per token a dose of 20% favours the dense responses of pairs held out for it.",
         err=True,
     )
     default = request(found.vector)

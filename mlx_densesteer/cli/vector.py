@@ -83,7 +83,7 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
         rows.append([
             str(layer), f"{norm:.4f}", f"{mean:.2f}" if mean else "",
             format_dose(norm / mean) if mean else "",
-            *(f"{x:.2f}" if isinstance(x, float) else "" for x in [*figures, gains.get(layer)]),
+            *(f"{x:.3f}" if isinstance(x, float) else "" for x in [*figures, gains.get(layer)]),
             "#" * round(30 * norm / longest),
         ])  # fmt: skip
     kept = [i for i in range(7) if any(row[i] for row in rows[1:])]

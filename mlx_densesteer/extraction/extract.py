@@ -31,7 +31,7 @@ class LayerReport:
     ``norm`` is ``||v_l||``, ``residual_norm`` the mean of ``||h_l||`` over the responses' tokens,
     unsteered. ``agreement`` is the mean cosine between the vectors of two random halves of the pairs,
     ``noise`` its root mean square if positive and negative were swapped at random; ``None`` for one
-    pair. ``margin_gain`` is what a dose of 20 % does to held-out pairs, in nats (``margin_gains``);
+    pair. ``margin_gain`` is what a dose of 20 % does to held-out pairs, in nats per token (``margin_gains``);
     ``None`` for fewer than four pairs.
     """
 
@@ -175,7 +175,10 @@ def extract_with_report(
         norms = {layer: row.residual_norm for layer, row in report.items()}
         unseen = [token_pairs[i] for i in held_out]
         gains = margin_gains(model, unseen, others, norms, dose=DEFAULT_DOSE)
-        report = {k: replace(row, margin_gain=gains[k]) for k, row in report.items()}
+        report = {
+            k: replace(row, margin_gain=gains[k]) if np.isfinite(gains[k]) else row
+            for k, row in report.items()
+        }
     meta = VectorMeta(
         model=info.name,
         hidden_size=info.hidden_size,
@@ -188,9 +191,12 @@ def extract_with_report(
         chat_template_sha256=model.chat_template_sha256,
         quantization=info.quantization,
         residual_norms={str(k): _rounded(row.residual_norm) for k, row in report.items()},
-        margin_gain={str(k): _rounded(row.margin_gain) for k, row in report.items()}
-        if held_out
-        else None,
+        margin_gain={
+            str(k): _rounded(row.margin_gain)
+            for k, row in report.items()
+            if row.margin_gain is not None
+        }
+        or None,
         extra={"dtype": info.dtype, "stability": _stability(report)},
     )
     return Extraction(

@@ -26,10 +26,11 @@ def margin_gains(
 ) -> dict[int, float]:
     """Return how much steering at each layer favours the dense responses of pairs that it never saw.
 
-        gain_l = lambda_l * d/dlambda_l mean_i( log p(positive_i) - log p(negative_i) )   at lambda = 0
-        lambda_l = dose * mean ||h_l|| / ||v_l||
+        gain_l = lambda_l * d/dlambda_l mean_i( log p(positive_i) / n_i - log p(negative_i) / m_i )
+        lambda_l = dose * mean ||h_l|| / ||v_l||,   at lambda = 0, n and m tokens
 
-    In nats, to first order, for all layers in one backward pass through the steered blocks for each
+    In nats per token (the negative has more of them, and what favours both would count against the
+    layer), to first order, for all layers in one backward pass through the steered blocks for each
     response. A layer whose vector is zero, or no more than rounding, gains 0.
 
     Args:
@@ -54,7 +55,7 @@ def margin_gains(
     for pair in pairs:
         for sign, response in ((1, pair.positive), (-1, pair.negative)):
             slope = gradient(mx.zeros(len(layers)), pair.prompt, response)
-            total += sign * np.array(slope)
+            total += sign * np.array(slope) / len(response)
         mx.clear_cache()  # pairs differ in shape: the buffers of one are no use to the next
     return dict(zip(layers, (total / len(pairs)).tolist(), strict=True))
 

@@ -27,7 +27,7 @@ class VectorMeta:
 
     ``None`` means "not recorded", as for a vector imported from a file that does not say.
     ``residual_norms`` is the mean ``||h_l||`` of each layer, ``margin_gain`` how much
-    steering there favours the dense responses of held-out pairs, in nats (``extraction.margin``),
+    steering there favours the dense responses of held-out pairs, in nats per token (``extraction.margin``),
     ``recommended`` the setting that a sweep found.
     """
 
@@ -112,7 +112,7 @@ class SteeringVector:
 
     @property
     def margin_gain(self) -> dict[int, float]:
-        """How much steering at each layer favours dense responses, in nats, if extraction measured it."""
+        """How much steering at each layer favours dense responses, in nats per token, if extraction measured it."""
         return {int(k): float(v) for k, v in (self.meta.margin_gain or {}).items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":

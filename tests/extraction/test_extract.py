@@ -110,7 +110,7 @@ def test_the_report_is_measured(loaded, tmp_path):
     report = found.layers[3]
     assert report.residual_norm == pytest.approx(np.mean(means), rel=1e-5)
     assert report.norm == pytest.approx(found.vector.norms()[3], rel=1e-6)
-    assert report.relative_norm == report.norm / report.residual_norm
+    assert report.unit_dose == report.norm / report.residual_norm
     assert -1 <= report.agreement <= 1 and 0 < report.noise <= 1
     assert found.tokens < found.tokens_apart
     kept = ds.SteeringVector.load(found.vector.save(tmp_path / "v.npz"))
@@ -162,7 +162,7 @@ def test_pairs_that_cannot_be_used(loaded):
         ds.extract(model, tokenizer, PAIRS, token=-3)
     with pytest.raises(InputError, match="8 tokens, expected at least 9"):
         ds.extract(model, tokenizer, PAIRS, token="first-9")
-    with pytest.raises(InputError, match="pair 0 has 6.. tokens, but the model reads at most 512"):
+    with pytest.raises(InputError, match="pair 0 has 6.. tokens, and the model's context is 512"):
         ds.extract(model, tokenizer, [ds.Pair("x" * 600, "a", "b")])
     with pytest.raises(InputError, match="pair 0 is not valid UTF-8 text"):
         ds.extract(model, tokenizer, [ds.Pair("x", "\ud800", "b")])
@@ -204,7 +204,7 @@ def test_the_command_writes_the_vector_that_the_function_returns(run, hf_folder,
     expected = ds.extract(model, tokenizer, PAIRS, layers=[1, 2], token="mean-response")
     assert vector.sha256() == expected.sha256() and vector.meta == expected.meta
     lines = result.stderr.splitlines()
-    head = ["layer", "norm", "residual", "relative", "halves", "noise"]
+    head = ["layer", "norm", "residual", "dose", "of", "1", "halves", "noise", "gain"]
     table = lines[[line.split() for line in lines].index(head) + 1 :][:2]
     assert [line.split()[:2] for line in table] == [
         [str(layer), f"{norm:.4f}"] for layer, norm in vector.norms().items()
@@ -221,7 +221,7 @@ def test_the_command_as_json(run, tmp_path):
     assert found["meta"]["method"] == "first principal component"
     assert found["layers"]["2"]["norm"] == pytest.approx(vector.norms()[2], rel=1e-6)
     assert set(found["layers"]["2"]) == {
-        "norm", "residual_norm", "relative_norm", "agreement", "noise",
+        "norm", "residual_norm", "unit_dose", "agreement", "noise", "margin_gain",
     }  # fmt: skip
     assert found["identical"] == [] and 0 < found["tokens"] < found["tokens_apart"]
 
@@ -239,6 +239,8 @@ def test_the_command_refuses_before_it_loads_a_model(run, tmp_path, monkeypatch)
     monkeypatch.setattr("mlx_densesteer.model.model.load", lambda path: pytest.fail("loaded"))
     result = run("--token", "0")
     assert result.exit_code == 1 and "token 0: expected a negative number" in result.stderr
+    result = run("-o", tmp_path / "v.txt")
+    assert result.exit_code == 2 and "expected a name that ends in .npz" in result.stderr
     result = run("-o", tmp_path / "no" / "v.npz")
     assert result.exit_code == 1 and "there is no folder" in result.stderr
     (tmp_path / "v.npz").write_bytes(b"mine")
@@ -257,7 +259,7 @@ def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_densesteer.cli.progress.Live.show", interrupt)
+    monkeypatch.setattr("mlx_densesteer.text.Live.show", interrupt)
     (tmp_path / "v.npz").write_bytes(b"mine")
     before = sorted(tmp_path.iterdir())
     result = run("--force")
@@ -289,5 +291,5 @@ def test_the_command_never_overwrites_its_own_pairs(tmp_path):
     before = file.read_bytes()
     words = ["extract", "-m", "demo", str(file), "-o", str(file), "--force"]
     result = CliRunner().invoke(main, words)
-    assert result.exit_code == 1 and "is the file of the pairs" in result.stderr
+    assert result.exit_code == 2 and "expected a name that ends in .npz" in result.stderr
     assert file.read_bytes() == before

@@ -17,15 +17,14 @@ from mlx.utils import tree_flatten
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DenseSteerError, InputError
 from mlx_densesteer.evaluation.tasks import load_task
-from mlx_densesteer.extraction.make_pairs import Progress, make_pairs
+from mlx_densesteer.extraction.make_pairs import PairsProgress, make_pairs
 from mlx_densesteer.extraction.pairs import read_pairs
-from mlx_densesteer.extraction.rewriting import Draft, Rewrite
+from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
-from mlx_densesteer.extraction.rewriting.instruction import SYSTEM, read_answer, request
 from mlx_densesteer.extraction.rewriting.model import ModelRewriter
 from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
 from mlx_densesteer.extraction.verification import most_tokens
-from mlx_densesteer.generation.density import split_steps
+from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.generation.stream import generate
 from mlx_densesteer.model.likelihood import nll
 from mlx_densesteer.model.model import load
@@ -50,6 +49,9 @@ def solver(hf_folder, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("solver") / "Solver"
     shutil.copytree(hf_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2048  # a token is a byte here, and a rewriter's request has 1,100
+    (folder / "config.json").write_text(json.dumps(config))
     model, tokenizer = load(hf_folder)
     model.set_dtype(mx.float32)
     end = tokenizer.eos_token_id
@@ -106,7 +108,7 @@ def lines(path):
 
 
 def test_pairs_of_the_models_own_solutions(solver, problems, tmp_path):
-    states: list[Progress] = []
+    states: list[PairsProgress] = []
     out = tmp_path / "pairs.jsonl"
     summary = run(solver, problems, out, progress=states.append)
     made, rejected = lines(out), lines(tmp_path / "pairs.rejected.jsonl")
@@ -121,7 +123,7 @@ def test_pairs_of_the_models_own_solutions(solver, problems, tmp_path):
     assert (summary.problems, summary.wrong, summary.truncated) == (7, 1, 0)
     assert (summary.accepted, summary.rejected) == (5, {"single step": 1})
     assert summary.after["steps"] == 1.0 < summary.before["steps"]
-    assert states[-1] == Progress(7, 7, 6, 5, 6, 5, states[-1].tokens)
+    assert states[-1] == PairsProgress(7, 7, 6, 5, 6, 5, states[-1].tokens)
 
 
 def test_the_figures_are_those_of_the_texts(solver, problems, tmp_path):
@@ -168,7 +170,7 @@ def test_what_is_done_is_not_done_again(solver, problems, tmp_path, monkeypatch)
     assert broken.read_bytes() == whole.read_bytes()
 
 
-def refuse_work(model, tokenizer, prompts, **options):
+def refuse_work(model, prompts, **options):
     assert not prompts, f"{len(prompts)} problems are solved again"
     return iter(())
 
@@ -264,7 +266,6 @@ def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path, mo
     assert len(loaded) == 1  # the target is not loaded a second time
     document = json.loads(result.stdout)
     model, tokenizer = load(solver)
-    model.args.max_position_embeddings = 1024  # a token is a byte here
     assert document["rewriter"] == ModelRewriter(model, tokenizer, str(solver)).name
     assert document["rejected"].pop("single step") == 1
     assert document["accepted"] + sum(document["rejected"].values()) == 5
@@ -273,9 +274,9 @@ def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path, mo
         if i in (3, WRONG):
             assert problem.id not in made
             continue
-        draft = Draft(problem.id, problem.question, SOLUTIONS[i], 0)
+        draft = Original(problem.id, problem.question, SOLUTIONS[i], 0)
         alone = generate(
-            model, tokenizer, request(draft, len(split_steps(SOLUTIONS[i]))), system=SYSTEM,
+            model, tokenizer, request(draft), system=SYSTEM,
             max_tokens=most_tokens(len(tokenizer.encode(SOLUTIONS[i]))),
         )  # fmt: skip
         assert made[problem.id]["text"] == read_answer(alone.text) != ""
@@ -351,11 +352,11 @@ def test_a_rewrite_that_is_too_long_costs_nothing(
             )
 
 
-def test_a_rewrite_has_room_in_the_context(solver, problems, tmp_path):
+def test_a_solution_ends_where_the_context_does(solver, problems, tmp_path):
     model, tokenizer = load(solver)
     problem = load_task(problems)[0]
-    dense = len(tokenizer.encode(merge_steps(SOLUTIONS[0])))
-    for room, accepted in ((dense, 1), (dense - 1, 0)):
+    solution = len(tokenizer.encode(SOLUTIONS[0]))
+    for room, accepted in ((solution + 1, 1), (solution - 1, 0)):  # the end of turn is a token
         prompt = encode_prompt(tokenizer, problem.prompt)
         model.args.max_position_embeddings = len(prompt) + room
         summary = make_pairs(
@@ -363,7 +364,7 @@ def test_a_rewrite_has_room_in_the_context(solver, problems, tmp_path):
             max_tokens=80, nll_margin=50.0,
         )  # fmt: skip
         assert summary.accepted == accepted
-        assert summary.rejected == ({} if accepted else {"too long": 1})
+        assert summary.truncated == 1 - accepted
 
 
 def test_only_a_rewrite_without_another_fault_is_measured(solver, problems, tmp_path):
@@ -496,6 +497,6 @@ def test_an_interrupted_run_says_where_its_work_is(solver, problems, tmp_path):
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and stdout == ""
-    assert re.search(r"interrupted; every answer is in .*solved.jsonl, every rewrite", stderr)
+    assert re.search(r"interrupted; what is done is in .*solved.jsonl and .*rewrites.jsonl", stderr)
     assert len([r for r in lines(tmp_path / "pairs.jsonl.rewrites.jsonl") if "key" in r]) == 1
     assert not out.exists()

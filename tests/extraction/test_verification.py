@@ -6,14 +6,15 @@ from decimal import Decimal
 import pytest
 
 from mlx_densesteer.evaluation.tasks import Problem
-from mlx_densesteer.extraction.quantities import given, written
 from mlx_densesteer.extraction.verification import (
     REASONS,
     Response,
+    given,
     is_unlikely,
     most_tokens,
     new_numbers,
     verify,
+    written,
 )
 
 PROBLEM = Problem(
@@ -82,7 +83,7 @@ HOSTILE = {
     "fraction": "." + "1" * 100_000, "two fractions": f"{'1' * 50_000}.{'1' * 50_000}",
 }  # fmt: skip
 READ = (
-    "import sys\nfrom mlx_densesteer.extraction.quantities import given, written\n"
+    "import sys\nfrom mlx_densesteer.extraction.verification import given, written\n"
     "text = sys.stdin.read()\nprint(len(written(text)), len(given(text)))"
 )
 
