@@ -174,7 +174,7 @@ def real_model(checkpoint) -> Model:
 def pytest_report_header(config) -> list[str]:
     lines = ["tier: all" if config.option.all else "tier: quick (--all: everything)"]
     if sys.platform == "linux":
-        from mlx_densesteer.cli.doctor_report import openblas_core
+        from mlx_densesteer.cli.doctor import openblas_core
 
         core = openblas_core()
         slow = "NOT loaded, float32 will be slow (scripts/test loads it)"

@@ -10,11 +10,9 @@ from .options import layers_option, model_option, strength_option, vector_option
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..export.bake import Format
     from ..export.closeness import Closeness
-    from ..steering.request import Request
-    from ..steering.steering import Steering
-
-NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
+    from ..steering.request import Amount
 
 
 @click.command()
@@ -34,59 +32,57 @@ NOT_RUN = "nothing here runs a GGUF file: try it in llama.cpp"
 @click.option(
     "--check", is_flag=True,
     help="Write nothing: compare PATH with what it was made from. Strength and layer are those "
-         "that it says of itself, unless given.",
+         "that PATH records, unless given.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace PATH, if densesteer wrote all of it.")
-def bake(model: str, vector: str, strength: float | None, layers: tuple[str, ...],
-         out: str, format: str | None, check: bool, force: bool) -> None:  # fmt: skip
-    """Bake a steering into a checkpoint that stock software runs.
+def bake(model: str, vector: str, strength: "Amount | None", layers: tuple[str, ...],
+         out: str, format: "Format | None", check: bool, force: bool) -> None:  # fmt: skip
+    """Bake a steering into a checkpoint that other programs run as it is.
 
-    Qwen2 is written again as a `llama` model whose biases hold strength times vector: mlx-lm,
-    transformers and llama.cpp run it, and know nothing of us. It is compared with run-time steering
-    before it gets its name, which is printed. One strength, at every position.
+    Qwen2 is written as a `llama` model whose biases hold strength times vector, for mlx-lm,
+    transformers or llama.cpp. The result is compared with run-time steering before it gets its
+    name, which is printed on standard output. It has one strength, at every position.
     """
     from pathlib import Path
 
-    from .steering import read_steering, tell_fit, tell_steering
+    from .steering import read_steering, steering_for
 
     if check and (force or format):
         raise click.UsageError("--check writes nothing: leave out --force and --format.")
+    path = Path(out).expanduser()
+    format = format or ("gguf" if path.suffix == ".gguf" else "mlx")
     if check:
-        recorded = _recorded(Path(out).expanduser())
-        strength = recorded[0] if strength is None else strength
-        layers = layers or recorded[1]
+        strength, layers = _recorded(path, strength, layers)
     request = read_steering(vector, strength, layers, "all")
-    assert request is not None  # a vector is required
 
     from ..export import bake as baking
+    from ..model.model import load
 
-    steering = _for_model(request, model) if request.relative else request.steering(request.number)
+    if not check:
+        baking.check_out(path, model, format, force)  # before a download
+    steering = steering_for(request, load(model))
+    assert steering is not None  # a vector is required
     if check:
-        _tell_check(out, baking.check(out, model, steering))
-        return
-    format = format or ("gguf" if out.endswith(".gguf") else "mlx")
-    baked = baking.bake(model, steering, out, format=format, force=force, progress=note)  # type: ignore[arg-type]
-    tell_fit(steering.vector, baked.source)
-    tell_steering(steering, baked.relative_dose)
-    note(f"written as {baked.source.dtype}, quantisation {baked.quantization}")
-    note(str(baked.closeness) if baked.closeness else NOT_RUN)
-    click.echo(baked.path)
+        closeness = baking.check(path, model, steering)
+        note(f"every tensor is what it should be; {_told(closeness)}")
+    else:
+        baked = baking.bake(model, steering, path, format=format, force=force, progress=note)
+        note(f"written as {baked.source.dtype}, quantisation {baked.quantization}")
+        note(_told(baked.closeness))
+    click.echo(out)
 
 
-def _recorded(path: "Path") -> tuple[float, tuple[str, ...]]:
+def _recorded(
+    path: "Path", strength: "Amount | None", layers: tuple[str, ...]
+) -> "tuple[Amount, tuple[str, ...]]":
+    """Fill in strength and layers from what a baked checkpoint records."""
     from ..export.bake import baked_record
+    from ..steering.request import Amount
 
     setting = baked_record(path)["baked"]
-    return setting["strength"], tuple(map(str, setting["layers"]))  # type: ignore[index]
+    recorded = tuple(map(str, setting["layers"]))  # type: ignore[index]
+    return strength or Amount(setting["strength"]), layers or recorded  # type: ignore[index]
 
 
-def _for_model(request: "Request", model: str) -> "Steering":
-    """A relative strength needs the model, as it is written: in the dtype of its file."""
-    from ..model.model import find, load_folder
-
-    return request.for_model(*load_folder(find(model)))
-
-
-def _tell_check(out: str, closeness: "Closeness | None") -> None:
-    note("every tensor is what it should be; " + (str(closeness) if closeness else NOT_RUN))
-    click.echo(out)
+def _told(closeness: "Closeness | None") -> str:
+    return str(closeness) if closeness else "nothing here runs a GGUF file: try it in llama.cpp"

@@ -16,7 +16,7 @@ from ..files import check_disk, file_sha256, move_into_place, scratch_folder
 from . import gguf as gguf_model
 from .config import RECORD, check_target, is_hub_id, origin, read_config, rope
 from .hub import fetch_config, fetch_model
-from .model import fingerprint
+from .model import Model
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -256,7 +256,7 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
         "bits": target.bits,
         "group_size": target.group_size if target.bits else None,
         "dtype": source.dtype,
-        "fingerprint": fingerprint(model),
+        "fingerprint": Model(model, tokenizer).fingerprint,
         "created_by": f"mlx-densesteer {__version__}, mlx-lm {mlx_lm.__version__}",
     }
     (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -448,7 +449,7 @@ def test_doctor_finds_what_is_wrong(run, monkeypatch):
     ],
 )
 def test_doctor_knows_a_slow_openblas(monkeypatch, core, flags, value, remedy):
-    from mlx_densesteer.cli import doctor_report as doctor
+    doctor = import_module("mlx_densesteer.cli.doctor")
 
     monkeypatch.setattr(doctor, "openblas_core", lambda: core)
     monkeypatch.setattr(doctor.Path, "read_text", lambda self: f"flags : {flags}\n")
@@ -461,7 +462,7 @@ def test_the_core_is_that_of_the_openblas_that_is_loaded():
     files = list(Path("/usr/lib").glob("*-linux-gnu/openblas-pthread/libopenblas.so.0"))
     if not files:
         pytest.skip("OpenBLAS is not installed")
-    ask = "from mlx_densesteer.cli.doctor_report import openblas_core; print(openblas_core())"
+    ask = "from mlx_densesteer.cli.doctor import openblas_core; print(openblas_core())"
     told = [
         subprocess.run(
             [sys.executable, "-c", ask], capture_output=True, text=True, check=True,
@@ -475,7 +476,7 @@ def test_the_core_is_that_of_the_openblas_that_is_loaded():
 def test_doctor_on_an_old_mac(monkeypatch):
     import platform
 
-    from mlx_densesteer.cli import doctor_report as doctor
+    doctor = import_module("mlx_densesteer.cli.doctor")
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
