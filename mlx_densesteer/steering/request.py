@@ -19,7 +19,7 @@ DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at abo
 LARGEST = 1e9  # strength, either way: far above anything that leaves a model sane
 SMALLEST = 1e-5  # dose of strength 1: below, a vector is float32's rounding and nothing else
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class HasNorms(Protocol):
@@ -111,7 +111,8 @@ def request(
     """Fill in what is not given, and refuse what can never be applied. The only owner of defaults.
 
     - ``layers``: the one that a sweep recommended; else the one at which steering favours the dense
-      responses of held-out pairs most (``VectorMeta.margin_gain``); else the one nearest the middle.
+      responses of held-out pairs most (``VectorMeta.margin_gain``), the last one left out; else the one
+      nearest the middle.
     - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
     - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as the paper does.
 
@@ -175,9 +176,12 @@ def resolve(
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
     """Return the layer to steer by default, without a sweep, and the reason in words.
 
-    The middle is where the paper saw steps and tokens both move.
+    The measured best, but not the model's last layer: what is added there only shifts the logits of the
+    next token (arXiv 2509.06608; docs/extraction.md has a measurement). Without a measurement the middle,
+    where the paper saw steps and tokens both move.
     """
-    measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers}
+    last = vector.meta.layer_count - 1
+    measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers and k != last}
     if measured:
         best = max(measured, key=lambda layer: (measured[layer], layer))
         return best, "there it favours dense answers most"

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mlx_densesteer.errors import SteeringError, VectorMismatchError
-from mlx_densesteer.steering.request import parse_layers
 from mlx_densesteer.steering.steering import Steering
 
 
@@ -18,14 +17,15 @@ def test_delta_is_lambda_times_v(make_vector):
 
 def test_strength_zero_adds_nothing_and_is_the_unsteered_model(make_vector):
     for strength in (0, 0.0, -0.0):
-        steering = Steering(make_vector(), strength)
+        steering = Steering(make_vector(), strength, (1,))
         assert steering.delta(1) is None
         assert steering.fingerprint == "unsteered"
 
 
-def test_layers_default_to_those_of_the_vector(make_vector):
-    assert Steering(make_vector([0, 2])).layers == (0, 2)
-    assert Steering(make_vector(), layers=(2, 1, 2)).layers == (1, 2)
+def test_layers_are_sorted_and_named_once(make_vector):
+    assert Steering(make_vector(), 1.0, layers=(2, 1, 2)).layers == (1, 2)
+    with pytest.raises(TypeError, match="layers"):
+        Steering(make_vector(), 1.0)
 
 
 def test_fingerprint_tells_apart_what_is_added(make_vector):
@@ -45,17 +45,19 @@ def test_fingerprint_tells_apart_what_is_added(make_vector):
     assert doubled.fingerprint == settings[0].fingerprint
 
 
-def test_relative_dose(make_vector):
-    steering = Steering(make_vector(), -2.0, layers=(1,))
-    norm = float(np.linalg.norm(make_vector().layers[1]))
-    assert steering.relative_dose({1: 4.0}) == {1: pytest.approx(2.0 * norm / 4.0)}
-    assert Steering(make_vector(), 0.0, layers=(1,)).relative_dose({1: 4.0}) == {1: 0.0}
+def test_the_dose_is_the_sum_over_the_layers(make_vector):
+    norms = {layer: float(np.linalg.norm(array)) for layer, array in make_vector().layers.items()}
+    one = Steering(make_vector(), -2.0, layers=(1,))
+    assert one.dose({1: 4.0}) == pytest.approx(2.0 * norms[1] / 4.0)
+    both = Steering(make_vector(), -2.0, layers=(1, 3))
+    assert both.dose({1: 4.0, 3: 5.0}) == pytest.approx(2 * (norms[1] / 4 + norms[3] / 5))
+    assert Steering(make_vector(), 0.0, layers=(1,)).dose({1: 4.0}) == 0
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
 def test_strength_must_be_finite(make_vector, strength):
     with pytest.raises(SteeringError, match="expected a finite number"):
-        Steering(make_vector(), strength)
+        Steering(make_vector(), strength, (1,))
 
 
 def test_overflow_is_refused_with_the_layer(make_vector):
@@ -65,35 +67,16 @@ def test_overflow_is_refused_with_the_layer(make_vector):
 
 def test_unknown_positions_and_layers(make_vector):
     with pytest.raises(SteeringError, match="expected one of all, generated, prompt"):
-        Steering(make_vector(), positions="everywhere")
+        Steering(make_vector(), 1.0, (1,), positions="everywhere")
     with pytest.raises(VectorMismatchError, match="no vector for layer 9; it holds 0-3"):
-        Steering(make_vector(), layers=(9,))
+        Steering(make_vector(), 1.0, layers=(9,))
     with pytest.raises(SteeringError, match="no layers"):
-        Steering(make_vector(), layers=())
+        Steering(make_vector(), 1.0, layers=())
 
 
 def test_a_steering_cannot_be_changed(make_vector):
+    steering = Steering(make_vector(), 1.0, (1,))
     with pytest.raises(ValueError, match="read-only"):
-        Steering(make_vector()).delta(1)[:] = 0
+        steering.delta(1)[:] = 0
     with pytest.raises(AttributeError):
-        Steering(make_vector()).strength = 2.0
-
-
-@pytest.mark.parametrize(
-    ("texts", "layers"),
-    [
-        (["14"], (14,)),
-        (["3-5", "1"], (1, 3, 4, 5)),
-        (["2, 4"], (2, 4)),
-        (["all"], (0, 2)),
-        (["7-7"], (7,)),
-    ],
-)
-def test_layer_options(texts, layers):
-    assert parse_layers(texts, [0, 2]) == layers
-
-
-@pytest.mark.parametrize("text", ["", "-1", "5-3", "a", "1-", "1.5", "1-99999999", "9" * 5000, "³"])
-def test_layer_options_that_make_no_sense(text):
-    with pytest.raises(SteeringError, match=r"expected a number \(14\), a range"):
-        parse_layers([text], [0])
+        steering.strength = 2.0
