@@ -64,8 +64,8 @@ class Serving:
         """Wait until nothing runs."""
         deadline = time.monotonic() + 20
         while self.ask("/health")[2]["running"]:
-            assert time.monotonic() < deadline, "rows that nobody waits for still run"
-            time.sleep(0.02)
+            assert time.monotonic() < deadline, "rows still run that no client waits for"
+            time.sleep(0.005)
 
 
 @contextlib.contextmanager

@@ -6,17 +6,15 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from mlx_densesteer import Sampling, demo, load
+from mlx_densesteer import Sampling
 from mlx_densesteer.server import engine as engine_module
 from mlx_densesteer.server.engine import Engine
-from mlx_densesteer.server.job import Failed, Job, Said
-from mlx_densesteer.server.norms import Norms
-from mlx_densesteer.server.worker import Worker
+from mlx_densesteer.server.worker import Failed, Job, Said, Worker
 
 
 @pytest.fixture
-def started():
-    """A running engine; ``took`` lists how many jobs waited when the model began to work."""
+def started(demo_model):
+    """A running engine on the shared demo model; ``took`` lists how many jobs waited at each start of work."""
     took = []
 
     class Watched(Worker):
@@ -25,11 +23,7 @@ def started():
                 took.append(self.waiting)
             return super().work()
 
-    def on_the_thread():
-        model, tokenizer = load(demo.NAME)
-        return Watched(model, tokenizer, Norms(model, tokenizer), rows=8, cache_bytes=2**20)
-
-    engine = Engine(on_the_thread, rows=8, queue=8)
+    engine = Engine(lambda: Watched(demo_model, rows=8, cache_bytes=2**20), rows=8, waiting=8)
     engine.start()
     yield engine, took
     engine.close()
@@ -50,8 +44,8 @@ async def answered(engine, number, max_tokens=3, begun=None):
                 return
 
 
-def test_those_who_ran_together_are_waited_for_and_a_single_one_never_waits(started, monkeypatch):
-    monkeypatch.setattr(engine_module, "GATHER", 3600.0)  # whoever waits in vain is seen
+def test_clients_that_ran_together_are_gathered_and_a_single_one_never_waits(started, monkeypatch):
+    monkeypatch.setattr(engine_module, "GATHER", 3600.0)  # a wait in vain would show
     engine, took = started
 
     async def after(seconds, number):
@@ -69,13 +63,13 @@ def test_those_who_ran_together_are_waited_for_and_a_single_one_never_waits(star
         assert not first.done()
         await first
         took.clear()
-        await asyncio.gather(*(after(0.1 * number, number) for number in range(3)))
+        await asyncio.gather(*(after(0.03 * number, number) for number in range(3)))
 
     asyncio.run(day())
     assert took == [3]
 
 
-def test_whoever_does_not_come_is_not_waited_for_long(started):
+def test_a_client_that_does_not_come_is_not_waited_for_long(started):
     engine, took = started
 
     async def day():
