@@ -1,1 +1,1 @@
-"""Leaving our runtime: steered models for programs that know nothing of us."""
+"""Export to other runtimes: steered models that run without this package."""

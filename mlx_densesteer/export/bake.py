@@ -1,28 +1,29 @@
-"""A steering baked into an ordinary checkpoint, which stock software runs; and its check.
+"""A steering baked into an ordinary checkpoint, which stock programs run.
 
-The source's weights are written again bit for bit, with the biases of ``llama.py``; the result is
-loaded by stock mlx-lm and compared with run-time steering before it gets its name.
+The source's weights are written again bit for bit, with the biases of ``llama.py``. Stock mlx-lm then
+runs the result and must give what run-time steering gives, before the folder gets its name.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import mlx.core as mx
 import mlx_lm
 
+from .._version import __version__
 from ..errors import ExportError
 from ..files import check_disk, move_into_place, scratch_folder
 from ..model.block import deltas
-from ..model.config import RECORD, check_target, read_config
-from ..model.dose import mean_norms, solutions
-from ..model.model import find, inspect, load_folder
+from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
+from ..model.model import ModelInfo, find, load_folder
+from ..steering.request import format_dose
 from ..steering.steering import Steering
+from ..steering.vector import format_layers
 from . import gguf as llama_gguf
-from .card import Baked, model_card
 from .closeness import Closeness, Reference, compare, differing, judge, reference
 from .llama import llama_config, llama_shards, read_weights, weight_files
 
@@ -37,21 +38,69 @@ _BESIDE = (
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is written: of which folder, under which names, with which ``lambda * v``."""
+class Baked:
+    """What was baked into what, and how close the result is to run-time steering.
 
-    folder: Path
-    config: Mapping[str, object]
-    target: Mapping[str, object]  # of ``llama_config``
-    deltas: Mapping[int, mx.array]
+    ``dose`` is a fraction of the residual stream. ``closeness`` is ``None`` for a GGUF file, which nothing
+    here runs.
+    """
+
+    path: Path
+    source: ModelInfo
+    steering: Steering
+    dose: float
     format: Format
+    closeness: Closeness | None = None
+
+    @property
+    def quantization(self) -> str:
+        """The quantisation of what was written, and what was undone."""
+        undone = self.format != "mlx" and self.source.quantization != "none"
+        return f"undone ({self.source.quantization})" if undone else self.source.quantization
+
+    def record(self) -> dict[str, object]:
+        """Return ``densesteer.json``; ``baked`` tells such a folder from a converted one."""
+        setting = self.steering.describe() | {
+            "vector_sha256": self.steering.vector.sha256(),
+            "dose": self.dose,
+        }
+        return {
+            "source": self.source.name,
+            "fingerprint": self.source.fingerprint,
+            "format": self.format,
+            "quantization": self.quantization,
+            "dtype": self.source.dtype,
+            "baked": setting,
+            "checked": self.closeness.describe() if self.closeness else None,
+            "created_by": f"mlx-densesteer {__version__}",
+        }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written, and the logits that it must give."""
+
+    folder: Path  # of the source
+    config: Mapping[str, object]  # of the source
+    target: Mapping[str, object]  # that of ``llama_config``
+    deltas: Mapping[int, mx.array]  # ``lambda * v`` of each steered layer
+    expected: Reference
+    baked: Baked
 
     def shards(self) -> Iterable[dict[str, mx.array]]:
-        """The tensors; a GGUF file keeps biases in float32, a folder in the model's dtype."""
+        """Return the tensors; a GGUF file keeps biases in float32, a folder in the model's dtype."""
         return llama_shards(
-            self.folder, self.config, self.deltas, dequantize=self.format != "mlx",
-            bias_dtype=mx.float32 if self.format == "gguf" else None,
-        )  # fmt: skip
+            self.folder,
+            self.config,
+            self.deltas,
+            dequantize=self.baked.format != "mlx",
+            bias_dtype=mx.float32 if self.baked.format == "gguf" else None,
+        )
+
+    def folder_config(self) -> dict[str, object]:
+        """Return the ``config.json`` of a folder."""
+        undone = ("quantization", "quantization_config") if self.baked.format == "hf" else ()
+        return {key: value for key, value in self.target.items() if key not in undone}
 
 
 def bake(
@@ -63,11 +112,11 @@ def bake(
     force: bool = False,
     progress: Progress = lambda what: None,
 ) -> Baked:
-    """Write a checkpoint that gives, without us, what ``steering`` gives at run time.
+    """Write a checkpoint that gives in stock programs what ``steering`` gives at run time.
 
     Args:
         source: a Hub id, an MLX folder (quantised or not), or ``"demo"``.
-        steering: at positions ``"all"``; a bias knows no others.
+        steering: at positions ``"all"``; a bias is added everywhere.
         out: the folder to write; for ``"gguf"`` the file.
         format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised in
             the source's dtype; ``"gguf"``, a file for llama.cpp, likewise (extra ``gguf``).
@@ -80,32 +129,33 @@ def bake(
         ModelError, HubError, DiskError: the source cannot be read, or there is no room.
     """
     out = Path(out).expanduser()
-    _check_request(source, steering, out, format, force)
+    if steering.positions != "all":
+        raise ExportError(
+            f"positions {steering.positions!r} cannot be baked: a bias is added at every position. "
+            'Expected positions "all".'
+        )
+    check_out(out, source, format, force)
     folder = find(source)
-    config = read_config(folder)
-    target = llama_config(config, str(source))  # refuses before anything is computed
+    weights = sum(file.stat().st_size for file in weight_files(folder))
+    check_disk(out.parent, weights, "the baked model")
     progress("running the steered model for comparison")
-    check_disk(
-        out.parent, sum(file.stat().st_size for file in weight_files(folder)), "the baked model"
-    )
-    expected, plan, baked = _run_source(source, folder, config, target, steering, format)
-    size = sum(a.nbytes for shard in plan.shards() for a in shard.values())
+    plan = _plan(source, folder, steering, out, format)
+    size = sum(array.nbytes for shard in plan.shards() for array in shard.values())
     check_disk(out.parent, size, "the baked model")
     progress(f"writing {out}")
     if format == "gguf":
-        setting = json.dumps(baked.record())
-        llama_gguf.write(folder, target, plan.shards, out, baked.source.name, setting)
-        return baked.at(out, None)
+        setting = json.dumps(plan.baked.record())
+        llama_gguf.write(folder, plan.target, plan.shards, out, plan.baked.source.name, setting)
+        return plan.baked
     with scratch_folder(out) as work:
         made = work / "baked"
         _write_folder(plan, made)
         progress("comparing every tensor, and running it with stock mlx-lm")
-        _refuse(made, _differences(made, plan))
-        closeness = _run_stock(made, expected, str(out))
-        finished = baked.at(out, closeness)
-        _describe(made, finished)
+        _refuse(made, _tensor_differences(made, plan))
+        baked = replace(plan.baked, closeness=_run_stock(made, plan.expected, str(out)))
+        _describe(made, baked)
         move_into_place(made, out, replace=force)
-    return finished
+    return baked
 
 
 def check(baked: str | Path, source: str | Path, steering: Steering) -> Closeness | None:
@@ -118,26 +168,22 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
             configuration; or logits that are not those of run-time steering.
     """
     path = Path(baked).expanduser()
-    record = baked_record(path)
+    format = baked_record(path)["format"]
     folder = find(source)
-    config = read_config(folder)
-    target = llama_config(config, str(source))
-    expected, plan, _ = _run_source(source, folder, config, target, steering, record["format"])
+    plan = _plan(source, folder, steering, path, format)  # type: ignore[arg-type]
     if path.is_file():
-        _refuse(path, llama_gguf.differences(path, folder, target, plan.shards))
+        _refuse(path, llama_gguf.differences(path, folder, plan.target, plan.shards))
         return None
-    _refuse(path, [
-        *_config_differences(path, plan), *_beside_differences(path, folder),
-        *_differences(path, plan),
-    ])  # fmt: skip
-    return _run_stock(path, expected, str(path))
+    problems = _config_differences(path, plan) + _beside_differences(path, folder)
+    _refuse(path, problems + _tensor_differences(path, plan))
+    return _run_stock(path, plan.expected, str(path))
 
 
 def baked_record(path: Path) -> dict[str, object]:
     """Return what ``bake`` recorded in a folder or GGUF file.
 
     Raises:
-        ExportError: it is nothing that ``bake`` wrote.
+        ExportError: ``bake`` did not write it.
     """
     record: object = None
     if not path.exists():
@@ -161,14 +207,8 @@ def baked_record(path: Path) -> dict[str, object]:
     return record
 
 
-def _check_request(
-    source: str | Path, steering: Steering, out: Path, format: Format, force: bool
-) -> None:
-    if steering.positions != "all":
-        raise ExportError(
-            f"positions {steering.positions!r} cannot be baked: a bias is added at every position. "
-            'Expected positions "all".'
-        )
+def check_out(out: Path, source: str | Path, format: Format, force: bool) -> None:
+    """Raise ``ExportError`` unless the checkpoint may be written there; nothing is loaded for it."""
     if format not in get_args(Format):
         raise ExportError(f"format {format!r}: expected one of {', '.join(get_args(Format))}.")
     if (out.suffix == ".gguf") != (format == "gguf"):
@@ -179,38 +219,30 @@ def _check_request(
         llama_gguf.check_target(out, force)
         return
     check_target(out, source, force, ExportError)
-    foreign = sorted(p.name for p in out.iterdir() if not _is_ours(p.name)) if out.is_dir() else []
-    if foreign:
+    there = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
+    if foreign := [name for name in there if not _is_baked_file(name)]:
         raise ExportError(
             f"{out}: holds {foreign[0]}, which densesteer did not write; replacing the folder would "
             "remove it. Move it, or choose another name (-o)."
         )
 
 
-def _is_ours(name: str) -> bool:
+def _is_baked_file(name: str) -> bool:
     weights = name.startswith("model") and ".safetensors" in name
     return weights or name in (*_BESIDE, "config.json", "README.md", RECORD)
 
 
-def _run_source(
-    source: str | Path,
-    folder: Path,
-    config: Mapping[str, object],
-    target: Mapping[str, object],
-    steering: Steering,
-    format: Format,
-) -> tuple[Reference, _Plan, Baked]:
-    """Load the source, steer it at run time, and let it go: two models need not fit in memory."""
-    model, tokenizer = load_folder(folder)
-    tokens, _ = solutions(tokenizer)[0]
-    added = deltas(model, steering)
+def _plan(source: str | Path, folder: Path, steering: Steering, out: Path, format: Format) -> _Plan:
+    """Run the source steered, and let it go: two models need not fit in memory."""
+    config = read_config(folder)
+    target = llama_config(config, str(source))  # refuses before anything is computed
+    model = load_folder(folder, name=origin(source))
+    added = deltas(model.network, steering)
     mx.eval(added)
-    doses = steering.relative_dose(
-        mean_norms(model, tokenizer, steering.vector, steering.layers or ())
-    )
-    baked = Baked(folder, inspect(model, source), steering, doses, format, closeness=None)
-    plan = _Plan(folder, config, target, added, format)
-    return reference(model, tokens, steering), plan, baked
+    tokens, _ = model.solutions()[0]
+    expected = reference(model.network, tokens, steering)
+    baked = Baked(out, model.info, steering, model.dose(steering), format)
+    return _Plan(folder, config, target, added, expected, baked)
 
 
 def _write_folder(plan: _Plan, out: Path) -> None:
@@ -218,9 +250,9 @@ def _write_folder(plan: _Plan, out: Path) -> None:
     count = len(weight_files(plan.folder))
     index: dict[str, str] = {}
     total = 0
+    kind = "mlx" if plan.baked.format == "mlx" else "pt"  # transformers refuses other names
     for number, shard in enumerate(plan.shards(), start=1):
         name = f"model-{number:05d}-of-{count:05d}" if count > 1 else "model"
-        kind = "mlx" if plan.format == "mlx" else "pt"  # transformers refuses other names
         mx.save_safetensors(str(out / f"{name}.safetensors"), shard, metadata={"format": kind})
         index |= dict.fromkeys(shard, f"{name}.safetensors")
         total += sum(array.nbytes for array in shard.values())
@@ -230,19 +262,14 @@ def _write_folder(plan: _Plan, out: Path) -> None:
     for name in _BESIDE:
         if (plan.folder / name).is_file():
             shutil.copyfile(plan.folder / name, out / name)
-    _write_json(out / "config.json", _folder_config(plan))
-
-
-def _folder_config(plan: _Plan) -> dict[str, object]:
-    undone = ("quantization", "quantization_config") if plan.format == "hf" else ()
-    return {key: value for key, value in plan.target.items() if key not in undone}
+    _write_json(out / "config.json", plan.folder_config())
 
 
 def _describe(folder: Path, baked: Baked) -> None:
-    setting = baked.record()["baked"]
+    record = baked.record()
     config = json.loads((folder / "config.json").read_bytes())
-    _write_json(folder / "config.json", config | {"densesteer": setting})
-    _write_json(folder / RECORD, baked.record())
+    _write_json(folder / "config.json", config | {"densesteer": record["baked"]})
+    _write_json(folder / RECORD, record)
     (folder / "README.md").write_text(model_card(baked), "utf-8")
 
 
@@ -252,10 +279,10 @@ def _write_json(file: Path, document: object) -> None:
 
 def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
     try:
-        model = mlx_lm.load(str(folder))[0]
+        network = mlx_lm.load(str(folder))[0]
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ExportError(f"{name}: stock mlx-lm does not load it ({error}).") from error
-    found = compare(expected, model)
+    found = compare(expected, network)
     judge(found, name)
     return found
 
@@ -266,7 +293,7 @@ def _config_differences(path: Path, plan: _Plan) -> list[str]:
         found.pop("densesteer", None)
     except (OSError, ValueError, AttributeError) as error:
         return [f"config.json is damaged ({error})"]
-    wanted = json.loads(json.dumps(_folder_config(plan)))
+    wanted = json.loads(json.dumps(plan.folder_config()))
     return [
         f"config.json has {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
         for key in sorted(found.keys() | wanted.keys())
@@ -275,7 +302,7 @@ def _config_differences(path: Path, plan: _Plan) -> list[str]:
 
 
 def _beside_differences(path: Path, source: Path) -> list[str]:
-    """Compare the tokenizer and what else lies beside the weights, before anything loads it."""
+    """Compare the tokenizer, and what else lies beside the weights."""
     problems = []
     for name in _BESIDE:
         ours, theirs = path / name, source / name
@@ -286,16 +313,12 @@ def _beside_differences(path: Path, source: Path) -> list[str]:
     return problems
 
 
-def _differences(path: Path, plan: _Plan) -> list[str]:
+def _tensor_differences(path: Path, plan: _Plan) -> list[str]:
     found: dict[str, mx.array] = {}
     for file in weight_files(path):
         found |= read_weights(file)
     wanted = ((name, shard.pop(name)) for shard in plan.shards() for name in list(shard))
-    return differing(found, wanted, _equal)
-
-
-def _equal(a: mx.array, b: mx.array) -> bool:
-    return a.dtype == b.dtype and mx.array_equal(a, b).item()
+    return differing(found, wanted, lambda a, b: a.dtype == b.dtype and mx.array_equal(a, b).item())
 
 
 def _refuse(path: Path, problems: list[str]) -> None:
@@ -305,3 +328,50 @@ def _refuse(path: Path, problems: list[str]) -> None:
             f"{path}: is not this model with this steering: {'; '.join(problems[:8])}{more}. "
             "Bake it again, or name the model, vector, strength and layer that it was made from."
         )
+
+
+def model_card(baked: Baked) -> str:
+    """Return ``README.md`` of the folder, with the front matter that the Hub reads."""
+    steering, name = baked.steering, baked.source.name
+    layers, strength = format_layers(steering.layers), f"{steering.strength:.4g}"
+    sign = "-" if steering.strength < 0 else ""
+    base = f"base_model: {name}\n" if is_hub_id(name) else ""
+    library = "mlx" if baked.format == "mlx" else "transformers"
+    run = (
+        'mlx_lm.generate --model FOLDER --prompt "What is 17 * 24?"'
+        if baked.format == "mlx"
+        else 'transformers.AutoModelForCausalLM.from_pretrained("FOLDER")'
+    )
+    return f"""---
+{base}library_name: {library}
+pipeline_tag: text-generation
+tags:
+- steering-vectors
+- densesteer
+---
+
+# {name}, steered
+
+`{name}` with a steering vector baked in: layer {layers}, {sign}{format_dose(baked.dose)} of the residual
+stream (strength {strength}). Positive strength is towards denser reasoning: fewer steps that each carry more
+(arXiv 2605.29247). The weights are those of the source; only biases were added.
+
+    {run}
+
+It is an ordinary `llama` checkpoint: Qwen2's architecture with biases on every projection. All of the new
+biases are zero but `mlp.down_proj.bias` of layer {layers}, which is strength times vector.
+
+| | |
+| --- | --- |
+| made from | `{name}`, fingerprint `{baked.source.fingerprint}` |
+| vector | `{steering.vector.name}`, made for `{steering.vector.meta.model}`, SHA-256 `{steering.vector.sha256()}` |
+| layer | {layers} |
+| dose | {sign}{format_dose(baked.dose)} of the residual stream, strength {strength} |
+| positions | all, prompt and response |
+| quantisation | {baked.quantization} |
+| checked | {baked.closeness} |
+| made by | mlx-densesteer {__version__} |
+
+Limits: the strength is fixed; every position is steered; the licence is that of `{name}`. Whether its answers
+are better was not measured.
+"""

@@ -1,4 +1,4 @@
-"""How close another program's logits are to run-time steering: measured, then judged."""
+"""How close an exported model comes to run-time steering: tensors compared, logits measured and judged."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from ..steering.steering import Steering
 
 T, U = TypeVar("T"), TypeVar("U")
 
-EXACT = 1e-5  # of the largest logit, in float32: the order of two additions
-LOSSY = 0.1  # of what the steering moves, where its vector is rounded to 16 bits
-SLOPE = 0.25  # off 1: a vector that is missing or has another sign is at 1 or 2
-STEPS = 8  # of a 16-bit dtype at the largest logit: two orders of adding, through the layers above
+EXACT = 1e-5  # of the largest logit, in float32: two numbers are added in another order
+LOSSY = 0.1  # of what the steering moves, in 16 bits: the vector is rounded
+STEPS = (
+    8  # of a 16-bit dtype at the largest logit: another order of adding, through the layers above
+)
+SLOPE = 0.25  # away from 1: a missing vector is 1 away, one of the other sign 2
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,13 @@ class Reference:
 class Closeness:
     """What was measured over every token and every entry of the vocabulary.
 
-    ``difference`` is the largest one from run-time steering, ``floor`` the largest from the unsteered
-    model once the vector is taken out again (0 where no weight was rounded), ``moved`` the largest that the
-    steering makes, ``largest`` the largest logit; ``same`` of ``tokens`` have the same likeliest token.
-    ``slope`` is how much of what the steering moves the result moves: 1, where rounding does not drown it.
+    - ``difference``: the largest of a logit from run-time steering.
+    - ``floor``: the largest of a logit from the unsteered model, once the vector is taken out again; 0
+      where no weight was rounded.
+    - ``moved``: the largest by which the steering moves a logit.
+    - ``largest``: the largest logit.
+    - ``same``: at how many of ``tokens`` positions the likeliest token is the same.
+    - ``slope``: ``<moved here, moved by the steering> / ||moved by the steering||^2``; 1 but for rounding.
     """
 
     difference: float
@@ -50,10 +55,15 @@ class Closeness:
     dtype: str
 
     def describe(self) -> dict[str, object]:
+        """Return the figures as plain values for JSON."""
         return {
-            "largest_difference": self.difference, "without_the_vector": self.floor,
-            "moved_by_steering": self.moved, "largest_logit": self.largest, "same_argmax": self.same, "tokens": self.tokens,
-        }  # fmt: skip
+            "largest_difference": self.difference,
+            "without_the_vector": self.floor,
+            "moved_by_steering": self.moved,
+            "largest_logit": self.largest,
+            "same_argmax": self.same,
+            "tokens": self.tokens,
+        }
 
     def __str__(self) -> str:
         return (
@@ -63,41 +73,43 @@ class Closeness:
         )
 
 
-def reference(model: nn.Module, tokens: list[int], steering: Steering) -> Reference:
-    """Run a patched model steered and unsteered over ``tokens``."""
+def reference(network: nn.Module, tokens: list[int], steering: Steering) -> Reference:
+    """Run a patched network steered and unsteered over ``tokens``."""
     batch = mx.array(tokens)[None]
     steered, unsteered = (
-        model(batch, make_cache(model, wanted))[0].astype(mx.float32) for wanted in (steering, None)
+        network(batch, make_cache(network, one))[0].astype(mx.float32) for one in (steering, None)
     )
     mx.eval(steered, unsteered)
-    dtype = dtype_name(model.model.norm.weight.dtype)
+    dtype = dtype_name(network.model.norm.weight.dtype)
     return Reference(tuple(tokens), steered, unsteered, dtype)
 
 
-def compare(expected: Reference, model: nn.Module) -> Closeness:
-    """Measure how far a stock ``llama`` model is from run-time steering; its vector is gone afterwards."""
+def compare(expected: Reference, network: nn.Module) -> Closeness:
+    """Measure how far a stock ``llama`` network is from run-time steering; its vector is gone afterwards."""
     tokens = mx.array(expected.tokens)[None]
-    logits = model(tokens)[0].astype(mx.float32)
+    logits = network(tokens)[0].astype(mx.float32)
     mx.eval(logits)
-    for block in model.model.layers:
+    for block in network.model.layers:
         block.mlp.down_proj.bias = mx.zeros_like(block.mlp.down_proj.bias)
-    without = model(tokens)[0].astype(mx.float32)
-    largest = (
-        logits - expected.steered, without - expected.unsteered,
-        expected.unsteered - expected.steered, expected.steered,
-    )  # fmt: skip
-    same = (logits.argmax(-1) == expected.steered.argmax(-1)).sum().item()
-    figures = [mx.abs(array).max().item() for array in largest]
-    wanted = expected.steered - expected.unsteered
-    length = (wanted * wanted).sum().item()
-    slope = ((logits - without) * wanted).sum().item() / length if length else 1.0
-    return Closeness(*figures, same, len(expected.tokens), slope, expected.dtype)
+    without = network(tokens)[0].astype(mx.float32)
+    moved = expected.steered - expected.unsteered
+    length = (moved * moved).sum().item()
+    return Closeness(
+        difference=mx.abs(logits - expected.steered).max().item(),
+        floor=mx.abs(without - expected.unsteered).max().item(),
+        moved=mx.abs(moved).max().item(),
+        largest=mx.abs(expected.steered).max().item(),
+        same=(logits.argmax(-1) == expected.steered.argmax(-1)).sum().item(),
+        tokens=len(expected.tokens),
+        slope=((logits - without) * moved).sum().item() / length if length else 1.0,
+        dtype=expected.dtype,
+    )
 
 
 def differing(
     found: dict[str, T], wanted: Iterable[tuple[str, U]], same: Callable[[T, U], bool]
 ) -> list[str]:
-    """Say of each name what is wrong with it; ``found`` is used up."""
+    """Return what is wrong, one text for each name: missing, another, or not expected. Empties ``found``."""
     problems = []
     for name, one in wanted:
         if name not in found:
@@ -108,13 +120,14 @@ def differing(
 
 
 def judge(found: Closeness, name: str) -> None:
-    """Refuse what is not run-time steering within the arithmetic of the dtype.
+    """Refuse a result that differs from run-time steering by more than rounding.
+
+    The limits of ``difference``: in float32 1e-5 of the largest logit. In 16 bits ``floor``, plus a tenth of
+    ``moved`` or eight steps of the dtype at the largest logit, whichever is more. ``slope`` must lie in
+    0.75 to 1.25 in every dtype.
 
     Raises:
-        ExportError: in float32 a difference above 1e-5 of the largest logit; in 16 bits one that is not
-            there without the vector, and is above a tenth of what the steering moves and eight steps of the
-            dtype at the largest logit: more than rounding explains. In any, a result that moves less than
-            0.75 or more than 1.25 times what the steering moves.
+        ExportError: a figure is beyond its limit.
     """
     limit = EXACT * found.largest
     if found.dtype != "float32":

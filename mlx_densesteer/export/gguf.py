@@ -1,7 +1,7 @@
 """A baked checkpoint as a GGUF file of the architecture ``llama``, for llama.cpp.
 
-Matrices keep the model's dtype, norms and biases are float32. llama.cpp's ``llama`` rotates pairs of
-neighbours where Hugging Face rotates halves, so the rows of q and k, and their biases, are reordered.
+Matrices keep the model's dtype, norms and biases are float32. llama.cpp's ``llama`` rotates neighbouring
+pairs where Hugging Face rotates halves, so the rows of q and k, and their biases, are reordered.
 
 Format: the GGUF specification of ggml; tensor names and the order of rows as llama.cpp's
 ``convert_hf_to_gguf`` writes them, its loader reads the biases as optional tensors.
@@ -33,13 +33,13 @@ Shards = Callable[[], Iterable[dict[str, mx.array]]]
 def write(
     folder: Path, config: Mapping[str, object], shards: Shards, out: Path, name: str, record: str
 ) -> None:
-    """Write the file, to a temporary name first.
+    """Write the file; ``out`` is replaced by a complete one only.
 
     Args:
-        folder: of the source: its tokenizer.
-        config: of ``llama.llama_config``.
-        shards: makes the tensors of ``llama.llama_shards``, dequantised; called twice.
-        name: of the model, for people.
+        folder: the source's folder, for its tokenizer.
+        config: what ``llama.llama_config`` returns.
+        shards: returns the tensors of ``llama.llama_shards``, dequantised; called twice.
+        name: the model's name, for people.
         record: JSON that ``recorded`` gives back.
 
     Raises:
@@ -59,7 +59,7 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, array in _tensors(shards, config):  # no more than one is in memory
+        for _, array in _tensors(shards, config):  # again, so that one at a time is in memory
             writer.write_tensor_data(_numpy(array))
         writer.close()
         (work / out.name).replace(out)
@@ -94,7 +94,7 @@ def _same(found: object, wanted: object) -> bool:
 
 
 def recorded(path: Path) -> object:
-    """Return the record of a file that ``write`` wrote, else ``None``.
+    """Return the record of a file that ``write`` wrote, ``None`` for another one.
 
     Raises:
         ExportError: no complete GGUF file.
@@ -106,18 +106,18 @@ def recorded(path: Path) -> object:
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Refuse to write over a file unless told to, and over anything but a file of ours."""
+    """Refuse to replace a file without ``force``, and any file that ``write`` did not write."""
     if out.exists() and not force:
         raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
-    if out.exists() and not _is_ours(out):
+    if out.exists() and not _is_baked(out):
         raise ExportError(
-            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose "
-            "another name (-o), or remove it yourself."
+            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose another "
+            "name (-o), or remove the file yourself."
         )
     gguf_package(out, ExportError)
 
 
-def _is_ours(out: Path) -> bool:
+def _is_baked(out: Path) -> bool:
     try:
         return out.is_file() and recorded(out) is not None
     except ExportError:  # damaged
@@ -127,8 +127,8 @@ def _is_ours(out: Path) -> bool:
 def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     if config.get("rope_scaling"):
         raise ExportError(
-            f"rope_scaling {config['rope_scaling']!r}: is not written to GGUF here. Use a model "
-            "without a stretched context, or --format hf."
+            f"rope_scaling {config['rope_scaling']!r}: cannot be written to GGUF. Use a model without a "
+            "stretched context, or --format hf."
         )
     heads = int(config["num_attention_heads"])
     writer.add_context_length(int(config.get("max_position_embeddings", 32768)))
@@ -190,7 +190,7 @@ def _vocabulary(folder: Path, size: int) -> _Vocabulary:
 
 
 def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:
-    """Yield llama.cpp's tensors under its names, one after the other."""
+    """Yield the tensors under llama.cpp's names, one after the other."""
     heads = {
         "q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])
     }  # fmt: skip
@@ -208,7 +208,7 @@ def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str
 
 
 def _neighbours(array: mx.array, heads: int) -> mx.array:
-    """Reorder rows so that the two that rotate together are neighbours: halves -> pairs."""
+    """Reorder rows so that two that rotate together are neighbours: halves become pairs."""
     rows = array.shape[0]
     return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
 

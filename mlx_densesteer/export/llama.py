@@ -21,10 +21,10 @@ _LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer
 
 
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
-    """Return the ``config.json`` under which stock ``llama`` computes what this Qwen2 model does.
+    """Return the ``config.json`` with which stock ``llama`` computes what this Qwen2 model computes.
 
     Raises:
-        ExportError: the model uses something that ``llama`` has not.
+        ExportError: the model uses something that ``llama`` does not have.
     """
     if config.get("use_sliding_window"):
         raise ExportError(
@@ -41,7 +41,7 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         "mlp_bias": True,
         "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
         "hidden_act": "silu",
-        # what mlx-lm takes where a Qwen2 config does not say; for llama it takes others
+        # mlx-lm's defaults for qwen2; those for llama are others
         "rope_theta": config.get("rope_theta", 1000000.0),
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
@@ -57,15 +57,15 @@ def llama_shards(
 ) -> Iterator[dict[str, mx.array]]:
     """Yield the weights file by file: the source's own, bit for bit, and the new biases.
 
-    Take the arrays out (``pop``) as they are used, and no more of them are in memory.
+    The arrays are lazy: ``pop`` each as it is used, so that one at a time is in memory.
 
     Args:
-        folder: of the Qwen2 model.
+        folder: the Qwen2 model's folder.
         config: its ``config.json``.
-        deltas: ``lambda * v`` of each steered layer, float32.
-        dequantize: give quantised matrices back as plain ones, in the model's dtype.
-        bias_dtype: of the new biases; by default the model's, to which ``lambda * v`` is rounded: wider
-            ones would make the rest of the network wider.
+        deltas: ``lambda * v`` of each steered layer, float32, ``hidden`` values.
+        dequantize: return quantised matrices as plain ones, in the model's dtype.
+        bias_dtype: dtype of the new biases. By default the model's, to which ``lambda * v`` is rounded:
+            a wider one would widen the residual stream.
 
     Raises:
         ModelError: no weights, or damaged ones.
@@ -128,7 +128,7 @@ def _biases(
 def _undo_quantization(
     arrays: dict[str, mx.array], config: Mapping[str, object], dtype: mx.Dtype
 ) -> None:
-    """Make a plain matrix of every one that has ``scales`` beside it."""
+    """Dequantise every matrix that has ``scales`` beside it."""
     settings = config.get("quantization") or config.get("quantization_config")
     settings = settings if isinstance(settings, dict) else {}
     for name in [name for name in arrays if name.endswith(".scales")]:

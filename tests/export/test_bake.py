@@ -22,7 +22,7 @@ from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModel
 from mlx_densesteer.export import bake as baking
 from mlx_densesteer.export.closeness import compare, reference
 from mlx_densesteer.export.llama import llama_config
-from mlx_densesteer.model.dose import solutions
+from mlx_densesteer.model.config import origin
 from mlx_densesteer.model.model import load_folder
 
 TEXT = "Rosa has 3 boxes with 8 shells in each.\n\nIt's 1234567, she's sure."
@@ -63,7 +63,13 @@ def plain(converted, steering, tmp_path_factory):
 @pytest.mark.parametrize("format", ["mlx", "hf"])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
-    [(None, "float32"), (8, "float32"), (4, "float32"), (None, "float16"), (4, "bfloat16")],
+    [
+        (None, "float32"),
+        (8, "float32"),
+        (4, "float32"),
+        pytest.param(None, "float16", marks=pytest.mark.slow),
+        pytest.param(4, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_equal_to_run_time_steering(converted, steering, tmp_path, bits, dtype, format):
     baked = ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
@@ -94,6 +100,7 @@ def test_only_biases_were_added(plain, steering):
         assert np.array_equal(np.array(array), expected), name
 
 
+@pytest.mark.slow
 def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
     source, baked = plain
     done = subprocess.run(
@@ -103,9 +110,9 @@ def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = done.stdout.split("==========")[1].strip()
-    model, tokenizer = ds.load(source)
-    ours = ds.generate(model, tokenizer, QUESTION, steering=steering, max_tokens=60, brake=None)
-    other = ds.generate(model, tokenizer, QUESTION, max_tokens=60, brake=None)
+    model = ds.load(source)
+    ours = ds.generate(model, QUESTION, steering=steering, max_tokens=60, brake=None)
+    other = ds.generate(model, QUESTION, max_tokens=60, brake=None)
     assert text == ours.text.strip() != other.text.strip()
 
 
@@ -129,30 +136,32 @@ def stock_transformers(folder, tokens, prompt, out, count):
         return dict(arrays)
 
 
-def greedy(model, tokens, steering, count):
-    cache, made, batch = ds.make_cache(model, steering), [], list(tokens)
+def greedy(network, tokens, steering, count):
+    cache, made, batch = ds.make_cache(network, steering), [], list(tokens)
     for _ in range(count):
-        batch = [int(model(mx.array([batch]), cache)[0, -1].argmax())]
+        batch = [int(network(mx.array([batch]), cache)[0, -1].argmax())]
         made += batch
     return made
 
 
+@pytest.mark.slow
 def test_stock_transformers_runs_it(plain, steering, tmp_path):
     source, _ = plain
-    model, tokenizer = load_folder(source)
-    tokens, first = solutions(tokenizer)[0]
+    model = load_folder(source)
+    tokens, first = model.solutions()[0]
     baked = ds.bake(source, steering, tmp_path / "hf", format="hf")
     found = stock_transformers(baked.path, tokens, first, tmp_path, 24)
-    expected = np.array(reference(model, tokens, steering).steered)
+    expected = np.array(reference(model.network, tokens, steering).steered)
     difference = float(np.abs(found["logits"] - expected).max())
     print(
         f"\ntransformers: largest difference {difference:.1e} at logits up to {expected.max():.1f}"
     )
     assert difference < 1e-4
-    assert found["greedy"].tolist() == greedy(model, tokens[:first], steering, 24)
-    assert found["encoded"].tolist() == tokenizer.encode(TEXT)
+    assert found["greedy"].tolist() == greedy(model.network, tokens[:first], steering, 24)
+    assert found["encoded"].tolist() == model.tokenizer.encode(TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scaling", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}]
 )
@@ -167,10 +176,10 @@ def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
     config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | scaling
     (source / "config.json").write_text(json.dumps(config))
 
-    model, tokenizer = ds.load(source)
-    tokens, first = solutions(tokenizer)[0]
+    model = ds.load(source)
+    tokens, first = model.solutions()[0]
     run = mx.array([tokens])
-    expected = np.array(model(run)[0])
+    expected = np.array(model.network(run)[0])
     theirs = stock_transformers(source, tokens, first, tmp_path, 4)["logits"]
     assert np.abs(theirs - expected).max() < 5e-3
     assert np.abs(np.array(mlx_lm.load(str(source))[0](run)[0]) - expected).max() > 1
@@ -178,29 +187,32 @@ def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
     assert np.array_equal(np.array(mlx_lm.load(str(written))[0](run)[0]), expected)
     baked = ds.bake(source, steering, tmp_path / "baked", format="hf")
     theirs = stock_transformers(baked.path, tokens, first, tmp_path, 4)["logits"]
-    assert np.abs(theirs - np.array(reference(model, tokens, steering).steered)).max() < 5e-3
+    assert (
+        np.abs(theirs - np.array(reference(model.network, tokens, steering).steered)).max() < 5e-3
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_llama_cpp_runs_the_gguf(converted, steering, tmp_path, dtype):
     from llama_cpp import LlamaCpp
 
-    model, tokenizer = load_folder(converted(None, dtype))
-    tokens, first = solutions(tokenizer)[0]
-    expected = reference(model, tokens, steering)
+    source = converted(None, dtype)
+    model = load_folder(source)
+    tokens, first = model.solutions()[0]
+    expected = reference(model.network, tokens, steering)
     differences = []
     for strength, wanted in ((4.76, expected.steered), (0.0, expected.unsteered)):
         file = tmp_path / f"{strength}.gguf"
-        ds.bake(model_path := converted(None, dtype), ds.Steering(steering.vector, strength, (4, 5)), file, format="gguf")  # fmt: skip
-        assert (
-            baking.check(file, model_path, ds.Steering(steering.vector, strength, (4, 5))) is None
-        )
+        setting = ds.Steering(steering.vector, strength, (4, 5))
+        ds.bake(source, setting, file, format="gguf")
+        assert baking.check(file, source, setting) is None
         with LlamaCpp(file) as theirs:
-            assert theirs.tokenize(TEXT) == tokenizer.encode(TEXT)
+            assert theirs.tokenize(TEXT) == model.tokenizer.encode(TEXT)
             found = theirs.logits(tokens)
             if dtype == "float32" and strength:
                 prompt = tokens[:first]
-                assert theirs.greedy(prompt, 24) == greedy(model, prompt, steering, 24)
+                assert theirs.greedy(prompt, 24) == greedy(model.network, prompt, steering, 24)
         differences.append(float(np.abs(found - np.array(wanted)).max()))
     moved = float(mx.abs(expected.steered - expected.unsteered).max())
     print(
@@ -288,9 +300,13 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "dtype", "factor", "format"),
-    [(None, "float32", 1.001, "mlx"), (None, "bfloat16", 0.5, "mlx"), (None, "bfloat16", 0.0, "mlx"),
-     (4, "bfloat16", -1.0, "hf")],
-)  # fmt: skip
+    [
+        (None, "float32", 1.001, "mlx"),
+        (None, "bfloat16", 0.5, "mlx"),
+        pytest.param(None, "bfloat16", 0.0, "mlx", marks=pytest.mark.slow),
+        pytest.param(4, "bfloat16", -1.0, "hf", marks=pytest.mark.slow),
+    ],
+)
 def test_a_result_that_is_not_run_time_steering_is_thrown_away(
     converted, vector, tmp_path, monkeypatch, bits, dtype, factor, format
 ):
@@ -339,32 +355,34 @@ def test_several_weight_files(tmp_path, steering, converted):
         assert name in mx.load(str(out / file))
 
 
-def test_the_command_line_and_the_card(tmp_path, monkeypatch):
+def test_the_command_line_and_the_card(plain, tmp_path, monkeypatch):
+    source = plain[0]
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        return CliRunner().invoke(main, ["bake", "-m", "demo", "-v", "demo", *arguments])
+        return CliRunner().invoke(main, ["bake", "-m", str(source), "-v", "demo", *arguments])
 
-    done = run("-l", "5", "-s", "0.2", "--relative", "-o", "steered")
+    done = run("-l", "5", "-s", "30%", "-o", "steered")
     assert (done.exit_code, done.stdout) == (0, "steered\n"), done.output
-    assert "relative dose 0.2" in done.stderr and "largest difference" in done.stderr
+    assert "30% of the residual stream" in done.stderr and "largest difference" in done.stderr
     card = Path("steered/README.md").read_text()
     record = json.loads(Path("steered/densesteer.json").read_text())
-    assert re.search(r"layer 5, strength 4\.7\d*, relative dose\s0\.2", card)
-    assert record["baked"]["layers"] == [5] and record["source"] == "demo"
+    assert re.search(r"layer 5, 30% of the residual\sstream \(strength 7\.1\d+\)", card)
+    assert record["baked"]["dose"] == pytest.approx(0.3)
+    assert record["baked"]["layers"] == [5] and record["source"] == origin(source)
     assert record["baked"]["vector_sha256"] in card and record["checked"]["same_argmax"] > 100
-    done = run("--check", "-o", "steered")  # strength and layer are those that it says
+    done = run("--check", "-o", "steered")  # strength and layer are those that it records
     assert (done.exit_code, done.stdout) == (0, "steered\n"), done.output
     assert "every tensor is what it should be" in done.stderr
     assert run("-s", "1", "--check", "-o", "steered").exit_code == 1
     assert run("--force", "--check", "-o", "steered").exit_code == 2
     assert "exists already" in run("-o", "steered").output
-    assert run("-o", "steered", "--force", "-l", "4").exit_code == 0
-    done = run("-o", "steered", "--force")  # the demo's own dose, which is a relative one
-    assert done.exit_code == 0 and "relative dose 0.2" in done.stderr
+    done = run("-o", "steered", "--force")  # the vector's default
+    assert done.exit_code == 0 and ", 20% of the residual stream" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["steered"]
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
     """By its id: the card and the record name it, not the folder of the cache."""
     from hub_server import HubServer
@@ -389,15 +407,15 @@ def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
 @pytest.mark.checkpoint
 def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path):
     """Qwen2.5 0.5B in float32: stock mlx-lm and stock transformers against run-time steering."""
-    model, tokenizer = real_model
+    network, tokenizer = real_model
     rng = np.random.default_rng(0)
     vector = ds.SteeringVector(
         {16: rng.normal(size=896)}, ds.VectorMeta(model="random", hidden_size=896, layer_count=24)
     )
-    steering = ds.Steering(vector, 0.5)
-    tokens, first = solutions(tokenizer)[0]
+    steering = ds.Steering(vector, 0.5, (16,))
+    tokens, first = real_model.solutions()[0]
     tokens = tokens[: first + 8]
-    expected = reference(model, tokens, steering)
+    expected = reference(network, tokens, steering)
     baked = ds.bake(checkpoint, steering, tmp_path / "steered", format="hf")
     stock, _ = mlx_lm.load(str(baked.path))
     found = compare(expected, stock)
@@ -408,5 +426,5 @@ def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path)
     (baked.path / "model.safetensors").unlink()  # 2.5 GB
     assert found.difference <= 1e-5 * found.largest and found.moved > 1 and found.floor == 0
     assert difference < 1e-3
-    assert theirs["greedy"].tolist() == greedy(model, tokens[:first], steering, 8)
+    assert theirs["greedy"].tolist() == greedy(network, tokens[:first], steering, 8)
     assert theirs["encoded"].tolist() == tokenizer.encode(TEXT)
