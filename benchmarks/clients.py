@@ -1,7 +1,7 @@
 """Clients that load a server over HTTP: each sends its next request when the last is answered.
 
-They only store what comes and when; it is read after the clock has stopped, so that they take
-little of a machine that they share with the server. No mlx.
+While the clock runs they only store bytes and moments, to leave the machine to the server; answers are
+parsed afterwards. No mlx.
 """
 
 import http.client
@@ -37,7 +37,7 @@ class Received:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientAnswer:
     """An answer as the client sees it; times in seconds from before its connection was opened.
 
     ``error`` says what is wrong with it: no answer in time, a status other than 200, an error
@@ -56,9 +56,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Drive:
-    """The answers in the order of their requests; wall seconds and those of our own CPU time."""
+    """The answers in the order of their requests; wall seconds and the clients' CPU seconds."""
 
-    answers: list[Answer]
+    answers: list[ClientAnswer]
     seconds: float
     cpu_seconds: float
 
@@ -66,15 +66,15 @@ class Drive:
 def ask(address: Address, path: str, body: Mapping[str, object], timeout: float) -> Received:
     """Send a request over a connection of its own and keep what comes until the connection ends.
 
-    One connection a request, because mlx_lm.server knows nothing else. An answer that has not
-    ended after ``timeout`` seconds is left; nothing is raised, ``problem`` says what happened.
+    One connection a request, because mlx_lm.server supports no other. After ``timeout`` seconds the
+    connection is closed. Nothing is raised; ``problem`` says what happened.
     """
     payload = json.dumps(body).encode()
     kept = Received(began=time.perf_counter())
     connection = http.client.HTTPConnection(*address, timeout=timeout)
     try:
-        connection.request("POST", path, payload,
-                           {"Content-Type": "application/json", "Connection": "close"})  # fmt: skip
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        connection.request("POST", path, payload, headers)
         response = connection.getresponse()
         kept.status, kept.content_type = response.status, response.getheader("Content-Type", "")
         while piece := response.read1(PIECE):
@@ -116,9 +116,13 @@ def get(address: Address, path: str, timeout: float = 10.0) -> dict:
 
 
 def drive(
-    address: Address, path: str, bodies: Sequence[Mapping[str, object]], *, clients: int,
+    address: Address,
+    path: str,
+    bodies: Sequence[Mapping[str, object]],
+    *,
+    clients: int,
     timeout: float,
-) -> Drive:  # fmt: skip
+) -> Drive:
     """Send all requests, ``clients`` of them at any time, and wait for the answers."""
     received: list[Received | None] = [None] * len(bodies)
     todo, start = iter(range(len(bodies))), threading.Barrier(clients + 1)
@@ -144,8 +148,8 @@ def drive(
     return Drive([read(one) for one in received if one is not None], seconds, worked)
 
 
-def read(received: Received) -> Answer:
-    """Understand an answer, streamed or not."""
+def read(received: Received) -> ClientAnswer:
+    """Parse an answer, streamed or not."""
     whole = b"".join(piece for _, piece in received.pieces)
     if received.problem or received.status != 200:
         said = received.problem or f"status {received.status}: {_message(whole)}"
@@ -159,11 +163,11 @@ def read(received: Received) -> Answer:
     except MISSHAPEN as error:
         return _answer(received, error=f"no answer in OpenAI's shape: {error!r}")
     seconds = received.ended - received.began
-    return _answer(received, text=text, tokens=tokens, finish=finish, first_text=seconds,
-                   steering=said.get("steering"))  # fmt: skip
+    found = {"tokens": tokens, "finish": finish, "steering": said.get("steering")}
+    return _answer(received, text=text, first_text=seconds, **found)
 
 
-def _read_stream(received: Received) -> Answer:
+def _read_stream(received: Received) -> ClientAnswer:
     """Put the events together; an event came when its last byte came."""
     text, rest, done, found = "", b"", False, {"error": None}
     for moment, piece in received.pieces:
@@ -223,9 +227,14 @@ def _message(body: bytes) -> str:
 
 
 def _answer(
-    received: Received, *, text: str = "", tokens: int = 0, finish: str | None = None,
-    first_text: float | None = None, steering: Mapping[str, object] | None = None,
+    received: Received,
+    *,
+    text: str = "",
+    tokens: int = 0,
+    finish: str | None = None,
+    first_text: float | None = None,
+    steering: Mapping[str, object] | None = None,
     error: str | None = None,
-) -> Answer:  # fmt: skip
+) -> ClientAnswer:
     seconds = received.ended - received.began
-    return Answer(received.status, seconds, first_text, text, tokens, finish, steering, error)
+    return ClientAnswer(received.status, seconds, first_text, text, tokens, finish, steering, error)

@@ -46,10 +46,9 @@ def run(
     prompt = subject.tokens(prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
         made = export_function(
-            *subject.model,
+            subject.model,
             subject.steering(strength=STRENGTH),
             Path(folder) / "function.mlxfn",
-            name=subject.name,
             capacity=capacity,
             chunks=[prompt_tokens],
             progress=tell,

@@ -1,4 +1,4 @@
-"""Requests that no client should send, and clients that leave in the middle. No mlx."""
+"""Requests that a server must refuse, and clients that leave in the middle. No mlx."""
 
 import contextlib
 import json
@@ -8,20 +8,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .clients import CHAT, Address
+from clients import CHAT, Address
 
 PATIENCE = 2.0  # seconds that half a request is held open
 PIECE = 2**16
 REFUSED = range(400, 500)
+INVALID = (400, 404, 413, 422)  # well-formed HTTP with a body that is refused
 
 
 @dataclass(frozen=True)
 class Bad:
-    """Bytes to send, and what may come back: a status, or nothing where ``silent``.
+    """Bytes to send, and the statuses that may come back.
 
-    ``silent``: the server may close the connection without a word, as HTTP allows for what is no
-    HTTP. ``unfinished``: half a request; whoever sends it goes away after ``PATIENCE``.
-    ``endless``: what to repeat behind it until the server has had enough.
+    ``silent``: the server may also close the connection without an answer, as HTTP allows for what is
+    no HTTP. ``unfinished``: half a request; the client closes after ``PATIENCE``. ``endless``: repeated
+    behind ``sent`` until the server answers or closes.
     """
 
     name: str
@@ -35,58 +36,67 @@ class Bad:
 def post(body: bytes, *headers: str, path: str = CHAT, length: int | None = None) -> bytes:
     """Return the bytes of a request."""
     lines = [
-        f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
-        f"Content-Length: {len(body) if length is None else length}", "Connection: close", *headers,
-    ]  # fmt: skip
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body) if length is None else length}",
+        "Connection: close",
+        *headers,
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def bad_requests(model: str) -> tuple[Bad, ...]:
     """Return one of each kind; ``model`` is the name of the server's model."""
-    good: dict[str, object] = {
-        "model": model, "messages": [{"role": "user", "content": "Good day."}], "max_tokens": 1,
-    }  # fmt: skip
-
-    def changed(**fields: object) -> bytes:
-        return post(json.dumps({**good, **fields}).encode())
-
+    message = {"role": "user", "content": "Good day."}
+    good: dict[str, object] = {"model": model, "messages": [message], "max_tokens": 1}
     plain = json.dumps(good).encode()
+    request = post(plain)
     long = [{"role": "user", "content": "one and two and three " * 20_000}]
+    fields: dict[str, dict[str, object]] = {
+        "messages of a wrong type": {"messages": 5},
+        "max_tokens of a wrong type": {"max_tokens": "many"},
+        "max_tokens below 1": {"max_tokens": -1},
+        "strength of a wrong type": {"steering": {"strength": "much"}},
+        "strength out of float32": {"steering": {"strength": 1e300}},
+        "unknown layer": {"steering": {"strength": 1.0, "layer": 999}},
+        "unknown vector": {"steering": {"vector": "unknown", "strength": 1.0}},
+        "vector by path": {"steering": {"vector": "../../etc/passwd", "strength": 1.0}},
+        "unknown model": {"model": "unknown"},
+        "unknown vector in the model's name": {"model": f"{model}@unknown=1"},
+        "prompt longer than the context": {"messages": long},
+    }
+    up = b"GET /page/../../wire.py HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    garbage = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n"
+    many = [f"X-{i}: {i}" for i in range(20_000)]
+    chunk = b"10000\r\n" + b" " * PIECE + b"\r\n"
     return (
+        *(
+            Bad(name, post(json.dumps({**good, **changed}).encode()), INVALID)
+            for name, changed in fields.items()
+        ),
         Bad("malformed JSON", post(plain[:-1]), (400,)),
         Bad("not UTF-8", post(b'{"model": "\xff\xfe"}'), (400,)),
-        Bad("a list", post(b"[1, 2]"), (400, 422)),
+        Bad("a list", post(b"[1, 2]"), INVALID),
         Bad("deep JSON", post(b'{"messages":' + b"[" * 50_000), (400,)),
         Bad("no body", post(b""), (400,)),
-        Bad("messages of a wrong type", changed(messages=5), (400, 422)),
-        Bad("max_tokens of a wrong type", changed(max_tokens="many"), (400, 422)),
-        Bad("max_tokens below 1", changed(max_tokens=-1), (400, 422)),
-        Bad("temperature not finite", post(plain.replace(b'"max_tokens": 1', b'"temperature": NaN'))),
-        Bad("strength of a wrong type", changed(steering={"strength": "much"}), (400, 422)),
-        Bad("strength out of float32", changed(steering={"strength": 1e300}), (400, 422)),
-        Bad("unknown layer", changed(steering={"strength": 1.0, "layer": 999}), (400, 422)),
-        Bad("unknown vector", changed(steering={"vector": "nobody", "strength": 1.0}), (400, 404)),
-        Bad("vector by path", changed(steering={"vector": "../../etc/passwd", "strength": 1.0}), (400, 404)),
-        Bad("unknown model", changed(model="nobody"), (404,)),
-        Bad("unknown vector in the model's name", changed(model=f"{model}@nobody=1"), (400, 404)),
-        Bad("prompt longer than the context", changed(messages=long), (400, 413)),
+        Bad("a number that is not finite", post(plain.replace(b": 1}", b": NaN}")), INVALID),
         Bad("body too large, as it says", post(b"{", length=2**40), (400, 413)),
-        Bad("body too large, in chunks", _chunked(), (400, 413), silent=True,
-            endless=b"10000\r\n" + b" " * PIECE + b"\r\n"),
+        Bad("body too large, in chunks", _chunked(), (400, 413), silent=True, endless=chunk),
         Bad("negative length", post(b"{}", length=-1), silent=True),
-        Bad("another media type", post(plain).replace(b"application/json", b"text/plain"), (400, 415)),
-        Bad("another host", post(plain).replace(b"Host: 127.0.0.1", b"Host: evil.example"), (403, 421)),
+        Bad("another media type", request.replace(b"application/json", b"text/plain"), (400, 415)),
+        Bad("another host", request.replace(b"127.0.0.1", b"evil.example"), (403, 421)),
         Bad("another origin", post(plain, "Origin: http://evil.example"), (403,)),
         Bad("huge header", post(plain, "X-Long: " + "x" * 300_000), silent=True),
-        Bad("very many headers", post(plain, *(f"X-{i}: {i}" for i in range(20_000))), silent=True),
-        Bad("another method", post(plain).replace(b"POST", b"PUT", 1), (405,)),
+        Bad("very many headers", post(plain, *many), silent=True),
+        Bad("another method", request.replace(b"POST", b"PUT", 1), (405,)),
         Bad("unknown path", post(plain, path="/v1/nothing"), (404,)),
-        Bad("path upwards", b"GET /page/../../wire.py HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n", (400, 404)),
-        Bad("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n", silent=True),
+        Bad("path upwards", up, (400, 404)),
+        Bad("garbage", garbage, silent=True),
         Bad("no HTTP version", b"POST\r\n\r\n", silent=True),
-        Bad("half a header", post(plain)[:40], silent=True, unfinished=True),
+        Bad("half a header", request[:40], silent=True, unfinished=True),
         Bad("half a body", post(plain, length=len(plain) + 99), silent=True, unfinished=True),
-    )  # fmt: skip
+    )
 
 
 def _chunked() -> bytes:
@@ -121,10 +131,10 @@ def send_bad(address: Address, bad: Bad, timeout: float) -> int | None:
 
 
 def _flood(connection: socket.socket, piece: bytes, timeout: float) -> None:
-    """Send until the server says something or closes; 256 MiB at most.
+    """Send until the server answers or closes; 256 MiB at most.
 
     Raises:
-        TimeoutError: it takes neither more bytes nor leave.
+        TimeoutError: the server takes no more bytes and does not answer.
     """
     until = time.perf_counter() + timeout
     for _ in range(2**28 // len(piece)):
@@ -143,15 +153,21 @@ def _flood(connection: socket.socket, piece: bytes, timeout: float) -> None:
 
 
 def leave_early(
-    address: Address, path: str, body: Mapping[str, object], *, pieces: int, rudely: bool, timeout: float
-) -> None:  # fmt: skip
-    """Send a good request and go away after so many pieces of the answer.
+    address: Address,
+    path: str,
+    body: Mapping[str, object],
+    *,
+    pieces: int,
+    rudely: bool,
+    timeout: float,
+) -> None:
+    """Send a good request and leave after so many pieces of the answer.
 
-    Without pieces nothing is read, and the row may not even have begun. ``rudely`` resets the
-    connection instead of closing it.
+    With 0 pieces nothing is read, and the row may not have begun. ``rudely`` resets the connection
+    instead of closing it.
 
     Raises:
-        OSError: the server did not take the request; ``TimeoutError`` if it said nothing.
+        OSError: the server did not take the request; ``TimeoutError``: it sent nothing.
     """
     with socket.create_connection(address, timeout=timeout) as connection:
         connection.sendall(post(json.dumps(body).encode(), path=path))

@@ -1,25 +1,18 @@
-"""Servers under measurement, as processes: ours and mlx-lm's, begun and always ended."""
+"""Servers under measurement, as processes: `densesteer serve` and mlx-lm's. They are always ended."""
 
 import contextlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
-from .. import demo
-from ..model.model import find
-from ..steering.vector import SteeringVector, VectorMeta
-from .clients import Address
-from .subject import Subject
+from clients import Address
 
 HOST = "127.0.0.1"
 READY = 300.0  # seconds that a server may take to load its model
@@ -27,8 +20,8 @@ GRACE = 15.0  # seconds that it may take to end
 
 
 @dataclass(frozen=True)
-class Server:
-    """A process that listens; ``log`` holds all that it said."""
+class ServerProcess:
+    """A server that listens; ``log`` holds all of its output."""
 
     address: Address
     process: subprocess.Popen
@@ -38,14 +31,10 @@ class Server:
         return self.log.read_text("utf-8", "replace")
 
     def resident(self) -> float:
-        """Return its resident memory in MiB; what Metal holds is not all in it."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        if status.exists():
-            found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text("utf-8"), re.MULTILINE)
-            return int(found[1]) / 1024 if found else 0.0
-        shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self.process.pid)],
-                               capture_output=True, text=True, check=False)  # fmt: skip
-        return int(shown.stdout.strip() or 0) / 1024
+        """Return its resident memory in MiB; not all of Metal's memory is in it."""
+        command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return int(shown.strip() or 0) / 1024
 
     def open_files(self) -> int | None:
         """Return how many files and sockets it holds open, where the system tells."""
@@ -58,33 +47,30 @@ class Server:
 def serve_command(model: str | Path, vectors: Sequence[Path]) -> list[str]:
     """Return `densesteer serve` with all defaults, on a free port."""
     named = [word for file in vectors for word in ("-v", str(file))]
-    return [
-        sys.executable, "-m", "mlx_densesteer", "serve", "-m", str(model), *named, "--port", "0"
-    ]  # fmt: skip
+    words = [sys.executable, "-m", "mlx_densesteer", "serve", "-m", str(model)]
+    return [*words, *named, "--port", "0"]
 
 
 @contextlib.contextmanager
-def our_server(model: str | Path, vectors: Sequence[Path], place: Path) -> Iterator[Server]:
-    """Run `densesteer serve`; it says itself at which port."""
+def our_server(model: str | Path, vectors: Sequence[Path], place: Path) -> Iterator[ServerProcess]:
+    """Run `densesteer serve` on a port that it chooses and prints."""
     with _process(serve_command(model, vectors), place / "densesteer.log") as (process, log):
 
         def listening() -> Address | None:
             found = re.search(rf"http://{re.escape(HOST)}:(\d+)", log.read_text("utf-8", "replace"))
             return Address(HOST, int(found[1])) if found else None
 
-        yield Server(_wait(process, log, listening), process, log)
+        yield ServerProcess(_wait(process, log, listening), process, log)
 
 
 @contextlib.contextmanager
-def stock_server(model: str | Path, place: Path) -> Iterator[Server]:
+def stock_server(model: str | Path, place: Path) -> Iterator[ServerProcess]:
     """Run `mlx_lm.server` with its own defaults: up to 32 rows decode together, 8 prompts."""
     with socket.socket() as free:
         free.bind((HOST, 0))
         address = Address(HOST, free.getsockname()[1])
-    command = [
-        sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--host", HOST,
-        "--port", str(address.port), "--log-level", "ERROR",
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model)]
+    command += ["--host", HOST, "--port", str(address.port), "--log-level", "ERROR"]
     with _process(command, place / "mlx_lm.log") as (process, log):
 
         def listening() -> Address | None:
@@ -95,14 +81,14 @@ def stock_server(model: str | Path, place: Path) -> Iterator[Server]:
             except OSError:
                 return None
 
-        yield Server(_wait(process, log, listening), process, log)
+        yield ServerProcess(_wait(process, log, listening), process, log)
 
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Run a command; end it whatever happens, SIGTERM included.
 
-    It has a session of its own: a Ctrl-C in the terminal is ours alone to handle.
+    In a session of its own, so that Ctrl-C in the terminal reaches this process alone.
     """
     with _terminated(), log.open("wb") as out:
         process = subprocess.Popen(
@@ -115,7 +101,7 @@ def _process(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, 
 
 
 def stop(process: subprocess.Popen) -> float:
-    """End a process, politely first; return the seconds that it took."""
+    """End a process, by SIGTERM first, by SIGKILL after ``GRACE``; return the seconds that it took."""
     began = time.perf_counter()
     process.terminate()
     try:
@@ -128,7 +114,7 @@ def stop(process: subprocess.Popen) -> float:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that no server is left behind."""
+    """Let SIGTERM unwind the stack, so that no server keeps running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,7 +129,7 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait(process: subprocess.Popen, log: Path, listening) -> Address:
+def _wait(process: subprocess.Popen, log: Path, listening: Callable[[], Address | None]) -> Address:
     """Return the address as soon as ``listening()`` does.
 
     Raises:
@@ -158,29 +144,3 @@ def _wait(process: subprocess.Popen, log: Path, listening) -> Address:
             return address
         time.sleep(0.1)
     raise RuntimeError(f"{' '.join(process.args[1:4])}: does not listen after {READY:g} s")
-
-
-def common_folder(subject: Subject, place: Path) -> Path:
-    """Return a folder that both servers compute in the same dtype.
-
-    The embedded model comes in bfloat16, which we compute in float32 on the CPU, and mlx-lm
-    does not: there both get a copy in float32.
-    """
-    found = find(subject.name)
-    if found != demo.MODEL or mx.default_device() != mx.Device(mx.cpu):
-        return found
-    copy = shutil.copytree(found, place / "demo-float32")
-    weights = mx.load(str(copy / "model.safetensors"))
-    floats = {name: array.astype(mx.float32) for name, array in weights.items()}
-    mx.save_safetensors(str(copy / "model.safetensors"), floats, metadata={"format": "mlx"})
-    return copy
-
-
-def random_vector(subject: Subject, layer: int, name: str) -> SteeringVector:
-    """Return the subject's random vector at one layer, with the metadata of an extracted one."""
-    meta = VectorMeta(
-        model=subject.name, hidden_size=subject.model.args.hidden_size,
-        layer_count=subject.layer_count, fingerprint=subject.fingerprint,
-        residual_norms={str(layer): norm for layer, norm in subject.norms.items()},
-    )  # fmt: skip
-    return SteeringVector({layer: subject.vector.layers[layer]}, meta, name=name)

@@ -14,19 +14,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import HIDDEN, LAYERS, VOCABULARY, checkpoint_cache
 
 mx.default_stream(mx.default_device())  # a function file runs on the thread that has the first one
 
-from mlx_lm.models.base import create_attention_mask
 
-from mlx_densesteer.model.block import decoder_blocks
 from mlx_densesteer.model.model import Model, load
-from mlx_densesteer.steering.steering import Steering
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
-HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
 
 
 def pytest_addoption(parser):
@@ -41,25 +35,6 @@ def pytest_collection_modifyitems(config, items):
     slow = [i for i in items if i.get_closest_marker("slow") or i.get_closest_marker("checkpoint")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in set(slow)]
-
-
-def at_every_layer(vector, strength=1.0, positions="all"):
-    """Return the steering at all layers that the vector holds."""
-    return Steering(vector, strength, tuple(vector.layers), positions)
-
-
-def streams(network, tokens, deltas=None, within=lambda position: True):
-    """Return the residual stream after every block, worked out by hand: ``h_l + delta_l``."""
-    h = network.model.embed_tokens(mx.array([tokens]))
-    mask = create_attention_mask(h)
-    steered = mx.array([[float(within(p))] for p in range(len(tokens))])
-    found = []
-    for layer, block in decoder_blocks(network).items():
-        h = block(h, mask, None)
-        if deltas and layer in deltas:
-            h = h + steered * mx.array(deltas[layer])
-        found.append(h)
-    return found
 
 
 @pytest.fixture
@@ -145,12 +120,6 @@ def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def checkpoint_cache() -> Path:
-    """Where ``scripts/fetch-test-model`` puts the real checkpoint."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "mlx-densesteer"
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,45 @@
 """``densesteer export-function``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..text import note
-from .options import layers_option, model_option, positions_option, vector_option
+from .options import layers_option, model_option, positions_option, strength_option, vector_option
 from .steering import read_steering, steering_for
+
+if TYPE_CHECKING:
+    from ..steering.request import Amount
+    from ..steering.steering import Positions
 
 
 @click.command("export-function")
 @model_option
 @vector_option("Steers the function.", required=True)
 @click.option("-o", "--out", required=True, metavar="FILE", help="The .mlxfn file to write.")
-@layers_option("[default: as in generate]")
-@click.option("-s", "--strength", "--lambda", type=float, metavar="NUMBER",
-              help="Lambda that the file names as its default; programs may pass any other. "
-                   "[default: what a sweep recommended, else 1]")  # fmt: skip
+@strength_option
+@layers_option()
 @positions_option
-@click.option("--capacity", type=click.IntRange(min=2), metavar="TOKENS",
-              help="Of the KV cache: prompt and answer together. [default: 2048, or the model's "
-                   "context]")  # fmt: skip
-@click.option("--chunk", "chunks", type=click.IntRange(min=1), multiple=True, metavar="TOKENS",
-              help="A length in which a prompt can be read, besides 1; may be repeated. "
-                   "[default: 128, 32, 8]")  # fmt: skip
+@click.option(
+    "--capacity", type=click.IntRange(min=2), metavar="TOKENS",
+    help="Size of the KV cache: prompt and answer together. [default: 2048, or the model's context]",
+)  # fmt: skip
+@click.option(
+    "--chunk", "chunks", type=click.IntRange(min=1), multiple=True, metavar="TOKENS",
+    help="A length in which a prompt can be read, besides 1; may be repeated. [default: 128, 32, 8]",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
-                    strength: float | None, positions: str | None, capacity: int | None,
+def export_function(model: str, vector: str, out: str, strength: "Amount | None",
+                    layers: tuple[str, ...], positions: "Positions | None", capacity: int | None,
                     chunks: tuple[int, ...], force: bool) -> None:  # fmt: skip
     """Write a steered model as an MLX function for C++ and Swift.
 
-    One file (.mlxfn) with the weights, whose inputs are tokens, position, strength and KV cache:
-    it needs MLX, but no Python. It is checked against run-time steering before it gets its name,
-    which is printed on standard output. docs/export-function.md has the signature,
-    examples/cpp a program that generates text with it.
+    One file (.mlxfn) with the weights, whose inputs are tokens, position, strength and KV cache.
+    It needs MLX, but no Python. Programs may pass any strength; FILE names that of -s as its
+    default. It is compared with run-time steering before it gets its name, which is printed on
+    standard output. docs/export-function.md has the signature, examples/cpp a program that
+    generates text with it.
     """
     request = read_steering(vector, strength, layers, positions)
 
@@ -42,17 +48,23 @@ def export_function(model: str, vector: str, out: str, layers: tuple[str, ...],
     from ..model.model import load
 
     check_path(Path(out).expanduser(), force)  # before a download
-    loaded, tokenizer = load(model)
-    steering, norms = steering_for(request, loaded, tokenizer, model)
+    loaded = load(model)
+    steering = steering_for(request, loaded)
+    assert steering is not None  # a vector is required
     try:
         made = run(
-            loaded, tokenizer, steering, out, name=model, norms=norms, capacity=capacity,
-            chunks=chunks or None, force=force, progress=note,
-        )  # fmt: skip
+            loaded,
+            steering,
+            out,
+            capacity=capacity,
+            chunks=chunks or None,
+            force=force,
+            progress=note,
+        )
     except KeyboardInterrupt:
-        note("interrupted; nothing half-done was left.")
+        note("interrupted; no file was left.")
         raise
-    tested = ", ".join(f"{one:g}" for one in made.strengths)
+    tested = ", ".join(f"{one:.3g}" for one in made.strengths)
     note(
         f"{made.path.stat().st_size / 1e6:.1f} MB, and {made.metadata['cache_bytes'] / 1e6:.1f} MB of "
         f"memory for {made.metadata['capacity']} tokens; logits differ from run-time steering by "

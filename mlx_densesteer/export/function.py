@@ -3,7 +3,11 @@
     f()                                      metadata, empty cache
     f(tokens, position, strength, *cache)    logits, cache
 
-Not covered: batches, several vectors that each have a strength, sampling.
+The strength comes in as an array and the KV cache goes in and out, so that mlx can trace the decoding step
+into a file. The blocks are the steered ones of ``model.block``: a cache whose shift is made from the traced
+strength steers them as any other cache does.
+
+Not covered: more than one sequence, several vectors with a strength each, sampling.
 """
 
 import contextlib
@@ -16,42 +20,38 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .._version import __version__
 from ..errors import ExportError
 from ..files import check_disk, check_parent, move_into_place, scratch_folder
-from ..model.block import deltas, make_cache, patch
-from ..model.dose import mean_norms
-from ..model.model import dtype_name, inspect
+from ..model.block import deltas, make_cache
+from ..model.cache import EVERYWHERE, Shift
+from ..model.likelihood import head_of
+from ..model.model import Model, dtype_name, takes_model
 from ..steering.steering import LARGE_DOSE, Steering
-from .step import empty_cache, next_logits, steered_step
 
 FORMAT = "mlx-densesteer function"
 FORMAT_VERSION = 1
 SUFFIX = ".mlxfn"
 CAPACITY = 2048
-CHUNKS = (128, 32, 8)  # lengths of prompt chunks; 1 comes with them
+CHUNKS = (128, 32, 8)  # lengths of prompt chunks; 1 is always there
 
-# Largest difference of logits that is still rounding, over the largest logit: the file attends
-# over the whole cache, so sums are in another order (docs/export-function.md has what was seen).
+# Largest difference of logits that is rounding, over the largest logit: the file attends over the
+# whole cache, so sums are in another order (docs/export-function.md has what was measured).
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
-_BLOCK_BYTES = 2**14  # of one decoder block in one trace: 11.5 to 14.4 kB were seen
+_BLOCK_BYTES = 2**14  # of one decoder block in one trace; 11.5 to 14.4 kB were measured
 
 Progress = Callable[[str], None]
-
-
-def _silent(what: str) -> None:
-    return None
+Step = Callable[..., tuple[mx.array, ...]]
 
 
 @dataclass(frozen=True)
 class FunctionFile:
     """A function file that was written and checked against run-time steering.
 
-    ``largest_difference`` is that of a logit from run-time steering, over ``strengths`` and
-    every chunk length; ``largest_logit`` is what it is to be compared with.
+    ``largest_difference`` is that of a logit from run-time steering, over ``strengths`` and every chunk
+    length; ``largest_logit`` is the largest logit.
     """
 
     path: Path
@@ -61,30 +61,24 @@ class FunctionFile:
     largest_logit: float
 
 
+@takes_model
 def export_function(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     steering: Steering,
     path: str | Path,
     *,
-    name: str | Path = "model",
-    norms: dict[int, float] | None = None,
     capacity: int | None = None,
     chunks: Iterable[int] | None = None,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda what: None,
 ) -> FunctionFile:
-    """Write the steered decode step as ``path``, a ``.mlxfn`` file, and check what was written.
+    """Write the steered decoding step as ``path``, a ``.mlxfn`` file, and check what was written.
 
-    The strength is an input of the function: that of ``steering``, and its positions, are only
-    what the file names as its default. The file is written under a temporary name, imported
-    again and compared with run-time steering before it gets its name. The model's blocks are
-    patched if they are not yet (``patch.patch``); nothing else of it changes.
+    The strength is an input of the function: the strength and the positions of ``steering`` are what the
+    file names as its defaults. The file is written under a temporary name, imported again and compared
+    with run-time steering before it gets its name.
 
     Args:
-        name: the model's folder or Hub id, for the metadata.
-        norms: the residual stream's mean norm at each steered layer, for the metadata; by default
-            those of ``dose.mean_norms``.
         capacity: tokens that the KV cache holds, prompt and answer together; by default 2048,
             or the model's context if that is smaller.
         chunks: lengths in which a prompt can be read, besides 1; by default 128, 32 and 8.
@@ -97,33 +91,30 @@ def export_function(
     """
     path = Path(path).expanduser()
     check_path(path, force)
-    deltas(model, steering)  # refuses what does not fit
-    if capacity is None:
-        capacity = min(CAPACITY, model.args.max_position_embeddings)
-    lengths = _lengths(model, capacity, chunks)
-    patch(model)
-    mx.eval(model.parameters())  # what is not computed yet would be traced
-    if norms is None:
-        norms = mean_norms(model, tokenizer, steering.vector, steering.layers)
-    metadata = _metadata(model, tokenizer, steering, name, norms, capacity, lengths)
-    size = file_size(model, len(lengths))
+    network = model.network
+    deltas(network, steering)  # refuses what does not fit
+    capacity = _capacity(model, capacity)
+    lengths = _lengths(capacity, chunks)
+    mx.eval(network.parameters())  # what is not computed yet would be traced
+    metadata = _metadata(model, steering, capacity, lengths)
+    size = file_size(network, len(lengths))
     check_disk(path.parent, size, "the function file")
     with scratch_folder(path) as work:
         made = work / path.name
         progress(f"writing {path.name}, about {size / 1e6:.0f} MB")
         with _mlx_errors(path):
-            _write(made, model, steering, metadata)
+            _write(made, network, steering, metadata)
         progress("checking it against run-time steering")
         with _mlx_errors(path):
-            found = _check(made, model, steering, metadata)
+            found = _check(made, network, steering, metadata)
         move_into_place(made, path, replace=force)
     return replace(found, path=path)
 
 
-def file_size(model: nn.Module, traces: int) -> int:
+def file_size(network: nn.Module, traces: int) -> int:
     """Return the bytes of a file with that many chunk lengths, a little above what it will be."""
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    args = model.args
+    weights = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+    args = network.args
     return weights + traces * (args.num_hidden_layers + 1) * (_BLOCK_BYTES + 4 * args.hidden_size)
 
 
@@ -145,13 +136,18 @@ def check_path(path: Path, force: bool) -> None:
     check_parent(path)
 
 
-def _lengths(model: nn.Module, capacity: int, chunks: Iterable[int] | None) -> tuple[int, ...]:
-    """Return the chunk lengths to trace, longest first."""
-    context = model.args.max_position_embeddings
-    if not 2 <= capacity <= context:
+def _capacity(model: Model, wanted: int | None) -> int:
+    """Return the tokens of the KV cache; refuse more than the model's context."""
+    room = model.room(0, CAPACITY if wanted is None else wanted)
+    if wanted is not None and not 2 <= wanted == room:
         raise ExportError(
-            f"capacity {capacity}: expected 2 to {context} tokens, which is the model's context."
+            f"capacity {wanted}: expected 2 to {model.context} tokens, which is the model's context."
         )
+    return room
+
+
+def _lengths(capacity: int, chunks: Iterable[int] | None) -> tuple[int, ...]:
+    """Return the chunk lengths to trace, longest first."""
     if chunks is None:
         chunks = [count for count in CHUNKS if count <= capacity]
     lengths = sorted({1, *chunks}, reverse=True)
@@ -163,20 +159,13 @@ def _lengths(model: nn.Module, capacity: int, chunks: Iterable[int] | None) -> t
 
 
 def _metadata(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    steering: Steering,
-    name: str | Path,
-    norms: dict[int, float],
-    capacity: int,
-    lengths: tuple[int, ...],
+    model: Model, steering: Steering, capacity: int, lengths: tuple[int, ...]
 ) -> dict[str, object]:
     """Return what a program needs to know: flat, of numbers, texts and lists of numbers."""
-    info = inspect(model, name)
-    cache = empty_cache(model, capacity)
+    info, network = model.info, model.network
+    cache = empty_cache(network, capacity)
     dtype = cache[0].dtype
     largest = max(abs(steering.vector.layers[layer]).max() for layer in steering.layers)
-    doses = replace(steering, strength=1.0).relative_dose(norms)
     float32, limit = (float(mx.finfo(kind).max) for kind in (mx.float32, dtype))
     return {
         "format": FORMAT,
@@ -188,12 +177,13 @@ def _metadata(
         "vector_sha256": steering.vector.sha256(),
         "layers": list(steering.layers),
         "strength": steering.strength,
-        "largest_strength": min(float32, limit / float(largest)) if largest else float32,
-        "dose_per_strength": sum(doses.values()),
+        "dose": model.dose(steering),
+        "dose_per_strength": model.dose(replace(steering, strength=1.0)),
         "large_dose": LARGE_DOSE,
+        "largest_strength": min(float32, limit / float(largest)) if largest else float32,
         "positions": steering.positions,
-        "vocab_size": model.args.vocab_size,
-        "eos": sorted(int(token) for token in tokenizer.eos_token_ids),
+        "vocab_size": network.args.vocab_size,
+        "eos": sorted(int(token) for token in model.tokenizer.eos_token_ids),
         "capacity": capacity,
         "chunks": list(lengths),
         "layer_count": info.layer_count,
@@ -205,21 +195,93 @@ def _metadata(
     }
 
 
-def _write(path: Path, model: nn.Module, steering: Steering, metadata: dict[str, object]) -> None:
+class FixedCache:
+    """Keys and values of one layer in arrays of a fixed length.
+
+    mlx-lm's ``KVCache`` grows by a Python number, which cannot be traced. Here the write position is an
+    array, and the mask hides what was not written yet.
+
+    Args:
+        keys, values: ``(1, kv_heads, capacity, head_dim)``.
+        position: where the next token goes, int32 ``()``.
+        shift: what the layer adds to the residual stream, or ``None``.
+    """
+
+    expecting = False  # SteeredBlock sets it; here every block steers
+
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, shift: Shift | None):
+        self.keys, self.values = keys, values
+        self.offset, self.shift = position, shift
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        start = self.offset.reshape(1)
+        self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
+        self.values = mx.slice_update(self.values, values, start, axes=(2,))
+        return self.keys, self.values
+
+    def make_mask(self, count: int, **_: object) -> mx.array:
+        """Return which of the ``capacity`` positions each of ``count`` new tokens sees."""
+        return mx.arange(self.keys.shape[2]) <= self.offset + mx.arange(count)[:, None]
+
+
+def steered_step(network: nn.Module, vectors: Mapping[int, mx.array], capacity: int) -> Step:
+    """Return ``step(tokens, position, strength, *cache) -> (logits, *cache)``.
+
+    ``tokens`` is int32 ``(1, count)``, ``position`` int32 ``()``, ``strength`` float32 ``()``; ``cache`` is
+    keys and values of layer 0, of layer 1, ... (see ``FixedCache``). A position without room for the tokens
+    gives logits that are all NaN, and writes nothing outside the cache.
+
+    Args:
+        network: its blocks are patched (``model.block.patch``).
+        vectors: float32 ``(1, 1, hidden)`` for each steered layer.
+    """
+
+    def step(
+        tokens: mx.array, position: mx.array, strength: mx.array, *cache: mx.array
+    ) -> tuple[mx.array, ...]:
+        at = mx.clip(position, 0, capacity - tokens.shape[1])
+        caches = []
+        for layer, (keys, values) in enumerate(zip(cache[::2], cache[1::2], strict=True)):
+            shift = None
+            if layer in vectors:
+                shift = Shift.of(strength * vectors[layer], [EVERYWHERE])
+            caches.append(FixedCache(keys, values, at, shift))
+        logits = _next_logits(network, tokens, caches)
+        logits = mx.where(at == position, logits, mx.array(float("nan"), logits.dtype))
+        return logits, *(array for one in caches for array in (one.keys, one.values))
+
+    return step
+
+
+def empty_cache(network: nn.Module, capacity: int) -> list[mx.array]:
+    """Return zeros for keys and values of every layer, in the residual stream's dtype."""
+    args = network.args
+    head_size = args.hidden_size // args.num_attention_heads
+    shape = (1, args.num_key_value_heads, capacity, head_size)
+    dtype = network.model.norm.weight.dtype
+    return [mx.zeros(shape, dtype) for _ in range(2 * args.num_hidden_layers)]
+
+
+def _next_logits(network: nn.Module, tokens: mx.array, caches: list) -> mx.array:
+    """Read ``tokens``, ``(1, count)``, and return the logits after the last, ``(1, vocabulary)``."""
+    return head_of(network)(network.model(tokens, caches)[:, -1:])[:, 0]
+
+
+def _write(path: Path, network: nn.Module, steering: Steering, metadata: dict[str, object]) -> None:
     """Trace the step once for each chunk length; the traces share the weights."""
     capacity = metadata["capacity"]
     vectors = {k: mx.array(steering.vector.layers[k])[None, None] for k in steering.layers}
     mx.eval(list(vectors.values()))
-    step = steered_step(model, vectors, capacity)
+    step = steered_step(network, vectors, capacity)
     document = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
 
     def function(*inputs: mx.array) -> tuple[mx.array, ...]:
         if inputs:
             return step(*inputs)
         # mlx's front ends for C and Swift have no call that reads the metadata
-        return mx.array(list(document.encode()), mx.uint8), *empty_cache(model, capacity)
+        return mx.array(list(document.encode()), mx.uint8), *empty_cache(network, capacity)
 
-    cache = empty_cache(model, capacity)
+    cache = empty_cache(network, capacity)
     with mx.exporter(str(path), function, metadata=document) as exporter:
         exporter()
         for count in metadata["chunks"]:
@@ -227,25 +289,25 @@ def _write(path: Path, model: nn.Module, steering: Steering, metadata: dict[str,
 
 
 def _check(
-    path: Path, model: nn.Module, steering: Steering, metadata: dict[str, object]
+    path: Path, network: nn.Module, steering: Steering, metadata: dict[str, object]
 ) -> FunctionFile:
-    """Read tokens through the file and through the model; raise unless the logits agree."""
+    """Read tokens through the file and through the network; raise unless the logits agree."""
     function = mx.import_function(str(path))
     if json.loads(bytes(function()[0])) != metadata:
         raise ExportError(f"{path.name}: came back with other metadata than was written.")
-    # what all layers add must not overflow together either
-    room = metadata["largest_strength"] / (2 * len(steering.layers))
-    strength = steering.strength or min(1.0, room)
+    # what all layers add together must not overflow either
+    safe = metadata["largest_strength"] / (2 * len(steering.layers))
+    strength = steering.strength or min(1.0, safe)
     differences, sizes = [], []
     for one in (strength, -strength, 0.0):
-        # every trace once; then the short ones will do
+        # every chunk length at the first strength, the short ones at the others
         counts = [*metadata["chunks"][-2 if differences else 0 :], 1]
         setting = replace(steering, strength=one, positions="all")
-        for ours, theirs in _side_by_side(function, model, setting, counts, metadata):
-            differences.append(float(mx.abs(ours - theirs).max()))
-            sizes.append(float(mx.abs(theirs).max()))
+        for found, expected in _side_by_side(function, network, setting, counts, metadata):
+            differences.append(float(mx.abs(found - expected).max()))
+            sizes.append(float(mx.abs(expected).max()))
     largest, size = float(np.max(differences)), float(np.max(sizes))  # NaN if there is one
-    tolerance = TOLERANCES[model.model.norm.weight.dtype]
+    tolerance = TOLERANCES[network.model.norm.weight.dtype]
     if not largest <= tolerance * size:
         raise ExportError(
             f"{path.name}: its logits differ from run-time steering by {largest:.2g}, at logits up "
@@ -256,24 +318,24 @@ def _check(
 
 
 def _side_by_side(
-    function: Callable[..., tuple[mx.array, ...]],
-    model: nn.Module,
+    function: Step,
+    network: nn.Module,
     steering: Steering,
     counts: list[int],
     metadata: dict[str, object],
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield float32 logits of the file and of the model after each chunk; new caches where needed."""
+    """Yield float32 logits of the file and of the network after each chunk; new caches where needed."""
     position = capacity = metadata["capacity"]
     strength = mx.array(steering.strength, mx.float32)
-    cache, reference = [], []
+    cache, caches = [], []
     for count in counts:
         if position + count > capacity:
             _, *cache = function()
-            position, reference = 0, make_cache(model, steering)
+            position, caches = 0, make_cache(network, steering)
         tokens = mx.arange(position, position + count, dtype=mx.int32)[None]
         tokens = (tokens * 7919 + 13) % metadata["vocab_size"]
         logits, *cache = function(tokens, mx.array(position), strength, *cache)
-        expected = next_logits(model, tokens, reference)
+        expected = _next_logits(network, tokens, caches)
         mx.eval(logits, expected, cache)
         position += count
         yield logits.astype(mx.float32), expected.astype(mx.float32)
@@ -281,7 +343,7 @@ def _side_by_side(
 
 @contextlib.contextmanager
 def _mlx_errors(path: Path) -> Iterator[None]:
-    """Disk full, or a graph that this mlx cannot put into a file."""
+    """Turn mlx's errors (disk full, a graph that it cannot write) into ``ExportError``."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

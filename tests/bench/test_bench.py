@@ -12,7 +12,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from mlx_densesteer import generate
 from mlx_densesteer.bench import alone, batch, dose, function, report, startup, suite, timing

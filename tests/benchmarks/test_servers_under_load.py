@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
-
-from mlx_densesteer.bench import alone, serve, servers, soak
+from helpers import ROOT
 from mlx_densesteer.bench.clients import CHAT, Address, Answer, Received, ask, drive, get, read
 from mlx_densesteer.bench.hostile import Bad, bad_requests, leave_early, post, send_bad
 from mlx_densesteer.bench.soak_clients import Soak
 from mlx_densesteer.bench.solo import Case, solo_cases, two_vectors
+
+from mlx_densesteer.bench import alone, serve, servers, soak
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.steering.steering import Steering
 

@@ -96,7 +96,7 @@ def test_control_characters_become_visible():
 def test_only_the_last_block_can_still_change():
     blocks = pytest.importorskip("mlx_densesteer.chat.terminal_screen").blocks
     text = (
-        "One\ntwo.\n\n\n- item\n\n   its second paragraph\n\n- item\n \n```py\na\n\nb\n```\n\n"
+        "One\ntwo.\n\n\n- item\n\n   its second paragraph\n\n- item\n \n1. a\n2. b\n```py\na\n\nb\n```\n\n"
         "~~~\n```\n\n~~~\n\nlast\n"
     )
     finished, rest = [], ""
@@ -105,7 +105,10 @@ def test_only_the_last_block_can_still_change():
         finished += more
     assert [*finished, rest] == [
         "One\ntwo.\n\n\n",
-        "- item\n\n   its second paragraph\n\n- item\n \n",
+        "- item\n\n   its second paragraph\n\n",
+        "- item\n \n",
+        "1. a\n",
+        "2. b\n",
         "```py\na\n\nb\n```\n\n",
         "~~~\n```\n\n~~~\n\n",
         "last\n",
@@ -120,7 +123,7 @@ def lines_of(text: str, width: int = 60) -> list[str]:
 
     console = Console(file=io.StringIO(), width=width, markup=False, emoji=False)
     console.print(markdown(text), end="")
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return console.file.getvalue().splitlines()
 
 
 def test_markdown_as_models_write_it():
@@ -133,6 +136,7 @@ def test_markdown_as_models_write_it():
     assert lines_of("Kim buys 5.\n#### 34") == ["Kim buys 5.", "34"], "one step looks like one"
     assert lines_of("a\n\nb\n#### 3") == ["a", "", "b", "3"]
     assert lines_of("so:\n- a\n- b\n\n```\nx\n```") == ["so:", " • a", " • b", "", " x"]
+    assert lines_of("1. a\n\n2. b\n3. c") == [" 1 a", "", " 2 b", " 3 c"], "two steps look like two"
     assert all(
         len(line) <= 20 for line in lines_of("| a | b |\n|-|-|\n| 1 | " + 40 * "x" + " |", 20)
     )

@@ -3,9 +3,9 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
-from mlx_densesteer.extras import install_command
+from mlx_densesteer.errors import install_command
 
 
 def test_a_checkout_is_installed_again():

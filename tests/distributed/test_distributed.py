@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, at_every_layer
+from helpers import ROOT, at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.cli import main

@@ -7,7 +7,7 @@ import textwrap
 import threading
 
 import pytest
-from conftest import SHARED
+from helpers import SHARED
 
 from mlx_densesteer.evaluation import grading
 from mlx_densesteer.evaluation.grading import Grade, grade, last_boxed, normalise
@@ -153,7 +153,14 @@ def test_normalising_twice_changes_nothing_more():
 
 
 @pytest.mark.parametrize(
-    "name", ["MATH-500", "aime24", "amc23", "olympiadbench", "gsm8k-test-first659"]
+    "name",
+    [
+        "aime24",
+        "amc23",
+        "gsm8k-test-first659",
+        pytest.param("MATH-500", marks=pytest.mark.slow),
+        pytest.param("olympiadbench", marks=pytest.mark.slow),
+    ],
 )
 def test_every_gold_answer_is_right(name):
     path = SHARED / "data" / f"{name}.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from mlx_densesteer.errors import DiskError, InputError, install_command
 from mlx_densesteer.evaluation.plot import plot_sweep

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED
+from helpers import ROOT, SHARED
 from hub_server import HubServer
 
 from mlx_densesteer.errors import InputError, install_command

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from helpers import ROOT
 from mlx.utils import tree_flatten
 from mlx_lm.models.qwen2 import Model, ModelArgs
 
@@ -30,9 +30,8 @@ from mlx_densesteer.errors import (
     VectorMismatchError,
 )
 from mlx_densesteer.export import function as function_module
-from mlx_densesteer.export.function import export_function, file_size
-from mlx_densesteer.export.step import empty_cache, steered_step
-from mlx_densesteer.model.dose import mean_norms
+from mlx_densesteer.export.function import empty_cache, export_function, file_size, steered_step
+from mlx_densesteer.model.model import Model as DenseModel
 from mlx_densesteer.model.prompt import encode_prompt
 from mlx_densesteer.steering.steering import LARGE_DOSE
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
@@ -40,7 +39,7 @@ from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 CAPACITY = 24
 TOKENS = [11, 3, 77, 42, 5, 99, 100, 8, 61, 23, 7, 90, 54]
 
-LAYER = 5  # the embedded vector's default
+LAYER = 4  # the embedded vector's default
 
 
 @pytest.fixture
@@ -169,7 +168,7 @@ def test_other_precisions_and_an_untied_head(kind, tiny_loaded, make_vector, tmp
     else:
         model.set_dtype(getattr(mx, kind))
     steering = Steering(make_vector(), 2.0, (1, 2))
-    options = {"norms": {1: 1.0, 2: 1.0}, "capacity": 16, "chunks": [8]}
+    options = {"capacity": 16, "chunks": [8]}
     made = export_function(model, tokenizer, steering, tmp_path / "f.mlxfn", **options)
     dtype = {"untied": "float32", "bfloat16": "bfloat16"}.get(kind, "float16")
     assert made.metadata["cache_dtype"] == dtype
@@ -178,11 +177,11 @@ def test_other_precisions_and_an_untied_head(kind, tiny_loaded, make_vector, tmp
 
 
 def test_the_file_says_what_it_is(write, tiny_loaded):
-    function, made = write(name="org/Tiny")
+    function, made = write()
     _, text = mx.import_function(str(made.path), return_metadata=True)
     assert json.loads(text) == made.metadata == json.loads(bytes(function()[0]))
     said = made.metadata
-    assert (said["model"], said["layers"], said["strength"]) == ("org/Tiny", [1, 2], 1.5)
+    assert (said["layers"], said["strength"]) == ([1, 2], 1.5)
     assert (said["capacity"], said["chunks"], said["eos"]) == (CAPACITY, [8, 4, 1], [258])
     assert (said["vocab_size"], said["layer_count"]) == (260, 4)
     cache = function()[1:]
@@ -194,13 +193,9 @@ def test_the_file_says_what_it_is(write, tiny_loaded):
 @pytest.mark.parametrize("layers", [(2,), (0, 1, 3)])
 def test_the_file_tells_the_dose(layers, write, tiny_loaded, make_vector):
     said = write(layers)[1].metadata
-    norms = mean_norms(*tiny_loaded, make_vector(), layers)
-    doses = Steering(make_vector(), -3.0, layers).relative_dose(norms)
-    assert 3 * said["dose_per_strength"] == pytest.approx(sum(doses.values()))
+    dose = DenseModel(*tiny_loaded).dose(Steering(make_vector(), -3.0, layers))
+    assert 3 * said["dose_per_strength"] == pytest.approx(dose)
     assert said["large_dose"] == LARGE_DOSE
-    halved = {layer: norm / 2 for layer, norm in norms.items()}
-    again = write(layers, norms=halved, force=True)[1].metadata
-    assert again["dose_per_strength"] == pytest.approx(2 * said["dose_per_strength"])
 
 
 def test_the_program_of_the_page_runs_again_and_hands_its_cache_over(
@@ -349,15 +344,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 def test_the_command(tmp_path):
     path = tmp_path / "demo.mlxfn"
     arguments = ["export-function", "-m", "demo", "-v", "demo", "-o", str(path)]
-    options = ["-s", "0.1", "--relative", "--positions", "generated", "--chunk", "16"]
+    options = ["-s", "10%", "--positions", "generated", "--chunk", "16"]
     done = CliRunner().invoke(main, [*arguments, *options, "--capacity", "64"])
     assert (done.exit_code, done.stdout) == (0, f"{path}\n")
-    assert "relative dose 0.1" in done.stderr
+    assert "10% of the residual stream" in done.stderr
     assert "logits differ from run-time steering by" in done.stderr
     said = json.loads(mx.import_function(str(path), return_metadata=True)[1])
     assert (said["model"], said["vector"], said["layers"]) == ("demo", "demo", [LAYER])
     assert (said["positions"], said["chunks"]) == ("generated", [16, 1])
-    assert said["strength"] == pytest.approx(2.38, abs=0.01)
+    assert said["strength"] == pytest.approx(1.757, abs=0.01)
     assert said["strength"] * said["dose_per_strength"] == pytest.approx(0.1)
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
@@ -392,7 +387,7 @@ def demo_loaded():
 def demo_file(demo_loaded, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("function") / "demo.mlxfn"
     steering = Steering(SteeringVector.load(demo.VECTOR), 4.76, (LAYER,))
-    return export_function(*demo_loaded, steering, path, name="demo", capacity=256).path
+    return export_function(demo_loaded, steering, path, capacity=256).path
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import streams
+from helpers import streams
 
 import mlx_densesteer as ds
 from mlx_densesteer.cli import main

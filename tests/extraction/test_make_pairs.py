@@ -50,7 +50,9 @@ def solver(hf_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("solver") / "Solver"
     shutil.copytree(hf_folder, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 2048  # a token is a byte here, and a rewriter's request has 1,100
+    config["max_position_embeddings"] = (
+        2048  # a token is a byte here, and a rewriter's request has 1,100
+    )
     (folder / "config.json").write_text(json.dumps(config))
     model, tokenizer = load(hf_folder)
     model.set_dtype(mx.float32)

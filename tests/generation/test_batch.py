@@ -3,6 +3,7 @@ import random
 
 import mlx.core as mx
 import pytest
+from mlx_densesteer.generation.batch_row import make_row_sampler
 from mlx_lm.generate import BatchGenerator
 
 import mlx_densesteer as ds
@@ -11,7 +12,6 @@ from mlx_densesteer.demo import problems
 from mlx_densesteer.errors import InputError, SteeringError, VectorMismatchError
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
-from mlx_densesteer.generation.batch_row import make_row_sampler
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.prompt import encode_prompt
 

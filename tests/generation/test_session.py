@@ -16,8 +16,7 @@ from mlx_densesteer.errors import ContextError, InputError, SessionError, Vector
 from mlx_densesteer.generation.batch import Batch
 from mlx_densesteer.generation.session import Session
 from mlx_densesteer.model.cache import SteeredQuantizedKVCache
-from mlx_densesteer.model.prefix import Chunk
-from mlx_densesteer.model.prefix import Prefix
+from mlx_densesteer.model.prefix import Chunk, Prefix
 from mlx_densesteer.model.prompt import encode_prompt
 
 # Thousands of sequences take minutes: DENSESTEER_EXAMPLES=3000 scripts/test -k random_operations

@@ -1,9 +1,9 @@
 import random
 
 import pytest
+from mlx_densesteer.generation.stopping import Pending, _held_back
 
 from mlx_densesteer.errors import InputError
-from mlx_densesteer.generation.stopping import Pending, _held_back
 from mlx_densesteer.generation.answer import check_limits
 
 

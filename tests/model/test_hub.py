@@ -15,7 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from hub_server import HubServer
 
 REPO, BIG, LLAMA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Llama"

@@ -2,7 +2,7 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
-from conftest import at_every_layer
+from helpers import at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError

@@ -1,7 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import streams
+from helpers import streams
 
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.model.block import patch

@@ -61,8 +61,9 @@ def shorten(body):
     if len(str(body.get("model"))) % 4:
         body.pop("model", None)
     if isinstance(steering, dict) and len(str(steering)) % 4:
-        for one in steering.get("vectors", [steering]):
-            one["source" if "vectors" in steering else "vector"] = "dense"
+        steering["vector"] = "demo"
+        if isinstance(steering.get("strength"), str) and len(str(steering)) % 3:
+            steering["strength"] = "20%"
     for name in ("max_tokens", "max_completion_tokens"):
         if isinstance(body.get(name), int):
             body[name] = min(body[name], 3)
@@ -76,20 +77,13 @@ CHECKS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def process():
-    with server_process() as server:
-        yield server
-        assert "Traceback" not in server.said
-
-
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_whatever_is_sent_is_answered_as_described(process, method, path):
     statuses = collections.Counter()
-    fuzz(process, method, path, 150 if method == "POST" else 25, statuses)
+    fuzz(process, method, path, 100 if method == "POST" else 25, statuses)
     if method == "POST":
         found = {status for _, status in statuses}
-        assert 400 in found
+        assert {200, 400} <= found <= {200, 400, 404}
 
 
 def main(examples):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import at_every_layer
+from helpers import at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError

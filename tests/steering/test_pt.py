@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from helpers import SHARED
 
 from mlx_densesteer.errors import VectorFormatError
 from mlx_densesteer.steering.formats import import_vector
