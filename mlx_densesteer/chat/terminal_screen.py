@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, emphasis, escape
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Heading, Markdown
@@ -125,7 +126,7 @@ class _Foot:
     def keep(self, content: RenderableType) -> None:
         """Print ``content`` for good, in place of what is painted."""
         self._content = Text()
-        self._console.print(content)
+        self._console.print(Group(content))  # print would take ``no_wrap`` from a bare Text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         settings = self._now().lines(options.max_width, "Ctrl-C stops")
@@ -163,9 +164,14 @@ def _no_echo() -> Iterator[None]:
 
 
 def blocks(text: str) -> list[str]:
-    """Cut Markdown at its top-level blocks, at least one; only the last can change with what follows."""
+    """Cut Markdown at its top-level blocks and list items; only the last can change with what follows."""
     lines = list(io.StringIO(text))
-    begin = [token.map[0] for token in _PARSER.parse(text) if token.map and token.level == 0]
+    begin = [
+        token.map[0]
+        for token in _PARSER.parse(text)
+        if (token.level == 0 and token.map and not token.type.endswith("_list_open"))
+        or (token.level == 1 and token.type == "list_item_open")
+    ]
     borders = [0, *begin[1:], len(lines)]
     return ["".join(lines[a:b]) for a, b in itertools.pairwise(borders)]
 
@@ -204,7 +210,8 @@ class _Block(Markdown):
         lines = list(Segment.split_lines(super().__rich_console__(console, options)))
         written = [n for n, line in enumerate(lines) if "".join(part.text for part in line).strip()]
         for line in lines[written[0] : written[-1] + 1] if written else []:
-            yield from line
+            text = "".join(part.text for part in line).rstrip()
+            yield from Segment.adjust_line_length(line, cell_len(text), pad=False)
             yield Segment.line()
         if self._blank_below:
             yield Segment.line()
