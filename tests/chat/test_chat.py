@@ -186,8 +186,8 @@ def test_the_history_is_the_users_own(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def steering(demo_model):
-    """The demo's steering at a dose of 20 %: answers of one step."""
-    return resolve(demo_model, "demo", "20%")
+    """A dose of 20 % at layer 5: answers of one step, whatever the demo's default layer is."""
+    return resolve(demo_model, "demo", "20%", [5])
 
 
 def answer(session, text):
@@ -359,7 +359,7 @@ def test_a_pipe_is_a_conversation(tmp_path):
         "last",
     ]
     run = subprocess.run(
-        [sys.executable, "-m", "mlx_densesteer", "chat", "-m", "demo", "-v", "demo", "-n", "40"],
+        [sys.executable, "-m", "mlx_densesteer", "chat", "-m", "demo", "-v", "demo", "-l", "5", "-n", "40"],
         input="\n".join(lines).encode() + b"\n\xff\n", capture_output=True, timeout=120, check=False,
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
     )  # fmt: skip

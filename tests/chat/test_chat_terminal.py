@@ -15,6 +15,7 @@ COINS = (
     "Kim has 12 coins. Then Kim buys 5. Next the number doubles. How many coins does Kim have now?"
 )
 ALT_ENTER = "\x1b\r"
+STEERED = ("-v", "demo", "-l", "5")  # the answers below, whatever the demo's default layer is
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def ask(terminal: Terminal, text: str, until: str, count: int = 1) -> str:
 
 
 def test_a_conversation(chat, tmp_path):
-    terminal = chat("-v", "demo")
+    terminal = chat(*STEERED)
     assert "Ask it this:\nZoe has 7 rows" in terminal.text
     settings = "demo | vector demo | layer 5 | dose +20% (strength +4.76) | 0/1024 tokens"
     terminal.wait(re.escape(settings))
@@ -90,7 +91,7 @@ def test_several_lines_and_editing(chat):
 
 
 def test_ctrl_c_keeps_what_was_said_and_the_settings_stay_in_sight(chat):
-    terminal = chat("-v", "demo", "-s", "100%", "--no-brake", "-n", "900")
+    terminal = chat(*STEERED, "-s", "100%", "--no-brake", "-n", "900")
     ask(terminal, COINS, r"strength \+23\.8\)[^>]*Ctrl-C stops")
     columns = 160
     terminal.resize(columns, 24)
@@ -110,7 +111,7 @@ def test_ctrl_c_keeps_what_was_said_and_the_settings_stay_in_sight(chat):
 
 
 def test_every_command(chat, tmp_path):
-    terminal = chat("-v", "demo", columns=100, lines=50, NO_COLOR="1")
+    terminal = chat(*STEERED, columns=100, lines=50, NO_COLOR="1")
     ask(terminal, COINS, r"density 31\.0")
     ask(
         terminal,
@@ -147,7 +148,9 @@ def test_every_command(chat, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
     ask(terminal, "/help", r"sends a text that begins with a slash")
     terminal.resize(40, 20)
-    ask(terminal, "/vector demo", r"vector demo, layer 5, dose \+20%")
+    ask(terminal, "/vector demo", r"vector demo, layer \d, dose \+20%")
+    ask(terminal, "/layer 5", r"vector demo, layer 5, dose")
+    ask(terminal, "/strength 20%", r"vector demo, layer 5, dose \+20%")
     text = ask(
         terminal, f"/compare {COINS}", r"(?s)dose \+20%.*\+20% \(strength \+4\.76\): 31\n? ?tokens"
     )
@@ -162,7 +165,7 @@ def test_every_command(chat, tmp_path):
 
 
 def test_a_dumb_terminal_gets_plain_lines(tmp_path):
-    command = [sys.executable, "-m", "mlx_densesteer", "chat", "-m", "demo", "-v", "demo"]
+    command = [sys.executable, "-m", "mlx_densesteer", "chat", "-m", "demo", *STEERED]
     terminal = Terminal(command, {**os.environ, "XDG_STATE_HOME": str(tmp_path)}, term="dumb")
     try:
         terminal.wait(r"(?m)^\+20%>$")
