@@ -1,0 +1,224 @@
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load as mlx_lm_load
+
+import mlx_densesteer as ds
+from mlx_densesteer.errors import ContextError, InputError, ModelError, VectorMismatchError
+from mlx_densesteer.model import model as model_module
+from mlx_densesteer.model.block import SteeredBlock
+from mlx_densesteer.model.model import Model, takes_model
+
+
+@pytest.fixture(scope="module")
+def model(hf_folder):
+    return ds.load(hf_folder)
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return ds.SteeringVector.load("demo")
+
+
+def without_norms(vector, **changes):
+    meta = replace(vector.meta, **{"residual_norms": None} | changes)
+    return ds.SteeringVector(vector.layers, meta)
+
+
+def test_it_unpacks_as_the_pair_of_mlx_lm(model):
+    network, tokenizer = model
+    assert network is model.network and tokenizer is model.tokenizer
+    assert (model.layer_count, model.hidden_size, model.context) == (4, 64, 512)
+    assert all(type(block) is SteeredBlock for block in network.model.layers)
+
+
+def test_of_takes_a_model_or_a_pair(model, hf_folder):
+    assert Model.of(model) is model
+    pair = mlx_lm_load(str(hf_folder))
+    made = Model.of(pair)
+    assert (made.network, made.tokenizer) == pair[:2] and made.name == "Tiny-Qwen2"
+    assert made.fingerprint == model.fingerprint
+    for wrong in (model.network, None, "demo", (1, 2), (model.network,), [*model]):
+        with pytest.raises(InputError, match="given as a model: expected what load returns"):
+            Model.of(wrong)
+    with pytest.raises(ModelError, match="expected a Qwen2 model"):
+        Model.of((mx_linear(), model.tokenizer))
+
+
+def mx_linear():
+    import mlx.nn as nn
+
+    return nn.Linear(2, 2)
+
+
+def test_each_thing_is_worked_out_once(hf_folder, vector, make_vector, monkeypatch):
+    calls = []
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            calls.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("_bfloat16_bytes", "residual_norms"):
+        monkeypatch.setattr(model_module, name, counted(name, getattr(model_module, name)))
+    model = ds.load(hf_folder)
+    assert calls == []  # loading works nothing out
+    norm_weights = 2 * model.layer_count + 1
+    for _ in range(3):
+        assert model.info.fingerprint == model.fingerprint
+        assert model.info is model.info
+        assert len(model.chat_template_sha256) == 64
+    assert calls == ["_bfloat16_bytes"] * norm_weights
+    for layers in ([1], [0, 3], [2]):
+        model.norms(make_vector(), layers)
+        model.dose(ds.resolve(model, make_vector(), "10%", layers))
+    assert calls.count("residual_norms") == 3  # three fixed texts, all layers at once
+    assert calls.count("_bfloat16_bytes") == norm_weights
+
+
+def test_norms_are_those_of_the_file_or_measured_and_mean_the_same(demo_model, vector):
+    stored = demo_model.norms(vector, [4, 1, 5, 4])
+    assert stored == {k: vector.residual_norms[k] for k in (1, 4, 5)}
+    measured = demo_model.norms(without_norms(vector), [1, 4, 5])
+    assert measured != stored
+    assert measured == pytest.approx(stored, rel=0.1)
+
+
+def test_norms_recorded_from_other_weights_or_other_layers_are_not_used(demo_model, vector):
+    measured = demo_model.measured_norms[5]
+    for changes in (
+        {"residual_norms": {"5": 1.0}, "fingerprint": "0" * 16},
+        {"residual_norms": {"5": 1.0}, "fingerprint": None},
+        {"residual_norms": {"4": 1.0}},
+    ):
+        assert demo_model.norms(without_norms(vector, **changes), [5]) == {5: measured}
+
+
+@pytest.mark.parametrize("layers", [[5], [4, 5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("dose", [0.2, -0.05])
+def test_the_dose_asked_for_is_the_dose_told(demo_model, vector, layers, dose):
+    steering = ds.resolve(demo_model, vector, f"{100 * dose}%", layers=layers)
+    assert steering.layers == tuple(layers)
+    assert demo_model.dose(steering) == pytest.approx(abs(dose), abs=1e-6)
+    assert (steering.strength < 0) == (dose < 0)
+
+
+def test_no_steering_is_no_dose(demo_model, vector):
+    assert demo_model.dose(None) == demo_model.dose(ds.Steering(vector, 0.0, (5,))) == 0.0
+
+
+ROOM = [  # tokens that are there, wanted, a narrower limit -> room; None: refused. The context is 512.
+    (0, 10, None, 10),
+    (500, 10, None, 10),
+    (500, 12, None, 12),
+    (500, 13, None, 12),
+    (511, 2048, None, 1),
+    (512, 1, None, None),
+    (513, 1, None, None),
+    (5000, 1, None, None),
+    (511, 0, None, 0),  # 0: only to be read
+    (512, 0, None, 0),
+    (513, 0, None, None),
+    (50, 100, 60, 10),
+    (60, 100, 60, None),
+    (60, 0, 60, 0),
+    (500, 100, 9999, 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "wanted", "limit", "room"), ROOM)
+def test_room(model, tokens, wanted, limit, room):
+    if room is not None:
+        assert model.room(tokens, wanted, limit=limit) == room
+        return
+    context = min(512, limit or 512)
+    with pytest.raises(
+        ContextError, match=f"prompt 3 has {tokens} tokens, .* context is {context}"
+    ):
+        model.room(tokens, wanted, limit=limit, what="prompt 3")
+
+
+def test_a_vector_of_another_model_does_not_fit(model, make_vector):
+    model.check_fits(make_vector())
+    with pytest.raises(VectorMismatchError, match="width 32, but Tiny-Qwen2 has hidden size 64"):
+        model.check_fits(make_vector(hidden=32))
+
+
+@takes_model
+def describe(model, *rest, **options):
+    return model, rest, options
+
+
+@takes_model
+def with_a_tokenizer_of_its_own(model, prompt, *, tokenizer=None):
+    return model, prompt, tokenizer
+
+
+class Thing:
+    @takes_model
+    def __init__(self, model, number=0):
+        self.model, self.number = model, number
+
+    @takes_model
+    def method(self, model, number):
+        return self, model, number
+
+    @classmethod
+    @takes_model
+    def made(cls, model, number):
+        return cls, model, number
+
+
+def test_a_function_that_takes_a_model_takes_a_pair_too(model):
+    network, tokenizer = model
+    for arguments, options in [
+        ((model, 1), {}),
+        ((network, tokenizer, 1), {}),
+        (((network, tokenizer), 1), {}),
+        ((network, 1), {"tokenizer": tokenizer}),
+    ]:
+        found, rest, left = describe(*arguments, **options, x=2)
+        assert (found.network, found.tokenizer) == (network, tokenizer)
+        assert (rest, left) == ((1,), {"x": 2})
+    for options in (
+        {"model": model},
+        {"model": (network, tokenizer)},
+        {"model": network, "tokenizer": tokenizer},
+    ):
+        found, rest, left = describe(**options, x=2)
+        assert (found.network, found.tokenizer) == (network, tokenizer)
+        assert (rest, left) == ((), {"x": 2})
+    assert describe(model)[0] is model
+    assert describe.__name__ == "describe"
+
+
+def test_a_method_that_takes_a_model_takes_a_pair_too(model):
+    network, tokenizer = model
+    for thing in (Thing(model, 3), Thing(network, tokenizer, 3), Thing((network, tokenizer), 3),
+                  Thing(model=model, number=3), Thing(network, tokenizer=tokenizer, number=3)):  # fmt: skip
+        assert (thing.model.network, thing.number) == (network, 3)
+        found = thing.method(network, tokenizer, 4)
+        assert (found[0], found[1].network, found[2]) == (thing, network, 4)
+    found = Thing.made(network, tokenizer, 5)
+    assert (found[0], found[1].network, found[2]) == (Thing, network, 5)
+
+
+def test_what_is_no_model_is_refused(model):
+    for arguments in ((), (None,), ("demo",), (model.network,), (model.network, "prompt")):
+        with pytest.raises((InputError, TypeError)):
+            describe(*arguments)
+    with pytest.raises(InputError, match="expected what load returns"):
+        ds.generate(model.network, "hello")
+
+
+def test_other_options_named_tokenizer_stay(model):
+    assert with_a_tokenizer_of_its_own(model, "x", tokenizer=3)[1:] == ("x", 3)
+
+
+def test_the_demo_model_is_computed_in_a_dtype_that_the_cpu_is_fast_at(demo_model):
+    cpu = mx.default_device() == mx.Device(mx.cpu)
+    assert demo_model.info.dtype == ("float32" if cpu else "bfloat16")
+    assert (demo_model.name, demo_model.context) == ("demo", 1024)
