@@ -1,0 +1,150 @@
+"""The same words give the same steering, whichever door they come through.
+
+A door takes a model, a vector's file and what is asked (some of strength, layers, positions) and returns the
+``Steering``. Add one to ``DOORS``. A door raises ``CannotSay`` for what its words cannot express.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+
+import mlx_densesteer as ds
+from mlx_densesteer.steering.request import request
+
+RECOMMENDED = {"layer": 3, "strength": 2.5, "positions": "generated"}
+VECTORS = {
+    "as embedded": {},
+    "swept": {"recommended": RECOMMENDED},
+    "measured": {"recommended": None, "margin_gain": {"1": 0.9, "4": 0.5}},
+    "neither": {"recommended": None, "margin_gain": None},
+    "of other weights": {"recommended": None, "margin_gain": None, "fingerprint": "0" * 16},
+}
+ASKED = [
+    {},
+    {"strength": 1.5},
+    {"strength": "20%"},
+    {"strength": "-5%"},
+    {"strength": 0},
+    {"layers": (3,)},
+    {"layers": (2, 4)},
+    {"positions": "prompt"},
+    {"strength": "20%", "layers": (4, 5)},
+    {"strength": -2, "layers": (3,), "positions": "all"},
+]
+
+
+class CannotSay(Exception):
+    """This door has no words for what is asked."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with one file for each kind of vector."""
+    folder, demo = tmp_path_factory.mktemp("vectors"), ds.SteeringVector.load("demo")
+    for name, changes in VECTORS.items():
+        vector = ds.SteeringVector(demo.layers, replace(demo.meta, **changes))
+        vector.save(folder / f"{name.replace(' ', '-')}.npz")
+    return folder
+
+
+def by_request(model, path, asked):
+    return request(ds.SteeringVector.load(path), **asked).steering(model)
+
+
+def by_session(model, path, asked):
+    if "layers" in asked:
+        raise CannotSay("set_layers keeps lambda")
+    session = ds.Session(model)
+    session.set_vector(ds.SteeringVector.load(path))
+    if "strength" in asked:
+        session.set_strength(asked["strength"])
+    if "positions" in asked:
+        session.set_positions(asked["positions"])
+    return session.steering
+
+
+def by_command_line(model, path, asked):
+    import click
+    from click.testing import CliRunner
+
+    from mlx_densesteer.cli.options import steering_options
+    from mlx_densesteer.cli.steering import read_steering, steering_for
+
+    found = []
+
+    @click.command()
+    @steering_options
+    def command(vector, strength, layers, positions):
+        found.append(steering_for(read_steering(vector, strength, layers, positions), model))
+
+    words = ["-v", str(path)]
+    if "strength" in asked:
+        words += ["-s", str(asked["strength"])]
+    if "layers" in asked:
+        words += ["-l", ",".join(map(str, asked["layers"]))]
+    if "positions" in asked:
+        words += ["--positions", asked["positions"]]
+    done = CliRunner().invoke(command, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def by_server(model, path, asked):
+    from mlx_densesteer.server.schema import SteeringField
+    from mlx_densesteer.server.vectors import Vectors
+
+    field = {"vector": path.stem} | asked
+    if "layers" in field:
+        field["layers"] = list(field["layers"])
+    found = Vectors([], path.parent, model, "demo").asked(None, SteeringField.model_validate(field))
+    return found and found.steering
+
+
+def by_model_name(model, path, asked):
+    from mlx_densesteer.server.vectors import Vectors
+
+    if asked.keys() - {"strength"}:
+        raise CannotSay("a model's name says the strength only")
+    amount = f"={asked['strength']}" if asked else ""
+    found = Vectors([], path.parent, model, "demo").asked(f"demo@{path.stem}{amount}", None)
+    return found and found.steering
+
+
+def by_lm_eval(model, path, asked):
+    pytest.importorskip("lm_eval")
+    from mlx_densesteer.evaluation.harness import _read_request
+
+    layer = ",".join(map(str, asked["layers"])) if "layers" in asked else None
+    made = _read_request(str(path), asked.get("strength"), layer, asked.get("positions"))
+    return made.steering(model)
+
+
+DOORS = [by_request, by_session, by_command_line, by_server, by_model_name, by_lm_eval]
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_gives_the_steering_of_resolve(demo_model, files, door, name, subtests):
+    path = files / f"{name.replace(' ', '-')}.npz"
+    for asked in ASKED:
+        with subtests.test(**asked), contextlib.suppress(CannotSay):
+            expected = ds.resolve(demo_model, path, **asked)
+            found = door(demo_model, path, asked)
+            if found is None:  # the stock model
+                assert expected.strength == 0
+                continue
+            assert (found.layers, found.positions) == (expected.layers, expected.positions)
+            assert found.strength == expected.strength
+            assert found.fingerprint == expected.fingerprint
+
+
+def test_the_kinds_of_vector_differ(demo_model, files):
+    found = [ds.resolve(demo_model, path) for path in sorted(files.glob("*.npz"))]
+    assert len({one.layers for one in found}) >= 3
+    assert len({(one.layers, one.strength) for one in found}) >= 4
+
+
+@pytest.mark.parametrize("door", [by_command_line, by_lm_eval])
+def test_the_embedded_vector_is_called_demo(demo_model, door):
+    assert door(demo_model, "demo", {}).fingerprint == ds.resolve(demo_model, "demo").fingerprint
