@@ -94,6 +94,9 @@ class Model:
     def __iter__(self) -> Iterator[nn.Module | TokenizerWrapper]:
         return iter((self.network, self.tokenizer))
 
+    def __getitem__(self, index: int | slice) -> nn.Module | TokenizerWrapper | tuple:
+        return (self.network, self.tokenizer)[index]
+
     @property
     def layer_count(self) -> int:
         return self.network.args.num_hidden_layers

@@ -1,0 +1,138 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_densesteer.errors import InputError
+from mlx_densesteer.generation.answer import (
+    PartialAnswer,
+    StopTexts,
+    check_limits,
+    density,
+    split_steps,
+)
+from mlx_densesteer.generation.brake import Brake
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", []),
+        ("\n\n \n", []),
+        ("one", ["one"]),
+        ("one\nstill one", ["one\nstill one"]),
+        ("one\n\ntwo", ["one", "two"]),
+        ("one\n \t\ntwo\n\n\n\nthree\n\n", ["one", "two", "three"]),
+        ("one\r\n\r\ntwo", ["one", "two"]),
+    ],
+)
+def test_steps_are_blocks_between_blank_lines(text, steps):
+    assert split_steps(text) == steps
+
+
+def test_density_is_tokens_per_step():
+    assert density(90, 4) == 22.5
+    assert density(3, 0) is None
+
+
+def test_limits_are_checked():
+    check_limits(1, [])
+    check_limits(9, ["\n", "END"])
+    with pytest.raises(InputError, match="max tokens 0: expected at least 1"):
+        check_limits(0, [])
+    with pytest.raises(InputError, match="a stop text is empty"):
+        check_limits(1, ["END", ""])
+
+
+def test_text_is_held_back_only_while_it_could_become_a_stop():
+    for text, stop, held in (
+        ("abc", "cde", "c"),
+        ("abcd", "cde", "cd"),
+        ("abcd", "xyz", ""),
+        ("aaaa", "aaab", "aaa"),
+    ):
+        texts = StopTexts([stop])
+        texts.feed(text)
+        assert (texts.text + texts.held, texts.held) == (text, held)
+
+
+def test_without_stop_texts_everything_is_said_at_once():
+    texts = StopTexts()
+    for piece, said in (("one", "one"), ("", "one"), (" two", "one two")):
+        texts.feed(piece)
+        assert (texts.text, texts.held, texts.stopped) == (said, "", False)
+
+
+def test_what_was_held_comes_when_it_is_no_stop_text():
+    texts = StopTexts(["<end>"])
+    texts.feed("a <e")
+    assert (texts.text, texts.held) == ("a ", "<e")
+    texts.feed("l> <en")
+    assert (texts.text, texts.held, texts.stopped) == ("a <el> ", "<en", False)
+
+
+def test_a_stop_text_ends_it_for_good():
+    texts = StopTexts(["STOP", "a"])
+    for piece in ("xyST", "OP more a", "late"):
+        texts.feed(piece)
+    assert (texts.text, texts.held, texts.stopped) == ("xy", "", True)
+
+
+def test_any_cut_into_pieces_gives_the_text_before_the_first_stop_text():
+    rng = random.Random(4)
+    for _ in range(300):
+        text = "".join(rng.choices("ab", k=rng.randrange(30)))
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 6))) for _ in range(rng.randrange(3))]
+        texts, left = StopTexts(stops), text
+        while left:
+            size = rng.randrange(1, 5)
+            texts.feed(left[:size])
+            left = left[size:]
+            assert not any(stop in texts.text for stop in stops)
+        ends = [at for at in map(text.find, stops) if at >= 0]
+        said = texts.text + texts.held
+        assert texts.stopped == bool(ends)
+        if not ends:
+            assert said == text
+        else:  # two stop texts that overlap: the one that is complete first counts
+            first = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+            assert text.startswith(said) and len(said) < first
+
+
+class Letters:
+    """A tokenizer of which token N is the N-th letter, with mlx-lm's streaming detokenizer."""
+
+    @property
+    def detokenizer(self):
+        return LettersOut()
+
+
+class LettersOut:
+    last_segment = ""
+
+    def add_token(self, token):
+        self.last_segment = chr(97 + token)
+
+    def finalize(self):
+        self.last_segment = ""
+
+
+def test_text_without_repeats_is_shown_with_each_token():
+    answer = PartialAnswer(Letters(), Brake())
+    for token in range(26):
+        answer.add(token)
+        assert answer.show() == chr(97 + token)
+
+
+@given(st.lists(st.integers(0, 3), max_size=400), st.booleans())
+def test_what_was_shown_is_never_taken_back(tokens, rest):
+    answer, shown = PartialAnswer(Letters(), Brake(limit=8, window=32)), ""
+    for token in tokens:
+        answer.add(token)
+        shown += answer.show()
+        assert answer.text.startswith(shown)
+        if answer.loop_start is not None:
+            answer = answer.before_the_loop(watch=rest)
+            assert answer.text.startswith(shown) and len(answer.ids) >= len(shown)
+    assert shown + answer.show_rest() == answer.text
