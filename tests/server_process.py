@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from mlx_densesteer import demo
 
 
 class ServerProcess:
@@ -18,6 +19,7 @@ class ServerProcess:
     def __init__(self, arguments: list[str], environment: dict[str, str]):
         self.lines: list[str] = []
         self.url = ""
+        self._up = threading.Event()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlx_densesteer", "serve", *arguments], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment,
@@ -35,16 +37,11 @@ class ServerProcess:
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def await_url(self, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while not self.url:
-            found = re.search(r"serving .* on (http://\S+)", self.said)
-            self.url = found[1] if found else ""
-            if self.process.poll() is not None and not found:
-                self._reader.join()
-                raise RuntimeError(f"the server did not start:\n{self.said}")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the server is not up after {seconds} s:\n{self.said}")
-            time.sleep(0.05)
+        """Wait until the server listens; raise with what it said if it does not."""
+        if not self._up.wait(seconds) or not self.url:
+            self.process.kill()
+            self._reader.join()
+            raise RuntimeError(f"the server did not start:\n{self.said}")
         return self.url
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
@@ -58,6 +55,10 @@ class ServerProcess:
     def _read(self) -> None:
         for line in self.process.stdout or ():
             self.lines.append(line)
+            if found := re.search(r"serving .* on (http://\S+)", line):
+                self.url = found[1]
+                self._up.set()
+        self._up.set()  # it has ended
 
 
 @contextlib.contextmanager
@@ -71,3 +72,9 @@ def server_process(*arguments: str, **environment: str) -> Iterator[ServerProces
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
+
+
+def assert_no_internals(text: str) -> None:
+    """Check that a text for clients, or a log, has no traceback and no path of this machine."""
+    assert "Traceback" not in text and "Exception" not in text
+    assert str(Path(demo.__file__).parent) not in text and "/site-packages" not in text

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -69,8 +70,13 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(model="demo", given=None, *, folder=None, access=None, **limits) -> Iterator[Serving]:
-    """Serve ``model`` on a thread; ``given`` are ``NamedVector``s, by default the demo's at 20 %, layer 5."""
+def serving(
+    model="demo", given=None, *, folder=None, access=None, send_buffer=None, **limits
+) -> Iterator[Serving]:
+    """Serve ``model`` on a thread; ``given`` are ``NamedVector``s, by default the demo's at 20 %, layer 5.
+
+    ``send_buffer`` is the size of the sockets' buffers in bytes: small, a reader that stalls is soon seen.
+    """
     from mlx_densesteer.server.listening import listen, open_socket
     from mlx_densesteer.server.settings import Access, ServerLimits, Settings
     from mlx_densesteer.server.start import model_id, start
@@ -80,6 +86,8 @@ def serving(model="demo", given=None, *, folder=None, access=None, **limits) -> 
     given = demo_vector() if given is None else given
     service = start(str(model), given, settings, cache_bytes=256 * 2**20)
     listener = open_socket("127.0.0.1", 0)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     uvicorn = []
     thread = threading.Thread(
