@@ -3,13 +3,12 @@ import random
 
 import mlx.core as mx
 import pytest
-from mlx_densesteer.generation.batch_row import make_row_sampler
+from helpers import at_every_layer
 from mlx_lm.generate import BatchGenerator
 
 import mlx_densesteer as ds
-from mlx_densesteer import demo
 from mlx_densesteer.demo import problems
-from mlx_densesteer.errors import InputError, SteeringError, VectorMismatchError
+from mlx_densesteer.errors import ContextError, InputError, SteeringError, VectorMismatchError
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
 from mlx_densesteer.model.block import make_cache
@@ -18,32 +17,30 @@ from mlx_densesteer.model.prompt import encode_prompt
 PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
 
 
-@pytest.fixture
-def loaded(hf_folder, tmp_path):
-    folder = ds.convert(hf_folder, tmp_path / "tiny", bits=None, dtype="float32")
-    return ds.load(folder)
+@pytest.fixture(scope="module")
+def model(hf_folder):
+    model = ds.load(hf_folder)
+    model.network.set_dtype(mx.float32)
+    return model
 
 
 def rows_of(vector, positions="all"):
     """One steering for each prompt: none, zero, and several strengths and layers."""
     some = itertools.product((1.0, -2.0), ((0,), (2,), (0, 3)))
     steered = [ds.Steering(vector, s, layers, positions) for s, layers in some]
-    return [None, ds.Steering(vector, 0.0), *steered, None]
+    return [None, at_every_layer(vector, 0.0), *steered, None]
 
 
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_every_row_equals_its_solo_run(loaded, make_vector, positions, rows):
-    model, tokenizer = loaded
+def test_every_row_equals_its_solo_run(model, make_vector, positions, rows):
     steering = rows_of(make_vector(), positions)
     limits = [5, 12, 1, 7, 9, 12, 3, 8, 11]
-    found = dict(
-        generate_batch(model, tokenizer, PROMPTS, steering=steering, max_tokens=limits, rows=rows)
-    )
+    found = dict(generate_batch(model, PROMPTS, steering=steering, max_tokens=limits, rows=rows))
     assert sorted(found) == list(range(len(PROMPTS)))
     texts = set()
     for index, (prompt, how, limit) in enumerate(zip(PROMPTS, steering, limits, strict=True)):
-        alone = ds.generate(model, tokenizer, prompt, steering=how, max_tokens=limit)
+        alone = ds.generate(model, prompt, steering=how, max_tokens=limit)
         together = found[index]
         for name in ("text", "token_ids", "prompt_tokens", "finish_reason", "steering"):
             assert getattr(together, name) == getattr(alone, name), (index, name)
@@ -51,26 +48,22 @@ def test_every_row_equals_its_solo_run(loaded, make_vector, positions, rows):
     assert len(texts) > 4  # the steerings do differ
 
 
-def test_one_steering_for_all_rows_and_rows_in_the_order_in_which_they_end(loaded, make_vector):
-    model, tokenizer = loaded
-    steering = ds.Steering(make_vector(), 3.0)
+def test_one_steering_for_all_rows_and_rows_in_the_order_in_which_they_end(model, make_vector):
+    steering = at_every_layer(make_vector(), 3.0)
     limits = [9, 2, 5]
-    results = list(
-        generate_batch(model, tokenizer, PROMPTS[:3], steering=steering, max_tokens=limits)
-    )
+    results = list(generate_batch(model, PROMPTS[:3], steering=steering, max_tokens=limits))
     lengths = [one.tokens for _, one in results]
     assert lengths == sorted(lengths)
     assert all(one.steering is steering for _, one in results)
     assert all(one.time_to_first_token > 0 for _, one in results)
 
 
-def test_a_stop_text_ends_one_row_and_not_its_neighbours(loaded):
-    model, tokenizer = loaded
-    free = [one for _, one in sorted(generate_batch(model, tokenizer, PROMPTS[:3], max_tokens=8))]
+def test_a_stop_text_ends_one_row_and_not_its_neighbours(model):
+    free = [one for _, one in sorted(generate_batch(model, PROMPTS[:3], max_tokens=8))]
     stop = free[0].text[2:4]
-    found = dict(generate_batch(model, tokenizer, PROMPTS[:3], max_tokens=8, stop=[stop]))
+    found = dict(generate_batch(model, PROMPTS[:3], max_tokens=8, stop=[stop]))
     for index, before in enumerate(free):
-        expected = ds.generate(model, tokenizer, PROMPTS[index], max_tokens=8, stop=[stop])
+        expected = ds.generate(model, PROMPTS[index], max_tokens=8, stop=[stop])
         assert found[index].text == expected.text
         assert found[index].finish_reason == expected.finish_reason
         if stop not in before.text:
@@ -79,15 +72,13 @@ def test_a_stop_text_ends_one_row_and_not_its_neighbours(loaded):
     assert found[0].text == free[0].text[: free[0].text.find(stop)]
 
 
-def test_messages_go_through_the_chat_template(loaded):
-    model, tokenizer = loaded
-    ((_, one),) = generate_batch(model, tokenizer, ["Hello"], system="Be brief.", max_tokens=4)
-    alone = ds.generate(model, tokenizer, "Hello", system="Be brief.", max_tokens=4)
+def test_messages_go_through_the_chat_template(model):
+    ((_, one),) = generate_batch(model, ["Hello"], system="Be brief.", max_tokens=4)
+    alone = ds.generate(model, "Hello", system="Be brief.", max_tokens=4)
     assert (one.token_ids, one.prompt_tokens) == (alone.token_ids, alone.prompt_tokens)
 
 
-def test_closing_early_ends_the_rows_that_run(loaded, monkeypatch):
-    model, tokenizer = loaded
+def test_closing_early_ends_the_rows_that_run(model, monkeypatch):
     made, closed = [], []
 
     class Spy(BatchGenerator):
@@ -100,51 +91,75 @@ def test_closing_early_ends_the_rows_that_run(loaded, monkeypatch):
             super().close()
 
     monkeypatch.setattr("mlx_densesteer.generation.batch.BatchGenerator", Spy)
-    rows = generate_batch(model, tokenizer, PROMPTS, max_tokens=[2] + [99] * 8, rows=4)
+    rows = generate_batch(model, PROMPTS, max_tokens=[2] + [99] * 8, rows=4)
     index, one = next(rows)
     assert (index, one.tokens) == (0, 2)
     assert len(made) == 1 and not closed
     rows.close()
     assert closed == made
-    list(generate_batch(model, tokenizer, PROMPTS[:2], max_tokens=3))
+    list(generate_batch(model, PROMPTS[:2], max_tokens=3))
     assert len(made) == 2 and closed == made
 
 
-def test_progress_is_told_in_tokens(loaded):
-    model, tokenizer = loaded
+def test_progress_is_told_in_tokens(model):
     told = []
     limits = [40, 10]
-    list(generate_batch(model, tokenizer, PROMPTS[:2], max_tokens=limits, progress=told.append))
+    list(generate_batch(model, PROMPTS[:2], max_tokens=limits, progress=told.append))
     assert told == [16 + 10, 32 + 10]
 
 
-def test_no_prompts_give_nothing(loaded):
-    assert list(generate_batch(*loaded, [])) == []
+def test_no_prompts_give_nothing(model):
+    assert list(generate_batch(model, [])) == []
 
 
-def test_what_cannot_run_is_refused_before_anything_runs(loaded, make_vector):
-    model, tokenizer = loaded
+def test_what_cannot_run_is_refused_before_anything_runs(model, make_vector):
     wide = make_vector(hidden=96)
     cases = [
         ({"steering": [None]}, InputError, "1 steerings for 2 prompts"),
-        ({"steering": ds.Steering(wide)}, VectorMismatchError, "width 96"),
+        ({"steering": at_every_layer(wide)}, VectorMismatchError, "width 96"),
         ({"max_tokens": [1, 0]}, InputError, "max tokens 0"),
         ({"rows": 0}, InputError, "0 rows"),
         ({"stop": [""]}, InputError, "stop text is empty"),
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message):
-            generate_batch(model, tokenizer, PROMPTS[:2], **options)
+            generate_batch(model, PROMPTS[:2], **options)
     with pytest.raises(InputError, match="no tokens"):
-        generate_batch(model, tokenizer, [[]])
+        generate_batch(model, [[]])
 
 
-def test_a_seed_makes_a_sampled_batch_repeatable(loaded):
-    model, tokenizer = loaded
+def test_a_response_ends_where_the_context_does_and_no_prompt_may_fill_it(demo_model):
+    context = demo_model.context
+    assert context == 1024
+    found = dict(generate_batch(demo_model, [[5] * (context - 3), [5] * 4], max_tokens=[30, 6]))
+    assert (found[0].tokens, found[0].finish_reason, found[0].prompt_tokens) == (3, "length", 1021)
+    for length in (context, 1100):
+        message = f"prompt 1 has {length} tokens, and the model's context is 1024 with the response"
+        with pytest.raises(ContextError, match=message):
+            generate_batch(demo_model, [[5] * 4, [5] * length], max_tokens=4)
+
+
+def test_a_row_ends_where_the_context_does_and_no_prompt_may_fill_it(model):
+    """What filled caches hold counts too."""
+    caches = make_cache(model)
+    model.network(mx.array([[5] * 500]), cache=caches)
+    with Batch(model) as batch:
+        for prompt, cache in (([5] * 512, None), ([5] * 12, caches), ([5] * 1100, caches)):
+            with pytest.raises(ContextError, match="and the model's context is 512"):
+                batch.add(prompt, cache=cache)
+        assert batch.running == 0
+        rows = [batch.add([5] * 9, cache=caches, max_tokens=50), batch.add([5] * 510)]
+        results = run(batch)
+    found = [(results[row].prompt_tokens, results[row].tokens) for row in rows]
+    assert found == [(509, 3), (510, 2)]
+    assert all(results[row].finish_reason == "length" for row in rows)
+
+
+def test_a_seed_makes_a_sampled_batch_repeatable(model):
 
     def run(seed):
         sampling = ds.Sampling(temp=1.0, seed=seed)
-        batch = generate_batch(model, tokenizer, PROMPTS, max_tokens=12, sampling=sampling)
+        batch = generate_batch(model, PROMPTS, max_tokens=12, sampling=sampling)
         return [one.token_ids for _, one in sorted(batch)]
 
     assert run(1) == run(1) != run(2)
@@ -168,11 +183,11 @@ def assert_same(together, alone, where=None):
         assert getattr(together, name) == getattr(alone, name), (where, name)
 
 
-def check_arrivals(model, tokenizer, jobs, rng, rows, cancelled=0.2):
+def check_arrivals(model, jobs, rng, rows, cancelled=0.2):
     """Let ``jobs`` come and go at random times; each is its solo run, or the beginning of it."""
     waiting, numbers, results, pieces = list(jobs), {}, {}, {}
     gone = set()
-    with Batch(model, tokenizer, rows=rows) as batch:
+    with Batch(model, rows=rows) as batch:
         while waiting or batch.running:
             while waiting and (rng.random() < 0.3 or not batch.running):
                 job = waiting.pop()
@@ -193,7 +208,7 @@ def check_arrivals(model, tokenizer, jobs, rng, rows, cancelled=0.2):
     assert len(results) == len(jobs)
     distinct = set()
     for row, job in numbers.items():
-        alone = ds.generate(model, tokenizer, **job)
+        alone = ds.generate(model, **job)
         said = "".join(pieces.get(row, []))
         if row in gone:
             assert results[row].finish_reason == "interrupted"
@@ -207,12 +222,14 @@ def check_arrivals(model, tokenizer, jobs, rng, rows, cancelled=0.2):
     return len(gone), len(distinct)
 
 
-@pytest.mark.parametrize("seed, rows", [(0, 3), (1, 16), (2, 5), (3, 1)])
+@pytest.mark.parametrize(
+    ("seed", "rows"),
+    [(0, 3), (1, 16), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((2, 5), (3, 1)))],
+)
 def test_rows_that_join_and_leave_at_random_times_equal_their_solo_runs(
-    loaded, make_vector, monkeypatch, seed, rows
+    model, make_vector, monkeypatch, seed, rows
 ):
     monkeypatch.setattr(batch_module, "PREFILL_BESIDE", 16)
-    model, tokenizer = loaded
     rng = random.Random(seed)
     vectors = [make_vector(seed=n) for n in range(3)]
     jobs = []
@@ -231,31 +248,29 @@ def test_rows_that_join_and_leave_at_random_times_equal_their_solo_runs(
                 "stop": rng.choice([(), (), ("a", "b"), (" the", "e")]),
             }
         )
-    gone, distinct = check_arrivals(model, tokenizer, jobs, rng, rows)
+    gone, distinct = check_arrivals(model, jobs, rng, rows)
     assert distinct > 8
     assert gone or seed not in (0, 1)
 
 
-def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs():
-    model, tokenizer = ds.load("demo")
-    vector, rng = ds.SteeringVector.load(demo.VECTOR), random.Random(4)
+def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs(demo_model):
+    vector, rng = ds.SteeringVector.load("demo"), random.Random(4)
     jobs = []
     for number, problem in enumerate(problems.held_out(12)):
         where = ("all", "generated", "prompt")[number % 3]
         layers = tuple(sorted(vector.layers)[:: 1 + number % 2])
         steering = ds.Steering(vector, (-6.0, 0.0, 4.0, 9.0)[number % 4], layers, where)
-        prompt = encode_prompt(tokenizer, problem.question)
+        prompt = encode_prompt(demo_model.tokenizer, problem.question)
         jobs.append({"prompt": prompt, "steering": steering, "max_tokens": 20 + 9 * number})
-    _, distinct = check_arrivals(model, tokenizer, jobs, rng, rows=6, cancelled=0.1)
+    _, distinct = check_arrivals(demo_model, jobs, rng, rows=6, cancelled=0.1)
     assert distinct > 8
 
 
-def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(loaded):
-    model, tokenizer = loaded
+def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(model):
     options = {"max_tokens": 30, "sampling": ds.Sampling(temp=1.0, seed=1)}  # greedy repeats
-    free = ds.generate(model, tokenizer, PROMPTS[2], **options)
+    free = ds.generate(model, PROMPTS[2], **options)
     stop = free.text[12:15]
-    with Batch(model, tokenizer) as batch:
+    with Batch(model) as batch:
         row = batch.add(PROMPTS[2], stop=[stop], **options)
         batch.add(PROMPTS[1], max_tokens=30)
         pieces = {}
@@ -266,16 +281,15 @@ def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(loaded):
 
 
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
-def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(loaded, make_vector, positions):
-    model, tokenizer = loaded
+def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(model, make_vector, positions):
     steering = ds.Steering(make_vector(), 2.0, (1, 3), positions)
     prompt, cut = PROMPTS[2], 21
-    alone = ds.generate(model, tokenizer, prompt, steering=steering, max_tokens=12)
+    alone = ds.generate(model, prompt, steering=steering, max_tokens=12)
     caches = make_cache(model, steering, prompt_length=len(prompt))
-    model(mx.array([prompt[:cut]]), cache=caches)
+    model.network(mx.array([prompt[:cut]]), cache=caches)
     mx.eval([cache.state for cache in caches])
     before = [[mx.array(array) for array in cache.state] for cache in caches]
-    with Batch(model, tokenizer) as batch:
+    with Batch(model) as batch:
         batch.add(PROMPTS[1], max_tokens=20)
         batch.step()
         row = batch.add(prompt[cut:], cache=caches, steering=steering, max_tokens=12)
@@ -289,30 +303,28 @@ def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(loaded, make_vec
 
 
 @pytest.mark.parametrize("cut", [20, 256])
-def test_the_owner_of_the_caches_may_go_on_filling_them(loaded, make_vector, cut):
-    model, tokenizer = loaded
+def test_the_owner_of_the_caches_may_go_on_filling_them(model, make_vector, cut):
     prompt = [1 + (7 * n) % 250 for n in range(cut + 4)]  # 256: the cache's array is full
-    options = {"steering": ds.Steering(make_vector(), 0.1), "max_tokens": 20}
+    options = {"steering": at_every_layer(make_vector(), 0.1), "max_tokens": 20}
     options["sampling"] = ds.Sampling(temp=1.0, seed=2)  # draws tell logits apart, greedy may not
-    alone = ds.generate(model, tokenizer, prompt, **options)
+    alone = ds.generate(model, prompt, **options)
     caches = make_cache(model, options["steering"])
-    model(mx.array([prompt[:cut]]), cache=caches)
-    with Batch(model, tokenizer) as batch:
+    model.network(mx.array([prompt[:cut]]), cache=caches)
+    with Batch(model) as batch:
         row = batch.add(prompt[cut:], cache=caches, **options)
         for cache in caches:
             cache.trim(9)
-        model(mx.array([[5] * 30]), cache=caches)
+        model.network(mx.array([[5] * 30]), cache=caches)
         mx.eval([cache.state for cache in caches])
         assert_same(run(batch)[row], alone)
 
 
-def test_caches_that_cannot_join_a_batch_are_refused(loaded, make_vector):
-    model, tokenizer = loaded
+def test_caches_that_cannot_join_a_batch_are_refused(model, make_vector):
     caches = make_cache(model)
-    model(mx.array([PROMPTS[2]]), cache=caches)
+    model.network(mx.array([PROMPTS[2]]), cache=caches)
     uneven = make_cache(model)
     uneven[2] = caches[2]
-    with Batch(model, tokenizer) as batch:
+    with Batch(model) as batch:
         for given, message in [
             (caches[:3], "3 caches of class SteeredKVCache: expected 4"),
             ([cache.to_quantized() for cache in make_cache(model)], "without kv_bits"),
@@ -326,13 +338,12 @@ def test_caches_that_cannot_join_a_batch_are_refused(loaded, make_vector):
         assert run(batch)[row].prompt_tokens == 2
 
 
-def test_a_seeded_row_draws_as_it_does_alone_whoever_is_beside_it(loaded):
-    model, tokenizer = loaded
+def test_a_seeded_row_draws_as_it_does_alone_whoever_is_beside_it(model):
     kinds = [
         ds.Sampling(temp=1.0, seed=5), ds.Sampling(temp=0.7, top_p=0.8, seed=5), ds.Sampling(),
         ds.Sampling(temp=1.3, seed=6), ds.Sampling(temp=1.0), ds.Sampling(temp=1.0, seed=5),
     ]  # fmt: skip
-    with Batch(model, tokenizer, rows=4) as batch:
+    with Batch(model, rows=4) as batch:
         rows = []
         for kind in kinds:
             rows.append(batch.add(PROMPTS[1], sampling=kind, max_tokens=25))
@@ -341,32 +352,31 @@ def test_a_seeded_row_draws_as_it_does_alone_whoever_is_beside_it(loaded):
         results = run(batch)
     for row, kind in zip(rows, kinds, strict=True):
         if kind.seed is not None or not kind.temp:
-            alone = ds.generate(model, tokenizer, PROMPTS[1], sampling=kind, max_tokens=25)
+            alone = ds.generate(model, PROMPTS[1], sampling=kind, max_tokens=25)
             assert_same(results[row], alone)
     assert results[rows[0]].token_ids == results[rows[5]].token_ids
     assert len({one.token_ids for one in results.values()}) == 5
 
 
 def test_rows_that_draw_alike_share_one_sampler():
-    greedy = make_row_sampler(ds.Sampling())
-    assert make_row_sampler(ds.Sampling(top_p=0.5, seed=3)) is greedy
-    warm = make_row_sampler(ds.Sampling(temp=0.5))
-    assert make_row_sampler(ds.Sampling(temp=0.5)) is warm is not greedy
-    seeded = make_row_sampler(ds.Sampling(temp=0.5, seed=1))
-    assert make_row_sampler(ds.Sampling(temp=0.5, seed=1)) is not seeded
+    greedy = ds.Sampling().row_sampler()
+    assert ds.Sampling(top_p=0.5, seed=3).row_sampler() is greedy
+    warm = ds.Sampling(temp=0.5).row_sampler()
+    assert ds.Sampling(temp=0.5).row_sampler() is warm is not greedy
+    seeded = ds.Sampling(temp=0.5, seed=1)
+    assert seeded.row_sampler() is not seeded.row_sampler()
 
 
-def test_equal_prompts_of_a_seeded_batch_draw_different_answers(loaded):
-    model, tokenizer = loaded
+def test_equal_prompts_of_a_seeded_batch_draw_different_answers(model):
     sampling = ds.Sampling(temp=1.0, seed=3)
-    found = generate_batch(model, tokenizer, [PROMPTS[1]] * 4, max_tokens=12, sampling=sampling)
+    found = generate_batch(model, [PROMPTS[1]] * 4, max_tokens=12, sampling=sampling)
     assert len({one.token_ids for _, one in found}) == 4
 
 
 @pytest.fixture
-def calls(loaded, monkeypatch):
+def calls(model, monkeypatch):
     """The shapes ``(rows, tokens)`` of what the model was called with, as they come."""
-    seen, kind = [], type(loaded[0])
+    seen, kind = [], type(model.network)
     stock = kind.__call__
 
     def spy(self, inputs, *args, **options):
@@ -377,10 +387,9 @@ def calls(loaded, monkeypatch):
     return seen
 
 
-def test_a_long_prompt_holds_the_others_up_by_one_part_a_step(loaded, calls, monkeypatch):
+def test_a_long_prompt_holds_the_others_up_by_one_part_a_step(model, calls, monkeypatch):
     monkeypatch.setattr(batch_module, "PREFILL_BESIDE", 32)
-    model, tokenizer = loaded
-    with Batch(model, tokenizer) as batch:
+    with Batch(model) as batch:
         early = batch.add(PROMPTS[1], max_tokens=60)
         while not batch.tokens:
             batch.step()
@@ -397,12 +406,11 @@ def test_a_long_prompt_holds_the_others_up_by_one_part_a_step(loaded, calls, mon
     assert max(length for _, length in calls) > 1
     assert results[early].tokens == 60
     for row, token, length in zip(late, (3, 4), (150, 100), strict=True):
-        assert_same(results[row], ds.generate(model, tokenizer, [token] * length, max_tokens=4))
+        assert_same(results[row], ds.generate(model, [token] * length, max_tokens=4))
 
 
-def test_a_prompt_that_nobody_waits_for_is_read_at_once(loaded, calls):
-    model, tokenizer = loaded
-    with Batch(model, tokenizer) as batch:
+def test_a_prompt_that_nobody_waits_for_is_read_at_once(model, calls):
+    with Batch(model) as batch:
         batch.add([3] * 400, max_tokens=2)
         assert batch.step() == []
         assert calls == [(1, 399)]
@@ -410,9 +418,8 @@ def test_a_prompt_that_nobody_waits_for_is_read_at_once(loaded, calls):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_broken_step_closes_the_batch_and_what_was_said_stays(loaded, monkeypatch, error):
-    model, tokenizer = loaded
-    made, closed, stock = [], [], type(model).__call__
+def test_a_broken_step_closes_the_batch_and_what_was_said_stays(model, monkeypatch, error):
+    made, closed, stock = [], [], type(model.network).__call__
 
     class Spy(BatchGenerator):
         def close(self):
@@ -420,7 +427,7 @@ def test_a_broken_step_closes_the_batch_and_what_was_said_stays(loaded, monkeypa
             super().close()
 
     monkeypatch.setattr("mlx_densesteer.generation.batch.BatchGenerator", Spy)
-    batch = Batch(model, tokenizer, rows=2)
+    batch = Batch(model, rows=2)
     made.append(batch._generator)
     rows = [batch.add(prompt, max_tokens=50) for prompt in PROMPTS[:3]]  # the last one waits
     while batch.tokens < 12:
@@ -430,7 +437,7 @@ def test_a_broken_step_closes_the_batch_and_what_was_said_stays(loaded, monkeypa
         raise error("in the middle of a step")
 
     with monkeypatch.context() as patched, pytest.raises(error):
-        patched.setattr(type(model), "__call__", broken)
+        patched.setattr(type(model.network), "__call__", broken)
         batch.step()
     assert closed == made
     assert batch.running == 0 and batch.step() == []
@@ -441,16 +448,15 @@ def test_a_broken_step_closes_the_batch_and_what_was_said_stays(loaded, monkeypa
     for row, prompt in zip(rows, PROMPTS, strict=False):
         result = batch.cancel(row)
         assert result.finish_reason == "interrupted"
-        alone = ds.generate(model, tokenizer, prompt, max_tokens=50)
+        alone = ds.generate(model, prompt, max_tokens=50)
         assert result.token_ids == alone.token_ids[: result.tokens]
         assert (result.tokens > 4) == (row != rows[2])
-        assert type(model).__call__ is stock
+        assert type(model.network).__call__ is stock
     assert batch.cancel(rows[0]) is None
 
 
-def test_cancel_takes_out_rows_that_wait_read_or_decode(loaded):
-    model, tokenizer = loaded
-    with Batch(model, tokenizer, rows=2) as batch:
+def test_cancel_takes_out_rows_that_wait_read_or_decode(model):
+    with Batch(model, rows=2) as batch:
         stays = batch.add(PROMPTS[1], max_tokens=30)
         while batch.tokens < 3:
             batch.step()
@@ -467,15 +473,14 @@ def test_cancel_takes_out_rows_that_wait_read_or_decode(loaded):
         results = run(batch)
         assert batch.cancel(stays) is batch.cancel(99) is None
     assert set(results) == {stays, late}
-    assert_same(results[stays], ds.generate(model, tokenizer, PROMPTS[1], max_tokens=30))
-    assert_same(results[late], ds.generate(model, tokenizer, PROMPTS[3], max_tokens=5))
+    assert_same(results[stays], ds.generate(model, PROMPTS[1], max_tokens=30))
+    assert_same(results[late], ds.generate(model, PROMPTS[3], max_tokens=5))
 
 
-def test_a_row_that_cannot_run_does_not_join(loaded, make_vector):
-    model, tokenizer = loaded
+def test_a_row_that_cannot_run_does_not_join(model, make_vector):
     with pytest.raises(InputError, match="0 rows"):
-        Batch(model, tokenizer, rows=0)
-    with Batch(model, tokenizer) as batch:
+        Batch(model, rows=0)
+    with Batch(model) as batch:
         with pytest.raises(InputError, match="no tokens"):
             batch.add([])
         with pytest.raises(InputError, match="max tokens 0"):
@@ -483,5 +488,5 @@ def test_a_row_that_cannot_run_does_not_join(loaded, make_vector):
         with pytest.raises(InputError, match="stop text is empty"):
             batch.add([1], stop=[""])
         with pytest.raises(VectorMismatchError, match="width 96"):
-            batch.add([1], steering=ds.Steering(make_vector(hidden=96)))
+            batch.add([1], steering=at_every_layer(make_vector(hidden=96)))
         assert batch.running == 0 and batch.step() == []
