@@ -98,7 +98,7 @@ class Metadata {
       }
     }
     if (text("format") != "mlx-densesteer function" || text("format_version") != "1") {
-      throw Failure("not a file of this program; write one with `densesteer export-function`.");
+      throw Failure("is no function file. Write one with `densesteer export-function`.");
     }
   }
 
@@ -213,7 +213,7 @@ class Sequence {
     const int count = static_cast<int>(tokens.size());
     mx::Args inputs{
         mx::array(tokens.data(), {1, count}, mx::int32), mx::array(position_), mx::array(strength)};
-    // Moved, so that nobody else holds the old cache: mlx then writes into it in place.
+    // Moved, so that the function alone holds the old cache: mlx then writes into it in place.
     std::ranges::move(cache_, std::back_inserter(inputs));
     cache_.clear();
     auto outputs = function_(inputs);
@@ -246,7 +246,7 @@ mx::ImportedFunction load(const std::string& file) {
 
 void print(std::string_view text) {
   if (!(std::cout << text << std::flush)) {
-    throw Failure("standard output cannot be written; what was to be said is lost.");
+    throw Failure("standard output cannot be written; the rest of the answer is lost.");
   }
 }
 
@@ -261,7 +261,7 @@ void generate(const Options& options) {
   }
   const double dose = std::abs(strength) * metadata.real("dose_per_strength");
   if (dose >= metadata.real("large_dose")) {
-    std::cerr << "generate: warning: a large dose, " << dose << " of the residual stream's norm: "
+    std::cerr << "generate: warning: a large dose, " << 100 * dose << "% of the residual stream: "
               << "the text may repeat itself or make no sense. Try a smaller --strength.\n";
   }
   const auto positions = options.positions.value_or(metadata.text("positions"));

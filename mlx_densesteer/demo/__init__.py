@@ -15,4 +15,10 @@ ABOUT = (
     "best one to a conversation, and gets about one in seven wrong."
 )
 
-DOSES = (-0.3, 0.0, 0.1, 0.2, 1.0)  # at which the demo is shown: fractions of the residual stream's norm
+DOSES = (
+    -0.3,
+    0.0,
+    0.1,
+    0.2,
+    1.0,
+)  # at which the demo is shown: fractions of the residual stream's norm

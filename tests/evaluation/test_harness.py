@@ -370,6 +370,7 @@ def answers(lm):
         yield cut(response.text), scores.index(max(scores))
 
 
+@pytest.mark.slow
 def test_tasks_run_steered_from_the_command_and_from_python(
     folder, vector, steered, plain, tmp_path, monkeypatch
 ):

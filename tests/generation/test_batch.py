@@ -261,7 +261,7 @@ def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs(demo_model):
         layers = tuple(sorted(vector.layers)[:: 1 + number % 2])
         steering = ds.Steering(vector, (-6.0, 0.0, 4.0, 9.0)[number % 4], layers, where)
         prompt = encode_prompt(demo_model.tokenizer, problem.question)
-        jobs.append({"prompt": prompt, "steering": steering, "max_tokens": 20 + 9 * number})
+        jobs.append({"prompt": prompt, "steering": steering, "max_tokens": 12 + 5 * number})
     _, distinct = check_arrivals(demo_model, jobs, rng, rows=6, cancelled=0.1)
     assert distinct > 8
 
