@@ -1,4 +1,4 @@
-"""Concurrent clients: `densesteer serve`, each request steered differently, against `mlx_lm.server`."""
+"""Concurrent clients, `densesteer serve` against `mlx_lm.server`: python benchmarks/serve.py --help"""
 
 import math
 import random
@@ -6,23 +6,32 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..demo.problems import draw_problem
-from ..model.dose import strength_for
-from ..model.prompt import encode_prompt
-from .clients import CHAT, Answer, Drive, drive, get
-from .servers import Server, common_folder, our_server, random_vector, stock_server
-from .subject import Subject
-from .timing import Tell, alternate, over, quiet, spread
+from clients import CHAT, ClientAnswer, Drive, drive, get
+from script import main
+from servers import ServerProcess, our_server, stock_server
 
-FIGURES = ("serve_ratio", "serve_unsteered_ratio", "serve_errors")
-SUITE = {"clients": "1,4,8,16", "requests": 2, "tokens": 24, "rounds": 3, "seconds": 60.0}
-QUICK = {"clients": "1,8", "requests": 2, "tokens": 16, "rounds": 1}
-DOSES = (0.02, -0.04, 0.06, -0.08, 0.1, -0.12, 0.14, -0.16)  # mild: the answers stay answers
+from mlx_densesteer.bench.figures import (
+    Measurement,
+    Spread,
+    Tell,
+    alternate,
+    quartiles,
+    quiet,
+    ratio,
+)
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.demo.problems import draw_problem
+from mlx_densesteer.model.prompt import encode_prompt
+
+# mild, so that answers stay answers
+DOSES = ("2%", "-4%", "6%", "-8%", "10%", "-12%", "14%", "-16%")
 NAMES = ("ours, steered", "mlx_lm.server, same questions", "ours, unsteered", "mlx_lm.server")
 STEERED, ITS_STOCK, UNSTEERED, STOCK = range(4)
+HEAD = ("clients", "", "tokens/s", "requests/s", "first token s", "p95", "request p95 s", "errors")
+HEAD = (*HEAD, "throughput / mlx_lm", "quartiles")
 
 
 def run(
@@ -36,86 +45,91 @@ def run(
     shared_prefix: int = 0,
     timeout: float = 600.0,
     tell: Tell = quiet,
-) -> dict[str, object]:
+) -> Measurement:
     """Let clients ask our server and mlx-lm's, in turn, each client as soon as it is answered.
 
-    Both servers are processes with their default options and the same model folder; one is asked
-    at a time. Requests are streamed and greedy, every question is an arithmetic story of its own.
-    Four sides: ours with a strength for each request at the middle layer; mlx-lm's with the
-    same questions (it ignores `steering`, so its answers are unsteered); ours unsteered and mlx-lm's
-    with other questions. A server never sees a question twice, so no prompt cache helps but for
-    the beginnings that questions share. Throughput is the tokens of all answers over the time from
-    the first request to the last answer, the end with fewer clients included. A ratio is our
-    throughput over mlx-lm's with the same questions; the null is mlx-lm's own with the one and
-    the other. End-of-turn tokens, which mlx-lm's usage counts, are taken out.
+    Both servers are processes with their default options and the same model folder; one is asked at
+    a time. Requests are streamed and greedy, every question is another arithmetic story. Four sides:
+    ours with a dose for each request at the middle layer; mlx-lm's with the same questions (it ignores
+    `steering`, so its answers are unsteered); ours unsteered and mlx-lm's with other questions. A server
+    never sees a question twice, so a prompt cache only helps with common beginnings. Throughput is the
+    tokens of all answers over the time from the first request to the last answer. A ratio is our
+    throughput over mlx-lm's with the same questions; the noise is mlx-lm's own with either questions.
+    End-of-turn tokens, which mlx-lm's usage counts, are taken out.
 
     Args:
         clients: how many at once, levels in order.
         requests: requests of each client in each round.
         tokens: tokens of an answer at most.
         rounds: rounds of each level.
-        seconds: for each level: then no new round is begun; 0 is no limit.
+        seconds: after which no new round begins, for each level; 0 is no limit.
         shared_prefix: begin every conversation with the same system message of so many tokens.
         timeout: seconds until an answer counts as missing.
     """
     levels = [int(level) for level in clients.split(",")]
+    layer = subject.model.layer_count // 2
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        load = _Load(subject, tokens, timeout, _shared(subject, shared_prefix))
-        folder = common_folder(subject, place)
-        vector = random_vector(subject, load.layer, "random").save(place / "random.npz")
+        folder = subject.folder(place)
+        vector = subject.vector.save(place / "random.npz")
         tell("the servers load the model")
         stock = stack.enter_context(stock_server(folder, place))
         ours = stack.enter_context(our_server(folder, [vector], place))
-        load.model = get(ours.address, "/v1/models")["data"][0]["id"]
-        for server, side in ((stock, STOCK), (ours, UNSTEERED), (ours, STEERED)):
-            load.drive(server, side, "warm", 1, max(levels), max_tokens=8)
+        model = get(ours.address, "/v1/models")["data"][0]["id"]
+        prefix = system_message(subject, shared_prefix)
+        load = _Load((ours, stock), model, layer, tokens, timeout, prefix)
+        for side in (STOCK, UNSTEERED, STEERED):
+            load.drive(side, "warm", 1, max(levels), max_tokens=8)
         found = {
-            str(level): _level(load, ours, stock, level, requests, rounds, seconds, tell)
-            for level in levels
+            str(level): _level(load, level, requests, rounds, seconds, tell) for level in levels
         }
         memory = {"ours": round(ours.resident()), "mlx_lm": round(stock.resident())}
     lowest = {
         side: min(of["ratios"][side]["median"] for of in found.values())
         for side in ("steered", "unsteered")
     }
-    return {
+    errors = sum(of["sides"][NAMES[i]]["errors"] for of in found.values() for i in (0, 2))
+    details = {
+        "clients": found,
+        "requests_per_client": requests,
+        "tokens": tokens,
+        "shared_prefix": shared_prefix,
+        "doses": list(DOSES),
+        "layer": layer,
+        "resident_mib": memory,
+    }
+    figures = {
         "serve_ratio": lowest["steered"],
         "serve_unsteered_ratio": lowest["unsteered"],
-        "serve_errors": sum(of["sides"][NAMES[i]]["errors"] for of in found.values() for i in (0, 2)),
-        "details": {
-            "clients": found, "requests_per_client": requests, "tokens": tokens,
-            "shared_prefix": shared_prefix, "doses": list(DOSES), "layer": load.layer,
-            "resident_mib": memory,
-        },
-    }  # fmt: skip
+        "serve_errors": errors,
+    }
+    return Measurement(figures, lines(details), details)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Load:
-    """Makes the requests of a side and sends them."""
+    """Makes the requests of a side and sends them; ``model`` is our server's name for it."""
 
-    subject: Subject
+    servers: tuple[ServerProcess, ServerProcess]
+    model: str
+    layer: int
     tokens: int
     timeout: float
     prefix: str | None
-    model: str = ""  # how our server calls it
-    layer: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.layer = self.subject.layer_count // 2
 
     def drive(
-        self, server: Server, side: int, round_name: str, requests: int, clients: int, *,
-        max_tokens: int | None = None,
-    ) -> Drive:  # fmt: skip
-        """Send the questions of this round: the same for a side of ours and its stock side."""
-        questions = _questions(f"{side // 2} {clients} {round_name}", requests * clients)
-        bodies = [
-            self._body(side, number, question, max_tokens or self.tokens)
-            for number, question in enumerate(questions)
-        ]
-        done = drive(server.address, CHAT, bodies, clients=clients, timeout=self.timeout)
+        self, side: int, turn: str, requests: int, clients: int, *, max_tokens: int | None = None
+    ) -> Drive:
+        """Send the questions of this turn: the same for one of our sides and its stock side.
+
+        Raises:
+            RuntimeError: there was no answer at all.
+        """
+        asked = questions(f"{side // 2} {clients} {turn}", requests * clients)
+        limit = max_tokens or self.tokens
+        bodies = [self._body(side, number, text, limit) for number, text in enumerate(asked)]
+        address = self.servers[side in (ITS_STOCK, STOCK)].address
+        done = drive(address, CHAT, bodies, clients=clients, timeout=self.timeout)
         if not any(answer.tokens for answer in done.answers):
             raise RuntimeError(f"{NAMES[side]}: no answer at all: {done.answers[0].error}")
         return done
@@ -125,55 +139,76 @@ class _Load:
         if self.prefix:
             messages.insert(0, {"role": "system", "content": self.prefix})
         body: dict[str, object] = {
-            "messages": messages, "max_tokens": tokens, "temperature": 0.0, "stream": True,
+            "messages": messages,
+            "max_tokens": tokens,
+            "temperature": 0.0,
+            "stream": True,
             "stream_options": {"include_usage": True},
-        }  # fmt: skip
+        }
         if side in (STEERED, UNSTEERED):  # mlx-lm would look for a model of that name
             body["model"] = self.model
         if side in (STEERED, ITS_STOCK):
             dose = DOSES[number % len(DOSES)]
-            norms = {self.layer: self.subject.norms[self.layer]}
-            strength = strength_for(self.subject.vector, norms, dose)
-            body["steering"] = {"vector": "random", "strength": strength, "layer": self.layer}
+            body["steering"] = {"vector": "random", "strength": dose, "layer": self.layer}
         return body
 
 
 def _level(
-    load: _Load, ours: Server, stock: Server, clients: int, requests: int, rounds: int,
-    seconds: float, tell: Tell,
-) -> dict[str, object]:  # fmt: skip
+    load: _Load, clients: int, requests: int, rounds: int, seconds: float, tell: Tell
+) -> dict[str, object]:
     """Measure one number of clients."""
     drives: list[list[Drive]] = [[] for _ in NAMES]
 
-    def side(number: int) -> float:
-        server = ours if number in (STEERED, UNSTEERED) else stock
-        done = load.drive(server, number, str(len(drives[number])), requests, clients)
-        drives[number].append(done)
-        return done.seconds / sum(map(_written(number), done.answers))
+    def ask(side: int) -> float:
+        done = load.drive(side, str(len(drives[side])), requests, clients)
+        drives[side].append(done)
+        return done.seconds / sum(written(side, answer) for answer in done.answers)
 
     tell(f"{clients} clients")
     taken = alternate(
-        [lambda number=number: side(number) for number in range(len(NAMES))], rounds=rounds,
-        seconds=seconds, tell=lambda message: tell(f"{clients} clients, {message}"),
-    )  # fmt: skip
+        [lambda side=side: ask(side) for side in range(len(NAMES))],
+        rounds=rounds,
+        seconds=seconds,
+        tell=lambda message: tell(f"{clients} clients, {message}"),
+    )
+    answers = [[answer for one in of for answer in one.answers] for of in drives]
+    # the two do the same work where the texts agree
+    same = [
+        (a, b)
+        for a, b in zip(answers[UNSTEERED], answers[STOCK], strict=True)
+        if a.text == b.text and not a.error
+    ]
     return {
         "ratios": {
-            "steered": spread(over(taken[ITS_STOCK], taken[STEERED])),
-            "unsteered": spread(over(taken[STOCK], taken[UNSTEERED])),
-            "null": spread(over(taken[STOCK], taken[ITS_STOCK])),
+            "steered": ratio(taken[ITS_STOCK], taken[STEERED]),
+            "unsteered": ratio(taken[STOCK], taken[UNSTEERED]),
+            "null": ratio(taken[STOCK], taken[ITS_STOCK]),
         },
-        "sides": {name: _figures(i, drives[i]) for i, name in enumerate(NAMES)},
-        "same_text": _agreement(_all(drives[UNSTEERED]), _all(drives[STOCK])),
+        "sides": {
+            name: _figures(side, answers[side], drives[side]) for side, name in enumerate(NAMES)
+        },
+        "same_text": {
+            "answers": len(answers[UNSTEERED]),
+            "same_text": len(same),
+            "same_tokens": sum(written(UNSTEERED, a) == written(STOCK, b) for a, b in same),
+        },
     }
 
 
-def _figures(side: int, drives: Sequence[Drive]) -> dict[str, object]:
+def written(side: int, answer: ClientAnswer) -> int:
+    """Return an answer's tokens without the end of the turn, which mlx-lm counts."""
+    return answer.tokens - (side in (STOCK, ITS_STOCK) and answer.finish == "stop")
+
+
+def _figures(
+    side: int, answers: Sequence[ClientAnswer], drives: Sequence[Drive]
+) -> dict[str, object]:
     """Return what clients saw of a side, all rounds together."""
-    answers, seconds = _all(drives), sum(one.seconds for one in drives)
+    seconds = sum(one.seconds for one in drives)
     good = [answer for answer in answers if answer.error is None]
     first = [one.first_text for one in good if one.first_text is not None]
     whole = [one.seconds for one in good]
-    tokens = sum(map(_written(side), good))
+    tokens = sum(written(side, one) for one in good)
     return {
         "requests": len(answers),
         "tokens": tokens,
@@ -189,24 +224,6 @@ def _figures(side: int, drives: Sequence[Drive]) -> dict[str, object]:
     }
 
 
-def _written(side: int):
-    """Return what counts an answer's tokens without the end of the turn; mlx-lm counts it."""
-    ends = side in (STOCK, ITS_STOCK)
-    return lambda answer: answer.tokens - (ends and answer.finish == "stop")
-
-
-def _agreement(ours: Sequence[Answer], theirs: Sequence[Answer]) -> dict[str, int]:
-    """Count the unsteered answers that are mlx-lm's: the two do the same work where they are."""
-    same = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.text == b.text and not a.error]
-    counts = (_written(UNSTEERED), _written(STOCK))
-    equal = sum(counts[0](a) == counts[1](b) for a, b in same)
-    return {"answers": len(ours), "same_text": len(same), "same_tokens": equal}
-
-
-def _all(drives: Sequence[Drive]) -> list[Answer]:
-    return [answer for one in drives for answer in one.answers]
-
-
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """Return the smallest value that so many percent of the values do not exceed."""
     if not values:
@@ -214,7 +231,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
-def _questions(seed: str, count: int) -> list[str]:
+def questions(seed: str, count: int) -> list[str]:
     """Return different arithmetic stories; another seed has others."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
@@ -222,65 +239,59 @@ def _questions(seed: str, count: int) -> list[str]:
     return list(found)
 
 
-def _shared(subject: Subject, tokens: int) -> str | None:
-    """Return a system message of about so many tokens."""
+def system_message(subject: Subject, tokens: int) -> str | None:
+    """Return a text of about so many tokens; ``None`` for 0."""
     text = ""
-    for question in _questions("prefix", tokens):
-        if len(encode_prompt(subject.tokenizer, text or "a", raw=True)) >= tokens:
+    for question in questions("prefix", tokens):
+        if len(encode_prompt(subject.model.tokenizer, text or "a", raw=True)) >= tokens:
             break
         text += question + " "
     return text.strip() or None
 
 
-def lines(result: Mapping[str, object]) -> list[str]:
+def lines(details: Mapping[str, object]) -> list[str]:
     """Return the table."""
-    d = result["details"]
-    head = (
-        "clients", "", "tokens/s", "requests/s", "first token s", "p95", "request p95 s", "errors",
-        "throughput / mlx_lm", "quartiles",
-    )  # fmt: skip
-    cells = [head, *(line for level, of in d["clients"].items() for line in _cells(level, of))]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    shares = [
-        side["client_cpu_share"] for of in d["clients"].values() for side in of["sides"].values()
-    ]
-    same = {key: sum(of["same_text"][key] for of in d["clients"].values())
-            for key in ("answers", "same_text", "same_tokens")}  # fmt: skip
-    memory = d["resident_mib"]
+    levels, memory = details["clients"], details["resident_mib"]
+    cells = [HEAD, *(line for level, of in levels.items() for line in _cells(level, of))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = [(level, *item) for level, of in levels.items() for item in of["sides"].items()]
+    share = max(side["client_cpu_share"] for _, _, side in sides)
+    same = {
+        key: sum(of["same_text"][key] for of in levels.values())
+        for key in ("answers", "same_text", "same_tokens")
+    }
     return [
         *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells),
         "",
-        "mlx_lm.server ignores `steering`: beside our steered answers it gives unsteered ones to the same",
-        "questions. The ratio in its own row is itself with the one questions over itself with the others.",
+        "mlx_lm.server ignores `steering`: it answers the questions of our steered side unsteered. The",
+        "ratio in its own row is its throughput with the unsteered side's questions over that with these.",
         f"Unsteered: {same['same_text']} of {same['answers']} texts are mlx_lm's, "
         f"{same['same_tokens']} with as many tokens.",
         f"Resident at the end: ours {memory['ours']} MiB, mlx_lm {memory['mlx_lm']} MiB. "
-        f"The clients took {max(shares):.0%} of one core at most.",
-        *_errors(d["clients"]),
+        f"The clients took {share:.0%} of one core at most.",
+        *(
+            f"ERROR at {level} clients, {name}: {side['first_error']}"
+            for level, name, side in sides
+            if side["errors"]
+        ),
     ]
 
 
 def _cells(level: str, of: Mapping[str, dict]) -> Iterator[tuple[str, ...]]:
-    ratios = (of["ratios"]["steered"], of["ratios"]["null"], of["ratios"]["unsteered"], None)
-    for number, (name, side) in enumerate(of["sides"].items()):
-        ratio, range_ = "", ""
-        if one := ratios[number]:
-            ratio = f"{one['median']:.3f}"
-            range_ = f"{one['low']:.3f}-{one['high']:.3f}" if one["count"] > 1 else "one round"
+    ratios: list[Spread | None] = [of["ratios"][key] for key in ("steered", "null", "unsteered")]
+    for one, (name, side) in zip([*ratios, None], of["sides"].items(), strict=True):
+        times = [side[key] for key in ("first_token_median", "first_token_p95", "request_p95")]
         yield (
-            "" if number else level, name, f"{side['tokens_per_second']:.1f}",
-            f"{side['requests_per_second']:.2f}", _seconds(side["first_token_median"]),
-            _seconds(side["first_token_p95"]), _seconds(side["request_p95"]), str(side["errors"]),
-            ratio, range_,
-        )  # fmt: skip
+            level if name == NAMES[0] else "",
+            name,
+            f"{side['tokens_per_second']:.1f}",
+            f"{side['requests_per_second']:.2f}",
+            *("-" if value is None else f"{value:.3f}" for value in times),
+            str(side["errors"]),
+            f"{one['median']:.3f}" if one else "",
+            quartiles(one) if one else "",
+        )
 
 
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _errors(levels: Mapping[str, dict]) -> list[str]:
-    return [
-        f"ERROR at {level} clients, {name}: {side['first_error']}"
-        for level, of in levels.items() for name, side in of["sides"].items() if side["errors"]
-    ]  # fmt: skip
+if __name__ == "__main__":
+    main(run)

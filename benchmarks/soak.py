@@ -1,4 +1,4 @@
-"""Minutes of good, bad and leaving clients: is every good answer the known one? python benchmarks/soak.py --help"""
+"""Good, bad and leaving clients for minutes: python benchmarks/soak.py --help"""
 
 import random
 import signal
@@ -27,7 +27,7 @@ DRAIN = 10.0  # seconds in which left rows must be out of the batch
 COUNTS = ("good_sent", "good", "left", "bad_sent", "busy")
 PROBLEMS = {
     "text_of_another": "answers with another row's steering",
-    "wrong_text": "answers that are not the solo run's",
+    "wrong_text": "answers that are not the known ones",
     "wrong_receipt": "answers that name another steering",
     "unanswered": "requests without an answer",
     "server_errors": "statuses of 5xx",
@@ -36,8 +36,8 @@ PROBLEMS = {
     "interrupted": "interrupted",
 }
 
-JUDGED = 120  # samples, one a second: until then caches fill, and growth says nothing
-GROWTH, SLACK = 1.1, 16.0  # the last quarter may hold so much more than the first: share, MiB
+JUDGED = 120  # samples, one a second: until then caches fill, and memory grows
+GROWTH, SLACK = 1.1, 16.0  # allowed growth from the first to the last quarter: factor, MiB
 
 
 def run(
@@ -50,15 +50,15 @@ def run(
     timeout: float = 60.0,
     seed: int = 0,
     tell: Tell = quiet,
-) -> dict[str, object]:
+) -> Measurement:
     """Load `densesteer serve` with all kinds of clients at once and check every answer.
 
-    First each question is answered under each steering alone, in this process. Then every client
-    draws what it does: a good request, streamed or not, whose text must be that solo answer and
-    whose steering the one asked for; one that it leaves in the middle; a bad one, which must be
-    refused with a status of 4xx. Meanwhile the server's memory is read and its `/health` asked.
-    In the end nothing may run any more, and its log may hold no traceback and no question.
-    Ctrl-C ends it early and still reports.
+    First each question is answered under each steering alone, in this process. Then every client draws
+    what it does: a good request, streamed or not, whose text must be that answer and whose steering
+    the one asked for; a good request that it leaves in the middle; or a bad one, which must be refused
+    with a status of 4xx. Meanwhile the server's memory is read and `/health` is asked. At the end
+    no row may be left, and the log may hold no traceback and no question. Ctrl-C ends it early and
+    still reports.
 
     Args:
         minutes: how long.
@@ -68,38 +68,37 @@ def run(
         timeout: seconds until an answer counts as a hang.
         seed: of the clients' draws.
     """
-    LAST_FAILURES.clear()
     vectors = two_vectors(subject)
-    tell(f"solo answers to {questions} questions")
-    cases = solo_cases(subject, vectors, questions=questions, tokens=tokens)
+    tell(f"known answers to {questions} questions")
+    cases = known_answers(subject, vectors, questions=questions, tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         with our_server(subject.name, saved(vectors, place), place) as server:
             model = get(server.address, "/v1/models")["data"][0]["id"]
             soak = Soak(server.address, model, cases, timeout)
             soak.all_once(tell)
-            warm = Counter(soak.tally)
+            warm = soak.tally["good"]
             samples = soak.go(server, clients, minutes * 60, seed, tell)
-            result = {
+            details = {
                 "clients": clients,
                 "cases": len(cases),
                 "different_answers": len({(case.question, case.text) for case in cases}),
                 **soak.counts(),
-                "once_each_at_first": warm["good"],
-                **_ending(server, cases),
+                "once_each_at_first": warm,
+                **_end(server, cases),
                 "memory": memory(samples),
             }
-    result["failures"] = LAST_FAILURES[:] = failures(result, soak.examples)
-    return {"soak_failures": len(LAST_FAILURES), "details": result}
+    details["failures"] = failures(details, soak.examples)
+    return Measurement({"soak_failures": len(details["failures"])}, lines(details), details)
 
 
 @dataclass
 class Soak:
-    """What the clients do, and what they met; threads share it."""
+    """What the clients do, and counts of what they met; shared by all threads."""
 
     address: Address
     model: str
-    cases: Sequence[Case]
+    cases: Sequence[KnownAnswer]
     timeout: float
     tally: Counter = field(default_factory=Counter)
     statuses: dict[str, Counter] = field(default_factory=dict)
@@ -121,14 +120,16 @@ class Soak:
             self.refused(bad)
 
     def go(
-        self, server: Server, clients: int, seconds: float, seed: int, tell: Tell
+        self, server: ServerProcess, clients: int, seconds: float, seed: int, tell: Tell
     ) -> list[tuple[float, float]]:
-        """Let the clients loose; return (seconds, MiB) of the server every second."""
+        """Run all clients; return (seconds, MiB) of the server's memory every second."""
         began = time.monotonic()
         threads = [
-            threading.Thread(target=self._client, args=(f"{seed} {i}", began + seconds), daemon=True)
+            threading.Thread(
+                target=self._client, args=(f"{seed} {i}", began + seconds), daemon=True
+            )
             for i in range(clients)
-        ]  # fmt: skip
+        ]
         for thread in threads:
             thread.start()
         samples: list[tuple[float, float]] = []
@@ -144,13 +145,19 @@ class Soak:
                 tell(
                     f"{now / 60:.1f} of {seconds / 60:.1f} minutes, {self.tally['good']} good answers"
                 )
-                self._stop.wait(1.0)
+                self._wait(threads)
         except KeyboardInterrupt:
             self._stop.set()
             self._note("interrupted", f"after {(time.monotonic() - began) / 60:.1f} minutes")
         for thread in threads:
             thread.join(self.timeout)
         return samples
+
+    def _wait(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait a second, or until all clients are done."""
+        until = time.monotonic() + 1.0
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _client(self, seed: str, until: float) -> None:
         rng = random.Random(seed)
@@ -166,8 +173,8 @@ class Soak:
             else:
                 self.good(case, body, streamed=kind == "streamed")
 
-    def good(self, case: Case, body: Mapping[str, object], *, streamed: bool) -> None:
-        """Send a good request and hold its answer against the solo run's."""
+    def good(self, case: KnownAnswer, body: Mapping[str, object], *, streamed: bool) -> None:
+        """Send a good request and compare its answer with the known one."""
         if streamed:
             body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         self._count("good_sent")
@@ -176,11 +183,11 @@ class Soak:
             answer = read(ask(self.address, case.path, body, self.timeout))
             if answer.status != 429 or time.monotonic() > until:
                 break
-            self._count("busy")  # the queue is full: come again
+            self._count("busy")  # the queue is full: ask again
             time.sleep(0.2)
         self._judge(case, answer, str(body.get("steering") or body["model"]))
 
-    def _judge(self, case: Case, answer: Answer, asked: str) -> None:
+    def _judge(self, case: KnownAnswer, answer: ClientAnswer, asked: str) -> None:
         if answer.error:
             self._failed(answer.status, answer.error, asked)
         elif answer.text == case.text:
@@ -189,21 +196,23 @@ class Soak:
                 self._note("wrong_receipt", f"{asked}: {answer.steering}")
         else:
             others = [
-                other for other in self.cases
+                other
+                for other in self.cases
                 if other.question == case.question and other.text.startswith(answer.text)
-            ]  # fmt: skip
+            ]
             kind = "text_of_another" if answer.text and others else "wrong_text"
             self._note(kind, f"{asked}: {answer.text!r}, expected {case.text!r}")
 
-    def left(self, case: Case, body: Mapping[str, object], rng: random.Random) -> None:
+    def left(self, case: KnownAnswer, body: Mapping[str, object], rng: random.Random) -> None:
         """Leave a good request in the middle."""
         self._count("left")
-        streamed = rng.random() < 0.7
+        streamed, rudely = rng.random() < 0.7, rng.random() < 0.5
+        pieces = rng.randint(0, 4) if streamed else 0
+        body = {**body, "stream": streamed}
         try:
             leave_early(
-                self.address, case.path, {**body, "stream": streamed}, rudely=rng.random() < 0.5,
-                pieces=rng.randint(0, 4) if streamed else 0, timeout=self.timeout,
-            )  # fmt: skip
+                self.address, case.path, body, pieces=pieces, rudely=rudely, timeout=self.timeout
+            )
         except OSError as error:
             self._failed(None, f"{type(error).__name__}: {error}", "a client that leaves")
 
@@ -251,29 +260,30 @@ class Soak:
         }
 
 
-def _ending(server: Server, cases: Sequence[Case]) -> dict[str, object]:
-    """Return what is left in the server, what it logged, and how it ends."""
+def _end(server: ServerProcess, cases: Sequence[KnownAnswer]) -> dict[str, object]:
+    """Wait until no row is left, stop the server; return what it held and logged, and how it ended."""
     until = time.monotonic() + DRAIN
     while True:
         try:
             health = get(server.address, "/health")
         except (OSError, RuntimeError) as error:
             health = {"status": repr(error)}
-        if not health.get("running", 1) and not health.get("waiting", 1):
-            break
-        if time.monotonic() > until:
+        if health.get("running") == health.get("waiting") == 0 or time.monotonic() > until:
             break
         time.sleep(0.1)
-    files = server.open_files()
-    alive = server.process.poll() is None
+    files, alive = server.open_files(), server.process.poll() is None
     seconds = stop(server.process)
     said = server.said()
     return {
-        "health": health, "open_files": files, "alive": alive, "stop_seconds": round(seconds, 2),
-        "exit_code": server.process.returncode, "tracebacks": said.count("Traceback"),
+        "health": health,
+        "open_files": files,
+        "alive": alive,
+        "stop_seconds": round(seconds, 2),
+        "exit_code": server.process.returncode,
+        "tracebacks": said.count("Traceback"),
         "questions_in_log": sum(case.question in said for case in cases),
         "log_end": said[-2000:],
-    }  # fmt: skip
+    }
 
 
 def memory(samples: Sequence[tuple[float, float]]) -> dict[str, float] | None:
@@ -295,70 +305,58 @@ def memory(samples: Sequence[tuple[float, float]]) -> dict[str, float] | None:
     }
 
 
-def failures(result: Mapping[str, object], examples: Mapping[str, str]) -> list[str]:
+def failures(details: Mapping[str, object], examples: Mapping[str, str]) -> list[str]:
     """Return what must not be, a line each."""
+    d, health, held = details, details["health"], details["memory"]
     found = [
-        f"{result[name]} {said}; the first: {examples.get(name, '')}"
-        for name, said in PROBLEMS.items() if result[name]
-    ]  # fmt: skip
-    if result["good"] != result["good_sent"]:
-        found.append(
-            f"{result['good']} of {result['good_sent']} good requests answered as they should be"
-        )
-    health, held = result["health"], result["memory"]
+        f"{d[name]} {said}; the first: {examples.get(name, '')}"
+        for name, said in PROBLEMS.items()
+        if d[name]
+    ]
+    if d["good"] != d["good_sent"]:
+        found.append(f"{d['good']} of {d['good_sent']} good requests have the known answer")
     if health.get("running") != 0 or health.get("waiting") != 0:
         found.append(f"rows are left {DRAIN:g} s after the end: {health}")
-    if not result["alive"]:
-        found.append(f"the server died: exit code {result['exit_code']}")
-    if result["exit_code"] == -signal.SIGKILL:
+    if not d["alive"]:
+        found.append(f"the server died: exit code {d['exit_code']}")
+    if d["exit_code"] == -signal.SIGKILL:
         found.append(f"SIGTERM did not end the server within {GRACE:g} s")
-    elif result["exit_code"] not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-        found.append(f"SIGTERM ended the server with exit code {result['exit_code']}")
+    elif d["exit_code"] not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+        found.append(f"SIGTERM ended the server with exit code {d['exit_code']}")
     for name in ("tracebacks", "questions_in_log"):
-        if result[name]:
-            found.append(f"{result[name]} {name.replace('_', ' ')}")
-    if (
-        held
-        and held["samples"] >= JUDGED
-        and held["last_quarter"] > held["first_quarter"] * GROWTH + SLACK
-    ):
-        found.append(
-            f"memory grew from {held['first_quarter']:.0f} to {held['last_quarter']:.0f} MiB"
-        )
+        if d[name]:
+            found.append(f"{d[name]} {name.replace('_', ' ')}")
+    if held and held["samples"] >= JUDGED:
+        first, last = held["first_quarter"], held["last_quarter"]
+        if last > first * GROWTH + SLACK:
+            found.append(f"memory grew from {first:.0f} to {last:.0f} MiB")
     return found
 
 
-def lines(result: Mapping[str, object]) -> list[str]:
+def lines(details: Mapping[str, object]) -> list[str]:
     """Return the report."""
-    d = result["details"]
+    d, health = details, details["health"]
+    statuses: Counter = sum((Counter(of) for of in d["statuses"].values()), Counter())
+    shown = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
     table = [
         f"{d['clients']} clients; {d['cases']} requests with known answers, "
         f"{d['different_answers']} of these different",
-        f"good      {d['good']} of {d['good_sent']} answered with their solo run's text",
-        f"left      {d['left']} in the middle; running {d['health'].get('running')}, "
-        f"waiting {d['health'].get('waiting')} at the end",
-        f"bad       {d['bad_sent']}, statuses " + _statuses(d["statuses"]),
+        f"good      {d['good']} of {d['good_sent']} answered with the known text",
+        f"left      {d['left']} in the middle; running {health.get('running')}, "
+        f"waiting {health.get('waiting')} at the end",
+        f"bad       {d['bad_sent']}, statuses {shown}",
         *(f"          {d[name]} {said}" for name, said in PROBLEMS.items()),
         f"ending    {d['stop_seconds']:.1f} s, exit code {d['exit_code']}, "
         f"{d['open_files']} open files before",
-    ]  # fmt: skip
+    ]
     if held := d["memory"]:
         table.append(
-            f"memory    {held['first_quarter']:.0f} MiB in the first quarter, {held['last_quarter']:.0f} in "
-            f"the last, {held['largest']:.0f} at most, {held['slope_per_minute']:+.2f} MiB/min"
-        )  # fmt: skip
-    return (
-        [*table, *(f"FAILED    {one}" for one in d["failures"])]
-        if d["failures"]
-        else [*table, "passed"]
-    )
-
-
-def _statuses(found: Mapping[str, Mapping[str, int]]) -> str:
-    total: Counter = Counter()
-    for one in found.values():
-        total.update(one)
-    return ", ".join(f"{status}: {count}" for status, count in sorted(total.items()))
+            f"memory    {held['first_quarter']:.0f} MiB in the first quarter, "
+            f"{held['last_quarter']:.0f} in the last, {held['largest']:.0f} at most, "
+            f"{held['slope_per_minute']:+.2f} MiB/min"
+        )
+    verdict = [f"FAILED    {one}" for one in d["failures"]] or ["passed"]
+    return [*table, *verdict]
 
 
 if __name__ == "__main__":
