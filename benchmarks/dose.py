@@ -75,7 +75,7 @@ def run(
     table = aligned([HEAD, *(_cells(one) for one in settings)])
     ends = ["end of the response", *(json.dumps(one["end"]) for one in settings)]
     lines = [f"{line}  {end}" for line, end in zip(table, ends, strict=True)]
-    return Measurement({}, lines, {"settings": settings, "prompt": prompt, "vector": vector})
+    return Measurement(lines, {"settings": settings})
 
 
 def _figures(response: Generation, answer: str, show: int) -> dict[str, object]:

@@ -56,11 +56,13 @@ def run(
     remark = f"multiply-adds {other['work_ratio']:.2f}; largest relative difference of a vector "
     rows = [
         Figure(
+            "",
             "tokens computed, steering-vectors / ours",
-            f"{other['token_ratio']:.3f}",
+            other["token_ratio"],
             remark=f"{remark}{other['largest_relative_difference']:.1e}",
         ),
         Figure.of(
+            "",
             "seconds, steering-vectors / ours",
             other["time"],
             remark=f"torch {other['versions']['torch']}, batch size {batch_size}",

@@ -62,21 +62,15 @@ def run(
             side.step()
         works = [lambda side=side: timed(side.step) for side in sides]
         live, file, again = alternate(works, rounds=steps, seconds=seconds, tell=tell)
-    speed, noise, live_seconds = ratio(live, file), ratio(live, again), spread(live)
-    remark = f"capacity {capacity}, after {prompt_tokens} tokens; run-time steering "
-    remark += f"{1 / live_seconds['median']:.1f} tokens/s"
-    return Measurement(
-        {"function_ratio": speed["median"]},
-        [Figure.of("decode speed, file / run-time steering", speed, noise, remark)],
-        {
-            "ratio": speed,
-            "null": noise,
-            "live_seconds": live_seconds,
-            "capacity": capacity,
-            "prompt_tokens": prompt_tokens,
-            "largest_difference": made.largest_difference,
-        },
+    rate = 1 / spread(live)["median"]
+    figure = Figure.of(
+        "function_ratio",
+        "decode speed, file / run-time steering",
+        ratio(live, file),
+        ratio(live, again),
+        f"capacity {capacity}, after {prompt_tokens} tokens; run-time steering {rate:.1f} tokens/s",
     )
+    return Measurement([figure], {"largest_difference": made.largest_difference})
 
 
 class _RunTimeSteps:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_densesteer.bench.figures import Figure, Measurement, lines
+from mlx_densesteer.bench.figures import Measurement, lines
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.bench.suite import REFUSALS, header, heading, reason
 from mlx_densesteer.text import Live
@@ -32,11 +32,12 @@ def main(run: Callable[..., Measurement]) -> Measurement:
     finally:
         live.clear()
     if as_json:
-        whole = {**found.figures, "header": head, "details": found.details}
+        whole = found.document()
+        whole |= {"header": head, "details": {**whole["details"], "options": options}}
         print(json.dumps(whole, allow_nan=False))
     else:
-        figures = [one for one in found.table if isinstance(one, Figure)]
-        table = lines([(Path(inspect.getfile(run)).stem, figures)]) if figures else found.table
+        name = Path(inspect.getfile(run)).stem
+        table = lines([(name, found.lines)]) if found.lines else found.table
         print("\n".join([*heading(head), "", *table]))
     return found
 

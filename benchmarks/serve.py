@@ -91,10 +91,7 @@ def run(
     errors = sum(of["sides"][NAMES[i]]["errors"] for of in found.values() for i in (0, 2))
     details = {
         "clients": found,
-        "requests_per_client": requests,
-        "tokens": tokens,
-        "shared_prefix": shared_prefix,
-        "doses": list(DOSES),
+        "doses": DOSES,
         "layer": layer,
         "resident_mib": memory,
     }
@@ -103,7 +100,7 @@ def run(
         "serve_unsteered_ratio": lowest["unsteered"],
         "serve_errors": errors,
     }
-    return Measurement(figures, lines(details), details)
+    return Measurement(lines(details), details, figures)
 
 
 @dataclass(frozen=True)

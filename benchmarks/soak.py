@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clients import Address, ask, get, read
+from clients import Address, ClientAnswer, ask, get, read
 from hostile import Bad, bad_requests, leave_early, send_bad
-from known_answers import saved, two_vectors
+from known_answers import KnownAnswer, known_answers, saved, two_vectors
 from script import main
-from servers import GRACE, our_server, stop
+from servers import GRACE, ServerProcess, our_server, stop
 
-from mlx_densesteer.bench.figures import Tell, quiet
+from mlx_densesteer.bench.figures import Measurement, Tell, quiet
 from mlx_densesteer.bench.subject import Subject
 
 MIX = {"streamed": 45, "whole": 20, "leaves": 15, "bad": 20}
@@ -89,7 +89,7 @@ def run(
                 "memory": memory(samples),
             }
     details["failures"] = failures(details, soak.examples)
-    return Measurement({"soak_failures": len(details["failures"])}, lines(details), details)
+    return Measurement(lines(details), details, {"soak_failures": len(details["failures"])})
 
 
 @dataclass

@@ -43,7 +43,7 @@ def run(
     """
     sizes = [int(size) for size in rows.split(",")]
     text = subject.tokens(prompt_tokens)
-    found: dict[str, dict] = {}
+    table, rates = [], []
     for size in sizes:
         starts = [row % len(text) for row in range(size)]
         prompts = [[*text[at:], *text[:at]] for at in starts]  # all different, if there is room
@@ -60,28 +60,19 @@ def run(
             seconds=seconds,
             tell=lambda message, size=size: tell(f"{size} rows, {message}"),
         )
-        found[str(size)] = {
-            "ratio": ratio(plain, steered),
-            "null": ratio(plain, again),
-            "tokens_per_second": size / spread(steered)["median"],
-            "stock_tokens_per_second": size / spread(plain)["median"],
-        }
-    first, last = found[str(sizes[0])], found[str(sizes[-1])]
-    gain = last["tokens_per_second"] / first["tokens_per_second"]
-    table = [
-        Figure.of(
-            f"throughput of {size} rows, steered / stock",
-            of["ratio"],
-            of["null"],
-            f"{of['tokens_per_second']:.1f} tokens/s, stock {of['stock_tokens_per_second']:.1f}",
+        rates.append(size / spread(steered)["median"])
+        stock_rate = size / spread(plain)["median"]
+        table.append(
+            Figure.of(
+                "batch_ratio" if size == sizes[-1] else "",
+                f"throughput of {size} rows, steered / stock",
+                ratio(plain, steered),
+                ratio(plain, again),
+                f"{rates[-1]:.1f} tokens/s, stock {stock_rate:.1f}",
+            )
         )
-        for size, of in found.items()
-    ]
-    return Measurement(
-        {"batch_ratio": last["ratio"]["median"], "batch_gain": gain},
-        [*table, Figure(f"throughput, {sizes[-1]} rows / {sizes[0]}", f"{gain:.2f}")],
-        {"rows": found, "prompt_tokens": prompt_tokens, "tokens": tokens},
-    )
+    name = f"throughput, {sizes[-1]} rows / {sizes[0]}"
+    return Measurement([*table, Figure("batch_gain", name, rates[-1] / rates[0])])
 
 
 def _ours(subject: Subject, prompts: list[list[int]], tokens: int) -> float:

@@ -48,55 +48,28 @@ def run(
     for side in sides:  # compile, and warm the processor's caches
         side.prefill()
         side.step()
-    details: dict[str, object] = {}
-    for name, works, rounds in (
-        ("prefill", [side.prefill for side in sides], prefills),
-        ("decode", [side.step for side in sides], steps),
+    table = []
+    for name, count, works, rounds in (
+        ("decode", 1, [side.step for side in sides], steps),
+        ("prefill", prompt_tokens, [side.prefill for side in sides], prefills),
     ):
         stock, steered, again = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
-        details[name] = {
-            "ratio": ratio(stock, steered),
-            "null": ratio(stock, again),
-            "stock_seconds": spread(stock),
-        }
-    decode, prefill = details["decode"], details["prefill"]
-    counts = {"stock": primitives(subject, None), "steered": primitives(subject, steering)}
-    extra = counts["steered"] - counts["stock"]
-    rate = 1 / decode["stock_seconds"]["median"]
-    fill_rate = prompt_tokens / prefill["stock_seconds"]["median"]
-    details |= {
-        "primitives": counts,
-        "steered_layers": len(chosen),
-        "positions": positions,
-        "prompt_tokens": prompt_tokens,
-    }
-    return Measurement(
-        {
-            "decode_ratio": decode["ratio"]["median"],
-            "prefill_ratio": prefill["ratio"]["median"],
-            "extra_primitives": extra,
-        },
-        [
+        rate = count / spread(stock)["median"]
+        table.append(
             Figure.of(
-                "decode speed, steered / stock",
-                decode["ratio"],
-                decode["null"],
+                f"{name}_ratio",
+                f"{name} speed, steered / stock",
+                ratio(stock, steered),
+                ratio(stock, again),
                 f"{len(chosen)} layers steered, positions {positions}; stock {rate:.1f} tokens/s",
-            ),
-            Figure.of(
-                "prefill speed, steered / stock",
-                prefill["ratio"],
-                prefill["null"],
-                f"{prompt_tokens} tokens; stock {fill_rate:.1f} tokens/s",
-            ),
-            Figure(
-                "operations added to a decoding step",
-                str(extra),
-                remark=f"stock {counts['stock']}, steered {counts['steered']}",
-            ),
-        ],
-        details,
+            )
+        )
+    before, after = primitives(subject, None), primitives(subject, steering)
+    remark = f"stock {before}, steered {after}"
+    added = Figure(
+        "extra_primitives", "operations added to a decoding step", after - before, remark=remark
     )
+    return Measurement([*table, added])
 
 
 class _Decoder:

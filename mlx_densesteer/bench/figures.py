@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 Tell = Callable[[str], None]  # is called with how far a benchmark is
 Side = Callable[[], float]  # does its work once and returns its seconds
@@ -12,33 +12,53 @@ Spread = dict[str, float]  # "median", "low" and "high" (the quartiles), "count"
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; ``noise`` is the same work against itself."""
+    """One line of the table; ``key`` is its name at the top level of the JSON object, if it is there.
 
+    ``noise`` is the ratio of the same work to itself.
+    """
+
+    key: str
     name: str
-    value: str
-    quartiles: str = ""
-    noise: str = ""
+    value: float | bool | str | None
+    spread: Spread | None = None
+    noise: Spread | None = None
     remark: str = ""
 
     @classmethod
     def of(
-        cls, name: str, ratio: Spread, noise: Spread | None = None, remark: str = ""
+        cls, key: str, name: str, spread: Spread, noise: Spread | None = None, remark: str = ""
     ) -> "Figure":
-        """Write a ratio with its quartiles."""
-        shown = f"{noise['median']:.3f} ({quartiles(noise)})" if noise else ""
-        return cls(name, f"{ratio['median']:.3f}", quartiles(ratio), shown, remark)
+        """Return the figure whose value is the median of a spread."""
+        return cls(key, name, spread["median"], spread, noise, remark)
+
+    def cells(self) -> tuple[str, ...]:
+        """Return name, value, quartiles and noise as text."""
+        value = "-" if self.value is None else str(self.value)
+        if isinstance(self.value, bool):
+            value = "yes" if self.value else "NO"
+        elif isinstance(self.value, float):
+            value = f"{self.value:.3f}"
+        noise = f"{self.noise['median']:.3f} ({quartiles(self.noise)})" if self.noise else ""
+        return (self.name, value, quartiles(self.spread) if self.spread else "", noise)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a benchmark found: ``figures`` and ``details`` for programs, ``table`` for people.
+    """What a benchmark found. A table of text is printed as it is, with ``figures`` of its own."""
 
-    A table of strings is printed as it is.
-    """
-
-    figures: dict[str, object]
     table: Sequence[Figure | str]
-    details: dict[str, object]
+    details: dict[str, object] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[Figure]:
+        return [one for one in self.table if isinstance(one, Figure)]
+
+    def document(self) -> dict[str, object]:
+        """Return the figures by key, and all else under ``details``."""
+        keyed = {one.key: one.value for one in self.lines if one.key}
+        table = [asdict(one) for one in self.lines]
+        return {**keyed, **self.figures, "details": {"table": table, **self.details}}
 
 
 def quiet(message: str) -> None:
@@ -100,7 +120,8 @@ def lines(measured: Iterable[tuple[str, Sequence[Figure]]]) -> list[str]:
     for name, figures in measured:
         cells.append((name,))
         for figure in figures:
-            cells.append((f"  {figure.name}", figure.value, figure.quartiles, figure.noise))
+            name, *rest = figure.cells()
+            cells.append((f"  {name}", *rest))
             if figure.remark:
                 cells.append((f"      {figure.remark}",))
     full = [line for line in cells if len(line) > 1]

@@ -43,30 +43,31 @@ def run(
     works = [side.respond for side in sides]
     taken = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
     stock, steered, again = sides
-    memory = ratio(steered.peaks, stock.peaks), ratio(again.peaks, stock.peaks)
-    own = ratio(steered.own, stock.own), ratio(again.own, stock.own)
-    speed = ratio(taken[0], taken[1]), ratio(taken[0], taken[2])
-    peak, own_peak = max(stock.peaks), max(stock.own)
+    peak, own_peak = max(stock.peaks) / 2**20, max(stock.own) / 2**20
     return Measurement(
-        {"peak_memory_ratio": memory[0]["median"], "generation_ratio": speed[0]["median"]},
         [
-            Figure.of("peak memory, steered / stock", *memory, f"stock {peak / 2**20:.0f} MiB"),
-            Figure.of("  without the weights", *own, f"stock {own_peak / 2**20:.1f} MiB"),
             Figure.of(
+                "peak_memory_ratio",
+                "peak memory, steered / stock",
+                ratio(steered.peaks, stock.peaks),
+                ratio(again.peaks, stock.peaks),
+                f"stock {peak:.0f} MiB",
+            ),
+            Figure.of(
+                "",
+                "  without the weights",
+                ratio(steered.own, stock.own),
+                ratio(again.own, stock.own),
+                f"stock {own_peak:.1f} MiB",
+            ),
+            Figure.of(
+                "generation_ratio",
                 "speed of a response, steered / stock",
-                *speed,
+                ratio(taken[0], taken[1]),
+                ratio(taken[0], taken[2]),
                 f"{prompt_tokens} tokens read, {tokens} written, mlx-lm's generate_step",
             ),
-        ],
-        {
-            "peak_memory": {"ratio": memory[0], "null": memory[1]},
-            "peak_memory_without_weights": {"ratio": own[0], "null": own[1]},
-            "stock_peak_bytes": peak,
-            "stock_peak_bytes_without_weights": own_peak,
-            "generation": {"ratio": speed[0], "null": speed[1]},
-            "prompt_tokens": prompt_tokens,
-            "tokens": tokens,
-        },
+        ]
     )
 
 

@@ -39,34 +39,37 @@ def run(
         seconds: after which no new round begins, for each depth; 0 is no limit.
     """
     chunks = [Chunk(tuple(subject.tokens(prefix_tokens)))]
-    found: dict[str, dict] = {}
-    table = []
-    for depth in DEPTHS:
-        layer = int(depth * subject.model.layer_count)
-        one = found[str(depth)] = _at_layer(subject, layer, chunks, rounds, seconds, tell)
-        expected = "no layer above"
-        if one["excess"] is not None:
-            expected = f"layers above: {one['expected']:.3f} ({100 * one['excess']:+.0f} %), "
-            expected += f"{one['expected_strict']:.3f} without the last"
-        table.append(
-            Figure.of(
-                f"re-steer at layer {layer} of {subject.model.layer_count}, cost / full prefill",
-                one["ratio"],
-                one["null"],
-                f"{expected}; {prefix_tokens} tokens in {one['full_seconds']['median']:.2f} s; "
-                f"keeps {one['residual_bytes'] / 2**20:.1f} MiB; "
-                f"{'identical bits' if one['identical'] else 'THE CACHES DIFFER'}",
-            )
-        )
-    excesses = [one["excess"] for one in found.values() if one["excess"] is not None]
+    found = [
+        _at_layer(subject, int(depth * subject.model.layer_count), chunks, rounds, seconds, tell)
+        for depth in DEPTHS
+    ]
+    excesses = [one["excess"] for one in found if one["excess"] is not None]
     return Measurement(
-        {
-            "resteer_ratio": found["0.5"]["ratio"]["median"],
-            "resteer_excess": max(excesses, default=None),
-            "resteer_identical": all(one["identical"] for one in found.values()),
-        },
-        table,
-        {"depths": found, "prefix_tokens": prefix_tokens, "layers": subject.model.layer_count},
+        [
+            *(_figure(subject, depth, one) for depth, one in zip(DEPTHS, found, strict=True)),
+            Figure(
+                "resteer_excess",
+                "largest cost / (layers above / all layers) - 1",
+                max(excesses, default=None),
+            ),
+            Figure(
+                "resteer_identical",
+                "caches and logits are those of a full prefill",
+                all(one["identical"] for one in found),
+            ),
+        ],
+        {"depths": found},
+    )
+
+
+def _figure(subject: Subject, depth: float, one: dict[str, object]) -> Figure:
+    return Figure.of(
+        "resteer_ratio" if depth == 0.5 else "",
+        f"re-steer at layer {one['layer']} of {subject.model.layer_count}, cost / full prefill",
+        one["ratio"],
+        one["noise"],
+        f"layers above {one['expected']:.3f}, without the last {one['expected_strict']:.3f}; full prefill "
+        f"{one['full_seconds']['median']:.2f} s; keeps {one['residual_bytes'] / 2**20:.1f} MiB",
     )
 
 
@@ -86,7 +89,7 @@ def _at_layer(
     return {
         "layer": layer,
         "ratio": cost,
-        "null": ratio(null, full),
+        "noise": ratio(null, full),
         "expected": expected,
         "expected_strict": max(0, count - 2 - layer) / max(1, count - 1),
         "excess": cost["median"] / expected - 1 if expected else None,

@@ -70,37 +70,27 @@ def run(
     accepted = sum(one.draft_accepted or 0 for one in drafted)
     equal = sum(a.token_ids == b.token_ids for a, b in zip(drafted, plain, strict=True))
     count = sum(len(one.token_ids) for one in plain)
-    acceptance = accepted / proposed if proposed else None
-    speed, noise = ratio(without, drafting), ratio(without, again)
     return Measurement(
-        {
-            "speculative_acceptance": acceptance,
-            "speculative_ratio": speed["median"],
-            "speculative_equal": equal == len(prompts),
-        },
         [
             Figure(
+                "speculative_acceptance",
                 "drafted tokens accepted",
-                "-" if acceptance is None else f"{acceptance:.3f}",
+                accepted / proposed if proposed else None,
                 remark=f"{accepted} of {proposed}; draft: {what}, {draft_tokens} at a time",
             ),
             Figure.of(
+                "speculative_ratio",
                 "speed with the draft / without",
-                speed,
-                noise,
-                f"{equal} of {len(prompts)} answers with equal tokens ({count} tokens)",
+                ratio(without, drafting),
+                ratio(without, again),
             ),
-        ],
-        {
-            "speed": {"ratio": speed, "null": noise},
-            "draft": what,
-            "draft_tokens": draft_tokens,
-            "proposed": proposed,
-            "accepted": accepted,
-            "questions": len(prompts),
-            "tokens": count,
-            "equal_answers": equal,
-        },
+            Figure(
+                "speculative_equal",
+                "all tokens are equal",
+                equal == len(prompts),
+                remark=f"{equal} of {len(prompts)} answers, {count} tokens",
+            ),
+        ]
     )
 
 

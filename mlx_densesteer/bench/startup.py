@@ -1,5 +1,6 @@
 """Time to the first token of a whole process, `densesteer generate` against `mlx_lm generate`."""
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,8 @@ TOKENS = "10"
 RULE = b"=" * 10 + b"\n"  # mlx_lm prints it before it begins
 OURS = (sys.executable, "-m", "mlx_densesteer")
 SHORT = {
-    "import mlx_densesteer": (sys.executable, "-c", "import mlx_densesteer"),
-    "densesteer --help": (*OURS, "--help"),
+    "import_seconds": (sys.executable, "-c", "import mlx_densesteer"),
+    "help_seconds": (*OURS, "--help"),
 }
 
 
@@ -54,45 +55,31 @@ def run(
             works, rounds=rounds, seconds=seconds, tell=tell
         )
     short = [lambda words=words: timed(lambda: _silently(words)) for words in SHORT.values()]
-    taken = map(spread, alternate(short, rounds=max(2, rounds)))
-    times = dict(zip(SHORT, taken, strict=True))
-    first = {
-        "plain": ratio(plain, theirs),
-        "steered": ratio(with_vector, theirs),
-        "null": ratio(again, theirs),
-    }
-    whole = {
-        "densesteer": spread(plain),
-        "densesteer_steered": spread(with_vector),
-        "mlx_lm": spread(theirs),
-    }
-    median = {name: f"{of['median']:.2f} s" for name, of in (whole | times).items()}
-    same = sides[0].text == sides[2].text
-    remark = f"ours {median['densesteer']}, mlx_lm {median['mlx_lm']}; "
-    remark += "same text" if same else "THE TEXTS DIFFER"
+    times = alternate(short, rounds=max(2, rounds))
+    noise, same = ratio(again, theirs), sides[0].text == sides[2].text
+    medians = [f"{spread(of)['median']:.2f} s" for of in (plain, with_vector, theirs)]
     return Measurement(
-        {
-            "first_token_ratio": first["plain"]["median"],
-            "first_token_steered_ratio": first["steered"]["median"],
-            "import_seconds": times["import mlx_densesteer"]["median"],
-            "help_seconds": times["densesteer --help"]["median"],
-        },
         [
             Figure.of(
-                "seconds to the first token, ours / mlx_lm", first["plain"], first["null"], remark
+                "first_token_ratio",
+                "seconds to the first token, ours / mlx_lm",
+                ratio(plain, theirs),
+                noise,
+                f"ours {medians[0]}, mlx_lm {medians[2]}",
             ),
             Figure.of(
+                "first_token_steered_ratio",
                 "  ours steered / mlx_lm",
-                first["steered"],
-                first["null"],
-                f"ours {median['densesteer_steered']}",
+                ratio(with_vector, theirs),
+                noise,
+                f"ours {medians[1]}",
             ),
+            Figure("", "unsteered: the text is mlx_lm's", same),
             *(
-                Figure(f"`{name}`", median[name], f"{of['low']:.2f}-{of['high']:.2f}")
-                for name, of in times.items()
+                Figure.of(key, f"seconds of `python {shlex.join(SHORT[key][1:])}`", spread(of))
+                for key, of in zip(SHORT, times, strict=True)
             ),
-        ],
-        {"first_token": first, "seconds": whole, "same_text": same, "short_commands": times},
+        ]
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -70,12 +71,15 @@ def measure(
             found = module.run(subject, tell=tell(name), **settings)
         except REFUSALS as error:
             found = _not_measured(reason(error))
-        found.details["wall_seconds"] = round(time.perf_counter() - began, 1)
-        yield name, found
+        seconds = round(time.perf_counter() - began, 1)
+        yield (
+            name,
+            replace(found, details={**found.details, "options": settings, "wall_seconds": seconds}),
+        )
 
 
 def _not_measured(why: str) -> Measurement:
-    return Measurement({}, [Figure("not measured", "-", remark=why)], {"reason": why})
+    return Measurement([Figure("", "not measured", None, remark=why)], {"reason": why})
 
 
 def document(
@@ -86,21 +90,17 @@ def document(
     A figure without a measurement is ``None``; ``missing`` is the reason of benchmarks that did not
     run at all.
     """
-    all_of = {name: found.get(name, _not_measured(missing)) for name in BENCHMARKS}
+    whole = {name: found.get(name, _not_measured(missing)).document() for name in BENCHMARKS}
     return {
-        **{
-            key: of.figures.get(key)
-            for name, of in all_of.items()
-            for key in BENCHMARKS[name].FIGURES
-        },
+        **{key: whole[name].get(key) for name, of in BENCHMARKS.items() for key in of.FIGURES},
         "header": dict(head),
-        "details": {name: of.details for name, of in all_of.items()},
+        "details": {name: of["details"] for name, of in whole.items()},
     }
 
 
 def report(found: Mapping[str, Measurement], head: Mapping[str, object]) -> list[str]:
     """Return the header and the table of all that was measured."""
-    return [*heading(head), "", *lines((name, of.table) for name, of in found.items())]
+    return [*heading(head), "", *lines((name, of.lines) for name, of in found.items())]
 
 
 def reason(error: BaseException) -> str:

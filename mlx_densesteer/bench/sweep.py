@@ -79,32 +79,18 @@ def run(
             ways.append(lambda: _evaluate(grid, common, tell))
         works = [lambda way=way: timed(way) for way in ways]
         taken = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
-    speedups = [ratio(other, taken[0]) for other in taken[1:]]
     equal = sum(a == b for a, b in zip(answers["grid"], answers["separate"], strict=True))
-    remark = (
-        f"{len(grid)} settings, {problems} problems of {max_tokens} tokens at most; "
-        f"{equal} of {len(answers['grid'])} answers equal"
-    )
-    labels = ("separate runs / grid", "one process each / grid")[: len(speedups)]
-    return Measurement(
-        {
-            "sweep_speedup_vs_separate": speedups[0]["median"],
-            "sweep_speedup_vs_processes": speedups[1]["median"] if processes else None,
-        },
-        [
-            Figure.of(f"sweep, seconds: {label}", of, remark=remark)
-            for label, of in zip(labels, speedups, strict=True)
-        ],
-        {
-            "speedups": speedups,
-            "settings": len(grid),
-            "problems": problems,
-            "max_tokens": max_tokens,
-            "tokens": sum(map(len, answers["grid"])),
-            "equal_answers": equal,
-            "answers": len(answers["grid"]),
-        },
-    )
+    remark = f"{len(grid)} settings, {problems} problems of {max_tokens} tokens at most"
+    same = f"{remark}; {equal} of {len(answers['grid'])} answers equal"
+    table = [
+        Figure.of(
+            FIGURES[0], "seconds, separate runs / grid", ratio(taken[1], taken[0]), remark=same
+        )
+    ]
+    if processes:
+        name = "seconds, one process each / grid"
+        table.append(Figure.of(FIGURES[1], name, ratio(taken[2], taken[0]), remark=remark))
+    return Measurement(table, {"equal_answers": equal, "answers": len(answers["grid"])})
 
 
 def _evaluate(grid: Sequence[Steering], common: list[str], tell: Tell) -> None:

@@ -120,6 +120,10 @@ class Session:
         """How many tokens the conversation may have, answer included."""
         return min(self.model.context, self._context or self.model.context)
 
+    @context.setter
+    def context(self, tokens: int | None) -> None:
+        self._context = tokens
+
     @property
     def tokens(self) -> int:
         """How many tokens the conversation has, without an answer that is still coming."""
