@@ -19,8 +19,8 @@ from pathlib import Path
 from mlx_densesteer.errors import HubError
 from mlx_densesteer.files import file_sha256
 from mlx_densesteer.model import convert as conversion
-from mlx_densesteer.model.hub import fetch_file
 from mlx_densesteer.model import gguf as gguf_model
+from mlx_densesteer.model.hub import fetch_file
 
 NAME = "Qwen2.5-Coder-0.5B-Instruct"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

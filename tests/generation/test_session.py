@@ -264,7 +264,9 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_turns(loaded):
     say(session.send("second"))
     long = "a long question " * 5
     session.context = len(session.prompt(long)) - 10
-    with pytest.raises(ContextError, match=rf"\d+ tokens, and the model's context is {session.context}"):
+    with pytest.raises(
+        ContextError, match=rf"\d+ tokens, and the model's context is {session.context}"
+    ):
         session.send(long)
     assert len(session.turns) == 2
     session.drop_oldest = True
