@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT
 
 from mlx_densesteer import generate
-from mlx_densesteer.bench import alone, batch, dose, function, report, startup, suite, timing
+from mlx_densesteer.bench import batch, figures, startup, suite
 from mlx_densesteer.bench.extract import drawn_pairs
 from mlx_densesteer.bench.speculative import truncated
 from mlx_densesteer.bench.subject import Subject
@@ -44,13 +44,13 @@ def subject() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def found(subject) -> dict[str, dict]:
+def found(subject) -> dict[str, figures.Measurement]:
     return dict(suite.measure(subject, quick=True, options=SMALL))
 
 
 @pytest.fixture(scope="module")
 def document(subject, found) -> dict:
-    made = suite.document(found, report.header(subject, "a command"), "not asked for")
+    made = suite.document(found, suite.header(subject, "a command"), "not asked for")
     return json.loads(json.dumps(made, allow_nan=False))
 
 
@@ -113,11 +113,11 @@ def test_the_header_says_where_and_when(document):
     assert all(
         head[key] for key in ("chip", "cores", "memory_gib", "os", "python", "date", "dtype")
     )
-    assert any("a command" in line for line in report.heading(head))
+    assert any("a command" in line for line in suite.heading(head))
 
 
 def test_the_table_names_every_benchmark(found):
-    text = report.lines(suite.table(found))
+    text = figures.lines((name, one.lines) for name, one in found.items())
     assert [line for line in text if line in suite.BENCHMARKS] == list(suite.BENCHMARKS)
     assert "DIFFER" not in "\n".join(text)
     assert max(map(len, text)) < 130
@@ -126,8 +126,10 @@ def test_the_table_names_every_benchmark(found):
 def test_the_model_is_as_it_was_afterwards(subject, found):
     before = Subject.load("demo")
     prompt = subject.questions(1)[0]
-    answers = [generate(s.model, s.tokenizer, prompt, max_tokens=8, steering=s.mild(3)).token_ids
-               for s in (subject, before)]  # fmt: skip
+    answers = [
+        generate(s.model, prompt, max_tokens=8, steering=s.dosed(3)).token_ids
+        for s in (subject, before)
+    ]
     assert answers[0] == answers[1]
 
 
@@ -140,14 +142,15 @@ def test_what_cannot_run_is_null_with_its_reason(subject):
     assert "/nowhere.jsonl" in made["details"]["extract"]["reason"]
     assert made["decode_ratio"] is None
     assert made["details"]["decode"] == {"reason": "not asked for"}
-    assert sum("not measured" in line for line in report.lines(suite.table(found))) == 2
+    text = suite.report(found, suite.header(subject, "a command"))
+    assert sum("not measured" in line for line in text) == 2
 
 
 def test_a_process_that_fails_gives_its_own_last_words():
     failing = startup._Process([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
     with pytest.raises(subprocess.CalledProcessError) as caught:
         failing.first_token()
-    assert "exit code 1: no such thing" in report.reason(caught.value)
+    assert "exit code 1: no such thing" in suite.reason(caught.value)
 
 
 def test_the_rule_that_mlx_lm_prints_first_is_no_token():
@@ -169,17 +172,17 @@ def test_sides_take_turns_and_end_in_time():
     def side(name):
         return lambda: calls.append(name) or 1.0
 
-    taken = timing.alternate([side("a"), side("b"), side("c")], rounds=3)
+    taken = figures.alternate([side("a"), side("b"), side("c")], rounds=3)
     assert "".join(calls) == "abcacbcab"  # every second round backwards
     assert taken == [[1.0] * 3] * 3
-    assert len(timing.alternate([side("a")], rounds=9, seconds=1e-9)[0]) == 1
-    assert timing.spread([4.0, 1.0, 2.0, 3.0]) == {
+    assert len(figures.alternate([side("a")], rounds=9, seconds=1e-9)[0]) == 1
+    assert figures.spread([4.0, 1.0, 2.0, 3.0]) == {
         "median": 2.5,
         "low": 2.0,
         "high": 3.0,
         "count": 4,
     }
-    assert timing.over([1.0, 4.0], [2.0, 2.0]) == [0.5, 2.0]
+    assert figures.ratio([1.0, 4.0], [2.0, 2.0])["median"] == 1.25
 
 
 def test_only_full_steps_count():
@@ -209,61 +212,50 @@ def test_a_gpt_like_head_is_shared_too(tiny):
     assert truncated(tiny, 1).lm_head == tiny.lm_head
 
 
-@pytest.mark.parametrize("name", [*suite.BENCHMARKS, "dose", "serve", "soak"])
-def test_every_script_is_one_of_the_benchmarks(name):
-    script = ROOT / "benchmarks" / f"{name}.py"
-    assert f'main("{name}")' in script.read_text("utf-8")
+@pytest.mark.parametrize("name", [*suite.BENCHMARKS, "dose", "function", "serve", "soak"])
+def test_every_benchmark_is_a_script_with_help(name):
+    done = script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and "--json" in done.stdout
 
 
-def test_there_is_no_other_script():
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*suite.BENCHMARKS, "dose", "function", "serve", "soak"}
+def script(name, *words):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *words],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("shown", [
-    "decode.py demo --steps 2 --prefills 1 --prompt-tokens 4",
-    "sweep.py demo --problems 1 --settings 1 --max-tokens 2 --rounds 1 --no-processes",
-    "resteer.py demo --prefix-tokens 8 --rounds 1",
+@pytest.mark.parametrize("words", [
+    "decode demo --steps 2 --prefills 1 --prompt-tokens 4",
+    "sweep demo --problems 1 --settings 1 --max-tokens 2 --rounds 1 --no-processes",
 ])  # fmt: skip
-def test_a_script_runs_by_itself(shown, monkeypatch, capsys):
-    name, *words = shown.split()
-    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}", *words])
-    alone.main(name.removesuffix(".py"))
-    out = capsys.readouterr().out
-    assert f"$ python benchmarks/{shown}" in out
-    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}", *words, "--json"])
-    alone.main(name.removesuffix(".py"))
-    made = json.loads(capsys.readouterr().out)
-    assert set(suite.BENCHMARKS[name.removesuffix(".py")].FIGURES) <= set(made)
+def test_a_script_runs_by_itself(words):
+    name, *rest = words.split()
+    done = script(name, *rest, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert set(suite.BENCHMARKS[name].FIGURES) <= set(made)
     assert {"details", "header"} <= set(made)
 
 
-def test_the_dose_script_shows_a_row_for_each_setting(monkeypatch, capsys):
-    from mlx_densesteer.demo import VECTOR
-
-    words = ["demo", str(VECTOR), "--layers", "5", "--doses", "0.1,1.0", "--max-tokens", "4"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/dose.py", *words])
-    alone.main("dose")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[-3:]] == [["-", "0"], ["5", "0.1"], ["5", "1"]]
-    assert dose.repeated_share([1, 2, 3, 4] * 10) > 0.8
-    assert dose.repeated_share([1, 2, 3]) == 0.0
+def test_the_dose_script_shows_a_row_for_each_setting():
+    done = script(
+        "dose", "demo", "demo", "--layers", "5", "--doses", "10%,100%", "--max-tokens", "4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.strip()]) >= 3
 
 
-def test_the_function_script_measures_a_file(monkeypatch, capsys):
+def test_the_function_script_measures_a_file():
     words = ["demo", "--capacity", "32", "--prompt-tokens", "8", "--steps", "3", "--json"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/function.py", *words])
-    alone.main("function")
-    made = json.loads(capsys.readouterr().out)
-    assert made["function_ratio"] == made["details"]["ratio"]["median"] > 0
-    assert made["details"]["ratio"]["count"] == 3
-    assert function.rows(made)[0].figure == "decode speed, file / run-time steering"
+    made = json.loads(script("function", *words).stdout)
+    assert made["function_ratio"] > 0
 
 
-def test_an_error_is_a_line_and_no_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/decode.py", "/nowhere"])
-    with pytest.raises(SystemExit, match="error: .*nowhere"):
-        alone.main("decode")
+def test_an_error_is_a_line_and_no_traceback():
+    done = script("decode", "/nowhere")
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
 COMMAND = (
