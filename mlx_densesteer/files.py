@@ -6,7 +6,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import struct
@@ -16,8 +15,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
-
-import numpy as np
 
 from .errors import DiskError, InputError, VectorFormatError
 
@@ -267,30 +264,3 @@ def _check_directory(
     plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if odd := [member.filename for member in members if member.compress_type not in plain]:
         raise VectorFormatError(f"{path}: {odd[0]} is neither stored nor deflated; save it again.")
-
-
-_HEADER = re.compile(
-    rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,9}),\), \} *\n"
-)
-
-
-def parse_npy(path: Path, entry: str, data: bytes, dtype: str) -> np.ndarray:
-    """Read one ``.npy`` member of one dimension.
-
-    ``dtype`` is ``"<f4"`` or ``"|u1"``. The header is a Python literal; only the one that the format names is read, and no
-    other is evaluated.
-    """
-    length = int.from_bytes(data[8:10], "little")
-    header = _HEADER.fullmatch(data[10 : 10 + length])
-    if data[:8] != b"\x93NUMPY\x01\x00" or header is None or header[1].decode() != dtype:
-        raise VectorFormatError(
-            f"{path}: {entry} is not a .npy array of one dimension and dtype {dtype} "
-            f"({np.dtype(dtype)}); it begins with {data[:100]!r}."
-        )
-    body = data[10 + length :]
-    count, itemsize = int(header[2]), np.dtype(dtype).itemsize
-    if count * itemsize != len(body):
-        raise VectorFormatError(
-            f"{path}: {entry} claims {count} values, {count * itemsize} bytes, but holds {len(body)}."
-        )
-    return np.frombuffer(body, dtype=dtype)

@@ -17,6 +17,7 @@ from .vector import SteeringVector, format_layers
 
 DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
 LARGEST = 1e9  # strength, either way: far above anything that leaves a model sane
+NEAR = 0.1  # share of the best gain within which a lower layer is preferred
 SMALLEST = 1e-5  # dose of strength 1: below, a vector is float32's rounding and nothing else
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -111,8 +112,7 @@ def request(
     """Fill in what is not given, and refuse what can never be applied. The only owner of defaults.
 
     - ``layers``: the one that a sweep recommended; else the one at which steering favours the dense
-      responses of held-out pairs most (``VectorMeta.margin_gain``), the last one left out; else the one
-      nearest the middle.
+      responses of held-out pairs most (``VectorMeta.margin_gain``); else the one nearest the middle.
     - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
     - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as the paper does.
 
@@ -176,15 +176,16 @@ def resolve(
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
     """Return the layer to steer by default, without a sweep, and the reason in words.
 
-    The measured best, but not the model's last layer: what is added there only shifts the logits of the
-    next token (arXiv 2509.06608; docs/extraction.md has a measurement). Without a measurement the middle,
-    where the paper saw steps and tokens both move.
+    The lowest layer whose measured gain is within a tenth of the best one: what is added below passes
+    through more blocks, and at the last layer it only shifts the logits of the next token (arXiv
+    2509.06608). Without a measurement the middle, where the paper saw steps and tokens both move.
     """
-    last = vector.meta.layer_count - 1
-    measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers and k != last}
+    measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers}
     if measured:
-        best = max(measured, key=lambda layer: (measured[layer], layer))
-        return best, "there it favours dense answers most"
+        best = max(measured.values())
+        return min(k for k, v in measured.items() if v >= best - NEAR * abs(best)), (
+            "there it favours dense answers most"
+        )
     if len(vector.layers) == 1:
         return min(vector.layers), "it is the vector's only one"
     middle = vector.meta.layer_count // 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,7 +13,7 @@ import numpy as np
 from .. import demo
 from .._version import __version__
 from ..errors import VectorFormatError, VectorMismatchError
-from ..files import atomic_file, parse_npy, read_archive
+from ..files import atomic_file, read_archive
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
@@ -192,7 +193,7 @@ class SteeringVector:
                 f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
                 "Convert other files with `densesteer vector import`."
             )
-        data = parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
+        data = _parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
         meta, listed = parse_document(path, data.tobytes())
         expected = {f"{_entry(layer)}.npy": layer for layer in listed}
         if missing := [layer for entry, layer in expected.items() if entry not in members]:
@@ -203,7 +204,7 @@ class SteeringVector:
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
             raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
         layers = {
-            layer: parse_npy(path, entry, members[entry], "<f4")
+            layer: _parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
         }
         return cls(layers, meta, name=name or path.name)
@@ -359,3 +360,30 @@ def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta,
             )
     known["tested"] = tuple(known.get("tested") or ())
     return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]
+
+
+_HEADER = re.compile(
+    rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,9}),\), \} *\n"
+)
+
+
+def _parse_npy(path: Path, entry: str, data: bytes, dtype: str) -> np.ndarray:
+    """Read one ``.npy`` member of one dimension.
+
+    ``dtype`` is ``"<f4"`` or ``"|u1"``. The header is a Python literal; only the one that the format names is read, and no
+    other is evaluated.
+    """
+    length = int.from_bytes(data[8:10], "little")
+    header = _HEADER.fullmatch(data[10 : 10 + length])
+    if data[:8] != b"\x93NUMPY\x01\x00" or header is None or header[1].decode() != dtype:
+        raise VectorFormatError(
+            f"{path}: {entry} is not a .npy array of one dimension and dtype {dtype} "
+            f"({np.dtype(dtype)}); it begins with {data[:100]!r}."
+        )
+    body = data[10 + length :]
+    count, itemsize = int(header[2]), np.dtype(dtype).itemsize
+    if count * itemsize != len(body):
+        raise VectorFormatError(
+            f"{path}: {entry} claims {count} values, {count * itemsize} bytes, but holds {len(body)}."
+        )
+    return np.frombuffer(body, dtype=dtype)

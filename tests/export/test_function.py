@@ -351,7 +351,7 @@ def test_the_command(tmp_path):
     said = json.loads(mx.import_function(str(path), return_metadata=True)[1])
     assert (said["model"], said["vector"], said["layers"]) == ("demo", "demo", [LAYER])
     assert (said["positions"], said["chunks"]) == ("generated", [16, 1])
-    assert said["strength"] == pytest.approx(1.757, abs=0.01)
+    assert said["strength"] == pytest.approx(2.38, abs=0.01)
     assert said["strength"] * said["dose_per_strength"] == pytest.approx(0.1)
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1

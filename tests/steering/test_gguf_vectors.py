@@ -179,7 +179,7 @@ def test_the_command_line(tmp_path):
     out = tmp_path / "dense.gguf"
     done = run("export", "demo", "-o", out, "-l", "4,5")
     assert (done.exit_code, done.stdout.strip()) == (0, str(out)), done.output
-    assert f"--control-vector-scaled {out}:3.513 --control-vector-layer-range 4 4\n" in done.stderr
+    assert f"--control-vector-scaled {out}:4.756 --control-vector-layer-range 5 5\n" in done.stderr
     assert run("export", "demo", "-o", out).exit_code == 1
     assert run("export", "demo", "-o", tmp_path / "dense.bin").exit_code == 1
     done = run("export", "demo", "-o", tmp_path / "dense.bin", "--to", "safetensors")

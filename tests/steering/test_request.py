@@ -179,8 +179,9 @@ def test_why_tells_where_the_layer_comes_from(make_vector):
         ([0, 3], {}, 3),
         ([1, 3], {}, 1),  # as near: the lower one
         ([3], {}, 3),
-        ([0, 1, 2, 3], {"0": 0.5, "2": 0.5}, 2),  # as good: the higher one
-        ([0, 1, 2, 3], {"1": 0.5, "3": 0.9}, 1),  # never the model's last layer
+        ([0, 1, 2, 3], {"0": 0.46, "2": 0.5}, 0),  # about as good: the lower one
+        ([0, 1, 2, 3], {"1": 0.8, "3": 0.9}, 3),
+        ([0, 1, 2, 3], {"1": -0.8, "3": -0.5}, 3),  # no gain at all: the smallest loss
         ([0, 1], {"0": 0.5, "3": 0.9}, 0),  # not one that the vector does not hold
     ],
 )
