@@ -1,9 +1,11 @@
 """Constants and functions that tests of several rooms share."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
 from mlx_densesteer.model.block import decoder_blocks
@@ -37,3 +39,40 @@ def checkpoint_cache() -> Path:
     """Where ``scripts/fetch-test-model`` puts the real checkpoint."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "mlx-densesteer"
+
+
+def pt_file(
+    path: Path, body: bytes, storages: dict[str, bytes] | None = None, root="archive"
+) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{root}/data.pkl", body)
+        archive.writestr(f"{root}/byteorder", b"little")
+        for key, data in (storages or {}).items():
+            archive.writestr(f"{root}/data/{key}", data)
+    return path
+
+
+def opcodes(
+    *, cls=b"csteering_vectors.steering_vector\nSteeringVector\n", rebuild=b"ctorch._utils\n_rebuild_tensor_v2\n",
+    storage=b"ctorch\nHalfStorage\n", count=8, offset=0, size=8, stride=1, layer_type=b"decoder_block",
+) -> bytes:  # fmt: skip
+    """Return the pickle of a vector with one layer, as torch.save writes it."""
+
+    def number(n: int) -> bytes:
+        return b"J" + n.to_bytes(4, "little", signed=True)
+
+    def text(t: bytes) -> bytes:
+        return b"X" + len(t).to_bytes(4, "little") + t
+
+    tensor = (
+        rebuild + b"((" + text(b"storage") + storage + text(b"0") + text(b"cpu") + number(count)
+        + b"tQ" + number(offset) + number(size) + b"\x85" + number(stride) + b"\x85\x89"
+        + b"ccollections\nOrderedDict\n)RtR"
+    )  # fmt: skip
+    return (
+        b"\x80\x02" + cls + b")\x81}(" + text(b"layer_activations") + b"}" + number(0) + tensor + b"s"
+        + text(b"layer_type") + text(layer_type) + b"ub."
+    )  # fmt: skip
+
+
+VALUES = np.arange(8, dtype="<f2")

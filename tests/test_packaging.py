@@ -207,7 +207,7 @@ def test_it_installs_and_runs_outside_the_repository(install, dist, uv, tmp_path
     answer = json.loads(steered.stdout)
     assert re.search(r"#### \d+$", answer["text"])
     assert answer["finish_reason"] == "stop"
-    assert answer["steering"]["relative_dose"]
+    assert answer["steering"]["dose"]
     assert "mlx-lm" in run(densesteer, "doctor", cwd=empty).stdout
     assert "compdef" in run(densesteer, "completion", "zsh", cwd=empty).stdout
     place = shlex.quote(f"{dist / WHEEL}[gguf]")

@@ -76,7 +76,7 @@ def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
     from ..steering.vector import format_layers
 
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
-    reason = f" ({why}; choose with -l and -s)" if why else ""
+    reason = f" ({why}; choose with -l and -s)" if why and len(steering.vector.layers) > 1 else ""
     note(
         f"steering with {steering.vector.name}: layer {format_layers(steering.layers)}, "
         f"{'-' if steering.strength < 0 else ''}{format_dose(dose)} of the residual stream "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SHARED
+from helpers import SHARED, VALUES, opcodes, pt_file
 
 from mlx_densesteer.errors import VectorFormatError
 from mlx_densesteer.steering.formats import import_vector
@@ -52,43 +52,6 @@ def test_reference_vectors_equal_torch_itself(name):
     assert sorted(theirs) == sorted(ours)
     for layer, tensor in theirs.items():
         assert np.array_equal(ours[layer], tensor.float().numpy())
-
-
-def pt_file(
-    path: Path, body: bytes, storages: dict[str, bytes] | None = None, root="archive"
-) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{root}/data.pkl", body)
-        archive.writestr(f"{root}/byteorder", b"little")
-        for key, data in (storages or {}).items():
-            archive.writestr(f"{root}/data/{key}", data)
-    return path
-
-
-def opcodes(
-    *, cls=b"csteering_vectors.steering_vector\nSteeringVector\n", rebuild=b"ctorch._utils\n_rebuild_tensor_v2\n",
-    storage=b"ctorch\nHalfStorage\n", count=8, offset=0, size=8, stride=1, layer_type=b"decoder_block",
-) -> bytes:  # fmt: skip
-    """Return the pickle of a vector with one layer, as torch.save writes it."""
-
-    def number(n: int) -> bytes:
-        return b"J" + n.to_bytes(4, "little", signed=True)
-
-    def text(t: bytes) -> bytes:
-        return b"X" + len(t).to_bytes(4, "little") + t
-
-    tensor = (
-        rebuild + b"((" + text(b"storage") + storage + text(b"0") + text(b"cpu") + number(count)
-        + b"tQ" + number(offset) + number(size) + b"\x85" + number(stride) + b"\x85\x89"
-        + b"ccollections\nOrderedDict\n)RtR"
-    )  # fmt: skip
-    return (
-        b"\x80\x02" + cls + b")\x81}(" + text(b"layer_activations") + b"}" + number(0) + tensor + b"s"
-        + text(b"layer_type") + text(layer_type) + b"ub."
-    )  # fmt: skip
-
-
-VALUES = np.arange(8, dtype="<f2")
 
 
 def test_the_hand_made_file_is_read(tmp_path):
