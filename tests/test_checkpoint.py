@@ -12,7 +12,6 @@ import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer.extraction.pairs import read_pairs
-from mlx_densesteer.model.model import fingerprint, inspect
 from mlx_densesteer.model.prompt import encode_prompt
 from mlx_densesteer.steering.vector import VectorMeta
 
@@ -44,7 +43,7 @@ def test_steered_logits_agree_with_transformers_and_steering_vectors(
 ):
     model, _ = real_model
     record = parity["record"]
-    assert fingerprint(model) == record["model"], "the fixture was made from other weights"
+    assert real_model.fingerprint == record["model"], "the fixture was made from other weights"
     setting = record["settings"][number]
     steering = None
     if setting["layers"]:
@@ -52,7 +51,7 @@ def test_steered_logits_agree_with_transformers_and_steering_vectors(
         vector = ds.SteeringVector(
             arrays, VectorMeta(model="parity", hidden_size=896, layer_count=24)
         )
-        steering = ds.Steering(vector, setting["strength"])
+        steering = ds.Steering(vector, setting["strength"], tuple(arrays))
     tokens, cache = mx.array(parity["tokens"])[None], ds.make_cache(model, steering)
     parts = [model(tokens[:, i : i + chunk], cache) for i in range(0, tokens.shape[1], chunk)]
     logits = np.array(mx.concatenate(parts, axis=1)[0])[parity["positions"]]
@@ -88,8 +87,8 @@ def test_the_tokenizer_is_qwens(real_model, parity):
     assert tokenizer.encode("<|im_start|><tool_call>") == [151644, 151657]
 
 
-def test_what_it_is(real_model, checkpoint):
-    info = inspect(real_model[0], checkpoint)
+def test_what_it_is(real_model):
+    info = real_model.info
     assert (info.layer_count, info.hidden_size, info.dtype, info.quantization) == (
         24,
         896,
@@ -169,8 +168,9 @@ def test_four_bits_steered(checkpoint, vector_file, tmp_path):
     done = densesteer("convert", checkpoint, "-o", tmp_path / "4bit", "--bits", 4)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "4bit" / "model.safetensors").stat().st_size < 450e6
-    model, tokenizer = ds.load(tmp_path / "4bit")
-    assert fingerprint(model) == ds.SteeringVector.load(vector_file).meta.fingerprint
+    quantised = ds.load(tmp_path / "4bit")
+    model, tokenizer = quantised
+    assert quantised.fingerprint == ds.SteeringVector.load(vector_file).meta.fingerprint
     steering = ds.Steering(ds.SteeringVector.load(vector_file), 2.0, layers=(16,))
     prompt = mx.array([encode_prompt(tokenizer, QUESTION)[-8:]])
     plain, steered = model(prompt), model(prompt, ds.make_cache(model, steering))
@@ -220,7 +220,7 @@ def test_extraction_agrees_with_steering_vectors_at_every_layer(
     lines = (Path(__file__).parents[1] / "scripts/demo-pairs.jsonl").read_text("utf-8").splitlines()
     record = extracted["record"]
     file.write_text("\n".join(lines[: record["pair_count"]]), "utf-8")
-    assert fingerprint(model) == record["model"], "the fixture was made from other weights"
+    assert real_model.fingerprint == record["model"], "the fixture was made from other weights"
     done = densesteer("extract", "-m", checkpoint, file, "-o", out)
     assert done.returncode == 0, done.stderr
     mean = ds.SteeringVector.load(out)

@@ -329,27 +329,3 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 def _bfloat16_bytes(array: mx.array) -> bytes:
     return bytes(memoryview(array.astype(mx.bfloat16).view(mx.uint16)))
-
-
-# Shims for the rooms that are still to be moved to ``Model``.
-
-
-def inspect(network: nn.Module, path_or_repo: str | Path) -> ModelInfo:
-    from dataclasses import replace
-
-    class _Tokenizer:
-        name_or_path = str(path_or_repo)
-
-    return replace(Model(network, _Tokenizer()).info)
-
-
-def fingerprint(network: nn.Module) -> str:
-    class _Tokenizer:
-        name_or_path = ""
-
-    return Model(network, _Tokenizer()).fingerprint
-
-
-def chat_template_sha256(tokenizer: TokenizerWrapper) -> str | None:
-    template = tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None

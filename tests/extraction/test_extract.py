@@ -11,7 +11,7 @@ from mlx_densesteer.cli import main
 from mlx_densesteer.errors import InputError, ModelError
 from mlx_densesteer.extraction.extract import ReadOut, extract_with_report
 from mlx_densesteer.extraction.pairs import pairs_sha256
-from mlx_densesteer.model.model import inspect
+from mlx_densesteer.model.model import Model
 from mlx_densesteer.model.prompt import encode_prompt
 
 PAIRS = [
@@ -24,11 +24,11 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def loaded(hf_folder):
+def loaded(hf_folder) -> Model:
     """The tiny model in float32, so that batches can be held against single sequences."""
-    model, tokenizer = ds.load(hf_folder)
-    model.set_dtype(mx.float32)
-    return model, tokenizer, inspect(model, hf_folder)
+    model = ds.load(hf_folder)
+    model.network.set_dtype(mx.float32)
+    return model
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def differences(model, tokenizer, layer, read):
     ],
 )
 def test_the_vector_is_the_mean_difference_at_the_read_out(loaded, token, read):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     vector = ds.extract(model, tokenizer, PAIRS, token=token)
     assert list(vector.layers) == [0, 1, 2, 3]
     for layer, array in vector.layers.items():
@@ -76,7 +76,7 @@ def test_the_vector_is_the_mean_difference_at_the_read_out(loaded, token, read):
 
 
 def test_the_principal_component_lies_in_the_differences(loaded):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     vector = ds.extract(model, tokenizer, PAIRS, layers=[2], method="pca")
     rows = differences(model, tokenizer, 2, lambda h: h[-1])
     u = np.linalg.svd(rows)[2][0]
@@ -85,9 +85,9 @@ def test_the_principal_component_lies_in_the_differences(loaded):
 
 
 def test_metadata_says_where_it_comes_from(loaded):
-    model, tokenizer, info = loaded
+    model, tokenizer = loaded
     meta = ds.extract(model, tokenizer, PAIRS, layers=[1], token="first-2").meta
-    assert (meta.model, meta.fingerprint) == ("Tiny-Qwen2", info.fingerprint)
+    assert (meta.model, meta.fingerprint) == ("Tiny-Qwen2", loaded.fingerprint)
     assert (meta.hidden_size, meta.layer_count, meta.quantization) == (64, 4, "none")
     assert (meta.method, meta.token, meta.pair_count) == (
         "mean difference", "mean of the first 2 of the response", 5,
@@ -99,7 +99,7 @@ def test_metadata_says_where_it_comes_from(loaded):
 
 
 def test_the_report_is_measured(loaded, tmp_path):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     found = extract_with_report(model, tokenizer, PAIRS, layers=[1, 3])
     means = []
     for pair in PAIRS:
@@ -124,7 +124,7 @@ def test_the_report_is_measured(loaded, tmp_path):
 
 
 def test_swapping_the_responses_turns_the_vector_around(loaded):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     swapped = [ds.Pair(p.prompt, p.negative, p.positive, p.system) for p in PAIRS]
     there = ds.extract(model, tokenizer, PAIRS).layers[1]
     back = ds.extract(model, tokenizer, swapped).layers[1]
@@ -132,7 +132,7 @@ def test_swapping_the_responses_turns_the_vector_around(loaded):
 
 
 def test_an_end_of_turn_is_never_read(loaded):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     plain = ds.extract(model, tokenizer, PAIRS[:1]).layers[3]
     ended = [ds.Pair("1 + 1?", "It is 2. <|im_end|>\n<|im_end|>", "We add.\n\nIt is 2.<|im_end|>")]
     assert np.array_equal(ds.extract(model, tokenizer, ended).layers[3], plain)
@@ -142,7 +142,7 @@ def test_an_end_of_turn_is_never_read(loaded):
 
 
 def test_pairs_without_a_difference_are_named(loaded):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     pairs = [PAIRS[0], ds.Pair("x", "same", "same \n"), PAIRS[1]]
     found = extract_with_report(model, tokenizer, pairs, layers=[0])
     assert found.identical == (1,)
@@ -153,7 +153,7 @@ def test_pairs_without_a_difference_are_named(loaded):
 
 
 def test_pairs_that_cannot_be_used(loaded):
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded
     with pytest.raises(InputError, match="no contrastive pairs"):
         ds.extract(model, tokenizer, [])
     with pytest.raises(InputError, match="pair 1 has a response of 0 tokens"):

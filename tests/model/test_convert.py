@@ -15,7 +15,7 @@ from mlx_densesteer.errors import ConversionError, DiskError, ModelError, Unsupp
 from mlx_densesteer.files import check_disk
 from mlx_densesteer.model import convert as conversion
 from mlx_densesteer.model.convert import convert
-from mlx_densesteer.model.model import fingerprint, inspect, load
+from mlx_densesteer.model.model import Model, load
 
 
 def weights(folder):
@@ -44,9 +44,10 @@ def test_without_quantisation_every_weight_is_kept(hf_folder, out):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised(hf_folder, out, bits):
     convert(hf_folder, out, bits=bits, group_size=32)
-    model, tokenizer = load(out)
+    quantised = load(out)
+    model, tokenizer = quantised
     assert model.model.layers[0].mlp.down_proj.bits == bits
-    assert inspect(model, out).quantization == f"{bits}-bit, group 32"
+    assert quantised.info.quantization == f"{bits}-bit, group 32"
     logits = model(mx.array([tokenizer.encode("hello")])).astype(mx.float32)
     stock = load(hf_folder)[0](mx.array([tokenizer.encode("hello")])).astype(mx.float32)
     assert float(mx.abs(logits - stock).mean()) < {4: 0.2, 8: 0.05}[bits] * float(
@@ -67,7 +68,7 @@ def test_the_record_and_one_fingerprint_for_every_precision(hf_folder, tmp_path)
         records.append(json.loads((folder / "densesteer.json").read_text()))
     assert [r["bits"] for r in records] == [4, 8, None]
     assert [r["dtype"] for r in records] == ["bfloat16", "float16", "float32"]
-    assert {r["fingerprint"] for r in records} == {fingerprint(load(hf_folder)[0])}
+    assert {r["fingerprint"] for r in records} == {load(hf_folder).fingerprint}
     assert {r["source"] for r in records} == {"Tiny-Qwen2"}
 
 
@@ -314,8 +315,8 @@ def test_progress_is_told(hf_folder, out):
     assert told == ["converting to out", "checking with one forward pass"]
 
 
-def test_our_fingerprint_tells_models_apart(tiny):
-    before = fingerprint(tiny)
+def test_the_fingerprint_tells_models_apart(tiny):
+    before = Model(tiny, None, "tiny").fingerprint
     tiny.model.layers[2].input_layernorm.weight = mx.array(np.linspace(0.5, 2, 64))
-    assert fingerprint(tiny) != before
+    assert Model(tiny, None, "tiny").fingerprint != before
     assert len(before) == 16
