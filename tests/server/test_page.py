@@ -12,7 +12,10 @@ pytest.importorskip("starlette")
 
 from serving import serving
 
+from mlx_densesteer import SteeringVector
+from mlx_densesteer.cli.run import load_problems
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.evaluation.sweep import settings_of, sweep, with_recommendation
 
 QUESTION = held_out(1)[0].question
 OVERDOSE = 60  # repeats itself up to the limit: something to look at while it streams
@@ -135,8 +138,8 @@ def test_the_unsteered_answer_stands_beside_the_steered_one(server, open_page):
     ask(page)
     answered(page)
     steered, stock = answers(page)
-    assert steered["title"].startswith("dense 4.76, layer 5") and stock["title"] == "unsteered"
-    for shown, model in ((steered, "demo@dense=4.76"), (stock, "demo")):
+    assert steered["title"] == "demo 20% (strength 4.76), layer 5" and stock["title"] == "unsteered"
+    for shown, model in ((steered, "demo@demo=20%"), (stock, "demo")):
         body = server.chat(QUESTION, model=model, max_tokens=512)
         text = body["choices"][0]["message"]["content"]
         assert "\n\n".join(shown["steps"]) == text.strip()
@@ -182,15 +185,16 @@ def test_the_dial_by_keyboard_changes_what_is_asked(open_page):
     steered = [one["steering"] for one in sent if "steering" in one]
     assert len(sent) == 2 and len(steered) == 1
     assert steered[0]["strength"] == after and steered[0]["positions"] == "generated"
+    assert answers(page)[0]["title"].endswith(", layer 5, generated positions")
 
 
 def test_the_dose_stays_when_layers_are_added(open_page):
     page = open_page()
     page.locator("#send:enabled").wait_for()
     dose = page.locator("#dose")
-    assert "20 %" in dose.inner_text()
+    assert "20%" in dose.inner_text()
     page.get_by_label("First layer").select_option("3")
-    assert "20 %" in dose.inner_text() and "keeps the dose" in page.locator("#kept").inner_text()
+    assert "20%" in dose.inner_text() and "keeps the dose" in page.locator("#kept").inner_text()
     assert 0 < float(page.get_by_label("Strength as a number").input_value()) < 4.76
     sent = watched(page)
     ask(page)
@@ -231,15 +235,16 @@ def test_asking_again_adds_an_answer(open_page):
     page.get_by_role("button", name="Ask again").click()
     answered(page)
     assert [one["steering"]["strength"] for one in sent] == [-7]  # the unsteered one is there
-    assert [one["title"][:8] for one in answers(page)] == ["dense 4.", "unsteere", "dense -7"]
-    assert page.locator(".answer.chosen h3").inner_text().startswith("dense -7")
+    titles = [one["title"].partition(",")[0] for one in answers(page)]
+    assert titles == ["demo 20% (strength 4.76)", "unsteered", "demo -29.4% (strength -7)"]
+    assert page.locator(".answer.chosen h3").inner_text().startswith("demo -29.4% (strength -7)")
     sent.clear()
     page.get_by_role("button", name="0, unsteered").click()
     page.get_by_role("button", name="Ask again").click()
     answered(page)
     assert ["steering" in one for one in sent] == [False]
     sent.clear()
-    page.get_by_role("button", name="dense 4.76").click()
+    page.get_by_role("button", name="demo 20%").click()
     page.get_by_label("Compare with unsteered").uncheck()
     page.get_by_role("button", name="Ask again").click()
     answered(page)
@@ -322,7 +327,7 @@ def test_the_conversation_goes_on_with_the_chosen_answer(open_page):
     assert (
         page.locator("#turns > li").count() == 1 and page.locator("#conversations li").count() == 2
     )
-    assert page.locator(".answer.chosen h3").inner_text().startswith("dense")
+    assert page.locator(".answer.chosen h3").inner_text().startswith("demo")
     sent.clear()
     ask(page, "And now?")
     answered(page)
@@ -391,7 +396,11 @@ def test_the_open_conversation_may_be_clicked_while_it_is_answered(open_page):
     ask(page, "And now?")
     page.locator("#conversations .open").click()
     assert page.locator("#turns > li").count() == 2
+    last = page.locator("#turns > li").last
+    for answer in last.locator(".answer").all():
+        answer.locator(".steps > li").first.wait_for()  # an answer without text would not be kept
     page.get_by_role("button", name="Stop").click()
+    last.get_by_text("Stopped.").first.wait_for()
     page.reload()
     assert page.locator("#turns > li").count() == 2
 
@@ -511,7 +520,8 @@ def test_exports(open_page):
         page.get_by_role("button", name="Export JSON").click()
     document = json.loads(download.value.path().read_text())
     told = document["turns"][0]["answers"]
-    assert [one["steering"] and one["steering"]["strength"] for one in told] == [4.76, None]
+    assert [one["steering"] and one["steering"]["dose"] for one in told] == [0.2, None]
+    assert told[0]["steering"]["strength"] == pytest.approx(4.756, abs=1e-3)  # not rounded
     assert told[0]["usage"]["completion_tokens"] == int(shown[0]["receipt"]["tokens"])
     with page.expect_download() as download:
         page.get_by_role("button", name="Export Markdown").click()
@@ -529,7 +539,7 @@ def test_another_conversation_while_one_is_answered(open_page):
     page.get_by_label("Strength as a number").fill(str(OVERDOSE))
     ask(page)
     page.get_by_role("button", name="New conversation").click()
-    page.get_by_role("button", name="dense 4.76").click()
+    page.get_by_role("button", name="demo 20%").click()
     ask(page)
     answered(page)
     assert len(page.locator("#turns > li").all()) == 1
@@ -633,39 +643,95 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
         context.close()
 
 
-SWEPT = [
-    {"layer": None, "strength": 0.0, "accuracy": 0.8, "task": "demo"},
-    *(
-        {"layer": layer, "strength": strength, "accuracy": 0.5 + layer / 20, "tokens": 61.25, "steps": 2.0,
-         "density": 30.6, "positions": "all", "task": {"name": "demo"}, "problems": 100}
-        for layer in (4, 5) for strength in (2.4, 4.8, 9.6)
-    ),
-]  # fmt: skip
+@pytest.fixture(scope="module")
+def tested(demo_model):
+    """The rows of a small sweep, as `densesteer sweep --write` keeps them in the vector."""
+    problems, about = load_problems(
+        "demo", split=None, skip=0, limit=4, revision=None, calibration=True
+    )
+    vector = SteeringVector.load("demo")
+    settings = settings_of(demo_model, vector, [4, 5], ["10%", "20%", "40%"])
+    result = sweep(demo_model, problems, settings, max_tokens=80, with_nll=False)
+    written = with_recommendation(vector, result, task=about, positions="all")
+    return list(written.meta.tested)
 
 
-def with_sweep(page):
-    def answer(route):
-        response = route.fetch()
-        body = response.json()
-        body["vectors"][0]["tested"] = SWEPT
-        route.fulfill(response=response, json=body)
+@pytest.fixture
+def with_sweep(tested):
+    """Return a function that lets the page see the demo vector as that sweep wrote it."""
 
-    page.route("**/v1/steering", answer)
+    def routed(page, rows=tested):
+        def answer(route):
+            response = route.fetch()
+            body = response.json()
+            body["vectors"][0]["tested"] = rows
+            route.fulfill(response=response, json=body)
+
+        page.route("**/v1/steering", answer)
+
+    return routed
 
 
-def test_a_sweep_is_shown_and_sets_the_dial(open_page):
+def column_labels(page):
+    return page.locator("#sweep-picture svg > text[text-anchor=middle]").all_text_contents()
+
+
+def test_a_sweep_is_shown_and_sets_the_dial(open_page, with_sweep, tested):
     page = open_page(before=with_sweep)
     cells = page.locator("#sweep-picture [role=button]")
     cells.first.wait_for()
     assert cells.count() == 6
-    assert "Unsteered: 80%" in page.locator("#sweep-detail").inner_text()
-    page.get_by_role("button", name=re.compile("Layer 4, strength 9.6: accuracy 70%")).focus()
-    assert "density 30.6" in page.locator("#sweep-detail").inner_text()
+    assert page.locator("#sweep-task").input_value() == "demo train, 4 problems"
+    assert page.get_by_role("group", name="Accuracy by layer and dose").count() == 1
+    assert column_labels(page) == ["10%", "20%", "40%"]
+    assert page.locator("#sweep-picture [aria-pressed=true]").count() == 1  # the vector's default
+    stock, *rows = tested
+    detail = page.locator("#sweep-detail")
+    assert f"Unsteered: {100 * stock['accuracy']:.0f}%" in detail.inner_text()
+    (row,) = (one for one in rows if one["layer"] == 4 and one["dose"] == pytest.approx(0.4))
+    strength = f"{row['strength']:.3g}"
+    named = f"Layer 4, 40% (strength {strength}): accuracy {100 * row['accuracy']:.0f}%,"
+    page.get_by_role("button", name=re.compile("^" + re.escape(named))).focus()
+    assert f"density {row['density']:.3g}" in detail.inner_text()
+    sent = watched(page)
     page.keyboard.press("Enter")
-    assert page.get_by_label("Strength as a number").input_value() == "9.6"
+    assert page.get_by_label("Strength as a number").input_value() == strength
+    assert "40% of the residual stream" in page.locator("#dose").inner_text()
     assert page.get_by_label("First layer").input_value() == "4"
     assert page.locator("#sweep-picture [aria-pressed=true]").count() == 1
-    assert page.locator("#sweep-table tbody tr").count() == 7
+    page.get_by_text("As a table").click()
+    lines = page.locator("#sweep-table tr").all_inner_texts()
+    assert len(lines) == 8 and lines[0].split() == [
+        "layer", "dose", "strength", "accuracy", "tokens", "steps", "density",
+    ]  # fmt: skip
+    assert [line.split()[1] for line in lines[1:]] == ["0%", *("10%", "20%", "40%") * 2]
+    ask(page)
+    answered(page)
+    assert sent[0]["steering"]["strength"] == row["strength"]  # exactly
+
+
+def test_a_sweep_whose_layers_share_strengths_has_columns_of_strengths(
+    open_page, with_sweep, tested
+):
+    rows = [one | {"strength": round(20 * one["dose"])} for one in tested]
+    rows = [one | {"dose": one["strength"] / (one["layer"] or 1)} for one in rows]
+    page = open_page(before=lambda page: with_sweep(page, rows))
+    page.locator("#sweep-picture [role=button]").first.wait_for()
+    assert column_labels(page) == ["2", "4", "8"]
+    assert page.get_by_role("button", name=re.compile("^Layer 4, 200% .strength 8.:")).count() == 1
+
+
+def test_a_sweep_without_doses_is_shown_by_strength(open_page, with_sweep, tested):
+    """A file may hold any measurements (docs/vector-format.md)."""
+    rows = [
+        {key: one[key] for key in ("layer", "strength", "accuracy")} | {"task": "mine"}
+        for one in tested
+        if one["layer"] != 4
+    ]
+    page = open_page(before=lambda page: with_sweep(page, rows))
+    page.locator("#sweep-picture [role=button]").first.wait_for()
+    assert column_labels(page) == [f"{one['strength']:.3g}" for one in rows[1:]]
+    assert page.locator("#sweep-task").input_value() == "mine"
 
 
 def test_without_a_sweep_there_is_no_picture(open_page):
@@ -695,7 +761,7 @@ def contrast(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_themes_can_be_read(open_page, scheme):
+def test_both_themes_can_be_read(open_page, with_sweep, scheme):
     page = open_page(color_scheme=scheme, before=with_sweep)
     ask(page)
     answered(page)
@@ -704,13 +770,14 @@ def test_both_themes_can_be_read(open_page, scheme):
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     page.get_by_label("Theme").select_option("light" if scheme == "dark" else "dark")
     page.reload()
+    page.locator("#sweep-picture [role=button]").first.wait_for()
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
     least, where = contrast(page)
     assert least >= 4.5, where
 
 
 @pytest.mark.parametrize("width", [320, 360, 800, 1300])
-def test_no_width_scrolls_sideways(open_page, width):
+def test_no_width_scrolls_sideways(open_page, with_sweep, width):
     page = open_page(width=width, height=800, before=with_sweep)
     ask(page, QUESTION + " " + "x" * 200)
     answered(page)
@@ -728,7 +795,7 @@ def test_no_width_scrolls_sideways(open_page, width):
     assert page.locator("#steer").is_visible() == (width >= 800)
 
 
-def test_every_control_has_a_name_and_is_reached_by_tab(open_page):
+def test_every_control_has_a_name_and_is_reached_by_tab(open_page, with_sweep):
     page = open_page(before=with_sweep)
     ask(page)
     answered(page)

@@ -90,6 +90,11 @@ function asked(steering) {
   return { ...sampling(), steering };
 }
 
+/** Name an answer before the server has said under what it came. */
+function labelOf(steering) {
+  return describe(steering && { ...steering, dose: dial.dose(steering) });
+}
+
 /** Let a turn have these answers, all at once: the server makes them in one batch. */
 async function run(turn, wanted) {
   quiet();
@@ -97,7 +102,7 @@ async function run(turn, wanted) {
   here.system = element("system").value;
   if (!here.turns.includes(turn)) here.turns.push(turn);
   const messages = [...history.messages(here, here.turns.indexOf(turn)), { role: "user", content: turn.question }];
-  const answers = wanted.map((one) => ({ label: describe(one.steering), asked: one, at: new Date().toISOString(), text: "" }));
+  const answers = wanted.map((one) => ({ label: labelOf(one.steering), asked: one, at: new Date().toISOString(), text: "" }));
   const before = turn.chosen;
   turn.chosen = turn.answers.length;
   turn.answers.push(...answers);

@@ -1,7 +1,7 @@
 /** The dial: which vector, how strong, where. */
 
 import { element, fill, make } from "/page/dom.js";
-import { brief } from "/page/steps.js";
+import { brief, percent } from "/page/steps.js";
 
 const FALLBACK = 4; // times the default strength, where no dose is known
 const CATCH = 0.015; // share of the range within which a dragged dial stops at 0 and at the default
@@ -40,7 +40,7 @@ export class Dial {
     range.onpointerdown = () => { this.dragging = true; };
     range.onpointerup = range.onpointercancel = () => { this.dragging = false; this.turn(this.strength); };
     element("strength-number").oninput = () => this.turn(element("strength-number").valueAsNumber, true);
-    element("strength-number").onchange = () => this.turn(this.strength);
+    element("strength-number").onchange = () => this.turn(this.strength, Number.isFinite(element("strength-number").valueAsNumber));
     element("zero").onclick = () => this.turn(0);
     element("layer-from").onchange = () => this.bound(true);
     element("layer-to").onchange = () => this.bound(false);
@@ -62,11 +62,15 @@ export class Dial {
     return this.overview.vectors.length && this.strength ? this.setting : null;
   }
 
-  /** Relative dose of strength 1, the sum over the layers; null where it is not known. */
+  /** The dose of strength 1 at the layers of the dial, a fraction; null where it is not known. */
   get unit() {
-    const unit = this.vector.unit_dose;
-    if (!unit || this.layers.some((layer) => !(layer in unit))) return null;
-    return this.layers.reduce((sum, layer) => sum + unit[layer], 0) || null;
+    return unitDose(this.vector, this.layers);
+  }
+
+  /** The dose of a setting, a fraction; null where it is not known. */
+  dose({ vector, strength, layers }) {
+    const unit = unitDose(this.overview.vectors.find((one) => one.name === vector), layers);
+    return unit === null ? null : unit * Math.abs(strength);
   }
 
   fits(setting) {
@@ -96,7 +100,7 @@ export class Dial {
     range.min = -most;
     range.max = most;
     range.value = this.strength;
-    if (!typing) element("strength-number").value = this.strength;
+    if (!typing) element("strength-number").value = brief(this.strength);
     this.paint(most);
     this.tell();
   }
@@ -126,9 +130,10 @@ export class Dial {
     const [first, last] = [Number(from.value), Number(to.value)];
     const before = this.unit;
     this.layers = this.vector.layers.filter((layer) => layer >= first && layer <= last);
-    const strength = before && this.unit ? Number(brief(this.strength * before / this.unit)) : this.strength;
-    const kept = strength && strength !== this.strength;
-    element("kept").textContent = kept ? `Strength ${brief(strength)} keeps the dose at these layers.` : "";
+    const after = this.unit;
+    const keeps = before && after && after !== before && this.strength;
+    const strength = keeps ? this.strength * before / after : this.strength;
+    element("kept").textContent = keeps ? `Strength ${brief(strength)} keeps the dose at these layers.` : "";
     this.turn(strength);
   }
 
@@ -154,17 +159,24 @@ export class Dial {
   }
 
   tell() {
-    const { strength, unit } = this;
-    const dose = unit === null ? null : unit * Math.abs(strength);
+    const { strength } = this;
+    const dose = this.dose(this.setting);
     const large = dose !== null && dose >= this.overview.large_dose;
     const towards = strength ? (strength > 0 ? "towards dense" : "towards sparse") : "unsteered";
-    const share = dose === null || !strength ? "" : `, ${brief(100 * dose)} % of the residual stream`;
+    const share = dose === null || !strength ? "" : `, ${percent(dose)} of the residual stream`;
     const text = `${towards}${share}${large ? ": so large a dose usually ruins the answer" : ""}`;
     element("dose").textContent = text[0].toUpperCase() + text.slice(1);
     element("dose").classList.toggle("warn", large);
     element("strength").setAttribute("aria-valuetext", `${brief(strength)}, ${text}`);
     this.changed(this.setting);
   }
+}
+
+/** The dose of strength 1, the sum over the layers; null where the server does not tell it. */
+function unitDose(vector, layers) {
+  const unit = vector?.unit_dose;
+  if (!unit || layers.some((layer) => !(layer in unit))) return null;
+  return layers.reduce((sum, layer) => sum + unit[layer], 0) || null;
 }
 
 function mark(properties, share) {

@@ -17,15 +17,31 @@ export function brief(number) {
   return String(Number(number.toPrecision(3)));
 }
 
+/** A share in per cent: "20%". @param {number} share */
+export function percent(share) {
+  return `${brief(100 * share)}%`;
+}
+
+/** How strong: "20% (strength 4.76)"; the dose has the strength's sign. @param {number | null} dose */
+export function amount(strength, dose) {
+  const number = `strength ${brief(strength)}`;
+  return typeof dose === "number" ? `${percent(Math.sign(strength) * Math.abs(dose))} (${number})` : number;
+}
+
 /** 0-based layers as text: "5", "2-4", "0, 3". @param {number[]} layers */
 export function layersText(layers) {
   const whole = layers.length > 2 && layers.every((layer, i) => layer === layers[0] + i);
   return whole ? `${layers[0]}-${layers.at(-1)}` : layers.join(", ");
 }
 
+/** Positions in words, where they are not all. */
+export function where(positions) {
+  return (positions ?? "all") === "all" ? "" : `, ${positions} positions`;
+}
+
 /** A steering in words; what falsy stands for is the stock model. */
 export function describe(steering) {
   if (!steering) return "unsteered";
-  const { vector, strength, layers, positions } = steering;
-  return `${vector} ${strength}, layer${layers.length > 1 ? "s" : ""} ${layersText(layers)}, ${positions}`;
+  const { vector, strength, dose, layers, positions } = steering;
+  return `${vector} ${amount(strength, dose)}, layer${layers.length > 1 ? "s" : ""} ${layersText(layers)}${where(positions)}`;
 }

@@ -1,7 +1,7 @@
 /** What a sweep found, as a picture of layers and strengths. */
 
 import { element, fill, make } from "/page/dom.js";
-import { brief } from "/page/steps.js";
+import { amount, brief, count, percent, where } from "/page/steps.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [CELL, HEIGHT, LEFT, TOP] = [50, 30, 52, 20];
@@ -22,7 +22,7 @@ export class Sweep {
       this.group();
     }
     for (const { row, group } of this.cells) {
-      const here = row.strength === setting.strength && setting.layers.length === 1 &&
+      const here = rounded(row.strength) === rounded(setting.strength) && setting.layers.length === 1 &&
         row.layer === setting.layers[0] && (row.positions ?? "all") === setting.positions;
       group.setAttribute("aria-pressed", String(here));
     }
@@ -48,21 +48,22 @@ export class Sweep {
   draw(all) {
     const stock = this.stock(all);
     const rows = all.filter((row) => !unsteered(row));
-    const [layers, strengths] = [sorted(rows.map((row) => row.layer)), sorted(rows.map((row) => row.strength))];
-    const [width, height] = [LEFT + CELL * strengths.length, TOP + HEIGHT * layers.length];
-    const svg = node("svg", { width, height, role: "group", "aria-label": "Accuracy by layer and strength" });
-    strengths.forEach((strength, x) => svg.append(label(brief(strength), LEFT + CELL * (x + 0.5), TOP - 6, "middle")));
+    const { unit, columnOf, write } = columnsOf(rows);
+    const [layers, columns] = [sorted(rows.map((row) => row.layer)), sorted(rows.map(columnOf))];
+    const [width, height] = [LEFT + CELL * columns.length, TOP + HEIGHT * layers.length];
+    const svg = node("svg", { width, height, role: "group", "aria-label": `Accuracy by layer and ${unit}` });
+    columns.forEach((column, x) => svg.append(label(write(column), LEFT + CELL * (x + 0.5), TOP - 6, "middle")));
     layers.forEach((layer, y) => svg.append(label(`layer ${layer}`, LEFT - 6, TOP + HEIGHT * (y + 0.62), "end")));
     const found = rows.map((row) => row.accuracy ?? 0);
     const [least, most] = [Math.min(...found), Math.max(...found)];
     this.cells = rows.map((row) => {
       const share = most > least ? ((row.accuracy ?? 0) - least) / (most - least) : 0;
-      const group = this.cell(row, LEFT + CELL * strengths.indexOf(row.strength), TOP + HEIGHT * layers.indexOf(row.layer), share);
+      const group = this.cell(row, LEFT + CELL * columns.indexOf(columnOf(row)), TOP + HEIGHT * layers.indexOf(row.layer), share);
       svg.append(group);
       return { row, group };
     });
     element("sweep-picture").replaceChildren(svg);
-    element("sweep-detail").textContent = `${stock ? `Unsteered: ${percent(stock.accuracy)}. ` : ""}Choose a cell to set the dial.`;
+    element("sweep-detail").textContent = `${stock ? `Unsteered: ${whole(stock.accuracy)}. ` : ""}Choose a cell to set the dial.`;
     element("sweep-table").replaceChildren(table(stock ? [stock, ...rows] : rows));
   }
 
@@ -76,7 +77,7 @@ export class Sweep {
     const group = node("g", { tabindex: 0, role: "button", "aria-label": told });
     const rect = node("rect", { x: x + 1, y: y + 1, width: CELL - 2, height: HEIGHT - 2, rx: 5 });
     rect.style.fill = `color-mix(in srgb, var(--accent) ${Math.round(5 + 40 * share)}%, var(--card))`;
-    group.append(rect, label(percent(row.accuracy), x + CELL / 2, y + HEIGHT * 0.63, "middle"));
+    group.append(rect, label(whole(row.accuracy), x + CELL / 2, y + HEIGHT * 0.63, "middle"));
     const detail = () => { element("sweep-detail").textContent = told; };
     const use = () =>
       this.use({ vector: this.vector.name, strength: row.strength, layers: [row.layer], positions: row.positions ?? "all" });
@@ -94,26 +95,41 @@ export class Sweep {
 
 const unsteered = (row) => row.layer === null || row.layer === undefined;
 
+/** Name the problems of a row: "gsm8k train, 300 problems". */
 function taskName(row) {
-  const task = typeof row.task === "object" && row.task ? row.task.name ?? JSON.stringify(row.task) : row.task;
-  return `${task ?? "problems"}${row.problems ? `, ${row.problems}` : ""}, ${row.positions ?? "all"}`;
+  const { task, split } = typeof row.task === "object" && row.task ? row.task : { task: row.task };
+  const name = [task, split].filter(Boolean).join(" ") || "problems";
+  return `${name}${row.problems ? `, ${count(row.problems, "problem")}` : ""}${where(row.positions)}`;
+}
+
+/** What the columns are: doses, or strengths where that takes fewer columns or doses are missing. */
+function columnsOf(rows) {
+  const doseOf = (row) => rounded(row.dose);
+  const strengthOf = (row) => row.strength;
+  const known = rows.every((row) => typeof row.dose === "number");
+  if (!known || new Set(rows.map(doseOf)).size > new Set(rows.map(strengthOf)).size)
+    return { unit: "strength", columnOf: strengthOf, write: brief };
+  return { unit: "dose", columnOf: doseOf, write: percent };
 }
 
 function tell(row) {
-  return `Layer ${row.layer}, strength ${brief(row.strength)}: accuracy ${percent(row.accuracy)}, ` +
+  return `Layer ${row.layer}, ${amount(row.strength, row.dose)}: accuracy ${whole(row.accuracy)}, ` +
     `${shown(row.tokens)} tokens, ${shown(row.steps)} steps, density ${shown(row.density)}`;
 }
 
 function table(rows) {
-  const names = ["layer", "strength", "accuracy", "tokens", "steps", "density"];
+  const names = ["layer", "dose", "strength", "accuracy", "tokens", "steps", "density"];
   const head = make("tr", {}, ...names.map((name) => make("th", { textContent: name, scope: "col" })));
+  const writers = { accuracy: whole, dose: (dose) => (typeof dose === "number" ? percent(dose) : "-") };
   const body = rows.map((row) => make("tr", {}, ...names.map((name) =>
-    make("td", { textContent: name === "accuracy" ? percent(row.accuracy) : shown(row[name]) }))));
+    make("td", { textContent: (writers[name] ?? shown)(row[name]) }))));
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
 }
 
+/** Without the dust of floating point: equal settings compare equal. */
+const rounded = (number) => Number(number.toPrecision(6));
 const sorted = (values) => [...new Set(values)].sort((a, b) => a - b);
-const percent = (share) => (typeof share === "number" ? `${Math.round(100 * share)}%` : "-");
+const whole = (share) => (typeof share === "number" ? `${Math.round(100 * share)}%` : "-");
 const shown = (value) => (typeof value === "number" ? brief(value) : "-");
 
 function label(text, x, y, anchor) {
