@@ -31,6 +31,12 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
+EVENT = {
+    "type": "object",
+    "description": "A server-sent event: a chunk as JSON; the last one is [DONE].",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 
 
 def build(completions: Completions, overview: Overview) -> ASGIApp:
@@ -135,7 +141,7 @@ def describe(
         if endpoint.func.__name__ in bodies:
             body = _schema(bodies[endpoint.func.__name__])
             operation["requestBody"] = {"required": True} | body
-            stream = {"text/event-stream": {"schema": {"type": "string"}}}
+            stream = {"text/event-stream": {"schema": EVENT}}
             responses["200"] = answer | {"content": answer["content"] | stream}
         paths.setdefault(endpoint.path, {})[endpoint.http_method] = operation | {
             "responses": responses

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 OPERATIONS = [
-    ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"), ("GET", "/v1/steering"),
+    ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/v1/steering"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
 ]  # fmt: skip
 
