@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import ROOT
-from mlx_densesteer.bench.clients import CHAT, Address, Answer, Received, ask, drive, get, read
-from mlx_densesteer.bench.hostile import Bad, bad_requests, leave_early, post, send_bad
-from mlx_densesteer.bench.soak_clients import Soak
-from mlx_densesteer.bench.solo import Case, solo_cases, two_vectors
+import serve
+import servers
+import soak
+from clients import CHAT, Address, ClientAnswer, Received, ask, drive, get, read
+from hostile import Bad, bad_requests, leave_early, post, send_bad
+from known_answers import KnownAnswer, known_answers, two_vectors
+from script import main
 
-from mlx_densesteer.bench import alone, serve, servers, soak
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.steering.steering import Steering
 
@@ -46,7 +47,7 @@ STREAM = (
 )
 
 
-def streamed(*pieces: bytes, problem: str | None = None) -> Answer:
+def streamed(*pieces: bytes, problem: str | None = None) -> ClientAnswer:
     timed = [(10.0 + number, piece) for number, piece in enumerate(pieces)]
     return read(Received(10.0, 20.0, 200, "text/event-stream; charset=utf-8", timed, problem))
 
@@ -143,14 +144,14 @@ def test_nothing_is_raised_by_a_server_that_is_mute_or_gone():
     assert "ConnectionRefusedError" in ask(address, CHAT, {}, timeout=1.0).problem
 
 
-def case(text: str, how: Steering | None = None) -> Case:
-    return Case("How many?", True, how, 3, text)
+def case(text: str, how: Steering | None = None) -> KnownAnswer:
+    return KnownAnswer("How many?", True, how, 3, text)
 
 
 def test_the_soak_tells_another_rows_text_from_a_wrong_one():
     cases = [case("Good day."), case("Good night."), case("Never.")]
     with small_server() as address:
-        soaked = Soak(address, "demo", cases[1:], 10.0)
+        soaked = soak.Soak(address, "demo", cases[1:], 10.0)
         body = {"model": "demo"}
         soaked.good(cases[1], body, streamed=True)
         assert soaked.tally == Counter(good_sent=1, wrong_text=1)
@@ -165,7 +166,7 @@ def test_the_soak_tells_another_rows_text_from_a_wrong_one():
     soaked.good(cases[0], body, streamed=True)
     assert soaked.tally["unanswered"] == 1
     with mute_server() as address:
-        late = Soak(address, "demo", cases, 0.1)
+        late = soak.Soak(address, "demo", cases, 0.1)
         late.good(cases[0], body, streamed=True)
         late.refused(Bad("some", post(b"{}")))
         assert late.tally["hangs"] == 2
@@ -209,21 +210,21 @@ def test_percentiles():
 
 
 def test_every_round_and_pair_of_sides_has_questions_of_its_own():
-    sets = [serve._questions(f"{pair} {clients} {turn}", 4) for pair in (0, 1) for clients in (1, 4)
+    sets = [serve.questions(f"{pair} {clients} {turn}", 4) for pair in (0, 1) for clients in (1, 4)
             for turn in ("0", "1", "warm")]  # fmt: skip
     assert len({question for one in sets for question in one}) == 4 * len(sets)
-    assert serve._questions("0 1 0", 4) == sets[0]
+    assert serve.questions("0 1 0", 4) == sets[0]
 
 
 def test_a_shared_prefix_is_about_as_long_as_asked_for(subject):
-    assert serve._shared(subject, 0) is None
-    text = serve._shared(subject, 100)
-    assert 100 <= len(subject.tokenizer.encode(text)) < 200
+    assert serve.system_message(subject, 0) is None
+    text = serve.system_message(subject, 100)
+    assert 100 <= len(subject.model.tokenizer.encode(text)) < 200
 
 
-def test_solo_answers_differ_and_say_the_steering_in_every_way(subject):
+def test_known_answers_differ_and_name_the_steering_in_every_way(subject):
     vectors = two_vectors(subject)
-    cases = solo_cases(subject, vectors, questions=1, tokens=8)
+    cases = known_answers(subject, vectors, questions=1, tokens=8)
     assert len(cases) > 9 and len({one.text for one in cases}) > 3
     assert all(1 <= one.max_tokens <= 8 for one in cases)
     plain, steered = cases[0], cases[1]
@@ -233,14 +234,11 @@ def test_solo_answers_differ_and_say_the_steering_in_every_way(subject):
     assert not steered.differs({"fingerprint": steered.steering.fingerprint})
     assert steered.differs(None) and steered.differs({"fingerprint": cases[2].steering.fingerprint})
     assert len(plain.bodies("demo")) == 2
-    field, easy, named = steered.bodies("demo")
+    field, named = steered.bodies("demo")
     strength = field["steering"]["strength"]
-    assert easy["steering"]["vectors"][0]["scale"] == strength
     assert float(named["model"].removeprefix("demo@low=")) == strength and "steering" not in named
     prompt = next(one for one in cases if one.steering and one.steering.positions == "prompt")
-    assert (
-        len(prompt.bodies("demo")) == 1
-    )  # neither a model name nor EasySteer's field says it here
+    assert len(prompt.bodies("demo")) == 1  # a model's name cannot say it
 
 
 def test_bad_requests_have_names_of_their_own():
@@ -285,23 +283,14 @@ def real_server() -> None:
     pytest.importorskip("uvicorn")
 
 
+@pytest.mark.slow
 def test_the_load_of_both_servers(real_server, monkeypatch, capsys):
-    words = [
-        "demo",
-        "--clients",
-        "2",
-        "--requests",
-        "1",
-        "--rounds",
-        "1",
-        "--tokens",
-        "6",
-        "--json",
-    ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/serve.py", *words])
-    alone.main("serve")
+    words = "demo --clients 2 --requests 1 --rounds 1 --tokens 6 --json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/serve.py", *words.split()])
+    made = main(serve.run)
     result = json.loads(capsys.readouterr().out)
-    assert set(serve.FIGURES) <= set(result) and result["serve_errors"] == 0
+    assert {"serve_ratio", "serve_unsteered_ratio", "serve_errors"} <= set(result)
+    assert result["serve_errors"] == 0
     level = result["details"]["clients"]["2"]
     assert list(level["sides"]) == list(serve.NAMES)
     for side in level["sides"].values():
@@ -309,19 +298,14 @@ def test_the_load_of_both_servers(real_server, monkeypatch, capsys):
         assert side["first_token_median"] <= side["first_token_p95"] <= side["request_p95"]
     assert level["same_text"] == {"answers": 2, "same_text": 2, "same_tokens": 2}
     assert level["ratios"]["steered"]["median"] == result["serve_ratio"] > 0
-    table = serve.lines(result)
-    assert max(map(len, table)) < 150 and not any("ERROR" in line for line in table)
+    assert max(map(len, made.table)) < 150 and not any("ERROR" in line for line in made.table)
 
 
+@pytest.mark.slow
 def test_a_short_soak_passes(real_server, monkeypatch, capsys):
-    words = ["demo", "--minutes", "0.1", "--clients", "3", "--questions", "2", "--tokens", "12"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/soak.py", *words])
-    alone.main("soak")
+    words = "demo --minutes 0.1 --clients 3 --questions 2 --tokens 12"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/soak.py", *words.split()])
+    made = main(soak.run)
     out = capsys.readouterr().out
-    assert soak.LAST_FAILURES == [], out
+    assert made.figures["soak_failures"] == 0, out
     assert out.rstrip().endswith("passed")
-
-
-@pytest.mark.parametrize("name", ["serve", "soak"])
-def test_the_scripts_are_the_benchmarks(name):
-    assert f'main("{name}")' in (ROOT / "benchmarks" / f"{name}.py").read_text("utf-8")
