@@ -6,13 +6,14 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx_densesteer.bench.figures import Measurement, lines
 from mlx_densesteer.bench.subject import Subject
-from mlx_densesteer.bench.suite import REFUSALS, header, heading, reason
+from mlx_densesteer.bench.suite import REFUSALS, header, heading
 from mlx_densesteer.text import Live
 
 
@@ -25,7 +26,7 @@ def main(run: Callable[..., Measurement]) -> Measurement:
         subject = Subject.load(model)
         head = header(subject, shlex.join(["python", *sys.argv]))
         found = run(subject, tell=live.show, **options)
-    except REFUSALS as error:
+    except (*REFUSALS, subprocess.SubprocessError, ImportError) as error:
         sys.exit(f"error: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -40,6 +41,16 @@ def main(run: Callable[..., Measurement]) -> Measurement:
         table = lines([(name, found.lines)]) if found.lines else found.table
         print("\n".join([*heading(head), "", *table]))
     return found
+
+
+def reason(error: BaseException) -> str:
+    """Say in a line what went wrong; of a process that failed, what it said last."""
+    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    said = said if isinstance(said, str) else said.decode("utf-8", "replace")
+    last = said.strip().splitlines()[-1]
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{' '.join(error.cmd[1:4])}: exit code {error.returncode}: {last}"
+    return last
 
 
 def _parser(run: Callable[..., Measurement]) -> argparse.ArgumentParser:

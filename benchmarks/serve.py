@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clients import CHAT, ClientAnswer, Drive, drive, get
 from script import main
-from servers import ServerProcess, our_server, stock_server
+from servers import ServerProcess, model_folder, our_server, stock_server
 
 from mlx_densesteer.bench.figures import (
     Measurement,
@@ -70,7 +70,7 @@ def run(
     layer = subject.model.layer_count // 2
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = subject.folder(place)
+        folder = model_folder(subject, place)
         vector = subject.vector.save(place / "random.npz")
         tell("the servers load the model")
         stock = stack.enter_context(stock_server(folder, place))

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 from clients import Address
+
+from mlx_densesteer import demo
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.model.model import find
 
 HOST = "127.0.0.1"
 READY = 300.0  # seconds that a server may take to load its model
@@ -42,6 +48,22 @@ class ServerProcess:
             return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
         except OSError:
             return None
+
+
+def model_folder(subject: Subject, place: Path) -> Path:
+    """Return a model folder that mlx-lm and this package compute in the same dtype.
+
+    The embedded model is in bfloat16. On the CPU this package computes it in float32 and mlx-lm
+    does not, so there it is a copy in float32, made in ``place``.
+    """
+    found = find(subject.name)
+    if found != demo.MODEL or mx.default_device() != mx.Device(mx.cpu):
+        return found
+    copy = shutil.copytree(found, place / "demo-float32")
+    weights = mx.load(str(copy / "model.safetensors"))
+    floats = {name: array.astype(mx.float32) for name, array in weights.items()}
+    mx.save_safetensors(str(copy / "model.safetensors"), floats, metadata={"format": "mlx"})
+    return copy
 
 
 def serve_command(model: str | Path, vectors: Sequence[Path]) -> list[str]:

@@ -1,7 +1,8 @@
 """Throughput against rows: this package's batch, every row steered, against mlx-lm's."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -12,18 +13,17 @@ from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread
 from .subject import Subject
 
 FIGURES = ("batch_ratio", "batch_gain")
-SUITE = {"tokens": 10, "rounds": 12, "seconds": 8.0}
-QUICK = {"rows": "1,4,16", "tokens": 8, "rounds": 2, "seconds": 4.0}
+QUICK = {"sizes": (1, 4, 16), "rounds": 2, "seconds": 4.0}
+PROMPT = 16  # random tokens
 
 
 def run(
     subject: Subject,
     *,
-    rows: str = "1,2,4,8,16",
-    prompt_tokens: int = 8,
-    tokens: int = 32,
-    rounds: int = 3,
-    seconds: float = 0.0,
+    sizes: Sequence[int] = (1, 2, 4, 8, 16),
+    tokens: int = 10,
+    rounds: int = 12,
+    seconds: float = 8.0,
     tell: Tell = quiet,
 ) -> Measurement:
     """Decode batches of each size, steered and stock in turn.
@@ -32,28 +32,19 @@ def run(
     middle layer. Stock is mlx-lm's ``BatchGenerator`` on stock blocks and caches, tokens only, and
     once more as the noise. Only steps that gave every row a token are timed, so prompts are not; an
     end-of-turn token does not end a row. A ratio is our tokens per second over mlx-lm's:
-    ``batch_ratio`` at the largest size; ``batch_gain`` is our throughput there over that of one row.
+    ``batch_ratio`` at the last size; ``batch_gain`` is our throughput there over that of the first.
 
     Args:
-        rows: sizes, in order.
-        prompt_tokens: random tokens of each prompt.
+        sizes: rows of a batch, one size after the other.
         tokens: tokens of each row.
         rounds: batches of each size and side.
-        seconds: after which no new round begins, for each size; 0 is no limit.
+        seconds: after which no new round begins, for each size.
     """
-    sizes = [int(size) for size in rows.split(",")]
-    text = subject.tokens(prompt_tokens)
+    text = subject.tokens(PROMPT)
     table, rates = [], []
     for size in sizes:
-        starts = [row % len(text) for row in range(size)]
-        prompts = [[*text[at:], *text[:at]] for at in starts]  # all different, if there is room
-
-        def ours(prompts: list[list[int]] = prompts) -> float:
-            return _ours(subject, prompts, tokens)
-
-        def stock(prompts: list[list[int]] = prompts) -> float:
-            return _stock(subject, prompts, tokens)
-
+        prompts = [[*text[row:], *text[:row]] for row in range(size)]  # all different
+        ours, stock = (partial(side, subject, prompts, tokens) for side in (_ours, _stock))
         steered, plain, again = alternate(
             [ours, stock, stock],
             rounds=rounds,

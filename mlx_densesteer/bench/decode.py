@@ -1,75 +1,63 @@
-"""Steered against stock mlx-lm on the same model: single decoding steps and prefills, in turn."""
+"""Decoding steps and prefills one by one, steered against stock mlx-lm on the same model."""
 
 import io
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from ..steering.request import parse_layers
-from ..steering.steering import Positions, Steering
+from ..steering.steering import Steering
 from .figures import Figure, Measurement, Tell, alternate, quiet, ratio, spread, timed
 from .subject import Subject
 
 FIGURES = ("decode_ratio", "prefill_ratio", "extra_primitives")
-SUITE = {"steps": 300, "prefills": 60, "seconds": 40.0}
 QUICK = {"steps": 30, "prefills": 8, "seconds": 5.0}
+PROMPT = 64  # random tokens
 
 
 def run(
     subject: Subject,
     *,
-    layers: str = "all",
-    positions: Positions = "all",
-    prompt_tokens: int = 64,
-    steps: int = 60,
-    prefills: int = 12,
-    seconds: float = 0.0,
+    steps: int = 300,
+    prefills: int = 60,
+    seconds: float = 40.0,
     tell: Tell = quiet,
 ) -> Measurement:
     """Compare single steps, and prefills, of stock blocks and caches with steered ones.
 
-    Three sides in one process take turns: mlx-lm's own blocks and caches, steered ones, and stock
+    Three sides take turns: mlx-lm's own blocks and caches, ours with every layer steered, and stock
     ones once more. Each step waits for its token. A ratio is stock seconds over steered seconds of
     the same round: 1 is no cost, stock over stock is the noise. Operations are those in the graph
     of one decoding step.
 
     Args:
-        layers: steered layers; all is the dearest case.
-        positions: all, generated or prompt.
-        prompt_tokens: random tokens of the prompt.
         steps: decoding steps of each side.
         prefills: prompts of each side.
-        seconds: after which no new round begins, for steps and for prefills; 0 is no limit.
+        seconds: after which no new round begins, for steps and for prefills.
     """
-    chosen = parse_layers([layers], range(subject.model.layer_count))
-    steering = subject.steering(chosen, positions=positions)
-    prompt = subject.tokens(prompt_tokens)
+    steering, prompt = subject.steering(), subject.tokens(PROMPT)
     sides = [_Decoder(subject, how, prompt) for how in (None, steering, None)]
     for side in sides:  # compile, and warm the processor's caches
         side.prefill()
         side.step()
     table = []
-    for name, count, works, rounds in (
+    for name, tokens, works, rounds in (
         ("decode", 1, [side.step for side in sides], steps),
-        ("prefill", prompt_tokens, [side.prefill for side in sides], prefills),
+        ("prefill", PROMPT, [side.prefill for side in sides], prefills),
     ):
         stock, steered, again = alternate(works, rounds=rounds, seconds=seconds, tell=tell)
-        rate = count / spread(stock)["median"]
+        ours, theirs = (tokens / spread(one)["median"] for one in (steered, stock))
         table.append(
             Figure.of(
                 f"{name}_ratio",
                 f"{name} speed, steered / stock",
                 ratio(stock, steered),
                 ratio(stock, again),
-                f"{len(chosen)} layers steered, positions {positions}; stock {rate:.1f} tokens/s",
+                f"every layer steered: {ours:.1f} tokens/s, stock {theirs:.1f}",
             )
         )
     before, after = primitives(subject, None), primitives(subject, steering)
-    remark = f"stock {before}, steered {after}"
-    added = Figure(
-        "extra_primitives", "operations added to a decoding step", after - before, remark=remark
-    )
-    return Measurement([*table, added])
+    name, remark = "operations added to a decoding step", f"stock {before}, steered {after}"
+    return Measurement([*table, Figure(FIGURES[-1], name, after - before, remark=remark)])
 
 
 class _Decoder:

@@ -10,44 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 
 import mlx.core as mx
 
 from .._version import __version__
-from ..errors import DenseSteerError, InputError
-from . import batch, decode, extract, generation, resteer, speculative, startup, sweep
+from ..errors import DenseSteerError
+from . import batch, decode, generation
 from .figures import Figure, Measurement, Tell, lines, quiet
 from .subject import Subject
 
-BENCHMARKS = MappingProxyType(
-    {
-        "decode": decode,
-        "generation": generation,
-        "startup": startup,
-        "batch": batch,
-        "resteer": resteer,
-        "speculative": speculative,
-        "extract": extract,
-        "sweep": sweep,
-    }
-)
+BENCHMARKS = {"decode": decode, "generation": generation, "batch": batch}
 
 # what a benchmark may meet on a user's machine; anything else is a bug
-REFUSALS = (DenseSteerError, OSError, subprocess.SubprocessError, RuntimeError, ImportError)
-
-
-def chosen(names: Sequence[str]) -> list[str]:
-    """Return the benchmarks of these names, all of them without any, in the suite's order.
-
-    Raises:
-        InputError: there is no such benchmark.
-    """
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        raise InputError(
-            f"no benchmark {', '.join(unknown)}: expected some of {', '.join(BENCHMARKS)}."
-        )
-    return [name for name in BENCHMARKS if not names or name in names]
+REFUSALS = (DenseSteerError, OSError, RuntimeError)
 
 
 def measure(
@@ -55,27 +30,24 @@ def measure(
     names: Sequence[str] = (),
     *,
     quick: bool = False,
-    options: Mapping[str, Mapping[str, object]] | None = None,
     tell: Callable[[str], Tell] = lambda name: quiet,
 ) -> Iterator[tuple[str, Measurement]]:
-    """Yield (name, measurement) of each benchmark as it is done.
+    """Yield (name, measurement) of each benchmark as it is done; without ``names`` of all.
 
-    A benchmark that cannot run yields the reason in its ``details``. ``options`` by name replace
-    those of the suite; ``tell(name)`` returns what is called with that benchmark's progress.
+    A benchmark that cannot run yields the reason in its ``details``. ``tell(name)`` returns what is
+    called with that benchmark's progress.
     """
-    for name in chosen(names):
-        module = BENCHMARKS[name]
-        settings = {**(module.QUICK if quick else module.SUITE), **(options or {}).get(name, {})}
+    for name, module in BENCHMARKS.items():
+        if names and name not in names:
+            continue
+        options = module.QUICK if quick else {}
         began = time.perf_counter()
         try:
-            found = module.run(subject, tell=tell(name), **settings)
+            found = module.run(subject, tell=tell(name), **options)
         except REFUSALS as error:
-            found = _not_measured(reason(error))
+            found = _not_measured(" ".join(str(error).split()) or type(error).__name__)
         seconds = round(time.perf_counter() - began, 1)
-        yield (
-            name,
-            replace(found, details={**found.details, "options": settings, "wall_seconds": seconds}),
-        )
+        yield name, replace(found, details={**found.details, "wall_seconds": seconds})
 
 
 def _not_measured(why: str) -> Measurement:
@@ -101,16 +73,6 @@ def document(
 def report(found: Mapping[str, Measurement], head: Mapping[str, object]) -> list[str]:
     """Return the header and the table of all that was measured."""
     return [*heading(head), "", *lines((name, of.lines) for name, of in found.items())]
-
-
-def reason(error: BaseException) -> str:
-    """Say in a line why a benchmark could not run."""
-    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    said = said if isinstance(said, str) else said.decode("utf-8", "replace")
-    last = said.strip().splitlines()[-1]
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"{' '.join(error.cmd[1:4])}: exit code {error.returncode}: {last}"
-    return last
 
 
 def header(subject: Subject, command: str) -> dict[str, object]:

@@ -1,0 +1,200 @@
+"""The benchmarks outside the wheel, on the demo model with the smallest sizes, each by itself.
+
+Nothing here looks at how fast anything is.
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import extract
+import mlx.core as mx
+import pytest
+import resteer
+import script
+import speculative
+import startup
+import sweep
+from helpers import ROOT
+
+from mlx_densesteer import generate, load, resolve
+from mlx_densesteer.bench.figures import Measurement
+from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.extraction.extract import encode_pairs
+from mlx_densesteer.generation.answer import split_steps
+from mlx_densesteer.model.token_tree import TokenTree
+
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "main(run)" in path.read_text("utf-8")
+)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject.load("demo")
+
+
+def figures_of(made: Measurement) -> tuple[dict, dict]:
+    """Return the figures by key, each a number or a truth value, and the lines of the table by name."""
+    document = json.loads(json.dumps(made.document(), allow_nan=False))
+    table = {row["name"]: row for row in document.pop("details")["table"]}
+    for key, value in document.items():
+        assert isinstance(value, bool) or (math.isfinite(value) and value >= 0), key
+    return document, table
+
+
+def test_resteering_gives_the_bits_of_a_full_prefill(subject):
+    made = resteer.run(subject, prefix_tokens=24, rounds=1)
+    figures, _ = figures_of(made)
+    assert set(figures) == {"resteer_ratio", "resteer_excess", "resteer_identical"}
+    depths = made.details["depths"]
+    assert figures["resteer_identical"] is True
+    assert [one["layer"] for one in depths] == [1, 3, 4]
+    for one in depths:
+        assert one["identical"] is True
+        assert one["share_of_block_tokens"] == pytest.approx(one["expected"])
+    assert figures["resteer_ratio"] == depths[1]["ratio"]["median"] > 0
+    assert figures["resteer_excess"] == max(one["excess"] for one in depths)
+
+
+def test_a_draft_changes_no_token(subject):
+    figures, table = figures_of(speculative.run(subject, questions=1, tokens=6, rounds=1))
+    assert figures["speculative_equal"] is True and figures["speculative_ratio"] > 0
+    accepted, proposed = map(
+        int, table["drafted tokens accepted"]["remark"].split(";")[0].split(" of ")
+    )
+    assert figures["speculative_acceptance"] == accepted / proposed <= 1
+
+
+def test_extraction_reads_fewer_tokens(subject):
+    figures, table = figures_of(extract.run(subject, limit=2, rounds=1))
+    pairs = extract.drawn_pairs(extract.COUNTED)
+    tree = TokenTree.of(encode_pairs(subject.model, pairs, extract.LAST_TOKEN))
+    assert figures["extract_token_ratio"] == tree.tokens_apart / tree.tokens > 1
+    assert figures["extract_time_ratio"] > 0
+    remark = table["tokens computed, one by one / ours"]["remark"]
+    assert remark == f"50 pairs of the demo's problems: {tree.tokens_apart:,} / {tree.tokens:,}"
+
+
+@pytest.mark.slow
+def test_a_grid_gives_the_answers_of_separate_runs(subject):
+    made = sweep.run(subject, problems=1, settings=2, max_tokens=3, rounds=1)
+    figures, _ = figures_of(made)
+    assert set(figures) == {"sweep_speedup_vs_separate", "sweep_speedup_vs_processes"}
+    assert min(figures.values()) > 0
+    assert made.details["equal_answers"] == made.details["answers"] == 2
+
+
+@pytest.mark.slow
+def test_the_first_token_of_both_programs(subject):
+    figures, table = figures_of(startup.run(subject, rounds=1))
+    assert set(figures) == {
+        "first_token_ratio", "first_token_steered_ratio", "import_seconds", "help_seconds",
+    }  # fmt: skip
+    assert min(figures.values()) > 0
+    assert table["unsteered: the text is mlx_lm's"]["value"] is True
+
+
+def test_a_process_that_fails_gives_its_own_last_words():
+    failing = startup._Command([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        failing.first_token()
+    assert "exit code 1: no such thing" in script.reason(caught.value)
+
+
+def test_the_rule_that_mlx_lm_prints_first_is_no_token():
+    code = "print('=' * 10, flush=True); import time; time.sleep(0.3); print('word', flush=True); print('=' * 10)"
+    command = startup._Command([sys.executable, "-c", code])
+    assert command.first_token() >= 0.3
+    assert command.text == "word"
+
+
+def test_drawn_pairs_are_dense_and_sparse():
+    pairs = extract.drawn_pairs(5)
+    for pair in pairs:
+        assert len(split_steps(pair.positive)) < len(split_steps(pair.negative))
+    assert pairs == extract.drawn_pairs(5)
+
+
+def test_a_truncated_copy_shares_the_weights_and_is_the_lower_part(subject):
+    network = subject.model.network
+    small = speculative.truncated(network, 2)
+    assert small.model.layers[1] is network.model.layers[1]
+    assert small(mx.array([[1, 2, 3]])).shape == (1, 3, network.args.vocab_size)
+
+
+def test_a_gpt_like_head_is_shared_too(tiny):
+    tiny.args.tie_word_embeddings = False
+    tiny.lm_head = tiny.model.embed_tokens.as_linear
+    assert speculative.truncated(tiny, 1).lm_head == tiny.lm_head
+
+
+def test_the_model_is_as_it_was_after_a_draft_of_its_own_blocks(demo_model):
+    """The copy shares its blocks with the model."""
+    other = Subject("demo", load("demo"))
+    speculative.run(other, questions=1, tokens=2, rounds=1)
+    resteer.run(other, prefix_tokens=8, rounds=1)
+    steering = resolve(demo_model, other.vector, "10%", [3])
+    question = held_out(1)[0].question
+    answers = [
+        generate(model, question, max_tokens=8, steering=steering).token_ids
+        for model in (other.model, demo_model)
+    ]
+    assert answers[0] == answers[1]
+
+
+def run_script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *words],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_scripts_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    assert len(SCRIPTS) == 9
+    assert not [name for name in SCRIPTS if f"`{name}`" not in page]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_is_a_script_with_help(name):
+    done = run_script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and "--json" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_script_runs_by_itself():
+    words = "demo --problems 1 --settings 1 --max-tokens 2 --rounds 1 --no-processes --json"
+    done = run_script("sweep", *words.split())
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert set(made) == {"sweep_speedup_vs_separate", "details", "header"}
+    assert made["details"]["options"]["processes"] is False
+    assert made["header"]["command"].endswith(" ".join(words.split()))
+
+
+@pytest.mark.slow
+def test_the_dose_script_shows_a_row_for_each_setting():
+    done = run_script(
+        "dose", "demo", "demo", "--layers", "5", "--doses", "10%,100%", "--max-tokens", "4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.strip()]) >= 3
+
+
+@pytest.mark.slow
+def test_the_function_script_measures_a_file():
+    words = ["demo", "--capacity", "32", "--prompt-tokens", "8", "--steps", "3", "--json"]
+    made = json.loads(run_script("function", *words).stdout)
+    assert made["function_ratio"] > 0
+
+
+def test_an_error_is_a_line_and_no_traceback():
+    done = run_script("resteer", "/nowhere")
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
