@@ -1,8 +1,11 @@
 """The documentation is true: its commands parse, its code runs, its files exist."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -91,3 +94,15 @@ def test_the_changelog_and_the_help_name_every_command():
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     for name in main.commands:
         assert f"densesteer {name}" in changelog
+
+
+def test_the_command_reference_is_that_of_the_commands():
+    script = ROOT / "scripts" / "make-command-reference"
+    environment = os.environ | {"COLUMNS": "40"}
+    subprocess.run([sys.executable, script, "--check"], check=True, timeout=60, env=environment)
+    page = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    manual = (ROOT / "docs" / "densesteer.1").read_text("utf-8")
+    for name in main.commands:
+        assert f"\n## densesteer {name}\n" in page
+        dashed = name.replace("-", "\\-")
+        assert f"\n.SS densesteer {dashed}\n" in manual

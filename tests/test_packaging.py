@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from mlx_densesteer._version import __version__
-from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 CI_ONLY = (".ci/", ".github/")  # what a source distribution does not need
@@ -35,7 +36,7 @@ def needed(condition: object, message: str) -> None:
 def run(
     *words: object, cwd: Path, code: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as somebody would who has never heard of this checkout."""
+    """Run a command without this checkout in its environment."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=env | environment, capture_output=True,
@@ -218,17 +219,6 @@ def test_it_installs_and_runs_outside_the_repository(install, dist, uv, tmp_path
     if install is install_with_uv:
         run(python, "-c", "import starlette, uvicorn, prompt_toolkit, rich", cwd=empty)
     assert list(empty.iterdir()) == []
-
-
-def test_the_command_reference_is_that_of_the_commands():
-    script = ROOT / "scripts" / "make-command-reference"
-    run(sys.executable, script, "--check", cwd=ROOT, COLUMNS="40")
-    page = (ROOT / "docs" / "commands.md").read_text("utf-8")
-    manual = (ROOT / "docs" / "densesteer.1").read_text("utf-8")
-    for name in main.commands:
-        assert f"\n## densesteer {name}\n" in page
-        dashed = name.replace("-", "\\-")
-        assert f"\n.SS densesteer {dashed}\n" in manual
 
 
 def test_a_command_reference_that_is_out_of_date_is_noticed(checkout):
