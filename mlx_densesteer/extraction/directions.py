@@ -1,24 +1,24 @@
 """From the differences of many pairs to one direction, and how stable it is. No mlx.
 
-Stability: the pairs are split into two random halves, and the cosine between the directions of the
-halves tells whether more of the same pairs would still change it. The same differences with random
-signs tell what that cosine is without any contrast.
+The pairs are split into two random halves. The cosine between the directions of the halves says
+whether more of the same pairs would still change the result. The same differences with random
+signs say how large that cosine is without a contrast.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-SPLITS = 16  # random halves, and as many with random signs
+SPLITS = 16  # random halves, and as many again with random signs
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A vector float32 ``(hidden,)``, and the stability of its direction.
+    """A vector, float32 ``(hidden,)``, and the stability of its direction.
 
-    ``agreement`` is the mean cosine between the vectors of two random halves of the pairs,
-    ``noise`` the root mean square of that cosine with random signs; ``None`` for one pair.
+    ``agreement`` is the mean cosine between the vectors of two random halves of the pairs.
+    ``noise`` is the root mean square of that cosine with random signs. Both are ``None`` for one
+    pair.
     """
 
     vector: np.ndarray
@@ -26,24 +26,11 @@ class Direction:
     noise: float | None
 
 
-class DirectionOf(Protocol):
-    """Takes the differences of one layer's pairs, batch by batch, in any order."""
-
-    def add(self, pairs: list[int], differences: np.ndarray) -> None:
-        """Take float32 ``(pairs, hidden)``: positive minus negative of the pairs numbered."""
-
-    def vector(self) -> np.ndarray:
-        """Return the direction of all differences together, float32 ``(hidden,)``."""
-
-    def direction(self) -> Direction:
-        """Return the same vector and how stable its direction is."""
-
-
 class Halves:
     """The random halves of ``count`` pairs, the same for every layer and every run.
 
-    ``weights`` is float64 ``(2, SPLITS * 2, count)``: a pair counts 1 in its half and 0 in the
-    other one; in the second ``SPLITS`` rows the ones have random signs.
+    ``weights`` is float64 ``(2, SPLITS * 2, count)``: 1 for a pair of that half, else 0. In the
+    second ``SPLITS`` rows the ones have random signs.
     """
 
     def __init__(self, count: int):
@@ -55,7 +42,7 @@ class Halves:
         self.weights = np.stack([first, ~first]) * signs
 
     def compare(self, first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None]:
-        """Return agreement and noise of the halves' vectors, ``(SPLITS * 2, hidden)`` each."""
+        """Return agreement and noise of two halves' vectors, each ``(SPLITS * 2, hidden)``."""
         if self.count < 2:
             return None, None
         dot = (first * second).sum(axis=-1)
@@ -66,7 +53,7 @@ class Halves:
 
 
 class MeanDifference:
-    """The paper's: ``v = mean_i d_i``. Keeps running sums, whatever the number of pairs.
+    """The paper's method: ``v = mean_i d_i``. Only running sums are kept.
 
     Source: arXiv 2605.29247, section 3.
     """
@@ -78,26 +65,28 @@ class MeanDifference:
         self._sums: np.ndarray | float = 0.0  # (2, SPLITS * 2, hidden) float64
 
     def add(self, pairs: list[int], differences: np.ndarray) -> None:
+        """Take positive minus negative of the ``pairs``, float32 ``(pairs, hidden)``, in any order."""
         weights = self._halves.weights[..., pairs]
         self._sums = self._sums + weights @ differences.astype(np.float64)
 
     def vector(self) -> np.ndarray:
+        """Return the direction of all differences together, float32 ``(hidden,)``."""
         mean = (self._sums[0, 0] + self._sums[1, 0]) / self._halves.count
         return mean.astype(np.float32)
 
     def direction(self) -> Direction:
+        """Return ``vector()`` and how stable its direction is."""
         return Direction(self.vector(), *self._halves.compare(*self._sums))
 
 
 class PrincipalComponent:
-    """The first principal component of the differences, not centred.
+    """The first principal component of the differences; methods as ``MeanDifference``.
 
         v = u (u . mean_i d_i),     u = argmax over unit vectors of sum_i (u . d_i)^2
 
-    Centring would take out what all pairs share, and that is what is wanted. The length is
-    the mean of the pairs' components along u, so a strength means what it means for the mean
-    difference, and the sign is that of positive minus negative. Keeps every difference,
-    float32 ``(pairs, hidden)``.
+    The differences are not centred: centring would remove what all pairs share. The length is the
+    mean of the pairs' components along u, so a strength means the same as for the mean difference.
+    The sign is that of positive minus negative. Every difference is kept, float32.
     """
 
     name = "first principal component"
@@ -121,16 +110,15 @@ class PrincipalComponent:
         return Direction(self.vector(), *self._halves.compare(*map(np.array, halves)))
 
     def _gram(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the differences and their Gram matrix, float64."""
         rows = self._rows.astype(np.float64)
         return rows, rows @ rows.T
 
 
 def _component(weights: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """Return c ``(pairs,)`` such that ``c @ rows`` is v of the n rows with a weight of 1 or -1.
+    """Return c ``(pairs,)`` such that ``c @ rows`` is v of the rows whose weight is 1 or -1.
 
-    With the rows' Gram matrix R R^T, its first eigenvector a and eigenvalue s^2: u = R^T a / s,
-    the components R u are s a, and v = R^T a mean(a).
+    R holds these rows times their weights; a is the first eigenvector of R R^T, with eigenvalue
+    s^2. Then u = R^T a / s, the components R u are s a, and v = R^T a mean(a).
     """
     c = np.zeros_like(weights)
     chosen = np.flatnonzero(weights)

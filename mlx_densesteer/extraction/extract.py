@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,24 +15,25 @@ from ..model.residual import record_pairs
 from ..model.token_tree import TokenPair, TokenTree
 from ..steering.request import DEFAULT_DOSE, SMALLEST
 from ..steering.vector import SteeringVector, VectorMeta
-from .directions import DirectionOf, Halves, MeanDifference, PrincipalComponent
+from .directions import Direction, Halves, MeanDifference, PrincipalComponent
 from .margin import margin_gains
 from .pairs import Pair, pairs_sha256
 
-HELD_OUT = 6  # pairs at most on which the layers are compared; a quarter of few pairs
+HELD_OUT = 6  # pairs on which the layers are compared, at most; a quarter of few pairs
 Method = Literal["mean", "pca"]
 Progress = Callable[[int, int], None]
+_METHODS = {"mean": MeanDifference, "pca": PrincipalComponent}
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """How large, how stable and how useful the vector of one layer is.
 
-    ``norm`` is ``||v_l||``, ``residual_norm`` the mean of ``||h_l||`` over the responses' tokens,
-    unsteered. ``agreement`` is the mean cosine between the vectors of two random halves of the pairs,
-    ``noise`` its root mean square if positive and negative were swapped at random; ``None`` for one
-    pair. ``margin_gain`` is what a dose of 20 % does to held-out pairs, in nats per token (``margin_gains``);
-    ``None`` for fewer than four pairs.
+    - ``norm``: ``||v_l||``.
+    - ``residual_norm``: the mean of ``||h_l||`` over the responses' tokens, unsteered.
+    - ``agreement``, ``noise``: see ``directions.Direction``.
+    - ``margin_gain``: what a dose of 20 % does to held-out pairs, in nats per token (see
+      ``margin.margin_gains``). ``None`` for fewer than four pairs.
     """
 
     norm: float
@@ -49,11 +50,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A steering vector and what was seen on the way.
+    """A steering vector and how it was found.
 
-    ``identical`` are the numbers of the pairs whose responses do not differ. ``tokens``
-    counts the positions that went through the model, padding included; ``tokens_apart``
-    those of the same sequences one by one.
+    ``identical`` are the numbers of the pairs whose two responses are the same. ``tokens`` counts
+    the positions that went through the model, padding included; ``tokens_apart`` those of the
+    same sequences one by one.
     """
 
     vector: SteeringVector
@@ -65,7 +66,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """The tokens of a response that are averaged: ``response[start:stop]``."""
+    """The tokens of a response that are averaged: ``response[start:stop]``, of ``needs`` at least."""
 
     start: int | None
     stop: int | None
@@ -94,7 +95,7 @@ class ReadOut:
         )
 
     def weights(self, length: int) -> np.ndarray:
-        """Return the weight of each of a response's tokens, float32 ``(length,)``; sum 1."""
+        """Return the weight of each token of a response, float32 ``(length,)``; their sum is 1."""
         weights = np.zeros(length, np.float32)
         weights[self.start : self.stop] = 1
         return weights / weights.sum()
@@ -113,22 +114,21 @@ def extract(
 
         v_l = mean_i( h_l(prompt_i + positive_i)[token] - h_l(prompt_i + negative_i)[token] )
 
-    The prompt goes through the chat template, the responses are plain text after it, so
-    token -1 (the default) is the last content token of the response, never an end-of-turn token.
-    Not normalised. The metadata records what a default needs: for each layer the mean norm of the
-    residual stream, the stability of the direction, and how much it favours dense responses of held-out
-    pairs. ``extract_with_report`` returns these too. Source: arXiv 2605.29247, section 3.
+    The prompt goes through the chat template and the response follows as plain text. Token -1 (the
+    default) is the last content token of the response, never an end-of-turn token. The vector is
+    not normalised. Its metadata keeps the figures of ``LayerReport``. Source: arXiv 2605.29247,
+    section 3.
 
     Args:
-        layers: 0-based layer numbers, by default all; nothing above the last one is computed.
-        token: a negative number, counted from the end of the response; ``"mean-response"``,
-            the mean over all its tokens; or ``"first-N"``, the mean over its first N.
+        layers: 0-based layer numbers, by default all. Nothing above the last one is computed.
+        token: a negative number, counted from the end of the response; ``"mean-response"``, the
+            mean over all its tokens; or ``"first-N"``, the mean over its first N.
         method: ``"mean"``, or ``"pca"`` for the first principal component of the differences
             (``directions.PrincipalComponent``).
 
     Raises:
-        InputError: no pairs, only pairs without a difference, a response shorter than the
-            read-out, a pair longer than the model's context, a layer that the model does not have.
+        InputError: no pairs, pairs without a difference at the read-out, a response shorter than
+            the read-out, a pair longer than the model's context, a layer that the model lacks.
         ModelError: the residual stream holds NaN or infinity.
     """
     return extract_with_report(model, pairs, layers=layers, token=token, method=method).vector
@@ -142,14 +142,14 @@ def extract_with_report(
     layers: Iterable[int] | None = None,
     token: int | str = -1,
     method: Method = "mean",
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Extraction:
-    """Return what ``extract`` does, and how large and stable each layer is; the file keeps it too.
+    """Return what ``extract`` returns, with a report on each layer.
 
-    ``progress`` is called with the pairs that are done and their number.
+    ``progress`` is called with the number of pairs that are done and of all.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method {method!r}: expected one of {', '.join(get_args(Method))}.")
+    if method not in _METHODS:
+        raise InputError(f"method {method!r}: expected one of {', '.join(_METHODS)}.")
     readout = ReadOut.of(token)
     token_pairs = encode_pairs(model, pairs, readout)
     identical = tuple(i for i, pair in enumerate(token_pairs) if pair.positive == pair.negative)
@@ -158,27 +158,29 @@ def extract_with_report(
             "the two responses are the same in every pair, so nothing can be learnt from them; "
             "positive is the dense one, negative the sparse one."
         )
-    info = model.info
+    info, kind = model.info, _METHODS[method]
     chosen = range(info.layer_count) if layers is None else sorted(set(layers))
     tree = TokenTree.of(token_pairs)
-    kind = {"mean": MeanDifference, "pca": PrincipalComponent}[method]
     held_out = _held_out(len(pairs))
-    arrays, others, report = _read_layers(
+    directions, others, norms = _read_layers(
         model, tree, chosen, readout, kind, held_out, len(pairs), progress
     )
-    if all(row.unit_dose < SMALLEST for row in report.values()):
+    vectors = {layer: direction.vector for layer, direction in directions.items()}
+    sizes = {k: float(np.linalg.norm(v.astype(np.float64))) for k, v in vectors.items()}
+    if all(sizes[k] / norms[k] < SMALLEST for k in chosen):
         raise InputError(
             f"read at {readout.name} the two responses of the pairs do not differ: every layer's "
             "vector is zero. They begin with the same words, or end so; choose another token."
         )
+    gains: dict[int, float] = {}
     if held_out:
-        norms = {layer: row.residual_norm for layer, row in report.items()}
         unseen = [token_pairs[i] for i in held_out]
         gains = margin_gains(model, unseen, others, norms, dose=DEFAULT_DOSE)
-        report = {
-            k: replace(row, margin_gain=gains[k]) if np.isfinite(gains[k]) else row
-            for k, row in report.items()
-        }
+        gains = {layer: gain for layer, gain in gains.items() if np.isfinite(gain)}
+    report = {
+        k: LayerReport(sizes[k], norms[k], one.agreement, one.noise, gains.get(k))
+        for k, one in directions.items()
+    }
     meta = VectorMeta(
         model=info.name,
         hidden_size=info.hidden_size,
@@ -190,22 +192,16 @@ def extract_with_report(
         pairs_sha256=pairs_sha256(pairs),
         chat_template_sha256=model.chat_template_sha256,
         quantization=info.quantization,
-        residual_norms={str(k): _rounded(row.residual_norm) for k, row in report.items()},
-        margin_gain={
-            str(k): _rounded(row.margin_gain)
-            for k, row in report.items()
-            if row.margin_gain is not None
-        }
-        or None,
+        residual_norms={str(k): _rounded(norm) for k, norm in norms.items()},
+        margin_gain={str(k): _rounded(gain) for k, gain in gains.items()} or None,
         extra={"dtype": info.dtype, "stability": _stability(report)},
     )
-    return Extraction(
-        SteeringVector(arrays, meta), report, identical, tree.tokens, tree.tokens_apart
-    )
+    vector = SteeringVector(vectors, meta)
+    return Extraction(vector, report, identical, tree.tokens, tree.tokens_apart)
 
 
 def _held_out(count: int) -> range:
-    """Return the numbers of the pairs that the layers are compared on, spread over all; none of few."""
+    """Return the numbers of the pairs on which the layers are compared, spread over all pairs."""
     held = min(HELD_OUT, count // 4)
     return range(0, count, count // held)[:held] if held else range(0)
 
@@ -215,12 +211,12 @@ def _read_layers(
     tree: TokenTree,
     layers: Sequence[int],
     readout: ReadOut,
-    kind: type[DirectionOf],
+    kind: type[MeanDifference | PrincipalComponent],
     held_out: Sequence[int],
     count: int,
-    progress: Progress | None,
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, LayerReport]]:
-    """Return the vector of each layer from all pairs, and from those not held out; and the report."""
+    progress: Progress,
+) -> tuple[dict[int, Direction], dict[int, np.ndarray], dict[int, float]]:
+    """Return by layer: the direction of all pairs, the vector without the held-out ones, ``||h_l||``."""
     halves, others = Halves(count), Halves(count - len(held_out))
     place = {pair: i for i, pair in enumerate(sorted(set(range(count)) - set(held_out)))}
     found = {layer: (kind(halves), kind(others)) for layer in layers}
@@ -236,15 +232,9 @@ def _read_layers(
         norms[reading.layer] += float(reading.norms.mean(axis=1).sum()) / count
         if reading.layer == layers[-1]:
             done += len(reading.pairs)
-            if progress:
-                progress(done, count)
-    arrays, without, report = {}, {}, {}
-    for layer, (everything, rest) in found.items():
-        direction = everything.direction()
-        arrays[layer], without[layer] = direction.vector, rest.vector()
-        norm = float(np.linalg.norm(direction.vector.astype(np.float64)))
-        report[layer] = LayerReport(norm, norms[layer], direction.agreement, direction.noise)
-    return arrays, without, report
+            progress(done, count)
+    directions = {layer: everything.direction() for layer, (everything, _) in found.items()}
+    return directions, {layer: rest.vector() for layer, (_, rest) in found.items()}, norms
 
 
 def _check_finite(layer: int, pairs: Sequence[int], rows: np.ndarray) -> None:
@@ -260,8 +250,8 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
     """Return the tokens of the pairs: the prompt in the chat template, and both responses.
 
     Raises:
-        InputError: no pairs, a response shorter than the read-out, an end of turn inside one, or a pair
-            longer than the model's context.
+        InputError: no pairs, a response shorter than the read-out or with an end of turn inside,
+            or a pair longer than the model's context.
     """
     tokenizer = model.tokenizer
     if not pairs:
@@ -286,7 +276,7 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
 
 
 def _encode_response(tokenizer: TokenizerWrapper, text: str, number: int) -> list[int]:
-    """Return the tokens of a response's content: an end of turn behind it is cut off."""
+    """Return the tokens of a response without the end of turn behind it."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"pair {number} is not valid UTF-8 text; convert it to UTF-8 first.")
     ends = [tokenizer.convert_ids_to_tokens(end) for end in tokenizer.eos_token_ids]
@@ -309,5 +299,5 @@ def _stability(report: dict[int, LayerReport]) -> dict[str, dict[str, float | No
 
 
 def _rounded(value: float | None) -> float | None:
-    """Keep six digits: what is measured is not better than that."""
+    """Keep six digits: the measurement has no more."""
     return None if value is None else float(f"{value:.6g}")
