@@ -12,22 +12,21 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 
-from settings import LAYER, MODEL, QUESTION, STRENGTH, VECTOR
+from settings import MODEL, QUESTION, steering
 
-from mlx_densesteer import DenseSteerError, ModelThread, Steering, SteeringVector, load, stream
+from mlx_densesteer import DenseSteerError, ModelThread, load, stream
 
 
 async def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
     with ModelThread() as thread:
-        model, tokenizer = await asyncio.wrap_future(thread.submit(load, MODEL))
-        vector = SteeringVector.load(VECTOR) if VECTOR else None
-        steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
+        model = await asyncio.wrap_future(thread.submit(load, MODEL))
+        steered = await asyncio.wrap_future(thread.submit(steering, model))
 
         def ask() -> AsyncGenerator[str, None]:
             return thread.iterate(
-                thread.submit(stream, model, tokenizer, question, steering=steering, max_tokens=400)
+                thread.submit(stream, model, question, steering=steered, max_tokens=400)
             )
 
         ticks = asyncio.create_task(count_ticks())

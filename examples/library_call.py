@@ -9,19 +9,17 @@ It runs on the embedded toy model; settings.py says how to take your own.
 import signal
 import sys
 
-from settings import LAYER, MODEL, QUESTION, STRENGTH, VECTOR
+from settings import MODEL, QUESTION, steering
 
-from mlx_densesteer import DenseSteerError, Steering, SteeringVector, generate, load
+from mlx_densesteer import DenseSteerError, generate, load
 
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
     try:
-        model, tokenizer = load(MODEL)
-        vector = SteeringVector.load(VECTOR) if VECTOR else None
-        steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
-        answer = generate(model, tokenizer, question, steering=steering, max_tokens=400)
+        model = load(MODEL)
+        answer = generate(model, question, steering=steering(model), max_tokens=400)
     except DenseSteerError as error:  # says what is wrong and what helps; anything else is a bug
         sys.exit(f"library_call: {error}")
     print(answer.text)

@@ -1,11 +1,11 @@
-"""A menu-bar app: a slider for the strength, and an answer to the problem on the clipboard.
+"""A menu-bar app: a slider for the dose, and an answer to the problem on the clipboard.
 
     pip install -e '.[menubar]'    # rumps; macOS only
     python examples/menubar.py
 
 The model has a thread of its own; the window and the menu belong to the main thread, where a timer
-looks after them. The settings are in settings.py. Nobody here has a Mac: this was tried
-with a stand-in for rumps and the real model (tests/test_examples.py), not in a menu bar.
+looks after them. The settings are in settings.py; the slider takes the place of the strength. There
+was no Mac: this was tried with a stand-in for rumps and the real model (tests/test_examples.py).
 """
 
 import contextlib
@@ -15,16 +15,14 @@ import sys
 import threading
 from concurrent.futures import Future
 
-import mlx.nn as nn
-from settings import LAYER, MODEL, STRENGTH, VECTOR
+from settings import MODEL, steering
 
 from mlx_densesteer import (
     Brake,
     DenseSteerError,
     Generation,
+    Model,
     ModelThread,
-    Steering,
-    SteeringVector,
     load,
     stream,
 )
@@ -34,7 +32,7 @@ try:
 except ImportError as error:
     sys.exit(f"menubar: {error}. On a Mac: pip install -e '.[menubar]'")
 
-LARGEST = 2 * abs(STRENGTH) or 10.0  # the ends of the slider
+DOSE, LARGEST = 20, 40  # per cent of the residual stream: where the slider begins and ends
 
 
 class MenuBar(rumps.App):
@@ -42,9 +40,9 @@ class MenuBar(rumps.App):
 
     def __init__(self) -> None:
         super().__init__("DenseSteer", title="dense …", quit_button=None)
-        self.strength = STRENGTH
+        self.dose = DOSE
         self.label = rumps.MenuItem("")  # no callback: grey
-        self.slider = rumps.SliderMenuItem(STRENGTH, -LARGEST, LARGEST, callback=self.slide)
+        self.slider = rumps.SliderMenuItem(DOSE, -LARGEST, LARGEST, callback=self.slide)
         self.solve_item = rumps.MenuItem("Solve the Clipboard")
         self.stop_item = rumps.MenuItem("Stop")
         quit_item = rumps.MenuItem("Quit", callback=self.quit)
@@ -52,7 +50,7 @@ class MenuBar(rumps.App):
             self.label, self.slider, None, self.solve_item, self.stop_item, None, quit_item,
         ]  # fmt: skip
         self.slide(self.slider)
-        self._model: nn.Module | None = None
+        self._model: Model | None = None
         self._pieces, self._stop = 0, threading.Event()
         self._thread = ModelThread()
         self._job: Future[Generation | None] | None = self._thread.submit(self._load)
@@ -60,9 +58,9 @@ class MenuBar(rumps.App):
         self._timer.start()
 
     def slide(self, slider: rumps.SliderMenuItem) -> None:
-        """Take the slider's strength; a place near the middle is the stock model."""
-        self.strength = 0.0 if abs(slider.value) < LARGEST / 20 else slider.value
-        self.label.title = f"Strength {self.strength:+.2f}" if self.strength else "Unsteered"
+        """Take the slider's dose; a place near the middle is the stock model."""
+        self.dose = 0 if abs(slider.value) < LARGEST / 20 else round(slider.value)
+        self.label.title = f"Dose {self.dose:+d}%" if self.dose else "Unsteered"
 
     def solve(self, _: rumps.MenuItem) -> None:
         question = from_clipboard()
@@ -73,7 +71,7 @@ class MenuBar(rumps.App):
         self.stop_item.set_callback(self.stop)
         self._pieces = 0
         self._stop.clear()
-        self._job = self._thread.submit(self._answer, question, self.strength)
+        self._job = self._thread.submit(self._answer, question, self.dose)
 
     def stop(self, _: rumps.MenuItem) -> None:
         self._stop.set()
@@ -102,13 +100,13 @@ class MenuBar(rumps.App):
         rumps.quit_application()
 
     def _load(self) -> None:
-        self._vector = SteeringVector.load(VECTOR) if VECTOR else None
-        self._model, self._tokenizer = load(MODEL)
+        model = load(MODEL)
+        steering(model)  # a wrong setting is told now, not with the first problem
+        self._model = model
 
-    def _answer(self, question: str, strength: float) -> Generation:
-        vector = self._vector
-        steering = Steering(vector, strength, layers=(LAYER,)) if vector else None
-        pieces = stream(self._model, self._tokenizer, question, steering=steering, brake=Brake())
+    def _answer(self, question: str, dose: int) -> Generation:
+        steered = steering(self._model, f"{dose}%")
+        pieces = stream(self._model, question, steering=steered, brake=Brake())
         with contextlib.closing(pieces):
             for self._pieces, _ in enumerate(pieces, 1):
                 if self._stop.is_set():

@@ -10,24 +10,19 @@ import signal
 import sys
 from collections.abc import Callable
 
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from settings import LAYER, MODEL, QUESTION, VECTOR, number
+from settings import MODEL, QUESTION, STRENGTH, steering
 
-from mlx_densesteer import DenseSteerError, Generation, Steering, SteeringVector, load, stream
-
-STRENGTH = number("DENSESTEER_STRENGTH", -7.13)  # towards sparse: many steps
+from mlx_densesteer import DenseSteerError, Generation, Model, Steering, load, stream
 
 
 def answer(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    model: Model,
     question: str,
     on_piece: Callable[[str], bool | None],
     steering: Steering | None = None,
 ) -> Generation:
     """Call ``on_piece`` with every piece of the answer until it returns False."""
-    pieces = stream(model, tokenizer, question, steering=steering, max_tokens=400)
+    pieces = stream(model, question, steering=steering, max_tokens=400)
     with contextlib.closing(pieces):  # an exception in the callback ends the answer as well
         for piece in pieces:
             if on_piece(piece) is False:
@@ -50,10 +45,9 @@ class FirstStep:
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `... | head`
     question = sys.argv[1] if len(sys.argv) > 1 else QUESTION
-    model, tokenizer = load(MODEL)
-    vector = SteeringVector.load(VECTOR) if VECTOR else None
-    steering = Steering(vector, STRENGTH, layers=(LAYER,)) if vector else None
-    result = answer(model, tokenizer, question, FirstStep(), steering)
+    model = load(MODEL)
+    sparse = steering(model, STRENGTH or "-30%")  # towards sparse: many steps
+    result = answer(model, question, FirstStep(), sparse)
     print()
     print(f"tokens: {result.tokens}, {result.finish_reason}", file=sys.stderr)
 
