@@ -1,23 +1,23 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises on purpose.
 
     DenseSteerError
-    ├── VectorError          a steering vector that cannot be used
-    │   ├── VectorFormatError    the file is not there, or not what it claims to be
-    │   └── VectorMismatchError  the vector does not fit the model or the request
-    ├── SteeringError        a steering that cannot be applied (strength, layers, positions, cache)
-    ├── ModelError           a model that cannot be loaded or patched
-    │   └── UnsupportedModelError  not of the Qwen2 family
-    ├── HubError             the model hub did not give us the files
-    ├── ConversionError      a conversion that cannot start or did not pass its check
-    ├── ExportError          an export that cannot say what was asked, or did not pass its check
-    ├── DistributedError     several ranks that cannot work together
-    ├── DiskError            not enough room
-    ├── SessionError         a step that a conversation cannot take, or a file that is no session
-    └── InputError           a prompt or pair that cannot be used
-        └── ContextError         a conversation that does not fit the model's context
+    ├── VectorError
+    │   ├── VectorFormatError
+    │   └── VectorMismatchError
+    ├── SteeringError
+    ├── ModelError
+    │   └── UnsupportedModelError
+    ├── HubError
+    ├── ConversionError
+    ├── ExportError
+    ├── DistributedError
+    ├── DiskError
+    ├── SessionError
+    └── InputError
+        └── ContextError
 
-A message says what was found, what was expected and the remedy. Whatever is not a
-``DenseSteerError`` is a bug and keeps its traceback.
+A message says what was found, what was expected and the remedy. Any other exception is a bug and
+keeps its traceback.
 """
 
 import json
@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlparse
 
 
 class DenseSteerError(Exception):
-    """Base of every error that a user can do something about."""
+    """Base class: what a user can do something about."""
 
 
 class VectorError(DenseSteerError):
@@ -40,11 +40,11 @@ class VectorFormatError(VectorError):
 
 
 class VectorMismatchError(VectorError):
-    """A sound vector that does not fit the model, or lacks a layer that was asked for."""
+    """A vector that does not fit the model, or lacks a requested layer."""
 
 
 class SteeringError(DenseSteerError):
-    """A steering that cannot be applied."""
+    """A steering that cannot be applied: strength, layers, positions or KV cache."""
 
 
 class ModelError(DenseSteerError):
@@ -56,7 +56,7 @@ class UnsupportedModelError(ModelError):
 
 
 class HubError(DenseSteerError):
-    """The model hub did not give us the files."""
+    """Files that the Hugging Face Hub did not deliver."""
 
 
 class ConversionError(DenseSteerError):
@@ -64,7 +64,7 @@ class ConversionError(DenseSteerError):
 
 
 class ExportError(DenseSteerError):
-    """A steered model or vector that another program's format cannot hold, or a failed check."""
+    """An export that the other program's format cannot hold, or that did not pass its check."""
 
 
 class DistributedError(DenseSteerError):
@@ -72,7 +72,7 @@ class DistributedError(DenseSteerError):
 
 
 class DiskError(DenseSteerError):
-    """Not enough room on the disk for what is to be written."""
+    """A file or folder that cannot be written, or a disk without room for it."""
 
 
 class InputError(DenseSteerError):
@@ -88,7 +88,7 @@ class SessionError(DenseSteerError):
 
 
 _PACKAGE = "mlx-densesteer"
-_TOOLS = {  # who makes environments of their own, by what they leave in them
+_TOOLS = {  # the file that marks a tool's environment, and its command
     "uv-receipt.toml": "uv tool install --force",
     "pipx_metadata.json": "pipx install --force",
 }
@@ -97,8 +97,7 @@ _TOOLS = {  # who makes environments of their own, by what they leave in them
 def install_command(extra: str) -> str:
     """Return the command that adds ``extra``, such as ``pip install -e '/src/mlx-densesteer[serve]'``.
 
-    An environment of uv or pipx is made anew, so the extras that it has must be named again; the
-    command then says so.
+    uv and pipx make their environment anew, so the user must name the installed extras again.
     """
     place, editable = _origin()
     wanted = shlex.quote(f"{place}[{extra}]")
@@ -110,7 +109,7 @@ def install_command(extra: str) -> str:
 
 
 def _origin() -> tuple[str, bool]:
-    """Return what was installed, a folder or a wheel or the name on an index, and whether it is editable."""
+    """Return where pip installed the package from (a path or its name), and whether it is editable."""
     from importlib.metadata import PackageNotFoundError, distribution  # slow to import
 
     try:

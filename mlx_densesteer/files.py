@@ -1,4 +1,4 @@
-"""Writing so that an interrupted run leaves nothing half-done. No mlx."""
+"""Files and folders written whole or not at all, JSON lines, and zip archives. No mlx."""
 
 import codecs
 import contextlib
@@ -21,7 +21,11 @@ from .errors import DiskError, InputError, VectorFormatError
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its name when the block ends well."""
+    """Open a temporary file beside ``path``; it replaces ``path`` if the block ends without an error.
+
+    Raises:
+        DiskError: the folder is missing, or cannot be written.
+    """
     check_parent(path)
     with _refusals(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -38,9 +42,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """Make a scratch folder beside ``folder``, on the same file system; gone afterwards.
+    """Make a scratch folder beside ``folder``, on the same file system; remove it at the end.
 
-    What a killed run left there is swept away; that of a running process is not touched.
+    Scratch folders that a killed process left there are removed too.
     """
     with _refusals(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,17 +61,19 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
-    """Give ``made``, inside a scratch folder, its final name; an older ``folder`` goes.
+    """Rename ``made``, inside a scratch folder, to ``folder``; an older ``folder`` is removed.
 
     Raises:
-        DiskError: ``folder`` has appeared meanwhile, and ``replace`` is not set.
+        DiskError: another process has made ``folder`` meanwhile, and ``replace`` is not set.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         made.rename(folder)
         return
     if not replace:
-        raise DiskError(f"{folder}: was made by somebody else meanwhile; ours is thrown away.")
-    old = made.parent / "old"  # inside the scratch folder: it goes with it
+        raise DiskError(
+            f"{folder}: another process has made it meanwhile. Choose another name (-o)."
+        )
+    old = made.parent / "old"  # removed with the scratch folder
     folder.rename(old)
     try:
         made.rename(folder)
@@ -77,7 +83,7 @@ def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise ``DiskError`` unless the folder that ``path`` is to lie in is there."""
+    """Raise ``DiskError`` unless the folder of ``path`` exists."""
     if not path.parent.is_dir():
         raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
 
@@ -121,10 +127,10 @@ def _refusals(path: Path) -> Iterator[None]:
 def _is_running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
+    except PermissionError:  # another user's process
+        return True
     except (ValueError, OverflowError, ProcessLookupError):
         return False
-    except PermissionError:
-        return True
     return True
 
 
@@ -134,16 +140,13 @@ def _umask() -> int:
     return mask
 
 
-_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
     """Return the objects of a JSONL file with their line numbers, counted from 1.
 
-    A byte order mark, CRLF and blank lines are no obstacle.
+    A byte order mark, CRLF and blank lines are ignored.
 
     Raises:
-        InputError: no such file, not UTF-8, a line that is no JSON object, or no line at all.
+        InputError: no such file, not UTF-8, a line that is not a JSON object, or no line at all.
     """
     try:
         content = path.read_bytes()
@@ -151,7 +154,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}). Name a JSONL file."
         ) from error
-    if content.startswith(_OTHER_ENCODINGS):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it first.")
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = [
@@ -174,7 +177,7 @@ def _parse(where: str, line: bytes) -> dict[str, object]:
         ) from error
     try:
         record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()  # no lone surrogates
+        json.dumps(record, ensure_ascii=False).encode()  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON ({error}). Repair or remove the line.") from error
     if not isinstance(record, dict):
@@ -184,30 +187,26 @@ def _parse(where: str, line: bytes) -> dict[str, object]:
     return record
 
 
-MAX_BYTES = 64 * 2**20  # 80 layers x 8192 float32 (the largest Qwen2) are 2.5 MiB
+MAX_BYTES = 64 * 2**20  # of a vector's file; 80 layers x 8192 float32 (Qwen2-72B) are 2.5 MiB
 MAX_MEMBERS = 4096
 
 
-def read_archive(
-    path: str | Path, *, max_bytes: int = MAX_BYTES, max_members: int = MAX_MEMBERS
-) -> dict[str, bytes]:
-    """Return every member of the zip file at ``path`` by name, uncompressed.
+def read_archive(path: Path) -> dict[str, bytes]:
+    """Return every member of a vector's zip file by name, uncompressed.
 
     Raises:
-        VectorFormatError: no such file, no zip file, truncated, damaged (CRC), encrypted, a
-            duplicate name, or more than ``max_members`` members or ``max_bytes`` bytes unpacked.
+        VectorFormatError: no such file, not a zip file, truncated, damaged (CRC), encrypted, a
+            duplicate name, or more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked.
     """
-    path = Path(path)
     with _open(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-                _check_directory(path, members, max_bytes, max_members)
+                _check_directory(path, members)
                 return {member.filename: _read(archive, member) for member in members}
-        # What zipfile lets through on damaged files, beside its own BadZipFile.
         except (
-            zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
-            RuntimeError, ValueError, OverflowError, OSError,
+            zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError,
+            OverflowError, OSError,
         ) as error:  # fmt: skip
             raise VectorFormatError(
                 f"{path}: not a complete zip archive ({error}). The file is truncated, damaged or "
@@ -229,37 +228,34 @@ def _open(path: Path) -> BinaryIO:
         raise VectorFormatError(
             f"{path}: cannot be read ({error.strerror}). Name a vector's file."
         ) from error
-    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
     raise VectorFormatError(f"{path}: is {kind}; expected a vector's file (.npz).")
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """Read what the directory declares and no more: ``archive.read`` unpacks first."""
+    """Read as many bytes as the directory declares; ``archive.read`` would unpack all there are."""
     with archive.open(member) as file:
         data = file.read(member.file_size)
-        file.read(1)  # at the end the CRC is checked
+        file.read(1)  # reading the end checks the CRC
     return data
 
 
-def _check_directory(
-    path: Path, members: list[zipfile.ZipInfo], max_bytes: int, max_members: int
-) -> None:
-    if len(members) > max_members:
+def _check_directory(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    if len(members) > MAX_MEMBERS:
         raise VectorFormatError(
-            f"{path}: {len(members)} members, but a vector file has at most {max_members}."
+            f"{path}: {len(members)} members, but a vector file has at most {MAX_MEMBERS}."
         )
     names = [member.filename for member in members]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise VectorFormatError(f"{path}: {twice[0]} is in the archive more than once.")
     total = sum(member.file_size for member in members)
-    if total > max_bytes:
+    if total > MAX_BYTES:
         raise VectorFormatError(
             f"{path}: would unpack to {total:,} bytes, but a vector file has at most "
-            f"{max_bytes:,}. It is a zip bomb or no vector; it was not unpacked."
+            f"{MAX_BYTES:,}. It is a zip bomb or no vector; it was not unpacked."
         )
-    encrypted = [member.filename for member in members if member.flag_bits & 0x1]
-    if encrypted:
+    if encrypted := [member.filename for member in members if member.flag_bits & 0x1]:
         raise VectorFormatError(f"{path}: {encrypted[0]} is encrypted; vectors never are.")
     plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if odd := [member.filename for member in members if member.compress_type not in plain]:

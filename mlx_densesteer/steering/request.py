@@ -1,7 +1,7 @@
-"""From what a user asks for to a ``Steering``: the grammar of strengths, and every default.
+"""Turn what a user asks for into a ``Steering``: the grammar of strengths, and every default.
 
-The command line, the chat, a request's JSON, a model's name, lm-eval's arguments and Python come here.
-No mlx: a dose needs the model's norms, and the model is handed in.
+The command line, the chat, the server, lm-eval and Python all use it. No mlx: for a dose, the caller
+passes the model, which knows its norms.
 """
 
 import math
@@ -16,15 +16,15 @@ from .steering import Positions, Steering
 from .vector import SteeringVector, format_layers
 
 DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
-LARGEST = 1e9  # strength, either way: far above anything that leaves a model sane
-NEAR = 0.1  # share of the best gain within which a lower layer is preferred
-SMALLEST = 1e-5  # dose of strength 1: below, a vector is float32's rounding and nothing else
+LARGEST = 1e9  # largest |strength|: far above any under which a model still writes text
+NEAR = 0.1  # a lower layer is preferred if its gain is within this share of the best
+SMALLEST = 1e-5  # a vector whose strength 1 is a smaller dose consists of rounding errors
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class HasNorms(Protocol):
-    """What a dose is measured against; ``model.model.Model`` is one."""
+    """The norms that a dose refers to; ``model.model.Model`` is one."""
 
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> Mapping[int, float]:
         """Return the mean ``||h_l||`` at each layer."""
@@ -32,7 +32,7 @@ class HasNorms(Protocol):
 
 @dataclass(frozen=True)
 class Amount:
-    """How strongly to steer: a strength (lambda), or a dose, a fraction of the residual stream's norm."""
+    """How strongly to steer: a strength (lambda), or a dose as a fraction (0.2 is 20 %)."""
 
     number: float
     is_dose: bool = False
@@ -67,7 +67,7 @@ class Amount:
             lambda = dose / sum_l( ||v_l|| / mean ||h_l|| )
 
         Raises:
-            InputError: the vector is zero at these layers, or no larger than float32's rounding.
+            InputError: the vector is zero at these layers, or not above float32's rounding errors.
         """
         if not self.is_dose or not self.number:
             return self.number
@@ -75,17 +75,17 @@ class Amount:
         unit = sum(sizes[layer] / norm for layer, norm in norms.items())
         if unit < SMALLEST:
             raise InputError(
-                f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no more "
-                "than rounding, so a dose means nothing there. Choose another layer."
+                f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no "
+                "more than a rounding error, so a dose means nothing there. Choose another layer."
             )
         return self.number / unit
 
 
 @dataclass(frozen=True)
 class Request:
-    """A steering that was asked for, with every default filled in; a dose still needs the model.
+    """A requested steering with every default filled in; a dose still needs the model.
 
-    ``why`` says where the layer and the strength come from, for the user; empty if both were given.
+    ``why`` tells the user why this layer was chosen; it is empty if the layers were given.
     """
 
     vector: SteeringVector
@@ -95,7 +95,7 @@ class Request:
     why: str = ""
 
     def steering(self, model: HasNorms) -> Steering:
-        """Return the steering; the model is only asked for its norms if the amount is a dose."""
+        """Return the steering. Only a dose needs the model's norms."""
         norms: Mapping[int, float] = {}
         if self.amount.is_dose and self.amount.number:
             norms = model.norms(self.vector, self.layers)
@@ -109,28 +109,21 @@ def request(
     layers: Iterable[int] | None = None,
     positions: Positions | None = None,
 ) -> Request:
-    """Fill in what is not given, and refuse what can never be applied. The only owner of defaults.
+    """Fill in what is not given; no other function has defaults of its own.
 
-    - ``layers``: the one that a sweep recommended; else the one at which steering favours the dense
-      responses of held-out pairs most (``VectorMeta.margin_gain``); else the one nearest the middle.
+    - ``layers``: the layer that a sweep recommended; else ``default_layer``.
     - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
-    - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as the paper does.
+    - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as in the paper.
 
     Raises:
-        InputError: ``strength`` is no number and no per cent.
+        InputError: ``strength`` is neither a number nor per cent.
         SteeringError, VectorMismatchError: as ``Steering``.
     """
     best = vector.meta.recommended or {}
-    given = None if layers is None else tuple(sorted(set(layers)))
-    if given == ():
-        raise SteeringError("no layers to steer: name at least one.")
-    swept = bool(best) and given in (None, (best["layer"],))
-    if given is not None:
-        chosen, reason = given, ""
-    elif swept:
-        chosen, reason = (best["layer"],), "a sweep recommends it"
-    else:
-        layer, reason = default_layer(vector)
+    chosen, why = (None if layers is None else tuple(sorted(set(layers)))), ""
+    swept = bool(best) and chosen in (None, (best["layer"],))
+    if chosen is None:
+        layer, why = (best["layer"], "a sweep recommends it") if swept else default_layer(vector)
         chosen = (layer,)
     if strength is not None:
         amount = Amount.parse(strength)
@@ -139,11 +132,9 @@ def request(
     else:
         amount = Amount(DEFAULT_DOSE, is_dose=True)
     where = positions or (best.get("positions") if swept else None) or "all"
-    made = Request(vector, amount, chosen, where, reason)
-    Steering(
-        vector, 0.0 if amount.is_dose else amount.number, chosen, where
-    )  # refuses what cannot be
-    return made
+    # Raises for what can never be applied.
+    Steering(vector, 0.0 if amount.is_dose else amount.number, chosen, where)
+    return Request(vector, amount, chosen, where, why)
 
 
 def resolve(
@@ -153,19 +144,19 @@ def resolve(
     layers: Iterable[int] | None = None,
     positions: Positions | None = None,
 ) -> Steering:
-    """Return the steering that is asked for, for one model, with defaults where nothing is given.
+    """Return a steering for one model, with the defaults of ``request`` where nothing is given.
 
-        resolve(model, "dense.npz")                   # this vector's own layer and strength
-        resolve(model, "dense.npz", "20%")            # a dose: 20 % of the residual stream
+        resolve(model, "dense.npz")                    # this vector's own layer and strength
+        resolve(model, "dense.npz", "20%")             # a dose: 20 % of the residual stream
         resolve(model, "dense.npz", 1.5, layers=[14])  # lambda = 1.5 at layer 14
 
     Args:
         model: what ``load`` returns.
         vector: a steering vector, or its ``.npz`` file; ``"demo"`` is the embedded one.
-        strength: lambda, or a dose such as ``"20%"``; see ``request`` for the defaults.
+        strength: lambda, or a dose such as ``"20%"``.
 
     Raises:
-        VectorFormatError: the file is no steering vector.
+        VectorFormatError: the file is not a steering vector.
         InputError, SteeringError, VectorMismatchError: as ``request``.
     """
     if not isinstance(vector, SteeringVector):
@@ -174,18 +165,18 @@ def resolve(
 
 
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
-    """Return the layer to steer by default, without a sweep, and the reason in words.
+    """Return the layer to steer where no sweep recommends one, and the reason in words.
 
-    The lowest layer whose measured gain is within a tenth of the best one: what is added below passes
-    through more blocks, and at the last layer it only shifts the logits of the next token (arXiv
-    2509.06608). Without a measurement the middle, where the paper saw steps and tokens both move.
+    It is the lowest layer whose measured gain (``SteeringVector.margin_gain``) is within a tenth of the
+    best: what is added at a lower layer passes through more blocks, and at the last layer it only shifts
+    the logits of the next token (arXiv 2509.06608). Without a measurement it is the layer nearest the
+    middle, where the paper saw both steps and tokens change.
     """
     measured = {k: v for k, v in vector.margin_gain.items() if k in vector.layers}
     if measured:
         best = max(measured.values())
-        return min(k for k, v in measured.items() if v >= best - NEAR * abs(best)), (
-            "there it favours dense answers most"
-        )
+        lowest = min(k for k, v in measured.items() if v >= best - NEAR * abs(best))
+        return lowest, "there it favours dense answers most"
     if len(vector.layers) == 1:
         return min(vector.layers), "it is the vector's only one"
     middle = vector.meta.layer_count // 2
@@ -194,10 +185,10 @@ def default_layer(vector: SteeringVector) -> tuple[int, str]:
 
 
 def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:
-    """Read layers as they are typed: ``14``, ``10-14``, ``10,12``, ``all``.
+    """Read layers as users type them: ``14``, ``10-14``, ``10,12``, ``all``.
 
     Raises:
-        SteeringError: a text that is none of these.
+        SteeringError: a text of another form.
     """
     layers: set[int] = set()
     for text in texts:
@@ -222,5 +213,5 @@ def _is_layer(text: str) -> bool:
 
 
 def format_dose(dose: float) -> str:
-    """Write a dose as people read it: ``20%``, ``2.5%``, ``-10%``."""
+    """Return ``20%`` for 0.2; three digits at most."""
     return f"{float(f'{100 * dose:.3g}'):g}%"

@@ -14,8 +14,8 @@ from .vector import SteeringVector, format_layers
 
 Positions = Literal["all", "generated", "prompt"]
 
-# The dose from which on users are warned. At about 1 the 0.5B test checkpoint repeats itself without
-# end (benchmarks/dose.py); other projects report collapse from about 1.9 (docs/steering.md).
+# Users are warned from this dose on. At about 1 the 0.5B test checkpoint repeats itself without end
+# (benchmarks/dose.py); other projects report collapse from about 1.9 on (docs/steering.md).
 LARGE_DOSE = 0.8
 
 UNSTEERED = "unsteered"  # the fingerprint of no steering
@@ -27,18 +27,17 @@ class Steering:
 
         h_l <- h_l + strength * v_l        for every layer l in ``layers``
 
-    Positive strength is towards dense, 0 is the unsteered model (bit for bit).
+    Positive strength is towards dense; 0 is the unsteered model, bit for bit.
 
     Args:
         vector: the steering vector.
         strength: lambda, any finite number.
-        layers: 0-based layer numbers. ``request.resolve`` chooses where none are given.
+        layers: 0-based layer numbers.
         positions: at which tokens of the sequence the vector is added.
-            ``"all"``: everywhere, as the reference does.
+            ``"all"``: at every token, as the reference does.
             ``"prompt"``: at every prompt token.
-            ``"generated"``: at every position whose output chooses a generated token: from
-            the *last prompt token* on (that position belongs to ``"prompt"`` as well).
-            Both are those of one turn; see ``block.make_cache``.
+            ``"generated"``: at every token whose output chooses a generated one: from the *last
+            prompt token* on (which belongs to ``"prompt"`` too).
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
@@ -66,7 +65,7 @@ class Steering:
         if not layers:
             raise SteeringError("no layers to steer: name at least one.")
         chosen = self.vector.select(layers).layers
-        with np.errstate(over="ignore"):  # refused just below
+        with np.errstate(over="ignore"):  # an overflow raises below
             deltas = {k: np.float32(strength) * array for k, array in chosen.items()}
         if bad := [layer for layer, delta in deltas.items() if not np.isfinite(delta).all()]:
             raise SteeringError(
@@ -80,15 +79,12 @@ class Steering:
         object.__setattr__(self, "_deltas", deltas)
 
     def delta(self, layer: int) -> np.ndarray | None:
-        """Return ``strength * v_layer``, float32 ``(hidden_size,)``; ``None`` if nothing is added."""
+        """Return ``strength * v_layer``, float32 ``(hidden_size,)``; ``None`` if nothing is added there."""
         return self._deltas.get(layer) if self.strength else None
 
     @property
     def fingerprint(self) -> str:
-        """Identify what is added to the stream: equal fingerprints, equal steering.
-
-        Every steering of strength 0 has the fingerprint of no steering at all.
-        """
+        """Identify what is added to the stream. Strength 0 has the fingerprint of no steering."""
         if not self.strength:
             return UNSTEERED
         digest = hashlib.sha256(json.dumps([self.positions, self.layers]).encode())
@@ -97,13 +93,13 @@ class Steering:
         return digest.hexdigest()[:16]
 
     def dose(self, residual_norms: Mapping[int, float]) -> float:
-        """Return how much is added, against the residual stream it is added to; 0.2 is 20 %.
+        """Return how much is added, relative to the residual stream; 0.2 is 20 %.
 
             dose = sum_l( |strength| * ||v_l|| / mean ||h_l|| )
 
-        A sum over the steered layers: what one layer adds is still in the stream at the next one, so
-        the same dose moves the stream about as far at one layer as at three. Doses of different
-        vectors compare, strengths do not: norms of the reference's vectors lie between 0.06 and 72.
+        It is a sum because what one layer adds is still in the stream at the next one: the same dose
+        moves the stream about as far at one layer as at three. Doses of different vectors can be
+        compared, strengths cannot: norms of the reference's vectors lie between 0.06 and 72.
 
         Args:
             residual_norms: the mean ``||h_l||`` of each steered layer (``Model.norms``).
@@ -112,7 +108,7 @@ class Steering:
         return sum(abs(self.strength) * norms[k] / residual_norms[k] for k in self.layers)
 
     def describe(self) -> dict[str, object]:
-        """Return the setting as plain values for JSON output."""
+        """Return the settings as plain values, for JSON."""
         return {
             "vector": self.vector.name,
             "strength": self.strength,

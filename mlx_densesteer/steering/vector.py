@@ -24,12 +24,11 @@ MAX_META_BYTES = 2**20
 
 @dataclass(frozen=True)
 class VectorMeta:
-    """Where a steering vector comes from and what it fits.
+    """Where a steering vector comes from and what it fits; ``None`` means "not recorded".
 
-    ``None`` means "not recorded", as for a vector imported from a file that does not say.
-    ``residual_norms`` is the mean ``||h_l||`` of each layer, ``margin_gain`` how much
-    steering there favours the dense responses of held-out pairs, in nats per token (``extraction.margin``),
-    ``recommended`` the setting that a sweep found.
+    By layer: ``residual_norms`` is the mean ``||h_l||``; ``margin_gain`` is how much steering there
+    favours the dense responses of held-out pairs, in nats per token (``extraction.margin``).
+    ``recommended`` is the setting that a sweep found.
     """
 
     model: str
@@ -54,16 +53,16 @@ class VectorMeta:
 
 
 class SteeringVector:
-    """One direction in the residual stream for each of some decoder blocks.
+    """One direction in the residual stream, ``v_l``, for each of some decoder blocks.
 
-    ``layers`` maps a layer number (0-based, the *output* of that block) to a float32
-    array of shape ``(hidden_size,)``. The arrays are copies and read-only.
-
-    Source: arXiv 2605.29247, section 3; v_l of docs and design notes.
+    ``layers`` maps a layer number (0-based, the *output* of that block) to a float32 array of shape
+    ``(hidden_size,)``. The arrays are copies and read-only.
 
     Raises:
-        VectorFormatError: no layers, a wrong shape or width, NaN or infinity, a layer
-            number outside the model, or a hook point or operator other than ours.
+        VectorFormatError: no layers, a wrong shape or width, NaN or infinity, a layer number outside
+            the model, or an unknown hook point or operator.
+
+    Source: arXiv 2605.29247, section 3.
     """
 
     def __init__(self, layers: Mapping[int, np.ndarray], meta: VectorMeta, *, name: str = "vector"):
@@ -74,7 +73,7 @@ class SteeringVector:
         for layer in sorted(layers):
             if not 0 <= layer < meta.layer_count:
                 problems.append(f"layer {layer} is outside 0..{meta.layer_count - 1}")
-            with np.errstate(over="ignore"):  # an overflow shows up as infinity below
+            with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
                 array = np.array(layers[layer], dtype=np.float32)
             if array.shape != (meta.hidden_size,):
                 problems.append(
@@ -95,7 +94,7 @@ class SteeringVector:
         return f"SteeringVector({self.meta.model}, layers {layers}, width {self.meta.hidden_size})"
 
     def describe(self) -> dict[str, object]:
-        """Return the metadata as plain values: the JSON document of the file."""
+        """Return the JSON document of the file: the metadata as plain values."""
         known = asdict(self.meta)
         document: dict[str, object] = dict(known.pop("extra"))
         document |= {"format": FORMAT, "format_version": FORMAT_VERSION}
@@ -107,20 +106,20 @@ class SteeringVector:
 
     @property
     def residual_norms(self) -> dict[int, float] | None:
-        """The mean ``||h_l||`` of each layer that was recorded at extraction, if it was."""
+        """The mean ``||h_l||`` of each layer, if extraction recorded it."""
         stored = self.meta.residual_norms
         return None if stored is None else {int(k): float(v) for k, v in stored.items()}
 
     @property
     def margin_gain(self) -> dict[int, float]:
-        """How much steering at each layer favours dense responses, in nats per token, if extraction measured it."""
+        """How much steering at each layer favours dense responses, in nats per token; may be empty."""
         return {int(k): float(v) for k, v in (self.meta.margin_gain or {}).items()}
 
     def select(self, layers: Iterable[int]) -> "SteeringVector":
         """Return the same vector with only ``layers``.
 
         Raises:
-            VectorMismatchError: a layer is asked for that the vector does not hold.
+            VectorMismatchError: the vector does not hold one of them.
         """
         wanted = sorted(set(layers))
         missing = [layer for layer in wanted if layer not in self.layers]
@@ -161,9 +160,12 @@ class SteeringVector:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the ``.npz`` file, to a temporary name first, and return its path.
+        """Write the ``.npz`` file, whole or not at all, and return its path.
 
-        The same vector always gives the same bytes.
+        Equal vectors give equal bytes.
+
+        Raises:
+            DiskError: the folder is missing, or cannot be written.
         """
         path = Path(path)
         document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
@@ -180,11 +182,11 @@ class SteeringVector:
         The text ``"demo"`` is the embedded demo model's vector; a file of that name is ``./demo``.
 
         Raises:
-            VectorFormatError: no such file, truncated, damaged, hostile, not of this format, an
-                unknown version, a missing layer, a wrong shape or dtype, NaN or infinity.
+            VectorFormatError: no such file, truncated, damaged, not of this format, an unknown
+                version, a missing layer, a wrong shape or dtype, NaN or infinity.
         """
         name = None
-        if path == demo.NAME:  # a Path is a file
+        if path == demo.NAME:
             path, name = demo.VECTOR, demo.NAME
         path = Path(path)
         members = read_archive(path)
@@ -213,9 +215,9 @@ class SteeringVector:
 def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
     """Return ``sum_i w_i * v_i`` at every layer that one of the vectors holds.
 
-    A vector without a layer adds nothing there. What is known of one vector alone (tested strengths,
-    a recommendation) is left out; residual norms, which are the model's, are kept where all were made
-    for the same weights; the rest is that of the first.
+    The metadata is that of the first vector, without what holds for one vector alone (tested strengths,
+    a recommendation). Residual norms belong to the model: they are kept if all vectors were made for the
+    same weights.
 
     Raises:
         VectorMismatchError: no vectors, or of models of another width or depth.
@@ -258,7 +260,7 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """Write layer numbers the way people read them: ``0-3, 7``."""
+    """Return layer numbers as text: ``0-3, 7``."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:
@@ -276,8 +278,8 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
     problems = []
     if not (0 < meta.hidden_size < 2**24 and 0 < meta.layer_count < 2**16):
         problems.append(
-            f"hidden size {reprlib.repr(meta.hidden_size)} and layer count "
-            f"{reprlib.repr(meta.layer_count)} are of no model"
+            f"no model has hidden size {reprlib.repr(meta.hidden_size)} and layer count "
+            f"{reprlib.repr(meta.layer_count)}"
         )
     if meta.hook_point != HOOK_POINT:
         problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
@@ -305,16 +307,16 @@ def _is_number(value: object) -> bool:
 
 
 def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
-    """Read the JSON document that ``SteeringVector.describe`` gives: metadata, and the layers it lists.
+    """Read the JSON document of ``SteeringVector.describe``; return the metadata and the layers it lists.
 
     Raises:
-        VectorFormatError: too long, no such document, or of another version.
+        VectorFormatError: too long, not such a document, or of another version.
     """
     if len(data) > MAX_META_BYTES:
         raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
     try:
         document = json.loads(data.decode("utf-8"))
-        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
+        json.dumps(document, ensure_ascii=False).encode()  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
     if not isinstance(document, dict):
@@ -328,15 +330,14 @@ def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
     return _from_document(path, document)
 
 
-# Every other key is text.
-_TYPES = {
-    "hidden_size": int, "layer_count": int, "pair_count": int, "tested": list,
-    "residual_norms": dict, "margin_gain": dict, "recommended": dict,
-}  # fmt: skip
+_TYPES = {  # every other key is text
+    **dict.fromkeys(("hidden_size", "layer_count", "pair_count"), int),
+    **dict.fromkeys(("residual_norms", "margin_gain", "recommended"), dict),
+    "tested": list,
+}
 
 
 def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta, list[int]]:
-    document = dict(document)
     for key in ("format", "format_version"):
         document.pop(key, None)
     layers = document.pop("layers", None)
@@ -345,7 +346,7 @@ def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta,
         or not all(type(layer) is int and layer >= 0 for layer in layers)
         or len(set(layers)) != len(layers)
     ):
-        raise VectorFormatError(f"{path}: `layers` in its metadata is no list of layer numbers.")
+        raise VectorFormatError(f"{path}: `layers` in its metadata is not a list of layer numbers.")
     names = {f.name for f in fields(VectorMeta)} - {"extra"}
     known = {key: document.pop(key) for key in list(document) if key in names}
     for key in ("model", "hidden_size", "layer_count", "hook_point", "operator"):
@@ -368,10 +369,9 @@ _HEADER = re.compile(
 
 
 def _parse_npy(path: Path, entry: str, data: bytes, dtype: str) -> np.ndarray:
-    """Read one ``.npy`` member of one dimension.
+    """Read one ``.npy`` member of one dimension; ``dtype`` is ``"<f4"`` or ``"|u1"``.
 
-    ``dtype`` is ``"<f4"`` or ``"|u1"``. The header is a Python literal; only the one that the format names is read, and no
-    other is evaluated.
+    The header is a Python literal. It is compared with the expected one and never evaluated.
     """
     length = int.from_bytes(data[8:10], "little")
     header = _HEADER.fullmatch(data[10 : 10 + length])

@@ -126,13 +126,13 @@ def test_force_replaces_nothing_but_a_converted_model(hf_folder, source, tmp_pat
 def test_a_target_that_appears_meanwhile_is_kept(hf_folder, out, monkeypatch):
     finish = conversion._finish
 
-    def somebody_else_is_faster(*arguments):
+    def another_process_is_faster(*arguments):
         finish(*arguments)
         out.mkdir()
         (out / "theirs").touch()
 
-    monkeypatch.setattr(conversion, "_finish", somebody_else_is_faster)
-    with pytest.raises(DiskError, match="made by somebody else meanwhile"):
+    monkeypatch.setattr(conversion, "_finish", another_process_is_faster)
+    with pytest.raises(DiskError, match="another process has made it meanwhile"):
         convert(hf_folder, out)
     assert [p.name for p in out.iterdir()] == ["theirs"]
     assert [p.name for p in out.parent.iterdir()] == ["out"]

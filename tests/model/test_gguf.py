@@ -191,7 +191,7 @@ UNTRUE = {
 @pytest.mark.parametrize("field", UNTRUE)
 def test_fields_that_cannot_be_true(model, tmp_path, field):
     path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[field], also=UNTRUE[field])
-    with pytest.raises(ConversionError, match="no complete GGUF file|cannot convert it"):
+    with pytest.raises(ConversionError, match="not a complete GGUF file|cannot convert it"):
         convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
 
@@ -235,7 +235,7 @@ def test_damaged_files(model, tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(
-            ConversionError, match="no complete GGUF file|is no GGUF file, it begins with"
+            ConversionError, match="not a complete GGUF file|is not a GGUF file, it begins with"
         ):
             convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]

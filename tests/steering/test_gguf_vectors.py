@@ -143,7 +143,7 @@ def test_a_file_that_claims_more_than_it_holds(tmp_path, of):
     array = of.to_bytes(4, "little") + (2**40).to_bytes(8, "little")
     file = tmp_path / "endless.gguf"
     file.write_bytes(head + field(b"general.architecture", 8, text) + field(b"x", 9, array))
-    with pytest.raises(VectorFormatError, match="no complete GGUF file"):
+    with pytest.raises(VectorFormatError, match="not a complete GGUF file"):
         import_vector(file, model="x/y")
 
 

@@ -92,7 +92,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protoco
     [
         ({"cls": b"cos\nsystem\n"}, "the global os.system"),
         ({"cls": b"csteering_vectors.steering_vector\nSteeringVector.__init__\n"}, "the global"),
-        ({"cls": b"ccollections\nOrderedDict\n"}, "holds no steering_vectors SteeringVector"),
+        ({"cls": b"ccollections\nOrderedDict\n"}, "does not hold a SteeringVector"),
         (
             {"rebuild": b"ctorch._utils\n_rebuild_tensor\n"},
             "the global torch._utils._rebuild_tensor",
@@ -196,7 +196,7 @@ def test_files_of_other_kinds(tmp_path):
         np.savez(tmp_path / "v.npz", a=np.zeros(1))
         (tmp_path / "v.npz").rename(tmp_path / "v.pt")
         import_vector(tmp_path / "v.pt", model="x")
-    with pytest.raises(VectorFormatError, match="cannot tell what it is by its ending"):
+    with pytest.raises(VectorFormatError, match="unknown ending '.bin', expected .pt"):
         import_vector(tmp_path / "v.bin", model="x")
 
 

@@ -117,7 +117,9 @@ def test_the_dose_that_is_asked_for_is_the_dose_that_is_told(dose, layers, norms
 
 def test_a_vector_that_is_only_rounding_has_no_dose(make_vector):
     vector = make_vector(size=1e-7)
-    with pytest.raises(InputError, match="no more than rounding, so a dose means nothing there"):
+    with pytest.raises(
+        InputError, match="no more than a rounding error, so a dose means nothing there"
+    ):
         resolve(Norms(), vector, "20%", layers=[1])
     assert resolve(Norms(), vector, 20.0, layers=[1]).strength == 20.0
     assert resolve(Norms(), vector, "0%", layers=[1]).strength == 0

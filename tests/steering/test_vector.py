@@ -292,7 +292,7 @@ class TestHostileFiles:
     def test_what_is_no_file(self, tmp_path):
         with pytest.raises(VectorFormatError, match="is a folder; expected a vector's file"):
             SteeringVector.load(tmp_path)
-        with pytest.raises(VectorFormatError, match="is no regular file"):
+        with pytest.raises(VectorFormatError, match="is not a regular file"):
             SteeringVector.load("/dev/zero")
         (tmp_path / "file").touch()
         for nowhere in ("nowhere.npz", "nowhere/v.npz", "file/v.npz"):
@@ -381,12 +381,12 @@ class TestHostileFiles:
             ({"hidden_size": True}, "`hidden_size` .* expected int"),
             ({"layer_count": 3}, r"layer 3 is outside 0\.\.2"),
             ({"layer_count": 0}, "layer count 0"),
-            ({"layer_count": 10**9}, "layer count 1000000000 are of no model"),
-            ({"hidden_size": 10**400}, "are of no model"),
+            ({"layer_count": 10**9}, "no model has hidden size 8 and layer count 1000000000"),
+            ({"hidden_size": 10**400}, "no model has hidden size"),
             ({"model": "\ud800"}, "not UTF-8 JSON"),
             ({"format_version": True}, "format version True"),
-            ({"layers": [0, 0]}, "no list of layer numbers"),
-            ({"layers": "all"}, "no list of layer numbers"),
+            ({"layers": [0, 0]}, "not a list of layer numbers"),
+            ({"layers": "all"}, "not a list of layer numbers"),
             ({"layers": []}, "holds no layer|not part of the format"),
             ({"model": "DELETE"}, "lacks `model`"),
             ({"model": None}, "`model` .* expected str"),

@@ -1,4 +1,4 @@
-"""Vector files of other programs, one module each. Reading one executes nothing and needs no torch."""
+"""Vector files of other programs, one module each. Nothing in a file is executed; torch is not needed."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ _WRITERS = {"gguf": save_control_vector, "safetensors": save_safetensors}
 def import_vector(
     path: str | Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
-    """Read another program's vector file; its ending says which: ``.pt``, ``.gguf``, ``.safetensors``.
+    """Read another program's vector file: ``.pt``, ``.gguf`` or ``.safetensors``.
 
     Args:
-        model: the model that the vector was made for; needed where the file does not say.
+        model: the model that the vector was made for, if the file does not name it.
         layer_offset: number N in the file is layer ``N - layer_offset``; by default what the file says,
             else 0. Files of llama.cpp's ``cvector-generator`` need 1.
 
@@ -31,12 +31,10 @@ def import_vector(
     if ending == ".safetensors":
         return load_safetensors(path, model=model, layer_offset=layer_offset)
     if ending == ".npz":
-        raise VectorFormatError(
-            f"{path}: is no other program's file, by its ending. Use it as it is."
-        )
+        raise VectorFormatError(f"{path}: is a vector of this project already. Use it as it is.")
     if ending != ".pt":
         raise VectorFormatError(
-            f"{path}: cannot tell what it is by its ending; known are .pt, .gguf and .safetensors."
+            f"{path}: unknown ending {ending!r}, expected .pt, .gguf or .safetensors."
         )
     if not model or layer_offset:
         raise VectorFormatError(
@@ -49,19 +47,19 @@ def import_vector(
 def export_vector(
     vector: SteeringVector, path: str | Path, *, to: str | None = None, layer_offset: int = 0
 ) -> list[str]:
-    """Write a vector for other programs; return, in words, what they will not do with it.
+    """Write a vector for other programs; return, in words, what they do differently with it.
 
     ``import_vector`` gives the same vector back: its layers bit for bit, and all metadata.
 
     Args:
-        path: the file; replaced if it exists, and only by a complete one.
+        path: the file, written whole or not at all; an older one is replaced.
         to: ``"gguf"``, llama.cpp's control vector (extra ``gguf``), or ``"safetensors"``; by default
-            what the ending of ``path`` says.
+            the ending of ``path``.
         layer_offset: layer L gets the number ``L + layer_offset`` in the file.
 
     Raises:
-        VectorFormatError: an unknown format, or one that can hold no layer of the vector.
-        DiskError: no such folder.
+        VectorFormatError: an unknown format, a layer number that it cannot hold, or no layer left.
+        DiskError: the folder is missing.
     """
     path = Path(path)
     kind = to or path.suffix.lower().removeprefix(".")

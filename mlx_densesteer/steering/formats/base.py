@@ -1,4 +1,4 @@
-"""What the readers and writers of other programs' vector files share."""
+"""Shared by the readers and writers of other programs' vector files."""
 
 import hashlib
 from collections.abc import Container, Iterable, Mapping
@@ -8,13 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import VectorFormatError
+from ...files import MAX_BYTES
 from ..vector import VectorMeta, format_layers, parse_document
 
 LARGEST_NUMBER = 9999  # of a layer in a file
 
 
+def check_size(path: Path) -> None:
+    """Raise ``VectorFormatError`` for a file that is too large to be a vector."""
+    if path.stat().st_size > MAX_BYTES:
+        raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
+
+
 def check_numbers(path: Path, numbers: Iterable[int]) -> None:
-    """Raise ``VectorFormatError`` for a layer number that no reader takes."""
+    """Raise ``VectorFormatError`` for a layer number that ``import_vector`` would not read."""
     if bad := [number for number in numbers if number > LARGEST_NUMBER]:
         raise VectorFormatError(
             f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
@@ -22,11 +29,7 @@ def check_numbers(path: Path, numbers: Iterable[int]) -> None:
 
 
 def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[int]) -> int:
-    """Return the layer of the tensor ``name``, which the file numbers ``number``: ``number - offset``.
-
-    Raises:
-        VectorFormatError: a layer below 0, or one of ``taken``.
-    """
+    """Return the layer of the tensor ``name``: ``number - offset``; not below 0, not in ``taken``."""
     layer = number - offset
     if layer < 0:
         raise VectorFormatError(
@@ -44,13 +47,13 @@ def meta_of(
     model: str | None,
     document: str | None = None,
 ) -> VectorMeta:
-    """Return the metadata of a file that was read.
+    """Return the metadata of a file that holds ``layers``.
 
     Args:
-        kind: what the file is, for ``VectorMeta.source``.
-        layers: what was read; without a document the model is taken to end at the last of them.
-        model: the name of the model, by the user; it counts for more than the document's.
-        document: the JSON that ``vector export`` wrote into the file.
+        kind: the kind of file, for ``VectorMeta.source``.
+        model: the model's name from the user; it replaces the document's.
+        document: the JSON that ``vector export`` wrote into the file. Without it, the last layer of the
+            file is taken for the model's last.
 
     Raises:
         VectorFormatError: no layers, several widths, no document and no ``model``, or a document that
@@ -63,8 +66,9 @@ def meta_of(
                 f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
                 f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
             )
-        known = model in (None, meta.model)
-        return meta if known else replace(meta, model=model, fingerprint=None)
+        if model in (None, meta.model):
+            return meta
+        return replace(meta, model=model, fingerprint=None)
     widths = sorted({array.shape[-1] if array.ndim else 0 for array in layers.values()})
     if len(widths) != 1:
         raise VectorFormatError(f"{path}: its layers have widths {widths}, expected one width.")

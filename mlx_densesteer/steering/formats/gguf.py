@@ -1,11 +1,11 @@
 """Control vectors of llama.cpp: GGUF files with one tensor ``direction.N`` for each layer.
 
 llama.cpp adds ``direction.N`` to the output of block N (0-based), which is layer N here. Its loader
-refuses ``direction.0``, so llama.cpp cannot steer layer 0. Its own ``cvector-generator`` writes what it
-read at the output of block k as ``direction.(k+1)``; ``layer_offset`` 1 reads and writes such files.
+refuses ``direction.0``, so llama.cpp cannot steer layer 0. Its own ``cvector-generator`` reads the output
+of block k and writes it as ``direction.(k+1)``; ``layer_offset`` 1 reads and writes such files.
 
-The ``gguf`` package of the llama.cpp project is an extra. It believes every length that a file claims, so
-``check_header`` walks the header first. Models in GGUF are read and written with the same functions.
+The ``gguf`` package of the llama.cpp project is an extra. It trusts every length in a file, so
+``check_header`` checks them first. ``model.gguf`` uses the same functions for models.
 
 Format: the GGUF specification of ggml; ``common_control_vector_load`` (common/common.cpp),
 ``llama_adapter_cvec`` and ``tools/cvector-generator`` of llama.cpp; repeng writes the same.
@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ConversionError, DenseSteerError, VectorFormatError, install_command
-from ...files import MAX_BYTES, check_parent, scratch_folder
+from ...files import check_parent, scratch_folder
 from ..vector import SteeringVector, format_layers
-from .base import check_numbers, layer_of, meta_of
+from .base import check_numbers, check_size, layer_of, meta_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -36,18 +36,12 @@ _DIRECTION = re.compile(r"direction\.(\d{1,4})")
 
 
 def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int = 0) -> list[str]:
-    """Write a control vector; return what llama.cpp will not do with it, for the user.
+    """Do what ``export_vector`` does. Layer L becomes ``direction.(L + layer_offset)``.
 
-    Layers and metadata that llama.cpp has no place for stand in extra fields, which it ignores, so that
-    ``load_control_vector`` gives back the same vector, bit for bit.
-
-    Args:
-        path: the file; replaced if it exists, and only by a complete one.
-        layer_offset: layer L is written as ``direction.(L + layer_offset)``.
+    Layers and metadata that a control vector cannot hold go into extra fields, which llama.cpp ignores.
 
     Raises:
         VectorFormatError: the extra ``gguf`` is missing, or llama.cpp can steer no layer of the vector.
-        DiskError: no such folder.
     """
     gguf = gguf_package(path, VectorFormatError)
     check_parent(path)
@@ -80,19 +74,9 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
 def load_control_vector(
     path: Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
-    """Read a control vector; ``direction.N`` becomes layer ``N - layer_offset``.
-
-    Args:
-        model: the model that it was made for; needed where the file does not say.
-        layer_offset: by default what the file says, else 0, as llama.cpp's loader applies it.
-
-    Raises:
-        VectorFormatError: no control vector, damaged, larger than 64 MiB, a direction of another type
-            or shape, or a layer below 0; the extra ``gguf`` is missing.
-    """
+    """Do what ``import_vector`` does. ``direction.N`` becomes layer ``N - layer_offset``."""
     gguf = gguf_package(path, VectorFormatError)
-    if path.stat().st_size > MAX_BYTES:
-        raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
+    check_size(path)
     check_header(path, VectorFormatError)
     with damage(path, VectorFormatError):
         reader = gguf.GGUFReader(path)
@@ -109,7 +93,7 @@ def load_control_vector(
                 layers[int(name.removeprefix(_KEPT))] = np.array(field.contents(), np.float32)
         document = _contents(reader, _META)
         if not isinstance(document, str | None):
-            raise VectorFormatError(f"{path}: its {_META} is no text.")
+            raise VectorFormatError(f"{path}: its {_META} is not text.")
         meta = meta_of(path, "GGUF control vector", layers, model, document)
         return SteeringVector(layers, meta, name=path.name)
 
@@ -139,7 +123,7 @@ def _contents(reader: "GGUFReader", key: str) -> object:
 def _not_expressed(
     vector: SteeringVector, numbers: Mapping[int, int], kept: list[int]
 ) -> list[str]:
-    """Return what llama.cpp does otherwise with this vector; ``kept`` are the layers it cannot steer."""
+    """Return what llama.cpp does differently with this vector; it cannot steer the layers ``kept``."""
     told = []
     if kept:
         told.append(
@@ -173,14 +157,14 @@ def gguf_package(path: Path, kind: type[DenseSteerError] = ConversionError) -> A
 
 @contextlib.contextmanager
 def damage(path: Path, kind: type[DenseSteerError] = ConversionError) -> Iterator[None]:
-    """Turn what the package raises for damaged files, which has no class of its own, into ``kind``."""
+    """Raise ``kind`` for the exceptions of the gguf package, which has no error class of its own."""
     try:
         yield
     except (
         ValueError, KeyError, IndexError, TypeError, OverflowError, ZeroDivisionError,
         RecursionError, MemoryError, struct.error,
     ) as error:  # fmt: skip
-        raise kind(f"{path}: no complete GGUF file ({error}). Download it again.") from error
+        raise kind(f"{path}: not a complete GGUF file ({error}). Download it again.") from error
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value
@@ -188,15 +172,15 @@ _STRING, _ARRAY = 8, 9
 
 
 def check_header(path: Path, kind: type[DenseSteerError] = ConversionError) -> None:
-    """Raise ``kind`` unless the file is as long as its header claims; nothing is kept in memory.
+    """Raise ``kind`` unless the file is as long as its header claims, without reading the values.
 
-    Arrays of arrays are refused too: no file of a model or vector has them.
+    Arrays of arrays are refused too: files of models and vectors have none.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
-            raise kind(f"{path}: is no GGUF file, it begins with {magic!r}.")
+            raise kind(f"{path}: is not a GGUF file, it begins with {magic!r}.")
         with damage(path, kind):
             version, tensors, fields = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):

@@ -1,8 +1,8 @@
 """Steering vectors of the reference implementation: a ``.pt`` file of ``steering-vectors``.
 
-A ``.pt`` file is a zip archive with a pickle (``data.pkl``) and one raw file per storage.
-An ordinary unpickler runs whatever the pickle names. This one knows four names, builds numpy arrays from
-them, refuses a pickle with any other name, and calls nothing.
+A ``.pt`` file is a zip archive with a pickle (``data.pkl``) and one raw file per storage. An ordinary
+unpickler imports and calls whatever the pickle names. This one knows four names, gives each a harmless
+stand-in, and refuses a pickle with any other name.
 
 Format: torch.save with the zip serialisation, ``torch/serialization.py``.
 """
@@ -38,7 +38,7 @@ class _HalfStorage:
 
 
 class _Refused(Exception):
-    """A pickle names something outside the four globals, or uses them in another way than torch does."""
+    """The pickle uses another name than the four, or uses one in another way than torch does."""
 
 
 def _rebuild_tensor(
@@ -60,7 +60,7 @@ def _rebuild_tensor(
     return storage[offset : offset + width]
 
 
-MAX_PICKLE_BYTES = 2**20  # real ones have two or three thousand
+MAX_PICKLE_BYTES = 2**20  # real pickles have 2,000 to 3,000
 
 _GLOBALS = {
     ("steering_vectors.steering_vector", "SteeringVector"): _SteeringVectorState,
@@ -70,20 +70,21 @@ _GLOBALS = {
 }
 
 
-# What torch.save writes for such a vector (protocol 2). BUILD, which can set attributes, is
-# allowed once; the stand-ins are new for every file, so no attribute stays.
+# What torch.save writes for such a vector (protocol 2), then harmless ones of other protocols: with
+# them the error can name the refused global. BUILD, which can set attributes, is allowed once; the
+# stand-ins are new for every file, so no attribute stays.
 _OPCODES = {
     "PROTO", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MARK", "STOP",
     "EMPTY_TUPLE", "TUPLE", "TUPLE1", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE",
     "BININT", "BININT1", "BININT2", "NEWFALSE", "NEWTRUE", "NEWOBJ", "BUILD", "REDUCE", "BINPERSID",
-    # of other protocols: harmless, and the error can then name the global that is refused
-    "PUT", "GET", "UNICODE",
-    "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "TUPLE2", "TUPLE3",
+    "PUT", "GET", "UNICODE", "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "TUPLE2",
+    "TUPLE3",
 }  # fmt: skip
 
 
 def _fresh(stand_in: Any) -> Any:
-    if stand_in is OrderedDict:  # the interpreter's own, which cannot be changed
+    """Return a copy of a stand-in that the pickle may change."""
+    if stand_in is OrderedDict:  # built in: no attribute can be set
         return stand_in
     if isinstance(stand_in, type):
         return type(stand_in.__name__, (stand_in,), {})
@@ -114,17 +115,8 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused(f"the persistent id {reprlib.repr(pid)}")
 
 
-def load_pt(path: str | Path, *, model: str) -> SteeringVector:
-    """Read a ``.pt`` file of ``steering-vectors`` without torch and without executing it.
-
-    The float16 values of shape ``(hidden,)`` become float32 exactly. The file does not say which model
-    it is for: ``model`` names it, and its layer count is taken to be that of the file.
-
-    Raises:
-        VectorFormatError: not such a file, damaged, or its pickle names anything but the
-            four globals that such a file needs.
-    """
-    path = Path(path)
+def load_pt(path: Path, *, model: str) -> SteeringVector:
+    """Do what ``import_vector`` does for a file of ``steering-vectors``; float16 becomes float32 exactly."""
     members = read_archive(path)
     root, pickled, storages = _parts(path, members)
     if members.get(f"{root}byteorder", b"little").strip() != b"little":
@@ -157,8 +149,7 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
             f"{path}: refused, its pickle asks for {error}. Nothing was executed. "
             f"Only {names} are read. Take the vector from a source that you trust."
         ) from error
-    # what a damaged or hostile stream of opcodes raises on four harmless names
-    except (
+    except (  # what a damaged or hostile pickle raises
         pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError,
         ValueError, OverflowError, ImportError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
@@ -171,7 +162,7 @@ def _check_opcodes(data: bytes) -> None:
     builds, slots, tuples, last = 0, 0, set(), ""
     for opcode, argument, _ in pickletools.genops(data):
         builds += opcode.name == "BUILD"
-        # A tuple that holds another one twice, nested: the hash of a few hundred bytes would never end.
+        # Refuse tuples that hold one tuple twice: nested, their hash would take for ever.
         if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
             if "TUPLE" in last:
                 tuples.add(slots if argument is None else argument)
@@ -190,7 +181,7 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
     state = found.state if isinstance(found, _SteeringVectorState) else None
     layers = state.get("layer_activations") if isinstance(state, dict) else None
     if not isinstance(layers, dict) or not layers:
-        raise VectorFormatError(f"{path}: holds no steering_vectors SteeringVector.")
+        raise VectorFormatError(f"{path}: does not hold a SteeringVector of steering_vectors.")
     kind = state.get("layer_type")
     if kind != "decoder_block":
         raise VectorFormatError(
@@ -199,5 +190,5 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
         )
     for layer, array in layers.items():
         if type(layer) is not int or not isinstance(array, np.ndarray):
-            raise VectorFormatError(f"{path}: layer {reprlib.repr(layer)} is no tensor.")
+            raise VectorFormatError(f"{path}: layer {reprlib.repr(layer)} is not a tensor.")
     return layers

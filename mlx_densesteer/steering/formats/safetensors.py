@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import MAX_BYTES, atomic_file
+from ...files import atomic_file
 from ..vector import SteeringVector
-from .base import check_numbers, layer_of, meta_of
+from .base import check_numbers, check_size, layer_of, meta_of
 
 _KEY = "densesteer"
 _NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
@@ -25,12 +25,7 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 0) -> list[str]:
-    """Write ``path``, layer L as ``layer.(L + layer_offset)``; return an empty list: it holds all.
-
-    Raises:
-        VectorFormatError: a layer would get a number below 0.
-        DiskError: no such folder.
-    """
+    """Do what ``export_vector`` does; return no remarks, because the format holds the whole vector."""
     from safetensors.numpy import save
 
     numbers = {layer: layer + layer_offset for layer in vector.layers}
@@ -48,27 +43,16 @@ def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 
 def load_safetensors(
     path: Path, *, model: str | None = None, layer_offset: int | None = None
 ) -> SteeringVector:
-    """Read a vector; the tensor of number N becomes layer ``N - layer_offset``.
-
-    Args:
-        model: the model that it was made for; needed where the file does not say.
-        layer_offset: by default what the file says, else 0.
-
-    Raises:
-        VectorFormatError: no safetensors file, damaged, larger than 64 MiB, or a tensor that is no
-            float vector of one layer.
-    """
+    """Do what ``import_vector`` does for a file of one float vector a tensor."""
     from safetensors import SafetensorError, deserialize, safe_open
 
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
+    check_size(path)
     try:
         tensors = deserialize(path.read_bytes())
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise VectorFormatError(f"{path}: no complete safetensors file ({error}).") from error
+        raise VectorFormatError(f"{path}: not a complete safetensors file ({error}).") from error
     offset = _offset(path, metadata) if layer_offset is None else layer_offset
     layers: dict[int, np.ndarray] = {}
     for name, tensor in tensors:
@@ -81,7 +65,7 @@ def load_safetensors(
 def _offset(path: Path, metadata: Mapping[str, str]) -> int:
     text = metadata.get("layer_offset", "0") if _KEY in metadata else "0"
     if not re.fullmatch(r"-?\d{1,4}", text):
-        raise VectorFormatError(f"{path}: its layer_offset {text[:20]!r} is no number.")
+        raise VectorFormatError(f"{path}: its layer_offset {text[:20]!r} is not a number.")
     return int(text)
 
 
