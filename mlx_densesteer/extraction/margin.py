@@ -1,4 +1,4 @@
-"""At which layer steering tells dense from sparse: the default layer of a vector is chosen by this."""
+"""How much steering at each layer favours dense responses: this chooses a vector's default layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,14 +24,14 @@ def margin_gains(
     *,
     dose: float,
 ) -> dict[int, float]:
-    """Return how much steering at each layer favours the dense responses of pairs that it never saw.
+    """Return how much steering at each layer favours the dense responses of held-out pairs.
 
         gain_l = lambda_l * d/dlambda_l mean_i( log p(positive_i) / n_i - log p(negative_i) / m_i )
-        lambda_l = dose * mean ||h_l|| / ||v_l||,   at lambda = 0, n and m tokens
+        lambda_l = dose * mean ||h_l|| / ||v_l||,   derivative at lambda = 0, n and m tokens
 
-    In nats per token (the negative has more of them, and what favours both would count against the
-    layer), to first order, for all layers in one backward pass through the steered blocks for each
-    response. A layer whose vector is zero, or no more than rounding, gains 0.
+    In nats per token: the negative has more tokens, so a sum over tokens would count what favours
+    both against the layer. To first order, so one backward pass for each response gives all layers.
+    A layer whose vector is zero, or no more than rounding, gains 0.
 
     Args:
         pairs: token ids; the vectors must come from other pairs.
@@ -40,23 +40,24 @@ def margin_gains(
         dose: a fraction of the residual stream's norm.
     """
     layers = sorted(vectors)
-    sizes = {layer: float(np.linalg.norm(vectors[layer].astype(np.float64))) for layer in layers}
-    real = [k for k in layers if sizes[k] / norms[k] >= SMALLEST]
-    steps = {k: dose * norms[k] / sizes[k] if k in real else 0.0 for k in layers}
-    moves = {
-        k: mx.array(steps[k] * vectors[k].astype(np.float64)).astype(mx.float32) for k in layers
-    }
-    gradient = mx.grad(
-        lambda turns, prompt, response: _log_likelihood(
-            model.network, prompt, response, {k: turns[i] * moves[k] for i, k in enumerate(layers)}
-        )
-    )
+    moves = {}  # lambda_l * v_l
+    for layer in layers:
+        v = vectors[layer].astype(np.float64)
+        size = float(np.linalg.norm(v))
+        step = dose * norms[layer] / size if size / norms[layer] >= SMALLEST else 0.0
+        moves[layer] = mx.array(step * v).astype(mx.float32)
+
+    def score(turns: mx.array, prompt: Sequence[int], response: Sequence[int]) -> mx.array:
+        shifts = {layer: turns[i] * moves[layer] for i, layer in enumerate(layers)}
+        return _log_likelihood(model.network, prompt, response, shifts)
+
+    gradient = mx.grad(score)
     total = np.zeros(len(layers))
     for pair in pairs:
         for sign, response in ((1, pair.positive), (-1, pair.negative)):
             slope = gradient(mx.zeros(len(layers)), pair.prompt, response)
             total += sign * np.array(slope) / len(response)
-        mx.clear_cache()  # pairs differ in shape: the buffers of one are no use to the next
+        mx.clear_cache()  # pairs differ in shape: their buffers cannot be used again
     return dict(zip(layers, (total / len(pairs)).tolist(), strict=True))
 
 
@@ -88,11 +89,11 @@ def _score(network: nn.Module, h: mx.array, tokens: Sequence[int]) -> mx.array:
             mx.take_along_axis(logits, targets, axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
         ).sum()
 
-    return mx.checkpoint(score)(h)  # the logits are worked out again on the way back, not kept
+    return mx.checkpoint(score)(h)  # the backward pass computes the logits again: less memory
 
 
 class _NoCache:
-    """What a steered block needs of a cache where a sequence is read once, from its beginning."""
+    """The cache of a steered block for a sequence that is read once, from its beginning."""
 
     offset = 0
     expecting = False

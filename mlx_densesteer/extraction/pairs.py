@@ -12,7 +12,8 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import read_jsonl
 
-# our own field first, then those of the reference's files
+# this package's field first, then those of the reference's files
+_PROMPT = ("prompt", "doc.question")
 _POSITIVE = ("positive", "pos_response", "resp_after")
 _NEGATIVE = ("negative", "neg_response", "resp_before")
 
@@ -52,25 +53,20 @@ def read_pairs(path: str | Path) -> list[Pair]:
     pairs = []
     for number, fields in read_jsonl(Path(path)):
         place = f"{path}: line {number}"
-        doc = fields.get("doc")
-        question = doc.get("question") if isinstance(doc, dict) else fields.get("doc.question")
-        pairs.append(Pair(
-            prompt=text_of(place, {"prompt": fields.get("prompt"), "doc.question": question},
-                           ("prompt", "doc.question"), fields),
-            positive=text_of(place, fields, _POSITIVE, fields),
-            negative=text_of(place, fields, _NEGATIVE, fields),
-            system=_system(place, fields),
-        ))  # fmt: skip
+        if isinstance(fields.get("doc"), dict):
+            fields = {"doc.question": fields["doc"].get("question")} | fields
+        system = fields.get("system")
+        if system is not None and not isinstance(system, str):  # "" removes the template's own
+            raise InputError(
+                f"{place}: system is {type(system).__name__}; expected a text or null."
+            )
+        texts = [text_of(place, fields, names) for names in (_PROMPT, _POSITIVE, _NEGATIVE)]
+        pairs.append(Pair(*texts, system=system))
     return pairs
 
 
-def text_of(
-    place: str,
-    fields: Mapping[str, object],
-    names: tuple[str, ...],
-    shown: Mapping[str, object] | None = None,
-) -> str:
-    """Return the first of the fields ``names`` that is there: a text, or a list of one.
+def text_of(place: str, fields: Mapping[str, object], names: tuple[str, ...]) -> str:
+    """Return the first field of ``names`` that is there: a text, or a list of one.
 
     Raises:
         InputError: none is there, or it is empty or something else.
@@ -87,12 +83,5 @@ def text_of(
         if not value.strip():
             raise InputError(f"{place}: {name} is empty; remove the line or fill it in.")
         return value
-    found = ", ".join(fields if shown is None else shown) or "none"
+    found = ", ".join(fields) or "none"
     raise InputError(f"{place}: expected a field {' or '.join(names)}; found {found}.")
-
-
-def _system(place: str, fields: Mapping[str, object]) -> str | None:
-    system = fields.get("system")
-    if system is not None and not isinstance(system, str):  # "" takes the template's own away
-        raise InputError(f"{place}: system is {type(system).__name__}; expected a text or null.")
-    return system

@@ -1,4 +1,4 @@
-"""Is a rewrite a denser form of the same reasoning? Every check of a contrastive pair. No mlx."""
+"""The checks of a contrastive pair: is the rewrite a denser form of the same reasoning? No mlx."""
 
 import re
 from dataclasses import dataclass
@@ -15,17 +15,14 @@ NLL_MARGIN = 0.5  # nats per token; docs/pairs.md says where it comes from
 
 
 def most_tokens(original: int) -> int:
-    """Return how long a rewrite of so many tokens may be: a quarter more and 64.
-
-    A denser form of the same reasoning is not longer at all; beyond this it is something else.
-    """
+    """Return how many tokens a rewrite may have: a quarter and 64 more than the original."""
     return original + original // 4 + 64
 
 
-# In the order in which they are checked; a rejection is counted under the first that holds.
+# in the order of the checks; a rejection is counted under its first reason
 REASONS = {
     "single step": "the original has one step; there is nothing to merge",
-    "no rewrite": "the rewriter gave none",
+    "no rewrite": "the rewriter has none",
     "empty": "the rewrite has no text",
     "too long": "it has over a quarter and 64 tokens more than the original, or leaves the context",
     "truncated": "the rewrite was cut off before its end",
@@ -41,9 +38,8 @@ REASONS = {
 class Response:
     """A response and its figures under the target model.
 
-    ``tokens`` counts those of the text without the end of turn; ``nll`` is the mean negative
-    log-likelihood in nats per token, unsteered, ``None`` where it was not computed: it takes a
-    pass of the model, and only a rewrite without any other fault is worth one.
+    ``tokens`` does not count the end of turn. ``nll`` is the mean negative log-likelihood in nats
+    per token, unsteered. It is ``None`` where the rewrite has another fault.
     """
 
     text: str
@@ -67,11 +63,11 @@ def verify(
     *,
     longest: int | None = None,
 ) -> tuple[str, ...]:
-    """Return why ``rewrite`` does not make a pair with ``original``: keys of ``REASONS``.
+    """Return why ``rewrite`` makes no pair with ``original``: keys of ``REASONS``, or none.
 
-    None of them is an accepted pair, if ``is_unlikely`` says no as well. ``original`` has been
-    graded correct, so that a correct rewrite has the same answer. ``longest`` is in tokens,
-    by default ``most_tokens``; what is longer is not read.
+    ``original`` must be correct: a correct rewrite then has the same answer. A rewrite of more
+    than ``longest`` tokens (by default ``most_tokens``) is not read. The NLL is left to
+    ``is_unlikely``.
     """
     if original.steps < 2:
         return ("single step",)
@@ -92,10 +88,7 @@ def verify(
 
 
 def is_unlikely(original: float, rewrite: float, margin: float = NLL_MARGIN) -> bool:
-    """Tell whether ``nll(rewrite) > nll(original) + margin``, in nats per token.
-
-    It is where either is not a number.
-    """
+    """Tell whether ``nll(rewrite) > nll(original) + margin``, or an NLL is NaN; nats per token."""
     return not rewrite <= original + margin
 
 
@@ -105,7 +98,7 @@ def new_numbers(problem: "Problem", original: str, rewrite: str) -> list[str]:
 
 
 _NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-# begins where digits begin: from inside a long number it would be tried again and again
+# the lookbehind keeps it linear: it is not tried from inside a long number
 _PERCENT = re.compile(r"((?<![0-9])[0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\?%|percent\b)")
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\!|,\\!)(?=[0-9]{3})")
 _LABEL = re.compile(
@@ -117,17 +110,24 @@ _UNITS = [
     "nineteen",
 ]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {
-    **{word: (str(n),) for n, word in enumerate(_UNITS)},
-    **{word: (str(10 * n),) for n, word in enumerate(_TENS, 2)},
-    "hundred": ("100",), "thousand": ("1000",), "million": ("1000000",), "dozen": ("12",),
-    "once": ("1",), "twice": ("2",), "double": ("2",), "doubles": ("2",), "doubled": ("2",),
-    "triple": ("3",), "triples": ("3",), "tripled": ("3",), "thrice": ("3",),
-    "half": ("0.5", "1", "2"), "halves": ("0.5", "1", "2"), "third": ("1", "3"),
-    "thirds": ("3",), "quarter": ("0.25", "1", "4"), "quarters": ("0.25", "4"),
-    "fourth": ("1", "4"), "fourths": ("4",), "fifth": ("0.2", "1", "5"), "fifths": ("0.2", "5"),
-    "percent": ("100",),
-}  # fmt: skip
+_WORDS = {word: {Decimal(n)} for n, word in enumerate(_UNITS)}
+_WORDS |= {word: {Decimal(10 * n)} for n, word in enumerate(_TENS, 2)}
+for _number, _names in {
+    "0.2": "fifth fifths",
+    "0.25": "quarter quarters",
+    "0.5": "half halves",
+    "1": "once half halves third quarter fourth fifth",
+    "2": "twice double doubles doubled half halves",
+    "3": "thrice triple triples tripled third thirds",
+    "4": "quarter quarters fourth fourths",
+    "5": "fifth fifths",
+    "12": "dozen",
+    "100": "hundred percent",
+    "1000": "thousand",
+    "1000000": "million",
+}.items():
+    for _name in _names.split():
+        _WORDS.setdefault(_name, set()).add(Decimal(_number))
 _WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b", re.I)
 _COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_UNITS[1:10])})\b", re.I)
 
@@ -136,7 +136,7 @@ def written(text: str) -> set[Decimal]:
     """Return the numbers that ``text`` writes in digits, without sign.
 
     2.50 is 2.5, and 1,000 is 1000, with LaTeX's commas too. The number of a step or of a list
-    item at the start of a line is none.
+    item at the start of a line does not count.
     """
     return {Decimal(n.replace(",", "")) for n in _NUMBER.findall(_LABEL.sub("", _plain(text)))}
 
@@ -144,17 +144,17 @@ def written(text: str) -> set[Decimal]:
 def given(text: str) -> set[Decimal]:
     """Return the numbers that ``text`` gives in any form, without sign.
 
-    In digits, labels included; as English words ("twenty-five", "half", "a dozen"); and 35 %
-    gives 0.35 and 100 as well.
+    In digits, labels included, and as English words ("twenty-five", "half", "a dozen"). 35 % gives
+    0.35 and 100 too.
     """
     text = _plain(text)
     found = {Decimal(number.replace(",", "")) for number in _NUMBER.findall(text)}
     for percent in _PERCENT.findall(text):
         found |= {Decimal(f"{percent}e-2"), Decimal(100)}
     for word in _WORD.findall(text):
-        found |= {Decimal(number) for number in _WORDS[word.lower()]}
+        found |= _WORDS[word.lower()]
     for tens, units in _COMPOUND.findall(text):
-        found.add(10 * (2 + _TENS.index(tens.lower())) + Decimal(_UNITS.index(units.lower())))
+        found.add(sum(_WORDS[tens.lower()] | _WORDS[units.lower()]))
     return found
 
 

@@ -1,6 +1,7 @@
 """Making responses denser: by a local model, an endpoint, fixed rules, or a file.
 
-What goes into every rewriter and what comes out; what a model is told, and how its answer is read.
+This module has what the rewriters share: their input and output, the request to a model, and how
+its answer is read.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from ...generation.answer import split_steps
 
-INSTRUCTION = 1  # version of the wording below: rewrites asked for with another one are made anew
+INSTRUCTION = 1  # version of the wording below; rewrites of another version are made anew
 
 SYSTEM = "You edit worked solutions. You never solve the problem anew."
 
@@ -44,7 +45,7 @@ _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.S)
 
 @dataclass(frozen=True)
 class Original:
-    """A correct response that is to be made denser; ``tokens`` as the target counts them."""
+    """A correct response to make denser; ``tokens`` are those of the target's tokenizer."""
 
     id: str
     question: str
@@ -56,7 +57,7 @@ class Original:
 class Rewrite:
     """A denser response; ``truncated`` if the rewriter was cut off.
 
-    Half a surrogate pair in ``text``, which no tokenizer and no file takes, becomes U+FFFD.
+    A lone surrogate in ``text`` becomes U+FFFD: no tokenizer and no file takes it.
     """
 
     text: str
@@ -74,15 +75,14 @@ def whole_characters(text: str) -> str:
 class Rewriter(Protocol):
     """Makes responses denser.
 
-    ``name`` identifies the rewriter in files: what was rewritten under it is not asked for again.
-    It must change with everything that changes the rewrites.
+    ``name`` identifies the rewriter in files: a rewrite under the same name is not asked for
+    again. So the name must change with everything that changes the rewrites.
     """
 
     name: str
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite | None]]:
-        """Yield ``(index, rewrite)`` as each is ready, ``None`` where there will be none yet."""
-        ...
+        """Yield ``(index, rewrite)`` as each is ready; ``None`` where the rewriter has none."""
 
 
 def request(original: Original) -> str:
@@ -96,7 +96,7 @@ def request(original: Original) -> str:
 
 
 def read_answer(text: str) -> str:
-    """Return the rewrite without what a chat model says around it."""
+    """Return the rewrite without a chat model's thoughts, preface and code fence."""
     text = _THOUGHT.sub("", text).strip()
     text = _PREFACE.sub("", text).strip()
     fenced = _FENCED.match(text)

@@ -16,9 +16,9 @@ _REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
 class FileRewriter:
     """Looks rewrites up by problem id, then by the text of the question.
 
-    A line has ``id`` or ``question`` (``prompt`` and ``doc.question`` will do), and the
-    rewrite as ``rewrite``, ``positive``, ``pos_response`` or ``resp_after``. The name has the
-    SHA-256 (first 12 digits) of all rewrites, so that those of a corrected file are taken anew.
+    A line has ``id`` or ``question`` (or ``prompt``, ``doc.question``), and the rewrite as
+    ``rewrite``, ``positive``, ``pos_response`` or ``resp_after``. The rewriter's name holds a
+    digest of all rewrites, so those of a corrected file are taken anew.
 
     Raises:
         InputError: an unreadable line, or two different rewrites of one problem.
@@ -42,23 +42,23 @@ class FileRewriter:
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite | None]]:
         for index, original in enumerate(originals):
-            found = self._rewrites.get(("id", original.id))
-            if found is None:
-                found = self._rewrites.get(("question", original.question.strip()))
+            keys = ("id", original.id), ("question", original.question.strip())
+            found = next((self._rewrites[key] for key in keys if key in self._rewrites), None)
             yield index, None if found is None else Rewrite(found.strip())
 
 
 def _keys(place: str, fields: dict[str, object]) -> list[tuple[str, str]]:
-    doc = fields.get("doc") if isinstance(fields.get("doc"), dict) else {}
-    question = next(
-        (q for q in (fields.get("question"), fields.get("prompt"), doc.get("question")) if q), None
-    )
+    """Return what names the problem of a line."""
+    doc = fields.get("doc")
+    question = fields.get("question") or fields.get("prompt")
+    if not question and isinstance(doc, dict):
+        question = doc.get("question")
     keys = [("id", str(fields["id"]))] if fields.get("id") is not None else []
     if isinstance(question, str):
         keys.append(("question", question.strip()))
     if not keys:
-        found = ", ".join(fields)
         raise InputError(
-            f"{place}: expected a field id or question that names the problem; found {found}."
+            f"{place}: expected a field id or question that names the problem; found "
+            f"{', '.join(fields)}."
         )
     return keys

@@ -1,6 +1,6 @@
-"""Rewriting with a local MLX model; the target itself may be the one."""
+"""Rewriting with a local MLX model, which may be the target itself."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ...errors import ContextError
 from ...generation.batch import ROWS, generate_batch
@@ -12,27 +12,19 @@ from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request, whol
 
 
 class ModelRewriter:
-    """Asks a model, greedily and for several rewrites at once.
+    """Asks a model for rewrites, greedily and in batches.
 
-    A rewrite is cut off at ``most_tokens``, which ends a model that has fallen into a loop.
-    Each precision of one model is a rewriter of its own.
+    A rewrite is cut off at ``most_tokens``, which ends loops. Each precision of a model is a
+    rewriter of its own.
 
     Args:
         name: the folder or Hub id of the model.
         rows: how many rewrites are decoded together.
-        progress: called now and then with the number of tokens generated so far.
     """
 
     @takes_model
-    def __init__(
-        self,
-        model: Model,
-        name: str,
-        *,
-        rows: int = ROWS,
-        progress: Callable[[int], None] | None = None,
-    ):
-        self._model, self._rows, self._progress = model, rows, progress
+    def __init__(self, model: Model, name: str, *, rows: int = ROWS):
+        self._model, self._rows = model, rows
         info = model.info
         self.name = (
             f"mlx:{whole_characters(origin(name))} {info.fingerprint} {info.dtype} "
@@ -45,7 +37,7 @@ class ModelRewriter:
             tokens = encode_prompt(self._model.tokenizer, request(original), system=SYSTEM)
             try:
                 self._model.room(len(tokens), 1)
-            except ContextError:  # the solution and the request do not fit: no rewrite of this one
+            except ContextError:  # the request does not fit: no rewrite
                 yield index, None
                 continue
             prompts.append(tokens)
@@ -55,7 +47,6 @@ class ModelRewriter:
             prompts,
             rows=self._rows,
             max_tokens=[most_tokens(originals[index].tokens) for index in asked],
-            progress=self._progress,
         )
         for number, made in rewrites:
             yield asked[number], Rewrite(read_answer(made.text), made.finish_reason == "length")

@@ -1,8 +1,8 @@
 """Rewriting by an OpenAI-compatible endpoint, through the ``openai`` client (extra ``rewrite``).
 
-Several requests run at once. The client tries again, after a pause that doubles or that the endpoint
-names: 408, 409, 429, 5xx, time-outs and broken connections. Anything else is refused with the
-endpoint's own message.
+Several requests run at once. The client tries again after 408, 409, 429, 5xx, time-outs and broken
+connections, with a pause that doubles or that the endpoint names. Anything else ends the run with
+the endpoint's message.
 """
 
 import hashlib
@@ -35,18 +35,17 @@ class OpenAIRewriter:
 
     Args:
         address: ``URL#model``, such as ``http://127.0.0.1:8080/v1#qwen``.
-        key: sent as a bearer token where there is one; never written or printed.
-        fields: more fields of the request, such as ``{"temperature": 0}``; files and messages
-            have only their names and a digest.
-        timeout: seconds without a byte from the endpoint after which a request is given up.
+        key: sent as a bearer token if given; never written or printed.
+        fields: more fields of the request, such as ``{"temperature": 0}``. Only their names and a
+            digest appear in files and messages.
+        timeout: seconds without a byte from the endpoint until a request is given up.
         attempts: how often a request is sent at most.
         at_once: how many requests run at the same time.
-        per_minute: how many are begun in a minute at most; 0 is no limit.
-        warn: called with what the user should know.
+        per_minute: how many requests begin in a minute at most; 0 is no limit.
+        warn: called with a warning for the user.
 
     Raises:
-        InputError: an address of another form, a key that cannot be sent, a limit that is not
-            finite or of no use.
+        InputError: a bad address, a key that cannot be sent, or a limit out of range.
     """
 
     def __init__(
@@ -88,18 +87,18 @@ class OpenAIRewriter:
             max_retries=attempts - 1,
             timeout=timeout,
             default_query=dict(parse_qsl(query, keep_blank_values=True)),
-            # A redirect carries problems, and a key of the query, elsewhere; no proxy knows this machine.
+            # A redirect would send the problems and the query elsewhere. A proxy cannot reach loopback.
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False, trust_env=self._host not in _LOOPBACK
             ),
         )
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
-        """Yield rewrites as they come; one is empty where the model declined.
+        """Yield rewrites as they come; empty where the model gave no text.
 
         Raises:
-            InputError: the endpoint refused, or still failed at the last attempt; rewrites whose
-                requests were under way are yielded before.
+            InputError: the endpoint refused, or failed at the last attempt. Rewrites of requests
+                that were under way are yielded first.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(originals)):
@@ -115,7 +114,7 @@ class OpenAIRewriter:
                         done.put((index, self._ask(originals[index])))
             except queue.Empty:
                 pass
-            except Exception as error:  # raised by the thread that reads
+            except Exception as error:  # raised in the caller's thread
                 ending.set()
                 done.put(error)
             finally:
@@ -123,7 +122,7 @@ class OpenAIRewriter:
 
         running = min(self._at_once, len(originals))
         for _ in range(running):
-            # daemons: an interrupted run does not wait for an endpoint that hangs
+            # daemon threads: an interrupted run does not wait for an endpoint that hangs
             threading.Thread(target=work, daemon=True).start()
         failure: Exception | None = None
         try:
@@ -152,16 +151,16 @@ class OpenAIRewriter:
                 extra_body=self._fields,
             )
         except openai.APIStatusError as error:
-            raise InputError(self._hide(self._refusal(error))) from error
+            raise self._error(self._refusal(error)) from error
         except openai.APIConnectionError as error:
-            raise InputError(self._hide(self._failure(str(error.__cause__ or error)))) from error
+            raise self._error(self._failure(str(error.__cause__ or error))) from error
         except (openai.OpenAIError, ValueError, RecursionError) as error:
-            raise InputError(self._hide(self._no_completion(error))) from error
+            raise self._error(self._no_completion(error)) from error
         try:
             choice = completion.choices[0]
             text = read_answer(choice.message.content or "")
         except (AttributeError, LookupError, TypeError) as error:
-            raise InputError(self._hide(self._no_completion(completion))) from error
+            raise self._error(self._no_completion(completion)) from error
         return Rewrite(text, choice.finish_reason == "length")
 
     def _no_completion(self, found: object) -> str:
@@ -191,14 +190,15 @@ class OpenAIRewriter:
             "rewrites are kept: start the same command again later, or with a lower --requests-per-minute."
         )
 
-    def _hide(self, text: str) -> str:
+    def _error(self, text: str) -> InputError:
+        """Return the error without the key and the query."""
         for secret, shown in self._secrets.items():
             text = text.replace(secret, shown) if secret else text
-        return whole_characters(text)
+        return InputError(whole_characters(text))
 
 
 class _Pace:
-    """When the next request may begin, for all threads together."""
+    """Says when the next request may begin, for all threads together."""
 
     def __init__(self, per_minute: float):
         self._gap = 60.0 / per_minute if per_minute else 0.0
@@ -206,7 +206,7 @@ class _Pace:
         self._lock = threading.Lock()
 
     def wait(self, ending: threading.Event) -> bool:
-        """Wait for the next turn; ``False`` if the end came first."""
+        """Wait for the next turn; return ``False`` if ``ending`` was set first."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
@@ -217,16 +217,16 @@ class _Pace:
 def _parse(address: str) -> tuple[str, str, str, str]:
     """Return URL without query, query, host and model of ``URL#model``."""
     url, _, model = address.partition("#")
-    shown = url.partition("?")[0]  # a key may stand in the query
+    shown = url.partition("?")[0]  # the query may hold a key
     try:
         parts = urlsplit(url)
-        host, _port = parts.hostname, parts.port
+        host, _port = parts.hostname, parts.port  # a bad port raises
     except ValueError as error:
         raise InputError(f"openai:{shown}: no valid URL ({error}).") from error
     if parts.username is not None or parts.password is not None:
         raise InputError(f"openai: leave user and password out of the URL; a key goes into {KEY}.")
     if not all("!" <= character <= "~" for character in url):
-        raise InputError(f"openai:{shown!r}: no valid URL; it has a blank or no ASCII in it.")
+        raise InputError(f"openai:{shown!r}: no valid URL; blanks and non-ASCII are not allowed.")
     if parts.scheme not in ("http", "https") or not host or not model:
         raise InputError(
             f"openai:{shown}: expected openai:URL#model, such as openai:http://127.0.0.1:8080/v1#qwen."
@@ -236,7 +236,7 @@ def _parse(address: str) -> tuple[str, str, str, str]:
 
 
 def _described(fields: Mapping[str, object]) -> str:
-    """Return the names and a digest of the fields: a value may be a secret."""
+    """Return the names and a digest of the fields, whose values may be secret."""
     if not fields:
         return ""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

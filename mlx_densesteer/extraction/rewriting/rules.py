@@ -1,8 +1,8 @@
-"""Denser without a model: adjacent steps are merged by fixed rules.
+"""Rewriting without a model: fixed rules merge adjacent steps.
 
-What goes: blank lines, headings, the numbers of steps, an announced plan that holds no
-calculation, and sentences that only say the last result again. What stays: every other
-sentence, every calculation, code as it is, and the final answer. Nothing is added but a colon.
+The rules remove blank lines, headings, the numbers of steps, an announced plan without a
+calculation, and sentences that only repeat the last result. Every other sentence, every
+calculation, code and the final answer stay. The only thing added is a colon.
 """
 
 import re
@@ -12,7 +12,7 @@ from ...generation.answer import split_steps
 from ..verification import given, written
 from . import Original, Rewrite
 
-VERSION = 1  # of the rules: rewrites of another version are made anew
+VERSION = 1  # of the rules; rewrites of another version are made anew
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _CALCULATION = re.compile(r"=|≈|\\approx")
@@ -30,7 +30,7 @@ _BARE_SUM = re.compile(r"^[-+*/×÷·x().,$%0-9\s]*=[-+*/×÷·x().,$%0-9\s=]*$"
 _ENDED = re.compile(r"[.!?:;,)]\**$")
 _OWN_LINE = re.compile(r"^(?:[-*•|>]|#{1,6}\s|\\\[|\\begin|\$\$|```|~~~)|(?:\\\]|\$\$|```|~~~)$")
 
-Block = list[str]  # lines of a step without blank ones; code keeps them
+Block = list[str]  # the lines of a step; only code keeps its blank lines
 
 
 class RulesRewriter:
@@ -44,12 +44,11 @@ class RulesRewriter:
 
 
 def merge_steps(response: str) -> str:
-    """Return ``response`` with its steps merged into one; code with blank lines stays apart."""
+    """Return ``response`` with its steps merged into one."""
     blocks = _without_plan(list(_blocks(response)))
     numbered = bool(_REFERENCE.search(response))
     blocks = [kept for block in blocks if (kept := _without_labels(block, numbered))]
-    blocks = _without_repetition(blocks)
-    merged = _join(blocks)
+    merged = _join(_without_repetition(blocks))
     return merged if split_steps(merged) else response
 
 
@@ -107,7 +106,7 @@ def _is_list(lines: Block) -> bool:
 
 
 def _may_go(text: str, others: str, later: str) -> bool:
-    """Nothing is lost with ``text``: no calculation, no number of its own, and more to come."""
+    """Tell whether ``text`` has no calculation and no number of its own, and a calculation follows."""
     return (
         not _CALCULATION.search(text)
         and not _ANSWER.search(text)
@@ -118,7 +117,7 @@ def _may_go(text: str, others: str, later: str) -> bool:
 
 
 def _without_announcement(block: Block) -> Block:
-    """Drop a last sentence that only says that steps will follow."""
+    """Drop a last sentence that only announces steps."""
     if len(block) > 1 or not block[0].endswith((".", ":")):
         return block
     *sentences, last = _SENTENCES.split(block[0])
@@ -128,7 +127,7 @@ def _without_announcement(block: Block) -> Block:
 
 
 def _without_labels(block: Block, numbered: bool) -> Block:
-    """Drop headings and "Step 1:"; the numbers of a list too, unless the text refers to them."""
+    """Drop headings and "Step 1:"; numbers of a list too, unless the text refers to them (``numbered``)."""
     if _is_code(block):
         return block
     kept = []
@@ -145,7 +144,7 @@ def _without_labels(block: Block, numbered: bool) -> Block:
 
 
 def _without_repetition(blocks: list[Block]) -> list[Block]:
-    """Drop sentences that hold no number but the result of the calculation before them."""
+    """Drop sentences whose only number is the result of the calculation before them."""
     text, kept = "", []
     for number, block in enumerate(blocks):
         if _is_code(block):
@@ -153,9 +152,9 @@ def _without_repetition(blocks: list[Block]) -> list[Block]:
             continue
         lines = []
         for place, line in enumerate(block):
-            later = [*block[place + 1 :], *(one for other in blocks[number + 1 :] for one in other)]
+            later = _text([block[place + 1 :], *blocks[number + 1 :]])
             sentences = _SENTENCES.split(line)
-            rest = " ".join(s for s in sentences if not _says_again(s, text, "\n".join(later)))
+            rest = " ".join(s for s in sentences if not _says_again(s, text, later))
             if rest:
                 lines.append(rest)
                 text += rest + "\n"
