@@ -1,4 +1,4 @@
-"""From a checked request to its answer, whole or streamed."""
+"""Answer checked requests, whole or streamed."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ class Completions:
         """Answer a request.
 
         Raises:
-            Fault: it is refused, or no answer can be finished.
+            Fault: the request is refused, or its answer cannot be finished.
         """
         ignored = check_extra(asked)
         headers = {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
@@ -98,9 +98,9 @@ class Completions:
     async def _await_start(
         self, jobs: list[Job], inbox: Inbox, watch: "_Watch"
     ) -> list[tuple[Job, Said]]:
-        """Wait until the model's thread has taken all jobs; return what was said meanwhile.
+        """Wait until the model's thread has taken all jobs; return the pieces that came meanwhile.
 
-        A job that it refuses is then an error response, not a stream that breaks off.
+        So a refused job is an error response, not a stream that breaks off.
         """
         taken, early = 0, []
         while taken < len(jobs):
@@ -142,9 +142,9 @@ class Completions:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; ``held`` is closed at the end, however it comes.
+    """Server-sent events; closes ``held`` at the end, even if the stream never started.
 
-    The generator cannot do that: one that was never started is not cleaned up.
+    A generator cannot: one that was never started runs no clean-up.
     """
 
     def __init__(self, lines: AsyncIterator[bytes], held: ExitStack, headers: dict[str, str]):
@@ -157,7 +157,7 @@ class EventStream(StreamingResponse):
 
 
 class _Watch:
-    """Notices that the client went away while nothing is sent to it."""
+    """Notices a disconnect of the client while nothing is sent to it."""
 
     def __init__(self, request: Request):
         self._request = request
@@ -171,10 +171,10 @@ class _Watch:
         await asyncio.wait([self._gone])
 
     async def first(self, waiting: Coroutine[Any, Any, T]) -> T:
-        """Return what ``waiting`` gives.
+        """Return the result of ``waiting``.
 
         Raises:
-            Fault: the client went away before.
+            Fault: the client disconnected first.
         """
         task = asyncio.ensure_future(waiting)
         try:
@@ -191,7 +191,7 @@ class _Watch:
 
 
 def _said(event: Event) -> Said:
-    """Return what was said; raise the fault of a job that failed."""
+    """Return the piece of an answer; raise the fault of a failed job."""
     if isinstance(event, Failed):
         raise event.fault
     assert isinstance(event, Said)

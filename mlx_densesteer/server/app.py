@@ -66,11 +66,11 @@ def build(completions: Completions, overview: Overview) -> ASGIApp:
         return JSONResponse(overview.model(request.path_params["name"]))
 
     async def steering(request: Request) -> Response:
-        """List the vectors and the presets, and what is known of them."""
+        """List the vectors and presets, with their defaults and measurements."""
         return JSONResponse(overview.steering())
 
     async def health(request: Request) -> Response:
-        """Tell whether the server is up, and how many answers run and wait."""
+        """Report whether the server is up, and how many answers run and wait."""
         running, up = engine.running, engine.alive
         body = {
             "status": "ok" if up else "down",
@@ -123,7 +123,7 @@ def build(completions: Completions, overview: Overview) -> ASGIApp:
 def describe(
     routes: Sequence[Route], bodies: dict[str, type[BaseModel]], *, with_key: bool
 ) -> dict[str, object]:
-    """Return the OpenAPI description: paths and docstrings of the routes, ``bodies`` of their functions."""
+    """Return the OpenAPI description of the routes; ``bodies``: types of bodies by function."""
     kinds = [(kind, "validation") for kind in (*bodies.values(), ErrorBody)]
     _, made = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     components = {"schemas": made["$defs"]}
@@ -185,7 +185,7 @@ async def _refuse(request: Request, fault: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """Tell the client nothing of an unexpected error; the guard logs it."""
+    """Return a 500 without details; the guard logs the error."""
     fault = internal()
     return JSONResponse(fault.body, fault.status)
 

@@ -1,4 +1,4 @@
-"""Read a request's body within bounds, and say what is wrong with it."""
+"""Read a request's JSON body within limits, and report what is wrong with it."""
 
 import asyncio
 from typing import TypeVar
@@ -11,7 +11,7 @@ from .faults import Fault, bad
 Body = TypeVar("Body", bound=BaseModel)
 
 SHOWN = 5  # problems that one message names
-# Plainer words for pydantic's most frequent messages; the others are clear as they are.
+# Plainer words for pydantic's most frequent messages.
 WORDS = {
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -25,8 +25,8 @@ WORDS = {
     "too_short": "expected at least {min_length}",
     "too_long": "expected at most {max_length}",
 }
-# Up to this many times the limit, a body that is too large is read and thrown away: most clients send
-# all of it before they read the answer, and would see a broken connection instead of the 413.
+# Up to this many times the limit, a body that is too large is read and thrown away: most clients
+# send all of it before they read the answer, and would see a broken connection instead of the 413.
 DISCARDED = 16
 
 
@@ -56,7 +56,7 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
         raise too_large
     body, size = bytearray(), 0
     try:
-        # one bound for the whole body, so that a client cannot send a byte now and then for ever
+        # one limit for the whole body: single bytes do not extend it
         async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
@@ -74,7 +74,7 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def _fault(error: ValidationError) -> Fault:
-    """Return a 400 that names what is wrong, without repeating what was sent: it may be a prompt."""
+    """Return a 400 that names what is wrong, but repeats no value: it may be a prompt."""
     told: dict[str | None, list[str]] = {}  # a field of several types has one problem for each
     for problem in error.errors(include_url=False, include_input=False):
         if problem["type"] == "json_invalid":

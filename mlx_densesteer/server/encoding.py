@@ -1,4 +1,4 @@
-"""From messages or text to token ids, and from token ids to what log-probabilities call them."""
+"""Encode messages and text as token ids, and write tokens as bytes for log-probabilities."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .schema import ChatRequest, CompletionRequest, Message
 
 
 class Encoder:
-    """Encodes on a thread of its own, so that a long prompt holds up neither the loop nor the model."""
+    """Encodes on its own thread, so that a long prompt blocks neither the loop nor the model."""
 
     def __init__(self, model: Model):
         self._model, self._tokenizer = model, model.tokenizer
@@ -26,7 +26,7 @@ class Encoder:
         """Return the token ids of each prompt of a request.
 
         Raises:
-            Fault: nothing to answer, a prompt that is too long, or an unknown token id.
+            Fault: an empty prompt, one that is too long, or an unknown token id.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._encode, request)
@@ -35,7 +35,7 @@ class Encoder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token: exact for a byte-level vocabulary, else those of its text."""
+        """Return a token's bytes: exact for a byte-level vocabulary, else those of its text."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is not None and all(c in self._byte_of for c in name):
             return bytes(self._byte_of[c] for c in name)
@@ -97,7 +97,7 @@ class Encoder:
 
 
 def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the special token that opens a message, if the chat template has one."""
+    """Return the special token that begins a message, if the chat template has one."""
     if not tokenizer.has_chat_template:
         return frozenset()
     first = tokenizer.apply_chat_template(

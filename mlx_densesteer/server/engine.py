@@ -1,4 +1,4 @@
-"""The thread that owns the model, and the way to it from an asyncio loop."""
+"""The model's thread, and how an asyncio loop reaches it."""
 
 import asyncio
 import contextlib
@@ -17,18 +17,18 @@ from .worker import Event, Failed, Job, Told, Worker
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60
-ASLEEP = 0.05  # seconds for the thread to fall asleep after it has ended: it needs the GIL for that
-QUIET = 5.0  # seconds without a request after which memory is given back
-GATHER = 0.05  # seconds that the first of several requests waits for the others at most
+ASLEEP = 0.05  # seconds for the ended thread to fall asleep, for which it needs the GIL
+QUIET = 5.0  # seconds without a request until memory is freed
+GATHER = 0.05  # most seconds that the first of several requests waits for the others
 
 
 class Engine:
-    """Jobs come from the loop, events go back to it; only this thread touches the model.
+    """Takes jobs from the loop and returns events to it; only its thread touches the model.
 
     Args:
         load: called once, on the thread; mlx arrays belong to the thread that made them.
-        rows: answers that run at most.
-        waiting: answers that wait at most.
+        rows: most answers that run at a time.
+        waiting: most answers that wait.
     """
 
     def __init__(self, load: Callable[[], Worker], *, rows: int, waiting: int):
@@ -74,7 +74,7 @@ class Engine:
 
     @contextlib.contextmanager
     def holding(self, jobs: Sequence[Job]) -> Iterator["asyncio.Queue[tuple[Job, Event]]"]:
-        """Do these jobs and yield the queue of their events; on leaving, cancel what has not ended.
+        """Run these jobs and yield the queue of their events; at the end cancel unfinished ones.
 
         Raises:
             Fault: no room (429), or the server is ending.
@@ -97,17 +97,17 @@ class Engine:
                 self._orders.put(lambda job=job: worker.cancel(job))
 
     def end_all(self) -> None:
-        """End what runs, and take nothing more."""
+        """End all jobs, and take no more."""
         self._ending = True
         worker = self._loaded.result()
         self._orders.put(lambda: self._tell(worker.close()))
 
     def end(self) -> None:
-        """End what runs, and take nothing more; wait until the thread has ended its step.
+        """End all jobs, take no more, and wait until the thread has ended its step.
 
-        The thread then sleeps until the process ends. It must not end while the interpreter does: mlx
-        takes the GIL when it destroys what it keeps for a thread, and a thread that asks a finalizing
-        interpreter for the GIL aborts the process (github.com/ml-explore/mlx/pull/4110).
+        The thread then sleeps until the process ends. It must not end while the interpreter shuts
+        down: mlx takes the GIL to destroy a thread's data, and a thread that asks for the GIL then
+        aborts the process (github.com/ml-explore/mlx/pull/4110).
         """
         self._ending = True
         self._orders.put(None)
@@ -115,7 +115,7 @@ class Engine:
         time.sleep(ASLEEP)
 
     def close(self) -> None:
-        """End as ``end`` does, and end the thread too: for a process that goes on."""
+        """End all jobs and the thread, in a process that goes on."""
         self.end()
         self._may_go.set()
         self._thread.join(JOIN_SECONDS)
@@ -150,19 +150,18 @@ class Engine:
         while self._obey(worker):
             try:
                 self._tell(worker.work())
-            # An error in a step (out of memory, a bug) must not end the thread: no later request would
-            # be answered. The requests that wait are told, the log has the rest.
+            # An error in a step (out of memory, a bug) must not end the thread: no later request
+            # would be answered. Waiting requests get an error; the log has the details.
             except Exception as error:
                 log.error("a step of the model failed: %s", type(error).__name__, exc_info=error)
                 self._tell(worker.recover(internal()))
         self._tell(worker.close())
 
     def _obey(self, worker: Worker) -> bool:
-        """Do what was ordered; wait for an order if there is nothing else to do.
+        """Carry out the orders; wait for one if there is no other work. ``False``: end the thread.
 
-        Where several answers ran together before, the first request now waits a moment for the others:
-        such clients ask again at the same time, and prompts that are read together cost less. A request
-        that was alone before does not wait.
+        If several answers ran together before, the first request waits a moment for the others:
+        such clients ask again at the same time, and reading prompts together costs less.
         """
         gathering = not worker.busy
         if gathering and self._most:

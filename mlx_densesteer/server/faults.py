@@ -1,4 +1,4 @@
-"""Errors as a client of the API gets them: OpenAI's shape, a status, no internals."""
+"""The API's errors: OpenAI's shape, and no internals."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class Fault(DenseSteerError):
 
     @property
     def body(self) -> dict[str, object]:
-        """The body of the response."""
+        """OpenAI's error body."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}

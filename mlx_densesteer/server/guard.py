@@ -1,9 +1,9 @@
-"""What stands between the network and the application.
+"""Checks that every request passes before the application sees it.
 
-Every request passes here. Faults become OpenAI's errors. A page of another site cannot ask: the check of
-``Host`` stops DNS rebinding, that of ``Origin`` and ``Sec-Fetch-Site`` cross-site requests; Starlette's CORS
-answers the origins that may. A client that stops reading its answer is cut off. One line is logged for each
-request, without query or content.
+The check of ``Host`` stops DNS rebinding. Those of ``Origin`` and ``Sec-Fetch-Site`` stop requests
+from other sites' pages; Starlette's CORS answers the allowed origins. Faults become OpenAI's
+errors. A client that stops reading its answer is cut off. Each request is logged in one line,
+without query or content.
 
 Sources: OWASP cheat sheets on cross-site request forgery and on HTTP headers; Fetch Metadata (W3C).
 """
@@ -37,7 +37,7 @@ HEADERS = {
     "frame-ancestors 'none'",
 }
 ONCE = ("host", "origin", "authorization", "content-type")  # headers that may not come twice
-LOGGED = {  # paths that the log names; another one may hold what a client must not leak
+LOGGED = {  # paths that the log names; any other may hold private text
     "/",
     "/health",
     "/openapi.json",
@@ -49,9 +49,9 @@ LOGGED = {  # paths that the log names; another one may hold what a client must 
 
 
 def guarded(application: ASGIApp, access: Access, *, stall: float) -> ASGIApp:
-    """Return the application behind the guard, and CORS if other web pages may ask.
+    """Return the application behind the guard, with CORS if other origins are allowed.
 
-    ``stall`` is how many seconds a client may leave a part of its answer unread.
+    ``stall``: seconds that a client may leave a part of its answer unread.
     """
     guard = Guard(application, access, stall)
     if not access.origins:
@@ -82,7 +82,7 @@ class Guard:
                 await self._application(scope, receive, exchange.send)
             except Fault as fault:
                 await exchange.fail(fault, scope, receive)
-        # The last place where an unexpected error can be kept from the client.
+        # the last place to keep an unexpected error from the client
         except Exception as error:
             if not exchange.gone:
                 log.error("a request failed: %s", type(error).__name__, exc_info=error)
@@ -99,7 +99,7 @@ class Guard:
         self._check_key(path, headers.get("authorization"))
 
     def _check_host(self, host: str | None) -> None:
-        """Raise 403 unless ``Host`` names this machine: with DNS rebinding it names another one."""
+        """Raise 403 unless ``Host`` names this machine; under DNS rebinding it names another."""
         try:
             plain = host is not None and not set(host) & set("@/?#\\")
             name = (urlsplit(f"//{host}").hostname or "") if plain else ""
@@ -114,7 +114,7 @@ class Guard:
         raise Fault(403, message, code="host_not_allowed")
 
     def _check_origin(self, path: str, headers: Headers) -> None:
-        """Raise 403 unless the server's own page asks, or a page that was named, or no page at all."""
+        """Raise 403 for a request from a web page, but for the server's own and allowed origins."""
         origin = headers.get("origin")
         # https: a proxy with TLS may stand in front
         own = {f"{scheme}://{headers.get('host')}" for scheme in ("http", "https")}
@@ -130,7 +130,7 @@ class Guard:
             raise Fault(403, message, code="origin_not_allowed")
 
     def _check_key(self, path: str, authorization: str | None) -> None:
-        """Raise 401 where a key is needed and the right one is missing."""
+        """Raise 401 for a missing or wrong API key, if one is needed."""
         if self._access.key is None or not path.startswith("/v1/"):
             return
         kind, _, key = (authorization or "").partition(" ")
@@ -143,7 +143,7 @@ class Guard:
 
 
 class _Exchange:
-    """The response to one request: adds headers, bounds the time that a reader may take, and logs."""
+    """One response: adds headers, limits how long a client may stall, and logs."""
 
     def __init__(self, send: Send, stall: float):
         self._send, self._stall = send, stall

@@ -1,4 +1,4 @@
-"""A launchd agent for ``densesteer serve``: it starts with the session and again after a crash.
+"""A launchd agent that starts ``densesteer serve`` at login, and again after a crash.
 
 There is one agent; installing another replaces it. Source: launchd.plist(5), launchctl(1).
 """
@@ -19,11 +19,11 @@ from ..files import atomic_file
 LABEL = "com.mlx-densesteer.serve"
 LOG = "serve.log"
 THROTTLE = 30  # seconds between two starts
-ENDS = 10  # seconds that a server takes to end when its answers have
-PATIENCE = 60.0  # seconds that an older agent is given to end
-KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # of the environment; never a secret
+ENDS = 10  # seconds for the server to end after its last answer
+PATIENCE = 60.0  # seconds for an older agent to end
+KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # environment variables to keep; never a secret
 
-# The types of launchd.plist(5) for the keys that we write.
+# The types of the keys, from launchd.plist(5).
 _TYPES: Mapping[str, type] = {
     "Label": str, "ProgramArguments": list, "RunAtLoad": bool, "KeepAlive": dict,
     "ThrottleInterval": int, "ExitTimeOut": int, "ProcessType": str, "WorkingDirectory": str, "StandardErrorPath": str,
@@ -35,10 +35,10 @@ def agent(
     arguments: Sequence[str], *, home: Path, grace: int = 10,
     environment: Mapping[str, str] = os.environ,
 ) -> bytes:  # fmt: skip
-    """Return the agent's property list: ``densesteer serve`` with these arguments.
+    """Return the property list of an agent that runs ``densesteer serve`` with these arguments.
 
-    Paths in them must be absolute: launchd starts the server elsewhere. Of the environment only
-    what finds models is kept. ``grace``: seconds that answers have when the server ends.
+    Paths must be absolute: launchd starts the server in another folder. ``environment``: only the
+    variables in ``KEPT`` are used. ``grace``: seconds for running answers when the server ends.
 
     Raises:
         InputError: a text that a property list cannot hold.
@@ -51,8 +51,7 @@ def agent(
         "KeepAlive": {"SuccessfulExit": False, "Crashed": True},
         "ThrottleInterval": THROTTLE,
         "ExitTimeOut": grace + ENDS,  # then launchd kills it
-        # Interactive: macOS does not throttle it while somebody waits for an answer
-        "ProcessType": "Interactive",
+        "ProcessType": "Interactive",  # macOS does not throttle it
         "WorkingDirectory": str(home),
         "StandardErrorPath": logs,
         "StandardOutPath": logs,
@@ -68,15 +67,15 @@ def agent(
 
 
 def check(made: bytes) -> None:
-    """Read a property list back as launchd will.
+    """Check that launchd can read a property list.
 
     Raises:
-        InputError: it is none, or has keys of another type than launchd expects.
+        InputError: it is not a property list, or a key is unknown or has the wrong type.
     """
     try:
         document = plistlib.loads(made)
     except (plistlib.InvalidFileException, ExpatError, ValueError) as error:
-        raise InputError(f"the agent is no property list ({error}).") from error
+        raise InputError(f"the agent is not a property list ({error}).") from error
     wrong = [k for k, kind in _TYPES.items() if k in document and type(document[k]) is not kind]
     wrong += [k for k in document if k not in _TYPES]
     arguments = document.get("ProgramArguments") or []
@@ -90,7 +89,7 @@ def path(home: Path) -> Path:
 
 
 def log(home: Path) -> Path:
-    """Return where the agent's server writes."""
+    """Return the log file of the agent's server."""
     return home / "Library" / "Logs" / "mlx-densesteer" / LOG
 
 
@@ -98,14 +97,14 @@ def install(made: bytes, *, home: Path) -> Path:
     """Write the agent and start it, in place of an older one; return its file.
 
     Raises:
-        DenseSteerError: launchd did not take it.
+        DenseSteerError: launchd refused it.
     """
     file = path(home)
     file.parent.mkdir(parents=True, exist_ok=True)
     log(home).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as out:
         out.write(made)
-    file.chmod(0o644)  # launchd refuses what others may write
+    file.chmod(0o644)  # launchd refuses files that others may write
     if lint := shutil.which("plutil"):
         _run([lint, "-lint", str(file)])
     _boot_out()
@@ -123,7 +122,7 @@ def uninstall(*, home: Path) -> bool:
 
 
 def _boot_out() -> None:
-    """Stop the agent, and wait for its end: launchd refuses to start one that still ends."""
+    """Stop the agent and wait until it has ended: launchd refuses to start it earlier."""
     service = f"{_domain()}/{LABEL}"
     _launchctl("bootout", service, may_fail=True)
     until = time.monotonic() + PATIENCE
@@ -136,10 +135,10 @@ def _domain() -> str:
 
 
 def _launchctl(*arguments: str, may_fail: bool = False) -> bool:
-    """Run launchctl; tell whether it succeeded."""
+    """Run launchctl; return whether it succeeded."""
     launchctl = shutil.which("launchctl")
     if launchctl is None:
-        raise DenseSteerError("no launchctl: an agent can be installed on macOS alone.")
+        raise DenseSteerError("no launchctl: an agent can be installed only on macOS.")
     return _run([launchctl, *arguments], may_fail=may_fail)
 
 

@@ -1,4 +1,4 @@
-"""Listen, serve, and end in time: uvicorn with bounds on what a connection may hold."""
+"""Run the application on uvicorn, with limits on connections and on the time to shut down."""
 
 import asyncio
 import errno
@@ -21,7 +21,7 @@ BACKLOG = 128  # connections that wait to be accepted
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens: a client may connect before the server runs, and waits.
+    """Return a listening socket; clients that connect before the server runs wait.
 
     Raises:
         InputError: the address cannot be used, with the reason.
@@ -51,7 +51,7 @@ def listen(
 ) -> None:
     """Serve until SIGINT or SIGTERM; then running answers have ``limits.grace`` seconds to end.
 
-    ``on_start`` gets uvicorn's server. A thread that is not the main one gets no signals: set the
+    ``on_start`` gets uvicorn's server. Signals reach only the main thread: elsewhere set the
     server's ``should_exit`` to end it.
     """
     config = Config(
@@ -74,7 +74,7 @@ def listen(
 
 
 class _EndingServer(Server):
-    """Tells clients that the server ends before uvicorn cuts their connections."""
+    """Tells clients of the shutdown before uvicorn closes their connections."""
 
     def __init__(self, config: Config, engine: Engine, grace: float):
         super().__init__(config)
@@ -87,7 +87,7 @@ class _EndingServer(Server):
         await super().shutdown(sockets)
 
     def _end_rest(self) -> None:
-        """End the answers that run, and the requests whose bodies are not complete."""
+        """End running answers, and requests whose bodies are incomplete."""
         self._engine.end_all()
         for connection in list(self.server_state.connections):
             cycle = connection.cycle
@@ -96,7 +96,7 @@ class _EndingServer(Server):
 
 
 def _bounded(limits: ServerLimits) -> type[H11Protocol]:
-    """Return a protocol that bounds connections at a time, and seconds for a request's headers."""
+    """Return a protocol that limits connections, and the seconds for a request's headers."""
 
     class Bounded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -134,7 +134,7 @@ def _bounded(limits: ServerLimits) -> type[H11Protocol]:
             super().send_400_response(msg)
 
         def _await_headers(self) -> None:
-            """Start one timer for all of a request's headers: single bytes do not extend it."""
+            """Start one timer for all headers of a request: further bytes do not extend it."""
             if self._patience is None:
                 self._patience = self.loop.call_later(limits.idle, self.transport.abort)
 

@@ -45,7 +45,7 @@ class Overview:
         return self._model(name, self.vectors.describe(asked.steering) if asked else None)
 
     def steering(self) -> dict[str, object]:
-        """Return what a page with a dial needs."""
+        """Return the model, the presets and the vectors, as the page needs them."""
         model = self.vectors.model
         return {
             "model": {
@@ -78,7 +78,7 @@ class Overview:
         ]
 
     def _vector(self, one: NamedVector) -> dict[str, object]:
-        """Return what is known of a vector; ``unit_dose`` is the dose of strength 1 at each layer."""
+        """Return a vector's description; ``unit_dose`` is the dose of strength 1 at each layer."""
         vector, meta = one.vector, one.vector.meta
         sizes, norms = vector.norms(), self.vectors.model.norms(vector, vector.layers)
         return {

@@ -1,11 +1,12 @@
 """Prompts that begin alike are read once for each steering.
 
-An entry is found by the fingerprint of the steering under which it was read. An entry of another steering
-gives what both have in common: the layers up to the lowest one that either steers (``model/prefix.py``).
-Equal beginnings are cut into equal chunks, so what is taken from here is bit for bit what reading the
+An entry is found by the fingerprint of the steering under which it was read. An entry of another
+steering gives the layers up to the lowest one that either steers (``model/prefix.py``). Equal
+beginnings are cut into equal chunks, so what is taken from here is bit for bit what reading the
 prompt again would give.
 
-Short prompts that come at the same time are read together instead (``PromptReading.rest``): that is faster.
+Short prompts that come at the same time are read together instead (``PromptReading.rest``): that is
+faster.
 """
 
 from collections import OrderedDict
@@ -22,20 +23,20 @@ from ..model.cache import twin_of
 from ..model.prefix import Chunk, Prefix, common_beginning
 from ..steering.steering import UNSTEERED, Steering
 
-# Tokens of a chunk: it may end at a message from SMALL on; it always ends at LARGE.
+# Tokens of a chunk: from SMALL on it ends before a new message, at LARGE in any case.
 SMALL, LARGE = 64, 256
-FIRST = 16  # the first chunk may end at a message from here on: most often the system message
-FEW = 8  # fewer tokens than these, such as the header of the answer, are no second chunk
+FIRST = 16  # the first chunk, mostly the system message, ends before a new message from here on
+FEW = 8  # fewer tokens, such as the answer's header, make no second chunk
 
 
 def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
     """Cut a prompt without its last token into chunks.
 
-    Where a chunk ends depends only on what precedes the end, so prompts that begin alike have the same
-    first chunks. A chunk ends before a token that opens a message (``opens``), or when it is long, so
-    that other rows decode in between. A small last chunk is added to the one before: a forward pass of
-    few tokens costs almost as much as one of many. A first message is a chunk even if it is small:
-    Qwen2.5's own system message (21 tokens) begins every conversation.
+    Where a chunk ends depends only on what precedes the end, so prompts that begin alike have the
+    same first chunks. A chunk ends before a token that opens a message (``opens``), or when it is
+    long, so that other rows decode in between. A small last chunk is added to the one before: a
+    forward pass of few tokens costs almost as much as one of many. A first message is a chunk even
+    if it is small: Qwen2.5's own system message (21 tokens) begins every conversation.
     """
     ends, start, last = [], 0, len(tokens) - 1
     for at in range(1, last):
@@ -51,7 +52,7 @@ def cut(tokens: Sequence[int], opens: Collection[int]) -> list[Chunk]:
 
 @dataclass(eq=False)
 class _Entry:
-    """A prompt that was read; ``fingerprint`` and ``layers`` are those of the steering then in force."""
+    """A prompt that was read; ``fingerprint`` and ``layers`` are those of its steering."""
 
     fingerprint: str
     layers: frozenset[int]
@@ -62,8 +63,8 @@ class _Entry:
 class Found(NamedTuple):
     """A prefix with which a prompt begins.
 
-    ``tokens`` is how many need not be read; where only the lower layers are known, that share of them.
-    ``exact`` says that it was read under the same steering.
+    ``tokens`` is how many need not be read; where only lower layers are known, that share of them.
+    ``exact``: it was read under the same steering.
     """
 
     prefix: Prefix
@@ -72,10 +73,10 @@ class Found(NamedTuple):
 
 
 class PromptCache:
-    """Caches of the prompts that were read last, up to ``max_bytes``; used on the model's thread.
+    """Caches of the latest prompts, up to ``max_bytes``; used on the model's thread.
 
-    ``usual`` is the steering that most requests will ask for. An unsteered prompt keeps the residual
-    stream at its lowest layer, so that the same prompt under it is read faster.
+    ``usual`` is the steering that most requests ask for. An unsteered prompt keeps the residual
+    stream at its lowest layer, so that the same prompt is read faster under ``usual``.
     """
 
     def __init__(self, network: nn.Module, *, max_bytes: int, usual: Steering | None = None):
@@ -94,7 +95,7 @@ class PromptCache:
     def read(
         self, tokens: Sequence[int], steering: Steering | None, opens: Collection[int]
     ) -> "PromptReading":
-        """Begin to read a prompt; what is known of it is not read again."""
+        """Begin to read a prompt after the part that is known."""
         return PromptReading(self, self._network, tokens, steering, cut(tokens, opens))
 
     def clear(self) -> None:
@@ -109,7 +110,7 @@ class PromptCache:
         return replace(steering, positions="all")
 
     def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> Found:
-        """Return a copy of the prefix that spares most work."""
+        """Return a copy of the prefix that saves most work."""
         fingerprint, layers = _identity(steering)
         best, most, exact = None, 0.0, True
         for number, entry in self._entries.items():
@@ -126,7 +127,7 @@ class PromptCache:
         return Found(self._entries[best].prefix.fork(), int(most), exact)
 
     def keep(self, prefix: Prefix, steering: Steering | None) -> None:
-        """Keep a prompt that was read, in place of entries with which it begins."""
+        """Keep a prompt, and drop the entries with which it begins."""
         if not prefix.chunks or prefix.nbytes > self._max_bytes:
             return  # too large: it would push out all other entries
         fingerprint, layers = _identity(steering)
@@ -141,7 +142,7 @@ class PromptCache:
 
 
 class PromptReading:
-    """A prompt that is to be read, a chunk at a time."""
+    """Reads a prompt, a chunk at a time."""
 
     def __init__(
         self,
@@ -165,9 +166,9 @@ class PromptReading:
         return self._chunks[known] if known < len(self._chunks) else None
 
     def rest(self) -> list[int] | None:
-        """Return the tokens that are not known if they may be read together with other prompts.
+        """Return the unknown tokens, if they may be read together with other prompts.
 
-        ``caches`` then hold what precedes them. Only a short rest is returned: it is not kept.
+        ``caches`` then hold the tokens before. Only a short rest is returned, as it is not kept.
         """
         if not self._exact or self._filling is not None:
             return None
@@ -189,7 +190,7 @@ class PromptReading:
         return max(1, self._prefix.length - before)
 
     def caches(self) -> list[KVCache]:
-        """Return caches that hold what was read, and go on under the prompt's steering."""
+        """Return caches of the tokens read so far; they go on under the prompt's steering."""
         caches = [twin_of(cache) for cache in self._prefix.caches]
         steered = make_cache(self._network, self._steering, prompt_length=len(self._tokens))
         for cache, other in zip(caches, steered, strict=True):

@@ -1,4 +1,4 @@
-"""OpenAI's response bodies, whole and in chunks, with the steering that was applied and the density."""
+"""OpenAI's response bodies, whole and in chunks, with the steering and the density."""
 
 import time
 import uuid
@@ -16,12 +16,12 @@ LEAST = -9999.0  # OpenAI's log-probability of an impossible token; JSON has no 
 
 @dataclass
 class Completion:
-    """The answer to one request while it comes: to chat or to plain prompts, one choice or several.
+    """The response to one chat or completion request, while its choices are generated.
 
     Args:
-        choices: how many answers there are in all, ``n`` to each prompt.
+        choices: number of answers, ``n`` for each prompt.
         steering: what is applied, as JSON; ``None`` is the stock model.
-        with_usage: a stream that ends with the usage; its other chunks have ``"usage": null``.
+        with_usage: end the stream with the usage; its other chunks have ``"usage": null``.
     """
 
     chat: bool
@@ -40,7 +40,7 @@ class Completion:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._began, self._first = time.perf_counter(), 0.0
-        self._lengths: dict[int, int] = {}  # characters told with log-probabilities, by choice
+        self._lengths: dict[int, int] = {}  # characters with log-probabilities so far, by choice
 
     def add(self, first: int, said: Said) -> None:
         """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
@@ -55,7 +55,7 @@ class Completion:
         return len(self.results) == self.choices
 
     def whole(self, with_logprobs: bool) -> dict[str, object]:
-        """Return the whole body."""
+        """Return the body of a response that is not streamed."""
         choices = []
         for index in sorted(self.results):
             result = self.results[index]
@@ -70,7 +70,7 @@ class Completion:
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
 
     def opening(self) -> list[dict[str, object]]:
-        """Return the chunks with which a stream begins: the role, and the steering."""
+        """Return the first chunks of a stream: the role, and the steering."""
         if not self.chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -81,7 +81,7 @@ class Completion:
         return [self._chunk(choices) | {"steering": self.steering}]
 
     def chunk(self, said: Said) -> dict[str, object]:
-        """Return one piece as a chunk; the last one of a choice says why it ended."""
+        """Return one piece as a chunk; a choice's last chunk says why it ended."""
         index, piece = said.choice, said.piece
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
         text: dict[str, object] = {"text": piece.text}
@@ -100,7 +100,7 @@ class Completion:
     def usage(self) -> dict[str, object]:
         """Return the tokens of prompts and answers, the steps and the density.
 
-        The seconds to the first token count from the request, time in the queue included.
+        The time to the first token starts at the request, so it includes the queue.
         """
         results = list(self.results.values())
         prompt = sum(self.results[i].prompt_tokens for i in range(0, self.choices, self.n))

@@ -1,7 +1,7 @@
-"""What a request may say: OpenAI's fields, and ``steering``. The OpenAPI description is made of these models.
+"""The fields of a request: OpenAI's, and ``steering``. The OpenAPI description comes from here.
 
-A field of OpenAI's that changes the answer and that this server does not have is refused; one that means
-nothing here is accepted (``NEUTRAL``, ``IDLE``). Other unknown fields are ignored and named in a header.
+OpenAI's other fields are refused where they would change the answer, and else accepted
+(``NEUTRAL``, ``IDLE``). Unknown fields are ignored and named in a header.
 """
 
 import difflib
@@ -27,10 +27,10 @@ Strength = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(m
 
 
 class SteeringField(BaseModel):
-    """The field ``steering``; what is left out is the vector's default."""
+    """The field ``steering``; a key left out takes the vector's default."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    vector: str | None = Field(None, description="A name of /v1/steering.")
+    vector: str | None = Field(None, description="A vector's name, as in /v1/steering.")
     strength: Strength | None = Field(
         None,
         description="Lambda as a number, or a dose in per cent of the residual stream as text; positive is "
@@ -46,7 +46,7 @@ class SteeringField(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
-        """Name the keys that there are, which pydantic's own message does not."""
+        """Refuse an unknown key and name the known ones, which pydantic's message lacks."""
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 raise PydanticCustomError(
@@ -96,10 +96,10 @@ class StreamOptions(BaseModel):
 
 
 class CompletionFields(BaseModel):
-    """The fields that both kinds of request share."""
+    """The fields of both kinds of request."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    model: str | None = Field(None, description="A name of /v1/models, or NAME@VECTOR=STRENGTH.")
+    model: str | None = Field(None, description="A name as in /v1/models, or NAME@VECTOR=STRENGTH.")
     steering: SteeringField | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -145,7 +145,7 @@ class ChatRequest(CompletionFields):
 
     @property
     def alternatives(self) -> int | None:
-        """How many of the likeliest tokens to tell of each token; ``None``: no log-probabilities."""
+        """How many likeliest tokens to return at each place; ``None``: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -180,7 +180,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-# OpenAI's fields that this server does not have, and the values that ask for nothing.
+# OpenAI's fields that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -214,11 +214,11 @@ IDLE = {
 
 
 def check_extra(request: CompletionFields) -> list[str]:
-    """Return the names of the fields that are ignored because the server does not know them.
+    """Return the names of the unknown fields, which are ignored.
 
     Raises:
-        Fault: an unsupported field that asks for something, a misspelt one, or a key of ``steering``
-            that stands beside it, where it would do nothing.
+        Fault: an unsupported field that asks for something, a misspelt one, or a key of
+            ``steering`` outside of it.
     """
     extra = request.model_extra or {}
     if len(extra) > UNKNOWN:

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""The settings of a server."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Bounds on what clients may ask for and hold.
+    """Limits on what clients may ask for and occupy.
 
     Args:
         rows: answers that are generated together.
         queue: answers that may wait.
-        max_tokens: tokens of an answer.
+        max_tokens: most tokens of an answer.
         body: bytes of a request's body.
-        header: bytes of all its headers together.
+        header: bytes of all headers together.
         connections: connections at a time.
         idle: seconds for headers, for a body, for a reader that stalls, and for an idle connection.
         grace: seconds for running answers when the server ends.
@@ -35,13 +35,13 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Which clients are answered.
 
     Args:
         key: the API key, needed for ``/v1/`` if it is set.
-        hosts: names that the ``Host`` header may have.
-        any_address: it may be any IP address too.
-        origins: other web pages that may ask.
+        hosts: allowed names in the ``Host`` header.
+        any_address: any IP address is allowed there too.
+        origins: allowed origins of other web pages.
     """
 
     key: bytes | None = None
@@ -52,7 +52,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is served, and to whom; ``name`` is what clients call the model."""
+    """All settings; ``name`` is the model's name for clients, ``folder`` holds further vectors."""
 
     name: str
     limits: ServerLimits = ServerLimits()

@@ -1,4 +1,4 @@
-"""From what the command line says to a server that can listen."""
+"""Load the model and build the application that serves it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from .worker import Worker
 
 
 class Service(NamedTuple):
-    """A server that can listen."""
+    """A loaded server, ready to listen."""
 
     application: ASGIApp
     engine: Engine
@@ -29,7 +29,7 @@ class Service(NamedTuple):
 def start(
     model: str, given: Sequence[NamedVector], settings: Settings, *, cache_bytes: int
 ) -> Service:
-    """Load the model on a thread of its own and return what serves it.
+    """Load the model on a thread of its own and return the service.
 
     Raises:
         DenseSteerError: the model cannot be loaded, or a given vector does not fit it.
@@ -39,7 +39,7 @@ def start(
     def load_on_thread() -> Worker:
         loaded = load(model)
         vectors = Vectors(given, settings.folder, loaded, settings.name)
-        _ = loaded.info, loaded.measured_norms  # worked out here; other threads only read them
+        _ = loaded.info, loaded.measured_norms  # computed here; other threads only read them
         made.append(vectors)
         first = next(iter(vectors.all()), None)
         return Worker(
@@ -59,5 +59,5 @@ def start(
 
 
 def model_id(model: str, name: str | None) -> str:
-    """Return what clients call the model: ``name``, or the last part of its folder or Hub id."""
+    """Return the model's name for clients: ``name``, or the last part of its folder or Hub id."""
     return name or Path(model).expanduser().absolute().name

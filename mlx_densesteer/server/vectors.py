@@ -1,9 +1,9 @@
-"""The vectors that requests may name, and from what a request says to a ``Steering``.
+"""The vectors that requests may name, and the ``Steering`` that a request asks for.
 
-A request names a vector, never a path. The names are those of the vectors given at the start and of the
-files in one folder, which is read again with every request: a new file needs no restart. A request says its
-steering in the field ``steering`` or in the model's name, ``qwen2.5-1.5b@dense=20%``, which every client
-can send.
+A request names a vector, never a path. The vectors are those given at the start and the files in
+one folder, which is read again with every request: a new file needs no restart. A request gives its
+steering in the field ``steering`` or in the model's name, ``qwen2.5-1.5b@dense=20%``, which every
+client can send.
 """
 
 import re
@@ -24,7 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 @dataclass(frozen=True)
 class NamedVector:
-    """A vector that requests may name, and the settings that the server was started with.
+    """A vector that requests may name, and the settings given at the server's start.
 
     A setting that is ``None`` is the vector's own default (``steering.request.request``).
     """
@@ -62,16 +62,17 @@ class Asked:
 
 
 class Vectors:
-    """Look vectors up by name, and read what requests say of them.
+    """Looks vectors up by name, and reads the steering of requests.
 
     Args:
-        given: vectors that stay whatever happens to their files.
+        given: vectors that stay even if their files change.
         folder: its ``NAME.npz`` are vectors too.
-        model: what is served; a file of another model is left out.
-        base: the name that clients call the model.
+        model: the model served; files for other models cannot be used.
+        base: the model's name for clients.
 
     Raises:
-        InputError: a given vector's name cannot stand in a model's name, or its default cannot be applied.
+        InputError: a given vector's name cannot be part of a model's name, or its default cannot
+            be applied.
         VectorMismatchError: a given vector does not fit the model.
     """
 
@@ -102,7 +103,7 @@ class Vectors:
         """Return the vector of that name; ``param`` is the request's field that names it.
 
         Raises:
-            Fault: no such vector (with those there are), or one that cannot be used.
+            Fault: no such vector, or one that cannot be used.
         """
         found = self._given.get(name) or self._look().get(name)
         if isinstance(found, NamedVector):
@@ -118,7 +119,8 @@ class Vectors:
         ``None`` is the stock model: no steering is asked for, or one of strength 0.
 
         Raises:
-            Fault: steering given twice, an unknown model or vector, or a steering that cannot be applied.
+            Fault: steering given twice, an unknown model or vector, or a steering that cannot be
+                applied.
         """
         named = self._read_name(model) if model else None
         if named is not None and field is not None:
@@ -136,9 +138,9 @@ class Vectors:
         return self._asked(one, "steering", field.strength, field.chosen_layers, field.positions)
 
     def preset(self, one: NamedVector) -> Asked:
-        """Return a vector at its default as lists show it: the dose rounded, as people read it.
+        """Return a vector at its default, the dose rounded for display.
 
-        Asking for the preset's name gives exactly the preset's steering.
+        The preset's name asks for exactly this steering.
         """
         usual = one.request().steering(self.model)
         dose = self.model.dose(usual)
@@ -146,8 +148,8 @@ class Vectors:
         return Asked(one.request(text).steering(self.model), f"{self.base}@{one.name}={text}")
 
     def describe(self, steering: Steering) -> dict[str, object]:
-        """Return a steering as JSON: what is added, its dose (0.2 is 20 %), a warning if that is large."""
-        # 12 digits, so that a dose comes back as it was asked for: 0.2, not 0.19999999999999998
+        """Return a steering as JSON, with its dose (0.2 is 20 %) and a warning if that is large."""
+        # 12 digits: 0.2 comes back as 0.2, not as 0.19999999999999998
         dose = float(f"{self.model.dose(steering):.12g}")
         warning = None
         if dose >= LARGE_DOSE:
@@ -197,9 +199,9 @@ class Vectors:
         return self.get(name, "model"), amount if equals else None
 
     def _name_of(self, one: NamedVector, found: Request) -> str:
-        """Return the model name that asks for exactly this; the bare name where no name can.
+        """Return the model name that asks for exactly this, or the bare name if none can.
 
-        No name says other layers or positions than the vector's default.
+        A name cannot give other layers or positions than the vector's default.
         """
         usual = one.request(found.amount)
         if (usual.layers, usual.positions) != (found.layers, found.positions):
@@ -213,7 +215,7 @@ class Vectors:
         return ", ".join(one.name for one in self.all()) or "none"
 
     def _look(self) -> dict[str, NamedVector | str]:
-        """Return the folder's vectors by name; for one that cannot be used, the reason."""
+        """Return the folder's vectors by name; the reason instead of one that cannot be used."""
         if self._folder is None:
             return {}
         here: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
@@ -223,7 +225,7 @@ class Vectors:
                 continue
             try:
                 state = path.stat()
-            except OSError:  # removed just now
+            except OSError:  # removed meanwhile
                 continue
             stamp = (state.st_mtime_ns, state.st_size)
             known = self._files.get(name)

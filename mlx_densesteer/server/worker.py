@@ -1,7 +1,7 @@
-"""All that happens with the model while it serves: one thread, no locks, no HTTP.
+"""Answers jobs with the model: one thread, no locks, no HTTP.
 
-Each call of ``work`` reads a part of the prompts that arrive and decodes one token of every row that
-runs. ``prompt_cache`` reads prompts, ``generation.batch`` decodes rows.
+Each call of ``work`` reads a part of the waiting prompts and decodes one token of every running
+row. ``prompt_cache`` reads prompts, ``generation.batch`` decodes rows.
 """
 
 from collections import Counter, deque
@@ -23,9 +23,9 @@ from .prompt_cache import PromptCache, PromptReading
 class Job:
     """One prompt, answered ``n`` times.
 
-    ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may end
-    an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's first
-    answer in the response.
+    ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may
+    end an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's
+    first answer in the response.
     """
 
     tokens: list[int]
@@ -76,10 +76,10 @@ class Worker:
     """Takes jobs and returns events.
 
     Args:
-        rows: how many answers are decoded together at most.
-        cache_bytes: what the prompt cache may hold.
-        usual: the steering that most requests will ask for.
-        opens: tokens that open a message (``prompt_cache.cut``).
+        rows: most answers that are decoded together.
+        cache_bytes: most bytes of the prompt cache.
+        usual: the steering that most requests ask for.
+        opens: tokens that begin a message (``prompt_cache.cut``).
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Worker:
         return sum(taken.job.n for taken in self._waiting)
 
     def take(self, job: Job) -> Event:
-        """Take a job, or say why not: a steering that cannot be applied must not fail in a later step."""
+        """Take a job, or refuse it now if its steering cannot be applied."""
         self._owed[job] = job.n
         try:
             deltas(self._model.network, job.steering)
@@ -134,12 +134,12 @@ class Worker:
             self._batch.cancel(row)
 
     def work(self) -> Told:
-        """Read some, decode one token of every row; return what there is to tell."""
+        """Read a part of the prompts, decode one token of every row, and return the events."""
         self._read()
         return self._decode()
 
     def fail(self, fault: Fault) -> Told:
-        """End everything; return an event for each job that has not ended."""
+        """End all jobs; return an event for each."""
         told: Told = [(job, Failed(fault)) for job in self._owed]
         for those in (self._owed, self._waiting, self._reading, self._rows):
             those.clear()
@@ -147,20 +147,20 @@ class Worker:
         return told
 
     def close(self) -> Told:
-        """End everything because the server ends."""
+        """End all jobs because the server ends."""
         return self.fail(ending())
 
     def recover(self, fault: Fault) -> Told:
-        """Go on after half a step: everything that ran is lost, the prompt cache too."""
+        """Go on after a failed step: end all jobs and clear the prompt cache."""
         told = self.fail(fault)
         self.prompts.clear()
         mx.clear_cache()
         return told
 
     def rest(self) -> None:
-        """Give back what is not needed while nothing runs.
+        """Free memory while no answers run.
 
-        Not between two requests of one client: memory that is given back takes time to get again.
+        Not between two requests of one client: it takes time to allocate memory again.
         """
         if self._batch is not None and not self._rows:
             self._batch.close()
@@ -168,8 +168,8 @@ class Worker:
             mx.clear_cache()
 
     def _read(self) -> None:
-        """Read prompts in the order in which they came, as far as the rows that decode can wait."""
-        # A job with more answers than rows is taken when nothing else runs: the batch lets the rest wait.
+        """Read prompts in order of arrival, a few at a time so that running rows can decode."""
+        # A job with more answers than rows is taken when nothing else runs; the batch queues them.
         while self._waiting and (
             not self.running or self.running + self._waiting[0].job.n <= self._limit
         ):
@@ -186,7 +186,7 @@ class Worker:
                 self._join(taken, taken.job.tokens[-1:])
 
     def _join_together(self) -> None:
-        """Begin to read: several short prompts with nothing in common at once, else the first one."""
+        """Begin to read: several short prompts that begin differently at once, else the first."""
         for taken in self._reading:
             job = taken.job
             taken.reading = self.prompts.read(job.tokens, job.steering, self._opens)
@@ -202,7 +202,7 @@ class Worker:
             for taken, rest in together.items():
                 self._join(taken, rest)
         for taken in list(self._reading)[len(together) <= 1 :]:
-            taken.reading = None  # looked up again in its turn, when more is known
+            taken.reading = None  # looked up again in its turn: more may be cached then
 
     def _join(self, taken: _TakenJob, tokens: list[int]) -> None:
         """Let a job's rows join the batch; ``tokens`` are those that its caches do not hold."""
