@@ -315,7 +315,7 @@ def test_the_conversation_goes_on_with_the_chosen_answer(open_page):
     ask(page)
     answered(page)
     stock = answers(page)[1]
-    page.get_by_role("button", name="Go on with this one").click()
+    page.get_by_role("button", name="Continue from this one").click()
     ask(page, "And now?")
     answered(page)
     messages = sent[-1]["messages"]
@@ -631,7 +631,7 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
         assert page.get_by_label("Question", exact=True).input_value() == "kept"
         page.get_by_label("API key").fill("wrong")
         page.get_by_role("button", name="Use it").click()
-        page.get_by_text("did not take that key").wait_for()
+        page.get_by_text("refused that key").wait_for()
         assert not page.locator("#alert").is_visible()
         page.get_by_label("API key").fill("a-key-of-many-letters")
         page.get_by_role("button", name="Use it").click()

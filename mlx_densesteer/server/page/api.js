@@ -1,9 +1,9 @@
-/** The server: what there is to choose from, and answers as they stream. */
+/** Requests to the server: its overview, and streamed answers. */
 
-const KEY = "densesteer.key"; // in this tab only
+const KEY = "densesteer.key"; // kept in this tab only
 
 export class Refused extends Error {
-  /** @param {string} message @param {number} status 0 where there was no answer */
+  /** @param {string} message @param {number} status 0 without a response */
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -53,7 +53,7 @@ export async function* answer(request, signal) {
   });
   let done = false;
   for await (const data of events(response.body)) {
-    done ||= data === "[DONE]"; // and then to the end of the stream: the connection is used again
+    done ||= data === "[DONE]"; // read on to the end, so that the connection can be used again
     if (done) continue;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Refused(chunk.error.message, 500);
@@ -68,7 +68,7 @@ export async function* answer(request, signal) {
   if (!done) throw brokenOff();
 }
 
-/** Yield the data of server-sent events; comments are left out. */
+/** Yield the data of server-sent events, without comments. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -15,10 +15,10 @@ import { Transcript } from "/page/transcript.js";
 
 const [HERE, DRAFT] = ["densesteer.open", "densesteer.draft"]; // in this tab
 
-let server = null; // what it told of itself; null until it has
+let server = null; // the overview; null until it has come
 let dial = null;
 let conversation = history.fresh();
-let running = null; // what stops the answers that stream
+let running = null; // aborts the answers that stream
 const sweep = new Sweep((setting) => dial.set(setting));
 const transcript = new Transcript({ choose, branch });
 
@@ -34,7 +34,7 @@ async function start() {
   await connect();
 }
 
-/** Ask the server what there is; nothing can be asked before that. */
+/** Load the server's overview; questions can be sent after that. */
 async function connect() {
   try {
     server = await overview();
@@ -66,7 +66,7 @@ function showExamples() {
     make("button", { type: "button", textContent: text, onclick: () => send(text) })));
 }
 
-/** Ask a question under what the dial says, and without steering beside it. */
+/** Ask a question under the dial's steering, and without steering beside it. */
 function send(question) {
   if (running || !dial) return;
   const turn = { question, answers: [], chosen: 0 };
@@ -74,7 +74,7 @@ function send(question) {
   run(turn, (steering && element("compare").checked ? [steering, null] : [steering]).map(asked));
 }
 
-/** Answer the last question once more, under what the dial says now; what was said stays. */
+/** Answer the last question again under the dial's steering; earlier answers stay. */
 function again() {
   const turn = conversation.turns.at(-1);
   if (running || !dial || !turn) return;
@@ -85,20 +85,20 @@ function again() {
   run(turn, wanted);
 }
 
-/** What a request says beside its messages. */
+/** The fields of a request beside its messages. */
 function asked(steering) {
   return { ...sampling(), steering };
 }
 
-/** Name an answer before the server has said under what it came. */
+/** Name an answer until the server sends its steering. */
 function labelOf(steering) {
   return describe(steering && { ...steering, dose: dial.dose(steering) });
 }
 
-/** Let a turn have these answers, all at once: the server makes them in one batch. */
+/** Add these answers to a turn, all at once: the server makes them in one batch. */
 async function run(turn, wanted) {
   quiet();
-  const here = conversation; // another may be opened while this one is answered
+  const here = conversation; // the user may open another one meanwhile
   here.system = element("system").value;
   if (!here.turns.includes(turn)) here.turns.push(turn);
   const messages = [...history.messages(here, here.turns.indexOf(turn)), { role: "user", content: turn.question }];
@@ -138,7 +138,7 @@ async function follow(request, answer, signal) {
   transcript.update(answer);
 }
 
-/** Keep what was said, drop answers that never began, and offer what failed once more. */
+/** Keep the answers, drop those without text, and offer to retry those that failed. */
 function finish(here, turn, answers, before) {
   const failed = answers.filter((one) => one.error);
   const empty = answers.filter((one) => !one.text && one.reason !== "stop" && one.reason !== "length");
@@ -165,7 +165,7 @@ function finish(here, turn, answers, before) {
   showList();
 }
 
-/** Tell those who cannot see what came. */
+/** Announce the answers to screen readers, or show what failed. */
 function tellEnd(turn, answers, failed, fits) {
   if (failed.length) {
     const retry = () => {
@@ -173,7 +173,7 @@ function tellEnd(turn, answers, failed, fits) {
       run(turn, failed.map((one) => one.asked));
     };
     fail(new Refused(failed[0].error, failed[0].status ?? 500), retry);
-  } else if (!fits) fail(new Refused("This conversation is too large for the browser to keep.", 0), () => {});
+  } else if (!fits) fail(new Refused("This conversation is too large to store in this browser.", 0), () => {});
   else {
     const said = turn.answers[turn.chosen]?.text ?? "";
     const told = answers.map((one) => `${one.label}: ${one.usage ? count(one.usage.completion_tokens, "token") : "stopped"}`);
@@ -187,7 +187,7 @@ function takeQuestion() {
   return question;
 }
 
-/** Go on with another answer to the last question. */
+/** Continue from another answer to the last question. */
 function choose(turn, index) {
   turn.chosen = index;
   transcript.refresh();
@@ -195,7 +195,7 @@ function choose(turn, index) {
   element("question").focus();
 }
 
-/** Go on with an answer to an earlier question, in a conversation of its own. */
+/** Continue from an answer to an earlier question, in a new conversation. */
 function branch(turn, index) {
   const until = conversation.turns.slice(0, conversation.turns.indexOf(turn) + 1);
   const made = history.branch(conversation, until);
@@ -225,7 +225,7 @@ function fail(error, retry) {
   element("alert-text").textContent = error.message;
   element("retry").onclick = () => { quiet(); retry(); };
   if (!locked) return;
-  element("key-text").textContent = hasKey() ? "The server did not take that key." : "This server asks for its API key.";
+  element("key-text").textContent = hasKey() ? "The server refused that key." : "This server asks for its API key.";
   element("key").focus();
 }
 
@@ -233,7 +233,7 @@ function quiet() {
   element("alert").hidden = true;
 }
 
-/** Show another conversation; what this one waits for ends. */
+/** Show another conversation; the answers of this one stop. */
 function open(other) {
   if (other.id === conversation.id) return;
   stop();
@@ -263,7 +263,7 @@ function renew() {
   element("question").focus();
 }
 
-/** Another tab has written: show it, unless this one is in the middle of something. */
+/** Show what another tab has stored, unless an answer is streaming here. */
 function adopt() {
   if (!running && history.isLost(conversation)) {
     history.keep(conversation);

@@ -3,14 +3,14 @@
 import { element, fill, make } from "/page/dom.js";
 import { brief, percent } from "/page/steps.js";
 
-const FALLBACK = 4; // times the default strength, where no dose is known
-const CATCH = 0.015; // share of the range within which a dragged dial stops at 0 and at the default
+const FALLBACK = 4; // times the default strength: the range if no dose is known
+const CATCH = 0.015; // a dragged dial stops at 0 and at the default within this share of the range
 const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }; // steps
 
 export class Dial {
   /**
-   * @param {object} overview what /v1/steering tells
-   * @param {object | undefined} setting what it stood at the last time, if that is still to be had
+   * @param {object} overview the JSON of /v1/steering
+   * @param {object | undefined} setting the last setting; used if it is still possible
    * @param {(setting: object) => void} changed
    */
   constructor(overview, setting, changed) {
@@ -51,23 +51,23 @@ export class Dial {
     return this.overview.vectors.find((one) => one.name === element("vector").value);
   }
 
-  /** All that the dial says. */
+  /** The dial's vector, strength, layers and positions. */
   get setting() {
     const { strength, layers } = this;
     return { vector: element("vector").value, strength, layers, positions: element("positions").value };
   }
 
-  /** What to send with a request; null is the stock model. */
+  /** The steering to send with a request; null is the stock model. */
   get steering() {
     return this.overview.vectors.length && this.strength ? this.setting : null;
   }
 
-  /** The dose of strength 1 at the layers of the dial, a fraction; null where it is not known. */
+  /** The dose of strength 1 at the dial's layers, a fraction; null if not known. */
   get unit() {
     return unitDose(this.vector, this.layers);
   }
 
-  /** The dose of a setting, a fraction; null where it is not known. */
+  /** The dose of a setting, a fraction; null if not known. */
   dose({ vector, strength, layers }) {
     const unit = unitDose(this.overview.vectors.find((one) => one.name === vector), layers);
     return unit === null ? null : unit * Math.abs(strength);
@@ -84,7 +84,7 @@ export class Dial {
     element("vector").value = setting.vector;
     const { layers } = this.vector;
     for (const id of ["layer-from", "layer-to"]) fill(element(id), layers);
-    this.layers = setting.layers; // a preset may leave some out in between
+    this.layers = setting.layers; // a preset may skip some in between
     element("layer-from").value = Math.min(...setting.layers);
     element("layer-to").value = Math.max(...setting.layers);
     element("positions").value = setting.positions;
@@ -92,7 +92,7 @@ export class Dial {
     this.turn(setting.strength);
   }
 
-  /** Set the strength; while a number is typed its field is left alone, while the dial is dragged its ends are. */
+  /** Set the strength; keep the number while it is typed, and the range while the dial is dragged. */
   turn(strength, typing = false) {
     this.strength = Number.isFinite(strength) ? strength : 0;
     const range = element("strength");
@@ -105,7 +105,7 @@ export class Dial {
     this.tell();
   }
 
-  /** Turn by a round step from where the dial is, so that there is a way back. */
+  /** Turn by a round step, so that the opposite key goes back. */
   key(event) {
     const range = element("strength");
     const ends = { Home: Number(range.min), End: Number(range.max) };
@@ -115,7 +115,7 @@ export class Dial {
     this.turn(tidy(Math.min(Number(range.max), Math.max(Number(range.min), next))));
   }
 
-  /** A dragged strength, round, and caught by 0 and by the default. */
+  /** Round a dragged strength; stop at 0 and at the default. */
   caught(strength) {
     const most = Number(element("strength").max);
     const stop = [0, this.vector.default.strength].find((one) => Math.abs(strength - one) < CATCH * 2 * most);
@@ -123,7 +123,7 @@ export class Dial {
     return stop ?? tidy(Math.round(strength / fine) * fine);
   }
 
-  /** Take the layers between the two choices, kept in order; the dose stays as it is. */
+  /** Take the layers between the two choices, in order, and keep the dose. */
   bound(fromMoved) {
     const [from, to] = [element("layer-from"), element("layer-to")];
     if (Number(from.value) > Number(to.value)) (fromMoved ? to : from).value = fromMoved ? from.value : to.value;
@@ -142,7 +142,7 @@ export class Dial {
     return this.unit ? Number((1 / this.unit).toPrecision(2)) : FALLBACK * Math.abs(this.vector.default.strength || 1);
   }
 
-  /** Fill the track from 0, and mark the default and the doses that are too large. */
+  /** Fill the track from 0, and mark the default and the large doses. */
   paint(most) {
     const share = (strength) => (Math.max(-most, Math.min(most, strength)) + most) / (2 * most);
     const style = element("dial").style;
@@ -164,7 +164,7 @@ export class Dial {
     const large = dose !== null && dose >= this.overview.large_dose;
     const towards = strength ? (strength > 0 ? "towards dense" : "towards sparse") : "unsteered";
     const share = dose === null || !strength ? "" : `, ${percent(dose)} of the residual stream`;
-    const text = `${towards}${share}${large ? ": so large a dose usually ruins the answer" : ""}`;
+    const text = `${towards}${share}${large ? ": a dose this large usually ruins the answer" : ""}`;
     element("dose").textContent = text[0].toUpperCase() + text.slice(1);
     element("dose").classList.toggle("warn", large);
     element("strength").setAttribute("aria-valuetext", `${brief(strength)}, ${text}`);
@@ -172,7 +172,7 @@ export class Dial {
   }
 }
 
-/** The dose of strength 1, the sum over the layers; null where the server does not tell it. */
+/** The dose of strength 1, summed over the layers; null if not known. */
 function unitDose(vector, layers) {
   const unit = vector?.unit_dose;
   if (!unit || layers.some((layer) => !(layer in unit))) return null;
@@ -190,7 +190,7 @@ function step(most) {
   return 10 ** Math.floor(Math.log10(most / 20));
 }
 
-/** Without the dust of binary fractions. */
+/** Drop the rounding errors of binary fractions. */
 function tidy(number) {
   return Number(number.toPrecision(6));
 }

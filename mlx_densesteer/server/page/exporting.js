@@ -12,7 +12,7 @@ export function asMarkdown(conversation, server) {
   conversation.turns.forEach((turn, number) => {
     lines.push("", `## Question ${number + 1}`, "", turn.question);
     turn.answers.forEach((answer, index) => {
-      const chosen = turn.answers.length > 1 && index === turn.chosen ? " (gone on with)" : "";
+      const chosen = turn.answers.length > 1 && index === turn.chosen ? " (continued from here)" : "";
       lines.push("", `### ${answer.label}${chosen}`, "", fenced(answer.text), "", `*${receipt(answer)}*`);
     });
   });
@@ -22,7 +22,7 @@ export function asMarkdown(conversation, server) {
 export function asJson(conversation, server) {
   const { model, version } = server;
   const head = { format: "mlx-densesteer conversation", version: 2, model, server: version, exported: new Date().toISOString() };
-  const { earlier, ...said } = conversation; // revisions are for the tabs of this browser
+  const { earlier, ...said } = conversation; // `earlier` is for this browser's tabs
   return `${JSON.stringify({ ...head, ...said }, null, 2)}\n`;
 }
 
@@ -37,7 +37,7 @@ export function download(text, conversation, ending, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-/** Fence a text with more backticks than it holds: what the model wrote stays what it wrote. */
+/** Fence a text with more backticks than it holds, so that it stays as the model wrote it. */
 function fenced(text) {
   const longest = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => run.length));
   const fence = "`".repeat(longest + 1);

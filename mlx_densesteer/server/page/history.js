@@ -2,15 +2,15 @@
  * Conversations, kept in this browser.
  *
  * A conversation is {id, revision, earlier, title, system, updated, turns}, a turn {question, answers, chosen}, an
- * answer {label, asked, text, steering, usage, reason, error}. Another tab may write too: `revision` tells
- * whether what is stored is what we know, `earlier` the revisions that it goes on from. A browser tells a tab a
- * moment late what another has written, so two that write at once overwrite each other: see `isLost`.
+ * answer {label, asked, text, steering, usage, reason, error}. Another tab may store a newer state:
+ * `revision` names the stored state, `earlier` the revisions before it. A browser informs other tabs a moment
+ * late, so two tabs that store at once overwrite each other: see `isLost`.
  */
 
 const STORE = "densesteer.conversations";
 const MOST = 100;
-const EARLIER = 20; // revisions that a conversation remembers
-const AT_ONCE = 5000; // milliseconds within which what is gone was overwritten, not deleted
+const EARLIER = 20; // revisions kept per conversation
+const AT_ONCE = 5000; // milliseconds: a conversation missing sooner was overwritten, not deleted
 
 /** @returns {object[]} newest first */
 export function all() {
@@ -30,15 +30,15 @@ export function fresh() {
   return { id: name(), revision: null, title: "", system: "", updated: null, turns: [] };
 }
 
-/** A conversation of its own that begins like this one. */
+/** A new conversation that begins with these turns. */
 export function branch(conversation, turns) {
   const { title, system } = conversation;
   return { ...fresh(), title, system, turns: structuredClone(turns) };
 }
 
 /**
- * Keep a conversation, the newest first; what does not fit goes from the oldest on. If another tab has gone
- * on with it, this one becomes a conversation of its own.
+ * Store a conversation, the newest first; the oldest are dropped if there is no room. If another tab has
+ * continued it, this one is stored as a new conversation.
  * @returns {boolean} false: it is too large
  */
 export function keep(conversation) {
@@ -54,10 +54,10 @@ export function keep(conversation) {
   return kept.length > 0;
 }
 
-/** Tell whether another tab has written over this conversation without having seen it. */
+/** Tell whether another tab has overwritten this conversation without knowing its state. */
 export function isLost(conversation) {
   const { id, revision, updated } = conversation;
-  if (!revision) return false; // never kept
+  if (!revision) return false; // never stored
   const stored = find(id);
   if (!stored) return Date.now() - Date.parse(updated) < AT_ONCE;
   return stored.revision !== revision && !stored.earlier?.includes(revision);
@@ -76,12 +76,12 @@ export function removeAll() {
   localStorage.removeItem(STORE);
 }
 
-/** Call `changed` when another tab has written. */
+/** Call `changed` when another tab has stored something. */
 export function watch(changed) {
   addEventListener("storage", (event) => { if (event.key === STORE || event.key === null) changed(); });
 }
 
-/** The messages that the question of turn `before` follows: of each turn the chosen answer. */
+/** The messages before the question of turn `before`, with each turn's chosen answer. */
 export function messages(conversation, before) {
   const said = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
   for (const turn of conversation.turns.slice(0, before)) {

@@ -1,15 +1,15 @@
 /**
- * The model's text, a little dressed: bold, code, headings, the formulas of school.
+ * Format the model's text: bold, code, headings, simple formulas.
  *
- * Everything is made of elements and text; nothing of the model ever becomes markup of its own. What is
- * not known is shown as it is.
+ * Only elements and text nodes are made, so the model's text never becomes HTML. Other markup is shown as
+ * it is.
  */
 
 import { make } from "/page/dom.js";
 
 const FENCE = /^\s*```/;
 const HEADING = /^#{1,6}\s+(.*)$/;
-const FINAL = /^####\s*[-$\d]/; // the mark of GSM8K before an answer
+const FINAL = /^####\s*[-$\d]/; // GSM8K's mark before the final answer
 const BRACES = String.raw`\{((?:[^{}]|\{[^{}]*\})*)\}`;
 const BOXED = new RegExp(String.raw`\\boxed${BRACES}`);
 const INLINE = new RegExp(
@@ -22,9 +22,9 @@ const SYMBOLS = {
 };
 
 /**
- * Dress one step.
- * @param {string} step @param {boolean} fenced is it within a fence that an earlier step opened?
- * @returns {{nodes: Node[], fenced: boolean}} and whether the next one is
+ * Format one step.
+ * @param {string} step @param {boolean} fenced the step begins inside a code fence
+ * @returns {{nodes: Node[], fenced: boolean}} the nodes, and `fenced` of the next step
  */
 export function dress(step, fenced) {
   const nodes = [];

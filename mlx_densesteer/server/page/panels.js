@@ -1,8 +1,8 @@
-/** The two panels beside the conversation: columns where there is room, else they lie above it. */
+/** The two panels: columns beside the conversation on wide screens, else overlays. */
 
 import { element } from "/page/dom.js";
 
-const ROOM = { past: 1120, steer: 800 }; // CSS pixels from which a panel is a column of its own
+const ROOM = { past: 1120, steer: 800 }; // CSS pixels from which a panel is a column
 const TOGGLES = { past: "show-past", steer: "show-steer" };
 
 export function wirePanels() {
@@ -23,7 +23,7 @@ export function wirePanels() {
   });
 }
 
-/** Close what lies above the conversation; tell whether there was something. */
+/** Close open overlays; return whether there were any. */
 export function closeOverlays() {
   const above = Object.keys(ROOM).filter((id) => !element(id).hidden && innerWidth < ROOM[id]);
   for (const id of above) {

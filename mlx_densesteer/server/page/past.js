@@ -3,11 +3,11 @@
 import { element, make } from "/page/dom.js";
 import * as history from "/page/history.js";
 
-const UNDO = 15_000; // milliseconds for a change of mind
+const UNDO = 15_000; // milliseconds in which a deletion can be undone
 
 /**
  * Show the list.
- * @param {string} current the id of the one that is open
+ * @param {string} current the id of the open conversation
  * @param {(conversation: object) => void} open @param {(id: string) => void} removed
  */
 export function showPast(current, open, removed) {
@@ -22,12 +22,12 @@ export function showPast(current, open, removed) {
   element("forget").disabled = !element("conversations").children.length;
 }
 
-/** Ask before all conversations go. @param {() => void} removed */
+/** Ask, then delete all conversations. @param {() => void} removed */
 export function forgetAll(removed) {
   const dialog = element("confirm");
   const count = history.all().length;
   const those = count === 1 ? "the conversation" : `all ${count} conversations`;
-  element("confirm-text").textContent = `Delete ${those} of this browser? This cannot be undone.`;
+  element("confirm-text").textContent = `Delete ${those} in this browser? This cannot be undone.`;
   dialog.returnValue = "no";
   dialog.onclose = () => {
     if (dialog.returnValue !== "yes") return;

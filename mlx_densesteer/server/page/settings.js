@@ -1,4 +1,4 @@
-/** How answers are generated, and what the page remembers of its controls. */
+/** Sampling settings, and the remembered state of the controls. */
 
 import { element } from "/page/dom.js";
 
@@ -6,13 +6,13 @@ const STORE = "densesteer.settings";
 const NUMBERS = { "max-tokens": 512, temperature: 0, "top-p": 1, seed: null };
 const SWITCHES = { compare: true, plain: false };
 
-/** Wire the controls; `changed` is called with each change. */
+/** Wire the controls; `changed` is called when a switch changes. */
 export function wireSettings(changed) {
   const kept = remembered();
   for (const [id, usual] of Object.entries(NUMBERS)) {
     const field = element(id);
     field.value = kept[id] ?? usual ?? "";
-    // a number that cannot be is replaced by the nearest that can, and nothing is ever refused
+    // an impossible number is replaced by the nearest possible one
     field.oninput = () => remember(id, number(id));
     field.onchange = () => { field.value = number(id) ?? ""; };
   }
@@ -23,7 +23,7 @@ export function wireSettings(changed) {
   }
 }
 
-/** What a request says beside its messages and steering. */
+/** The sampling fields of a request. */
 export function sampling() {
   const [temperature, top_p, seed] = [number("temperature"), number("top-p"), number("seed")];
   return {
@@ -32,7 +32,7 @@ export function sampling() {
   };
 }
 
-/** @returns {number | null} within the bounds of its field */
+/** @returns {number | null} within the limits of its field */
 function number(id) {
   const field = element(id);
   const given = field.valueAsNumber;
@@ -54,6 +54,6 @@ export function remember(name, value) {
   try {
     localStorage.setItem(STORE, JSON.stringify({ ...remembered(), [name]: value }));
   } catch {
-    // full: what the controls say now still holds
+    // storage is full: the controls still apply
   }
 }

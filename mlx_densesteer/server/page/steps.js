@@ -1,4 +1,4 @@
-/** Steps and density of a text, as mlx_densesteer/generation/answer.py counts them; numbers as people write them. */
+/** Steps of a text, as mlx_densesteer/generation/answer.py counts them; numbers and steering in words. */
 
 const BLANK_LINE = /\n[^\S\n]*\n/;
 
@@ -12,7 +12,7 @@ export function count(number, noun) {
   return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** A number as people write it: no more digits than it deserves. */
+/** A number with three digits at most, apart from zeros. */
 export function brief(number) {
   return String(Number(number.toPrecision(3)));
 }
@@ -39,7 +39,7 @@ export function where(positions) {
   return (positions ?? "all") === "all" ? "" : `, ${positions} positions`;
 }
 
-/** A steering in words; what falsy stands for is the stock model. */
+/** A steering in words; null is the stock model. */
 export function describe(steering) {
   if (!steering) return "unsteered";
   const { vector, strength, dose, layers, positions } = steering;

@@ -1,4 +1,4 @@
-/** What a sweep found, as a picture of layers and strengths. */
+/** A sweep's results as a grid of layers and doses. */
 
 import { element, fill, make } from "/page/dom.js";
 import { amount, brief, count, percent, where } from "/page/steps.js";
@@ -15,7 +15,7 @@ export class Sweep {
     this.cells = [];
   }
 
-  /** Show the vector's sweep if it has one, and where the dial stands in it. */
+  /** Show the vector's sweep, if it has one, and mark the dial's setting in it. */
   show(vector, setting) {
     if (vector !== this.vector) {
       this.vector = vector;
@@ -28,7 +28,7 @@ export class Sweep {
     }
   }
 
-  /** Sort the rows by the problems that were solved; a row without a layer is the unsteered model's. */
+  /** Group the rows by their problems; a row without a layer is the unsteered model's. */
   group() {
     const groups = new Map();
     for (const row of this.vector?.tested ?? []) {
@@ -67,7 +67,7 @@ export class Sweep {
     element("sweep-table").replaceChildren(table(stock ? [stock, ...rows] : rows));
   }
 
-  /** The unsteered row of these problems, or of any if it does not say of which. */
+  /** The unsteered row of these problems, or one that names no problems. */
   stock(rows) {
     return rows.find(unsteered) ?? this.vector.tested.find((row) => unsteered(row) && !row.problems);
   }
@@ -126,7 +126,7 @@ function table(rows) {
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
 }
 
-/** Without the dust of floating point: equal settings compare equal. */
+/** Drop rounding errors, so that equal settings compare equal. */
 const rounded = (number) => Number(number.toPrecision(6));
 const sorted = (values) => [...new Set(values)].sort((a, b) => a - b);
 const whole = (share) => (typeof share === "number" ? `${Math.round(100 * share)}%` : "-");

@@ -1,4 +1,4 @@
-/** Light or dark: as the system says, until somebody chooses. */
+/** Light or dark: the user's choice, by default the system's. */
 
 const STORE = "densesteer.theme";
 const system = matchMedia("(prefers-color-scheme: dark)");

@@ -1,10 +1,10 @@
-/** Turns and answers on the page, and the place in them that is shown. */
+/** Turns and answers on the page, and the scrolling through them. */
 
 import { element, make } from "/page/dom.js";
 import { dress } from "/page/markup.js";
 import { brief, count, describe, splitSteps } from "/page/steps.js";
 
-const NEAR = 80; // pixels from the end within which the page follows what comes
+const NEAR = 80; // the page follows new text within this many pixels of the end
 const UPWARD = new Set(["ArrowUp", "PageUp", "Home"]);
 
 /**
@@ -22,7 +22,7 @@ export class Transcript {
     this.top = 0; // where the page last saw or put the scroller
     const scroller = element("scroll");
     scroller.addEventListener("scroll", () => this.look());
-    // the wish alone counts: a token that comes while the scroller moves puts it back to the end
+    // on the event, not on the movement: a new token may move the scroller back to the end
     scroller.addEventListener("wheel", (event) => { if (event.deltaY < 0) this.leave(); }, { passive: true });
     scroller.addEventListener("keydown", (event) => { if (UPWARD.has(event.key)) this.leave(); });
     new ResizeObserver(() => this.follow()).observe(scroller);
@@ -40,7 +40,7 @@ export class Transcript {
     this.toEnd();
   }
 
-  /** Show a turn at the end, or what has been added to one. */
+  /** Show a new turn at the end, or the new answers of a turn. */
   add(turn) {
     let place = this.places.get(turn);
     if (!place) {
@@ -71,13 +71,13 @@ export class Transcript {
     this.views.delete(answer);
   }
 
-  /** Show what an answer says by now. */
+  /** Show the current state of an answer. */
   update(answer) {
     this.views.get(answer)?.update();
     this.follow();
   }
 
-  /** Show which answers the conversation goes on with, and what can be done with the others. */
+  /** Show which answers the conversation continues from, and the buttons of the others. */
   refresh() {
     element("empty").hidden = this.turns.length > 0;
     for (const turn of this.turns) {
@@ -88,7 +88,7 @@ export class Transcript {
     }
   }
 
-  /** @param {boolean} plain as the model wrote it, undressed */
+  /** @param {boolean} plain show the text as the model wrote it */
   setPlain(plain) {
     this.plain = plain;
     this.views.forEach((view) => view.redraw());
@@ -108,25 +108,25 @@ export class Transcript {
     } else this.look();
   }
 
-  /** The reader goes up: stay with them. */
+  /** Stop following: the reader scrolls up. */
   leave() {
     if (element("scroll").scrollTop > 0) this.following = false;
     this.look();
   }
 
-  /** Where the reader is: away from the end if they have gone up, at it again once they come down to it. */
+  /** Stop following once the reader has scrolled up, and follow again at the end. */
   look() {
     const { scrollTop, scrollHeight, clientHeight } = element("scroll");
     const gap = scrollHeight - clientHeight - scrollTop;
     if (gap >= NEAR && scrollTop < this.top) this.following = false;
-    const ended = gap < 1 && scrollTop < this.top; // there is less to read than there was
+    const ended = gap < 1 && scrollTop < this.top; // the text has become shorter
     if (ended || (gap < NEAR && scrollTop > this.top)) this.following = true;
     this.top = scrollTop;
     element("newest").hidden = this.following;
   }
 }
 
-/** One answer: its steps as they come, and its receipt. */
+/** One answer: its steps as they come, and its figures. */
 class AnswerView {
   constructor(answer, transcript, goOn) {
     this.answer = answer;
@@ -139,7 +139,7 @@ class AnswerView {
     this.badge = make("span", { className: "badge", textContent: "✓ Continues from this one" });
     this.button = make("button", { type: "button", onclick: goOn });
     this.copy = make("button", { type: "button", className: "quiet", textContent: "Copy", onclick: () => this.copyText() });
-    this.copy.hidden = !navigator.clipboard; // not on a page without TLS elsewhere than here
+    this.copy.hidden = !navigator.clipboard; // browsers have none without TLS, except on localhost
     this.element = make("article", { className: "answer" }, make("div", { className: "head" }, this.title, this.copy),
       this.steps, this.waiting, this.note, this.receipt, make("div", { className: "row" }, this.badge, this.button));
     this.update();
@@ -149,7 +149,7 @@ class AnswerView {
     this.element.classList.toggle("chosen", marked);
     this.badge.hidden = !marked;
     this.button.hidden = last ? chosen : !this.answer.text;
-    this.button.textContent = last ? "Go on with this one" : "Branch from here";
+    this.button.textContent = last ? "Continue from this one" : "Branch from here";
   }
 
   async copyText() {
@@ -163,7 +163,7 @@ class AnswerView {
     this.update();
   }
 
-  /** Show what there is of the answer; only what has changed is made anew. */
+  /** Show the answer so far; only changed parts are rebuilt. */
   update() {
     const { answer } = this;
     const title = answer.steering === undefined ? answer.label : describe(answer.steering);
@@ -178,7 +178,7 @@ class AnswerView {
     this.showReceipt(steps.length);
   }
 
-  /** Show one step; tell whether the next begins within a fence of code. */
+  /** Show one step; return whether the next begins inside a code fence. */
   showStep(index, step, fenced) {
     const item = this.steps.children[index] ?? this.steps.appendChild(make("li"));
     if (item.step !== step || item.fencedBefore !== fenced) {
