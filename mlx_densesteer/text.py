@@ -1,6 +1,6 @@
-"""What people read in a terminal: notes beside the result, figures, tables, progress.
+"""Text for terminals: notes, figures, tables, receipts of answers, warnings, progress.
 
-Standard output is for results; everything here goes to standard error or is returned as text.
+Notes and progress go to standard error; standard output is for results.
 """
 
 import contextlib
@@ -8,17 +8,26 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
-_silent = False  # of several ranks only the first one speaks
+if TYPE_CHECKING:
+    from .generation.answer import Generation
+    from .model.model import Model
+    from .steering.vector import SteeringVector
+
+LARGE_DOSE_WARNING = (
+    "warning: a large dose. The 0.5B test model collapsed at about 100%, others' models at about 190%: "
+    "the same words over and over, text without sense, or no text at all. Try a smaller strength."
+)
+
+_silent = False  # of several ranks only rank 0 writes notes
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Say nothing in this process until the block ends."""
+    """Suppress notes and progress of this process until the block ends."""
     global _silent
     before, _silent = _silent, True
     try:
@@ -28,15 +37,9 @@ def silence() -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """Say on standard error something that is not the result."""
+    """Write a message to standard error."""
     if not _silent:
         click.echo(f"densesteer: {message}", err=True)
-
-
-def refuse_existing(path: str | Path, force: bool) -> None:
-    """Refuse a file that exists, unless it may be replaced."""
-    if Path(path).exists() and not force:
-        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
 
 
 def count(number: int, noun: str) -> str:
@@ -60,7 +63,7 @@ def signed_dose(dose: float) -> str:
 
 
 class HasInterval(Protocol):
-    """A figure with its interval, as ``evaluation.scoring.Estimate`` is one."""
+    """A figure with its confidence interval; ``evaluation.scoring.Estimate`` is one."""
 
     value: float
     low: float
@@ -90,8 +93,52 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def receipt(result: "Generation", context: int) -> str:
+    """Return one line on an answer: its length, density and speed, and why it was cut off.
+
+    ``context`` is the most tokens that prompt and answer may have together.
+    """
+    parts = [count(result.tokens, "token"), count(result.steps, "step")]
+    if result.density:
+        parts.append(f"density {result.density:.1f}")
+    parts.append(f"first token after {result.time_to_first_token:.2f} s")
+    parts.append(f"then {result.tokens_per_second:.1f} tokens/s")
+    if result.draft_proposed:
+        accepted, proposed = result.draft_accepted, result.draft_proposed
+        parts.append(f"{accepted} of {proposed} draft tokens accepted ({accepted / proposed:.0%})")
+    if result.finish_reason == "length":
+        full = result.prompt_tokens + result.tokens >= context
+        parts.append(f"cut off at {f'the context of {context} tokens' if full else '--max-tokens'}")
+    if result.finish_reason == "interrupted":
+        parts.append("interrupted")
+    return ", ".join(parts)
+
+
+def brake_lines(result: "Generation") -> list[str]:
+    """Return a line for each time that the brake cut repetition off."""
+    return [
+        f"the answer began to repeat itself: {count(one.dropped, 'token')} cut off after token "
+        f"{one.at_token}, strength {signed(one.strength_before)} -> {signed(one.strength_after)} "
+        "(--no-brake lets it repeat)"
+        for one in result.brakes
+    ]
+
+
+def other_weights_warning(vector: "SteeringVector", model: "Model") -> str | None:
+    """Return a warning if the vector was extracted from other weights than the model's."""
+    if vector.meta.fingerprint in (None, model.fingerprint):
+        return None
+    return (
+        f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
+        f"fingerprint {vector.meta.fingerprint}; this model is {model.name}, {model.fingerprint})"
+    )
+
+
 class Live:
-    """How far long work is: a line or a few, rewritten in place on a terminal; elsewhere a line now and then."""
+    """Progress of long work.
+
+    A terminal shows a few lines, rewritten in place; a file gets one line every 30 seconds.
+    """
 
     TERMINAL, ELSEWHERE = 0.5, 30.0  # seconds between two updates
 
@@ -102,11 +149,11 @@ class Live:
 
     @property
     def due(self) -> bool:
-        """Whether an update would be shown now: ask before working one out."""
+        """Whether ``show`` would show an update now."""
         return time.monotonic() >= self._next and not _silent
 
     def show(self, summary: str, lines: Sequence[str] = ()) -> None:
-        """Show ``lines`` (on a terminal) and ``summary``, if it is time to."""
+        """Show ``lines`` (on a terminal only) and ``summary``, if an update is due."""
         if not self.due:
             return
         self._next = time.monotonic() + (self.TERMINAL if self._terminal else self.ELSEWHERE)
@@ -120,13 +167,13 @@ class Live:
         self._lines = len(text)
 
     def clear(self) -> None:
-        """Take away what is shown in place."""
+        """Erase the lines on the terminal."""
         if self._lines:
             click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False, err=True)
             self._lines = 0
 
 
-_SHOWN = {code: chr(0x2400 + code) for code in range(0x20)}  # the pictures of control characters
+_SHOWN = {code: chr(0x2400 + code) for code in range(0x20)}  # Unicode's control pictures
 _SHOWN |= {0x7F: "\u2421", ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 _SHOWN |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
 
@@ -135,7 +182,7 @@ def printable(text: str) -> str:
     """Return ``text`` with a visible sign for every control character but newline and tab.
 
     Text from a model could otherwise move the cursor or change the terminal's title. Carriage returns
-    are left out. It works on any piece of a text by itself.
+    are removed. The pieces of a text may be converted one by one.
     """
     return text.translate(_SHOWN)
 

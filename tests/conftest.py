@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def tiny():
     """A random float32 Qwen2 *network* with stock blocks and no tokenizer, new for every test."""
-    from mlx_densesteer.cli.self_check import tiny_model
+    from mlx_densesteer.cli.doctor import tiny_model
 
     return tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=VOCABULARY)
 
@@ -104,7 +104,7 @@ def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_densesteer.cli.self_check import tiny_model
+    from mlx_densesteer.cli.doctor import tiny_model
 
     folder = tmp_path_factory.mktemp("hf") / "Tiny-Qwen2"
     shutil.copytree(tiny_tokenizer_files, folder)

@@ -3,6 +3,7 @@
 import difflib
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -10,7 +11,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Command:
-    """A command: ``/name arguments``. ``completes`` says what its argument can be completed to."""
+    """A command: ``/name arguments``. ``completes`` is the kind of argument that Tab completes."""
 
     name: str
     arguments: str
@@ -24,7 +25,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Call:
-    """A command that was typed, with its argument."""
+    """A typed command with its argument."""
 
     command: Command
     argument: str
@@ -58,9 +59,9 @@ COMMANDS = (
     Command("stats", "", "the receipt of the last answer, beside that of the unsteered model"),
     Command("retry", "", "answer the last question again, under the settings in force"),
     Command("undo", "", "take back the last question and its answer"),
-    Command("drop", "[N|all]", "forget the oldest question and answer, or N, or all of them"),
+    Command("drop", "[N|all]", "forget the oldest question and answer, or the N oldest, or all"),
     Command("save", "FILE", "save the conversation and its settings", "file"),
-    Command("load", "FILE", "go on with a saved conversation", "file"),
+    Command("load", "FILE", "continue a saved conversation", "file"),
     Command("system", "[TEXT|off]", "set the system message; without TEXT show it"),
     Command("help", "", "this list"),
     Command("quit", "", "leave; so does Ctrl-D"),
@@ -81,31 +82,27 @@ def parse(text: str) -> Call | str:
     """Return the command in ``text``, or the text to send.
 
     Raises:
-        InputError: it begins with a slash and is no command; names the nearest ones.
+        InputError: the text begins with a slash and is no command. The message names similar ones.
     """
     text = text.strip()
-    if text.startswith("//"):
-        return text[1:]
     if not text.startswith("/"):
         return text
+    if text.startswith("//"):
+        return text[1:]
     name, argument = re.fullmatch(r"/(\S*)(.*)", text, re.DOTALL).groups()
     command = BY_NAME.get(name.lower())
     if command is None:
-        raise InputError(_unknown(name))
+        near = " or ".join(f"/{known}" for known in nearest(name.lower()))
+        raise InputError(
+            f"/{name}: no such command, so nothing was sent. "
+            f"{f'Did you mean {near}? ' if near else ''}/help lists the commands. To send a text that "
+            "begins with a slash, begin it with two."
+        )
     return Call(command, argument.strip())
 
 
-def _unknown(name: str) -> str:
-    near = nearest(name.lower())
-    meant = f"Did you mean {' or '.join('/' + one for one in near)}? " if near else ""
-    return (
-        f"/{name}: no such command, so nothing was sent. {meant}/help lists them; a text that "
-        "begins with a slash is sent with two."
-    )
-
-
 def nearest(name: str) -> list[str]:
-    """Return the commands that a mistyped name may stand for, the likeliest first."""
+    """Return up to three commands that are similar to a mistyped name, the most similar first."""
     begun = [known for known in BY_NAME if name and known.startswith(name)]
     alike = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.5)
     return list(dict.fromkeys([*begun, *alike]))[:3]
@@ -120,9 +117,9 @@ def help_lines(width: int) -> list[str]:
     return lines[:-1]
 
 
-def _two_columns(pairs, width: int) -> list[str]:
+def _two_columns(pairs: Sequence[tuple[str, str]], width: int) -> list[str]:
     left = max(len(name) for name, _ in pairs) + 2
-    if width < left + 24:  # too narrow: the explanation goes below
+    if width < left + 24:  # too narrow: the explanation goes below the name
         left = 4
     lines = []
     for name, text in pairs:
@@ -133,12 +130,3 @@ def _two_columns(pairs, width: int) -> list[str]:
             lines.append(name.ljust(left) + wrapped[0])
             lines += [" " * left + line for line in wrapped[1:]]
     return lines
-
-
-def markdown_table() -> str:
-    """Return the table of commands in ``docs/chat.md``."""
-    rows = [("command", "what it does"), ("---", "---")]
-    rows += [(f"`{command.usage}`", command.help) for command in COMMANDS]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-    )

@@ -1,4 +1,4 @@
-"""The chat itself: read a line, answer it or carry out its command, again and again."""
+"""The chat's loop: read a line, then answer it or carry out its command."""
 
 import contextlib
 import signal
@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ContextError, DenseSteerError, InputError, SessionError
-from ..text import count, one_line
+from ..text import (
+    LARGE_DOSE_WARNING,
+    brake_lines,
+    count,
+    one_line,
+    other_weights_warning,
+    receipt,
+)
 from .commands import Call, parse
 from .plain import Keyboard, Screen
 from .rows import Rows, last_question
-from .status import Status, brake_lines, dose_of, receipt, stats_lines, sweep_lines
+from .status import Status, dose_of, stats_lines, sweep_lines
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 
 SWEEP_MOST = 16  # strengths at once
 SWEEP_FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the strength in force
-SWEEP_DOSES = ("-10%", "0", "10%", "20%", "40%")  # where nothing is added now
+SWEEP_DOSES = ("-10%", "0", "10%", "20%", "40%")  # if the strength in force is 0
 
 
 class Chat:
@@ -41,9 +48,9 @@ class Chat:
         self._unsteered: tuple[Turn, Generation] | None = None  # of the last ``/stats``
 
     def run(self) -> int:
-        """Go on until the input ends or ``/quit``; return how many lines could not be done.
+        """Run until the input ends or ``/quit``; return how many lines failed.
 
-        Ctrl-C never ends it, unless the lines come from a pipe.
+        Ctrl-C ends it only if the lines come from a pipe.
         """
         while True:
             try:
@@ -70,9 +77,9 @@ class Chat:
         )
 
     def answer(self, reply: "Reply") -> None:
-        """Show an answer as it comes; Ctrl-C ends it, and what was said stays.
+        """Show an answer as it comes. Ctrl-C ends it and keeps the text so far.
 
-        If nothing was said yet, the question goes back to the keyboard.
+        If there is no text yet, the question goes back to the keyboard for editing.
         """
         before, said, interrupt = self.status(), 0, None
 
@@ -130,16 +137,10 @@ class Chat:
         if argument == "off":
             self.session.set_vector(None)
         elif argument:
-            vector, model = (
-                SteeringVector.load(str(Path(argument).expanduser())),
-                self.session.model,
-            )
+            vector = SteeringVector.load(str(Path(argument).expanduser()))
             self.session.set_vector(vector)
-            if vector.meta.fingerprint not in (None, model.fingerprint):
-                self.screen.warn(
-                    f"warning: {vector.name} was extracted from other weights ({vector.meta.model}) than "
-                    f"those of {model.name}"
-                )
+            if warning := other_weights_warning(vector, self.session.model):
+                self.screen.warn(warning)
         self._tell_steering()
 
     # The conversation
@@ -195,7 +196,7 @@ class Chat:
         except KeyboardInterrupt as error:
             interrupt = error
         for title, result in zip(titles, rows.stop(), strict=True):
-            self.screen.receipt(f"{title}: {receipt(result)}")
+            self.screen.receipt(f"{title}: {receipt(result, self.session.context)}")
         if interrupt is not None:
             raise interrupt
 
@@ -234,7 +235,7 @@ class Chat:
         self.screen.show(help_lines(self.screen.width))
 
     def _take(self, text: str) -> bool:
-        """Do what one line asks for; ``False`` to leave."""
+        """Answer a line or carry out its command; return ``False`` for ``/quit``."""
         asked = parse(text)
         if not isinstance(asked, Call):
             self.answer(self.session.send(asked))
@@ -269,16 +270,13 @@ class Chat:
         return dose_of(self.session.model, steering)
 
     def _tell_steering(self) -> None:
-        """Say what is steered now, and warn of an overdose."""
+        """Show what is steered now, and warn of an overdose."""
         from ..steering.steering import LARGE_DOSE
 
         now = self.status()
         self.screen.note(", ".join(now.settings))
         if abs(now.dose) >= LARGE_DOSE:
-            self.screen.warn(
-                "warning: a large dose. At about 100% models begin to repeat the same words. Try a smaller "
-                "/strength."
-            )
+            self.screen.warn(LARGE_DOSE_WARNING)
 
     def _tell_question(self) -> None:
         self.screen.note(f"the last question again: {one_line(last_question(self.session), 60)}")
@@ -286,15 +284,15 @@ class Chat:
     def _tell_result(self, reply: "Reply") -> None:
         result = reply.result
         if result.finish_reason == "interrupted" and not result.token_ids:
-            self.screen.note("stopped before anything was said: the question does not count")
+            self.screen.note("stopped before the first token: the question does not count")
             self.keyboard.give_back(reply.user)
             return
-        self.screen.receipt(receipt(result))
+        self.screen.receipt(receipt(result, self.session.context))
         for line in brake_lines(result):
             self.screen.warn(line)
 
     def _tell_error(self, error: Exception) -> None:
-        """Show an error and go on; if standard output is closed, that is the end."""
+        """Show an error; raise it again if standard output is closed."""
         if isinstance(error, BrokenPipeError):
             raise error
         self.failures += 1
@@ -306,7 +304,7 @@ class Chat:
         self.screen.warn(f"error: {message}")
 
     def _ends(self, error: KeyboardInterrupt) -> bool:
-        """Tell whether to leave: at SIGTERM and SIGHUP, and when the lines come from a pipe."""
+        """Whether to leave: at SIGTERM and SIGHUP, and at Ctrl-C if the lines come from a pipe."""
         return type(error) is not KeyboardInterrupt or not self.keyboard.interactive
 
 
@@ -318,7 +316,7 @@ def _path(argument: str, command: str) -> Path:
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C while an answer joins the conversation: half of that would be an error."""
+    """Ignore Ctrl-C while an answer joins the conversation, which must not happen by half."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,7 @@
-"""The chat in a pipe: lines in; answers on standard output, remarks on standard error.
+"""Screen and keyboard for a pipe: answers go to standard output, remarks to standard error.
 
-Text as it comes, no escape codes. ``terminal_screen`` and ``terminal_keyboard`` replace both on a terminal.
+Text is shown as it comes, without escape codes. ``terminal_screen`` and ``terminal_keyboard`` replace
+both on a terminal.
 """
 
 import shutil
@@ -18,7 +19,7 @@ Now = Callable[[], Status]  # the settings in force, read again for every pictur
 
 
 class Answer:
-    """An answer that is being shown, piece by piece."""
+    """Show one answer piece by piece."""
 
     def __init__(self, echo: Callable[[str], None]):
         self._echo = echo
@@ -30,7 +31,7 @@ class Answer:
             self._ends_line = piece.endswith("\n")
 
     def finish(self) -> None:
-        """The answer is whole; what follows begins on a line of its own."""
+        """End the answer with a newline, if it has none."""
         if not self._ends_line:
             self._echo("\n")
 
@@ -43,15 +44,15 @@ class Screen:
         return shutil.get_terminal_size().columns
 
     def note(self, text: str) -> None:
-        """Say something that is not a result."""
+        """Show a remark."""
         click.echo(printable(text), err=True)
 
     def receipt(self, text: str) -> None:
-        """Say what an answer cost."""
+        """Show the receipt of an answer."""
         self.note(f"({text})")
 
     def warn(self, text: str) -> None:
-        """Say what the user must not miss."""
+        """Show an error or a warning."""
         self.note(text)
 
     def show(self, lines: Iterable[str]) -> None:
@@ -64,7 +65,7 @@ class Screen:
         return Answer(self._echo)
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
-        """Show two answers that come at the same time, one after the other."""
+        """Show two answers, one after the other; they are generated at the same time."""
         self.show([f"--- {titles[0]}"])
         first, said = self.answer(now), 0
         try:
@@ -79,7 +80,7 @@ class Screen:
             self.show([f"--- {titles[1]}", rows.rows[1].text.removesuffix("\n")])
 
     def table(self, rows: Rows, lines: Callable[[], Sequence[str]], now: Now) -> None:
-        """Show a table that grows with the rows; here, when it is whole."""
+        """Show a table that grows with the rows; here only when it is complete."""
         try:
             for _ in rows:
                 pass
@@ -88,15 +89,15 @@ class Screen:
             self.show(lines())
 
     def _echo(self, text: str) -> None:
-        """Write to standard output: to a terminal without control characters, else as it is."""
+        """Write to standard output; a terminal gets control characters as visible signs."""
         click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
 
 
 class Keyboard:
-    """Read questions line by line; a backslash at the end of a line goes on in the next.
+    """Read questions line by line; a backslash at the end of a line continues it in the next.
 
-    The prompt, with the dose in force, goes to standard error; what is read from a pipe is
-    repeated there, so that the whole can be read as a conversation.
+    The prompt, with the dose in force, goes to standard error. Lines from a pipe are repeated there, so
+    that the output reads as a conversation.
     """
 
     interactive = property(lambda self: sys.stdin.isatty())
@@ -130,7 +131,7 @@ class Keyboard:
             prompt = ". ".rjust(len(prompt))
 
     def give_back(self, text: str) -> None:
-        """Offer ``text`` for editing; a plain line cannot be edited."""
+        """Offer ``text`` for editing; does nothing here, where lines cannot be edited."""
 
 
 def _decoded(line: bytes) -> str:

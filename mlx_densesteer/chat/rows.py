@@ -1,4 +1,4 @@
-"""One question under several steerings at once: rows of one batch, beside the conversation."""
+"""Answer one question under several steerings at once, without changing the conversation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def last_question(session: "Session") -> str:
 
 @dataclass
 class Row:
-    """The answer under one steering, so far; ``result`` comes with its end."""
+    """The answer so far under one steering; ``result`` is set when it ends."""
 
     steering: "Steering | None"
     text: str = ""
@@ -35,11 +35,12 @@ class Row:
 class Rows(Iterator[tuple[int, str]]):
     """Iterate over ``(row, text)`` of the answers to one question, a row for each steering.
 
-    The rows decode together, without a draft model and without the brake: they show what the strength
-    does. ``rows`` holds what has come. The session stays as it is, and what it has computed is shared.
+    The rows decode together, without a draft model and without the brake, which would change the
+    strength. ``rows`` holds the answers so far. The rows share the session's caches; the session does
+    not change.
 
     Args:
-        text: the question; by default the last one, asked again where it was asked.
+        text: the question; by default the last one, asked again at its place.
 
     Raises:
         SessionError: there is no last question.
@@ -67,7 +68,7 @@ class Rows(Iterator[tuple[int, str]]):
         return next(self._pieces)
 
     def stop(self) -> list["Generation"]:
-        """End the rows that still run, and return all answers; harmless when repeated."""
+        """End the rows that still run, and return all answers. It may be called again."""
         for row, number in zip(self.rows, self._numbers, strict=True):
             if row.result is None and (result := self._batch.cancel(number)) is not None:
                 row.result, row.text = result, result.text

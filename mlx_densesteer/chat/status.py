@@ -1,11 +1,11 @@
-"""What the chat says of settings and answers: the status line, receipts, and tables of receipts."""
+"""The chat's status line, and tables that compare answers."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..text import aligned, count, one_line, signed, signed_dose
+from ..text import aligned, one_line, signed, signed_dose
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
@@ -23,9 +23,10 @@ def dose_of(model: "Model", steering: "Steering | None") -> float:
 
 @dataclass(frozen=True)
 class Status:
-    """The settings in force; ``tokens`` of at most ``context`` are in the conversation.
+    """The settings in force.
 
-    ``dose`` is a fraction of the residual stream, negative where the strength is.
+    ``dose`` is a fraction of the residual stream, negative where the strength is. The conversation has
+    ``tokens`` tokens of at most ``context``.
     """
 
     model: str
@@ -36,12 +37,12 @@ class Status:
 
     @property
     def prompt(self) -> str:
-        """What precedes a question: the dose in force."""
+        """The prompt before a question: the dose in force."""
         return f"{signed_dose(self.dose)}> " if self.steering else "unsteered> "
 
     @property
     def amount(self) -> str:
-        """``+20% (strength +4.76)``."""
+        """The dose and the strength: ``+20% (strength +4.76)``."""
         strength = self.steering.strength if self.steering else 0.0
         return f"{signed_dose(self.dose)} (strength {signed(strength)})"
 
@@ -73,30 +74,8 @@ class Status:
         return lines
 
 
-def receipt(result: "Generation") -> str:
-    """Return one line on an answer: ``60 tokens, 1 step, density 60.0, 45.1 tokens/s``."""
-    parts = [count(result.tokens, "token"), count(result.steps, "step")]
-    if result.density:
-        parts.append(f"density {result.density:.1f}")
-    parts.append(f"{result.tokens_per_second:.1f} tokens/s")
-    if result.draft_proposed:
-        parts.append(f"{result.draft_accepted} of {result.draft_proposed} draft tokens accepted")
-    if result.finish_reason != "stop":
-        parts.append(ENDINGS[result.finish_reason])
-    return ", ".join(parts)
-
-
-def brake_lines(result: "Generation") -> list[str]:
-    """Return what the brake did, a line for each time."""
-    return [
-        f"the answer began to repeat itself: {count(one.dropped, 'token')} cut off after token "
-        f"{one.at_token}, strength {signed(one.strength_before)} -> {signed(one.strength_after)}"
-        for one in result.brakes
-    ]
-
-
 def sweep_lines(rows: "Sequence[Row]", doses: Sequence[float], width: int) -> list[str]:
-    """Return one line for each row; the first words take what room there is."""
+    """Return one line for each row; the beginning of the answer fills the line."""
     from ..generation.answer import split_steps
 
     table = [["dose", "strength", "steps", "tokens", "density", "ending"]]
@@ -119,21 +98,24 @@ def stats_lines(
     answers: "Sequence[tuple[str, Generation | None]]",
     dose: "Callable[[Steering | None], float]",
 ) -> list[str]:
-    """Return the receipts of answers beside each other, each under its title; ``None`` has not come."""
-    there = [(title, one) for title, one in answers if one is not None]
+    """Return a column of figures for each answer under its title; leave out those still ``None``."""
     columns = [["", "dose", "strength", "tokens", "steps", "density", "tokens/s", "ending"]]
-    for title, one in there:
+    for title, one in answers:
+        if one is None:
+            continue
         tokens, density, ending = _figures(one)
-        columns.append([
-            title,
-            signed_dose(dose(one.steering)),
-            signed(one.steering.strength if one.steering else 0.0),
-            tokens,
-            str(one.steps),
-            density,
-            f"{one.tokens_per_second:.1f}",
-            ending,
-        ])  # fmt: skip
+        columns.append(
+            [
+                title,
+                signed_dose(dose(one.steering)),
+                signed(one.steering.strength if one.steering else 0.0),
+                tokens,
+                str(one.steps),
+                density,
+                f"{one.tokens_per_second:.1f}",
+                ending,
+            ]
+        )
     return aligned(list(zip(*columns, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Questions from a terminal, edited with prompt_toolkit: several lines, history, completion."""
+"""Read questions from a terminal with prompt_toolkit: several lines, history, completion."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ MENU = 6  # rows kept free for the list of completions
 
 
 class TerminalKeyboard(Keyboard):
-    """Read questions with editing, a history that is kept, and a toolbar with the settings."""
+    """Read questions with editing, a history in a file, and a toolbar with the settings."""
 
     interactive = True
 
@@ -61,7 +61,7 @@ class TerminalKeyboard(Keyboard):
 
 
 class _Commands(Completer):
-    """Complete the name of a command, and what it takes."""
+    """Complete the name of a command, and its argument."""
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
         text = document.text_before_cursor
@@ -104,7 +104,7 @@ def _history() -> History:
 
 
 def history_file() -> Path | None:
-    """Return the file of earlier questions, readable by the user alone; ``None`` if it cannot be made."""
+    """Return the file of earlier questions, private to the user; ``None`` if it cannot be made."""
     try:
         path = _state_folder() / "chat-history"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

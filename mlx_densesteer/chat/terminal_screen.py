@@ -1,7 +1,7 @@
 """The screen of a terminal: answers as Markdown, the settings in force below them. Needs rich.
 
-The blocks of an answer that are finished are printed for good, so they scroll like any output. Only the
-block that is being written is painted again and again.
+Finished blocks of an answer are printed once and scroll like any output. Only the block that is being
+written is painted again and again.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from ..text import printable
 from .plain import Answer, Now, Screen
 from .rows import Rows
 
-OFTEN = 0.05  # seconds between two pictures at least
-SHARE = 4  # a picture may take one part in so many of the time
-COLUMN = 34  # narrower columns cannot be read: the answers then go below each other
+OFTEN = 0.05  # least number of seconds between two paintings
+SHARE = 4  # painting takes at most a quarter of the time
+COLUMN = 34  # narrowest readable column; with less the answers go below each other
 
 
 class TerminalScreen(Screen):
@@ -103,7 +103,7 @@ class _Streaming(Answer):
 
 
 class _Foot:
-    """The foot of the screen: as much of the end of what is painted as fits, and the settings below."""
+    """The foot of the screen: the end of the painted content, as much as fits, above the settings."""
 
     def __init__(self, console: Console, now: Now):
         self._console, self._now = console, now
@@ -113,7 +113,7 @@ class _Foot:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a picture."""
+        """Whether it is time to paint."""
         return time.monotonic() >= self._next
 
     def paint(self, content: RenderableType) -> None:
@@ -124,7 +124,7 @@ class _Foot:
         self._next = ended + max(OFTEN, SHARE * (ended - began))
 
     def keep(self, content: RenderableType) -> None:
-        """Print ``content`` for good, in place of what is painted."""
+        """Print ``content`` permanently, in place of what is painted."""
         self._content = Text()
         self._console.print(Group(content))  # print would take ``no_wrap`` from a bare Text
 
@@ -139,7 +139,7 @@ class _Foot:
 
 @contextlib.contextmanager
 def _painting(console: Console, now: Now) -> Iterator[_Foot]:
-    """Paint at the foot of the screen until the block ends; what is typed meanwhile is not echoed there."""
+    """Paint at the foot of the screen until the block ends; typed keys are not echoed meanwhile."""
     foot = _Foot(console, now)
     with _no_echo(), foot.live:
         yield foot
@@ -147,7 +147,7 @@ def _painting(console: Console, now: Now) -> Iterator[_Foot]:
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
-    """Keep the terminal from echoing keys; what was typed is read by the next prompt."""
+    """Keep the terminal from echoing keys; the next prompt reads them."""
     try:
         number = sys.stdin.fileno()
         before = termios.tcgetattr(number)
@@ -164,7 +164,10 @@ def _no_echo() -> Iterator[None]:
 
 
 def blocks(text: str) -> list[str]:
-    """Cut Markdown at its top-level blocks and list items; only the last can change with what follows."""
+    """Cut Markdown at its top-level blocks and list items.
+
+    Text that is added later changes only the last one.
+    """
     lines = list(io.StringIO(text))
     begin = [
         token.map[0]
@@ -182,7 +185,7 @@ def markdown(text: str) -> RenderableType:
 
 
 class _Heading(Heading):
-    """A heading to the left, whatever its level and the release of rich."""
+    """A heading at the left margin, in every release of rich."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.text
@@ -192,7 +195,7 @@ class _Block(Markdown):
     """One block of Markdown as language models write it.
 
     A single newline is a line break, ``2*3*4`` is a product, ``\\(x\\)`` keeps its backslashes, HTML is
-    text. There are blank lines where the model wrote them: they separate the steps of a solution.
+    text. Blank lines stay where the model wrote them: they separate the steps of a solution.
     """
 
     elements = Markdown.elements | {"heading_open": _Heading}
@@ -218,7 +221,7 @@ class _Block(Markdown):
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
-    """Find emphasis, but never inside a word."""
+    """Find emphasis, except inside a word."""
     state.scanDelims = lambda start, _: StateInline.scanDelims(state, start, False)
     try:
         return emphasis.tokenize(state, silent)
@@ -227,7 +230,7 @@ def _emphasis(state: StateInline, silent: bool) -> bool:
 
 
 def _escape(state: StateInline, silent: bool) -> bool:
-    """Take a backslash before a sign of Markdown, and leave those of LaTeX."""
+    """Treat a backslash as an escape before Markdown's signs only; LaTeX keeps its own."""
     following = state.src[state.pos + 1 : state.pos + 2]
     return following in {*"*_`#~|"} and escape(state, silent)
 

@@ -1,4 +1,4 @@
-"""The command line. Modules here import click alone; the rest comes when a command runs."""
+"""The command line. Modules here import click alone; a command imports the rest when it runs."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from ..text import silence
 from .bake import bake
 from .bench import bench
 from .chat import chat
-from .completion import completion
+from .completers import completion
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -28,9 +28,10 @@ from .extract import extract
 from .generate import generate
 from .pairs import pairs
 from .serve import serve
-from .spread import COMMANDS as SPREAD
 from .sweep import sweep
 from .vector import vector
+
+ON_RANKS = ("generate", "eval", "sweep")  # the commands that run under mlx.launch
 
 
 class _Ended(KeyboardInterrupt):
@@ -42,7 +43,7 @@ class _Ended(KeyboardInterrupt):
 
 
 class _Commands(click.Group):
-    """The one place where an error of ours becomes a message and an exit code."""
+    """Turn expected errors into a message and an exit code; let bugs show their traceback."""
 
     def main(self, *args: object, **kwargs: object) -> object:
         _open_closed_streams()
@@ -50,10 +51,10 @@ class _Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         name, command, rest = super().resolve_command(ctx, args)
-        if launched_rank() is not None and name not in SPREAD:
+        if launched_rank() is not None and name not in ON_RANKS:
             raise click.UsageError(
                 f"densesteer {name} runs on one machine: start it without mlx.launch. "
-                f"On several ranks run {', '.join(SPREAD)}."
+                f"On several ranks run {', '.join(ON_RANKS)}."
             )
         return name, command, rest
 
@@ -65,11 +66,11 @@ class _Commands(click.Group):
         except DenseSteerError as error:
             message = f"rank {rank}: {error}" if rank else str(error)
             raise click.ClickException(message) from error
-        except RuntimeError as error:  # of mlx's ring
+        except RuntimeError as error:  # from mlx's ring
             if rank is None or not str(error).startswith("[ring]"):
                 raise
             raise click.ClickException(f"rank {rank}: another rank is gone ({error}).") from error
-        except OSError as error:  # what the system refuses: no permission, disk full, ...
+        except OSError as error:  # no permission, disk full, ...
             if error.errno in (None, errno.EPIPE):
                 raise
             place = f"{error.filename}: " if error.filename else ""
@@ -79,9 +80,9 @@ class _Commands(click.Group):
 
 
 def _open_closed_streams() -> None:
-    """Open a closed standard input or error on the null device, lest a file takes its number.
+    """Open a closed standard input or error on the null device; end without a standard output.
 
-    Without a standard output there is nowhere to put a result.
+    Otherwise the next file that is opened would become standard input or error.
     """
     if sys.stdout is None:
         sys.exit("densesteer: standard output is closed; there is nowhere to put a result.")
@@ -96,10 +97,9 @@ def _open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def _ranked(rank: int) -> Iterator[None]:
-    """One of several ranks: the first one writes the results.
+    """Silence all ranks but rank 0, and let signals end the process at once.
 
-    A signal ends the process at once: Python's handlers wait until mlx returns, and mlx may wait for a
-    rank that is gone.
+    Python's signal handlers wait until mlx returns, and mlx may wait for a rank that is gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -112,6 +112,8 @@ def _ranked(rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into ``_Ended`` until the block ends."""
+
     def end(number: int, frame: object) -> None:
         raise _Ended(number)
 
@@ -140,7 +142,20 @@ def main() -> None:
 
 
 for command in (
-    demo, convert, generate, chat, serve, pairs, extract, evaluate, sweep, vector, bake, export_function,
-    bench, doctor, completion,
-):  # fmt: skip
+    demo,
+    convert,
+    generate,
+    chat,
+    serve,
+    pairs,
+    extract,
+    evaluate,
+    sweep,
+    vector,
+    bake,
+    export_function,
+    bench,
+    doctor,
+    completion,
+):
     main.add_command(command)

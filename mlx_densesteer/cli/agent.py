@@ -14,7 +14,7 @@ from ..text import note
 if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
 
-# Options whose values are paths: made absolute, because launchd starts the agent in another folder.
+# Options whose values are paths. They are made absolute: launchd starts the agent in another folder.
 PATHS = {"vectors", "folder", "api_key_file"}
 
 
@@ -26,9 +26,9 @@ def install(
     *,
     key_in_environment: bool,
 ) -> None:
-    """Make an agent of the options that were given, and install it on a Mac; elsewhere, print it.
+    """Install an agent with this command's options; print it on systems other than macOS.
 
-    An agent whose server could not start is refused: launchd would start it again and again.
+    Refuse an agent whose server could not start: launchd would start it again and again.
     """
     from ..model.config import read_config
     from ..model.model import find
@@ -86,7 +86,7 @@ def _arguments(ctx: click.Context) -> list[str]:
 
 
 def _text(name: str, value: object) -> str:
-    """Return an option's value as it is typed, a path of this machine absolute."""
+    """Return an option's value as text for a command line, with absolute paths."""
     from ..server.vectors import exact
 
     if name == "strength":

@@ -16,32 +16,47 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_option
+@model_option()
 @vector_option("", required=True)
 @strength_option
 @layers_option()
 @click.option(
-    "-o", "--out", required=True, type=click.Path(), metavar="PATH",
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(),
+    metavar="PATH",
     help="Folder to write; for gguf the file.",
-)  # fmt: skip
+)
 @click.option(
-    "--format", "format", type=click.Choice(["mlx", "hf", "gguf"]),
+    "--format",
+    "format",
+    type=click.Choice(["mlx", "hf", "gguf"]),
     help="mlx keeps the model's quantisation; hf (transformers) and gguf (llama.cpp) undo it. "
-         "[default: gguf for a PATH that ends so, else mlx]",
-)  # fmt: skip
+    "[default: gguf for a PATH that ends in .gguf, else mlx]",
+)
 @click.option(
-    "--check", is_flag=True,
-    help="Write nothing: compare PATH with what it was made from. Strength and layer are those "
-         "that PATH records, unless given.",
-)  # fmt: skip
+    "--check",
+    is_flag=True,
+    help="Write nothing: compare PATH with the model and vector that it was made from. Strength and "
+    "layer are those that PATH records, unless given.",
+)
 @click.option("--force", is_flag=True, help="Replace PATH, if densesteer wrote all of it.")
-def bake(model: str, vector: str, strength: "Amount | None", layers: tuple[str, ...],
-         out: str, format: "Format | None", check: bool, force: bool) -> None:  # fmt: skip
-    """Bake a steering into a checkpoint that other programs run as it is.
+def bake(
+    model: str,
+    vector: str,
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    out: str,
+    format: "Format | None",
+    check: bool,
+    force: bool,
+) -> None:
+    """Bake a steering into a checkpoint that other programs run unchanged.
 
     Qwen2 is written as a `llama` model whose biases hold strength times vector, for mlx-lm,
-    transformers or llama.cpp. The result is compared with run-time steering before it gets its
-    name, which is printed on standard output. It has one strength, at every position.
+    transformers or llama.cpp. The checkpoint has one strength, at every position. It is compared
+    with run-time steering before it gets its name, which is printed on standard output.
     """
     from pathlib import Path
 

@@ -9,8 +9,7 @@ from click.core import ParameterSource
 
 from ..errors import install_command
 from ..text import count, note
-from .options import decoding_options, model_option, steering_options
-from .speculate import load_draft
+from .options import answer_options, load_draft, model_option, steering_options
 from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
@@ -20,20 +19,16 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_option
+@model_option()
 @steering_options
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Length of an answer at most.")  # fmt: skip
-@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
-              help="Temperature; 0 is greedy.")  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-              help="Sample among the likeliest tokens of this total probability.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="For a repeatable sample.")
-@click.option("--system", metavar="TEXT", help="System message.")
-@decoding_options
-@click.option("--load", "saved", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="Go on with a conversation that /save wrote, under its settings where you give no "
-                   "others.")  # fmt: skip
+@answer_options
+@click.option(
+    "--load",
+    "saved",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Continue a conversation that /save wrote. Options that you give replace its settings.",
+)
 @click.option("--plain", is_flag=True, help="Text as it comes: no Markdown, no colours.")
 def chat(
     model: str,
@@ -59,7 +54,7 @@ def chat(
     the answers go to standard output.
     """
     request = read_steering(vector, strength, layers, positions)
-    keyboard, screen = _faces(plain)
+    keyboard, screen = _terminal(plain)
 
     from ..chat.loop import Chat
     from ..generation.brake import Brake
@@ -103,8 +98,8 @@ def _given(*options: str) -> bool:
     return any(source(option) is not ParameterSource.DEFAULT for option in options)
 
 
-def _faces(plain: bool) -> "tuple[Keyboard, Screen]":
-    """Return what reads and what shows: the better ones on a terminal, with the extra."""
+def _terminal(plain: bool) -> "tuple[Keyboard, Screen]":
+    """Return the keyboard and the screen: those of a terminal need a terminal and the extra."""
     from importlib.util import find_spec
 
     from ..chat.plain import Keyboard, Screen
@@ -121,13 +116,14 @@ def _faces(plain: bool) -> "tuple[Keyboard, Screen]":
 
 
 def _greet(model: str, interactive: bool) -> None:
-    """Say how to begin; of the demo model also what it can be asked."""
+    """Tell a user at a terminal how to begin, and what the demo model can be asked."""
     from .. import demo
     from ..demo.problems import held_out
 
-    if interactive:
-        note("/help lists the commands, Ctrl-D leaves")
-    if interactive and model == demo.NAME:
+    if not interactive:
+        return
+    note("/help lists the commands, Ctrl-D leaves")
+    if model == demo.NAME:
         note(
             "the demo model is a toy that knows one kind of story. Ask it this:\n"
             f"{held_out(1)[0].question}"

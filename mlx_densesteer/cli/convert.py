@@ -6,6 +6,7 @@ import click
 
 from ..text import note
 from . import completers
+from .options import force_option
 
 
 @click.command()
@@ -15,7 +16,7 @@ from . import completers
     "--out",
     type=click.Path(file_okay=False),
     metavar="FOLDER",
-    help="Folder to write. [default: converted/NAME-4bit and so on]",
+    help="Folder to write. [default: converted/NAME-4bit, named after --bits]",
 )
 @click.option(
     "--bits",
@@ -34,12 +35,19 @@ from . import completers
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of what is not quantised. [default: the source's own; bfloat16 for GGUF]",
+    help="Number format of what is not quantised. [default: the source's; bfloat16 for GGUF]",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-@click.option("--force", is_flag=True, help="Replace FOLDER if it exists.")
-def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str | None,
-            revision: str | None, force: bool) -> None:  # fmt: skip
+@force_option
+def convert(
+    source: str,
+    out: str | None,
+    bits: str,
+    group_size: str,
+    dtype: str | None,
+    revision: str | None,
+    force: bool,
+) -> None:
     """Convert a Qwen2 or Qwen2.5 model for MLX.
 
     SOURCE is a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a local Hugging Face folder, or a GGUF
@@ -50,9 +58,15 @@ def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str
 
     try:
         folder = run(
-            source, out, bits=None if bits == "none" else int(bits), group_size=int(group_size),
-            dtype=dtype, revision=revision, force=force, progress=_show,
-        )  # fmt: skip
+            source,
+            out,
+            bits=None if bits == "none" else int(bits),
+            group_size=int(group_size),
+            dtype=dtype,
+            revision=revision,
+            force=force,
+            progress=_show,
+        )
     except KeyboardInterrupt:
         note("interrupted; nothing half-done was left. Files that were downloaded whole are kept.")
         raise
@@ -60,10 +74,10 @@ def convert(source: str, out: str | None, bits: str, group_size: str, dtype: str
 
 
 def _show(what: str, done: int, total: int) -> None:
-    terminal = sys.stderr.isatty()
+    """Show a step of the conversion: counted in place on a terminal, elsewhere when it is done."""
     if not total:
         note(what)
-    elif terminal:
+    elif sys.stderr.isatty():
         click.echo(f"\rdensesteer: {what}: {done}/{total}", nl=done == total, err=True)
     elif done == total:
         note(f"{what}: {total} tensors")

@@ -5,26 +5,34 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Live, aligned, count, note, percent, signed, signed_dose
+from ..text import Live, aligned, count, note, signed, signed_dose
+from .options import json_option
+from .sweep import FIGURES, figures
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import GridRow
 
 WHAT_IT_IS = """\
-A toy shows the whole of it: a Qwen2 model of 2.5 million parameters, trained for this purpose on
-synthetic word problems, and a steering vector extracted from its own solutions. Real weights, real
-generation. It is no evidence about Qwen2.5, nor that density makes answers better: here it does not."""
+A toy shows how steering works: a Qwen2 model of 2.5 million parameters, trained for this purpose on
+synthetic word problems, and a steering vector extracted from its own solutions. Weights and generation
+are real. It is no evidence about Qwen2.5, nor that density makes answers better: here it does not."""
 
 
 @click.command()
-@click.option("--problems", type=click.IntRange(1, 500), default=40, show_default=True,
-              help="Held-out problems for the table.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--problems",
+    type=click.IntRange(1, 500),
+    default=40,
+    show_default=True,
+    help="Held-out problems for the table.",
+)
+@json_option
 def demo(problems: int, as_json: bool) -> None:
     """Show steering at work, offline, on a tiny model inside this package.
 
-    Prints one problem solved at a negative strength, at 0, at a positive one and at an overdose,
-    then a table over problems that the model never saw: accuracy, steps, tokens, density, NLL.
+    Prints the model's answers to one problem at a negative dose, at 0, at positive doses and at an
+    overdose. A table over problems that the model never saw follows: accuracy, steps, tokens,
+    density, NLL.
     """
     from ..demo import DOSES, NAME
     from ..evaluation.answers import answer
@@ -45,10 +53,13 @@ def demo(problems: int, as_json: bool) -> None:
     live, chosen = Live(), load_task(NAME, limit=problems)
     expected = len(settings) * len(chosen)
     answers = answer(
-        model, chosen, [setting.steering for setting in settings], rows=32,
+        model,
+        chosen,
+        [setting.steering for setting in settings],
+        rows=32,
         max_tokens=200,
         progress=lambda answers, tokens: live.show(f"{len(answers)}/{expected} answers"),
-    )  # fmt: skip
+    )
     live.clear()
     rows = table(settings, answers)
     if as_json:
@@ -61,7 +72,8 @@ def demo(problems: int, as_json: bool) -> None:
         verdict = "right" if one.correct else "wrong"
         click.echo(
             f"\n--- dose {signed_dose(row.setting.dose)}{_remark(row.setting.dose)}: "
-            f"{count(one.steps, 'step')}, {count(one.tokens, 'token')}, {verdict}\n{_shown(one.text)}"
+            f"{count(one.steps, 'step')}, {count(one.tokens, 'token')}, {verdict}\n"
+            f"{one.text if len(one.text) <= 600 else one.text[:600] + ' ...'}"
         )
     click.echo(
         f"\n{count(len(chosen), 'problem')} that the model never saw, layer {layers[0]}, greedy:\n"
@@ -83,10 +95,6 @@ def _remark(dose: float) -> str:
     return " (an overdose)" if dose >= LARGE_DOSE else " (towards dense)"
 
 
-def _shown(text: str, width: int = 600) -> str:
-    return text if len(text) <= width else f"{text[:width]} ..."
-
-
 def _plain(row: "GridRow") -> dict[str, object]:
     described = row.describe()
     kept = ("dose", "strength", "problems", "accuracy", "steps", "tokens", "density", "nll")
@@ -94,14 +102,8 @@ def _plain(row: "GridRow") -> dict[str, object]:
 
 
 def _lines(rows: "list[GridRow]") -> list[str]:
-    lines = [["dose", "strength", "accuracy", "95%", "steps", "tokens", "density", "NLL"]]
+    lines = [["dose", "strength", *FIGURES]]
     for row in rows:
         d = row.describe()
-        lines.append([
-            signed_dose(d["dose"]), signed(d["strength"]), percent(d["accuracy"]),
-            f"{100 * d['accuracy_low']:.0f}-{100 * d['accuracy_high']:.0f}",
-            f"{d['steps']:.1f}", f"{d['tokens']:.0f}",
-            "-" if d["density"] is None else f"{d['density']:.1f}",
-            "-" if d["nll"] is None else f"{d['nll']:.2f}",
-        ])  # fmt: skip
+        lines.append([signed_dose(d["dose"]), signed(d["strength"]), *figures(d, nll_digits=2)])
     return aligned(lines)

@@ -1,4 +1,4 @@
-"""``densesteer doctor``: what is wrong with this machine, and the remedy."""
+"""``densesteer doctor``: checks of this machine, each with a remedy for what is wrong."""
 
 import ctypes
 import os
@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .._version import __version__
 from ..text import count
+
+if TYPE_CHECKING:
+    from mlx_lm.models.qwen2 import Model
 
 PACKAGES = ("mlx-densesteer", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "gguf")
 
@@ -54,18 +58,18 @@ def _system() -> Iterator[Finding]:
     if sys.platform == "darwin":
         version = platform.mac_ver()[0]
         old = int(version.split(".")[0] or 0) < 14
-        yield Finding("system", f"macOS {version}, {machine}",
-                      "mlx needs macOS 14 or newer" if old else None, fatal=old)  # fmt: skip
+        remedy = "mlx needs macOS 14 or newer" if old else None
+        yield Finding("system", f"macOS {version}, {machine}", remedy, fatal=old)
         if machine != "arm64":
-            yield Finding("processor", machine, "mlx needs Apple silicon and a native (arm64) "
-                          "Python; under Rosetta reinstall Python", fatal=True)  # fmt: skip
+            remedy = "mlx needs Apple silicon and a native (arm64) Python; under Rosetta reinstall Python"
+            yield Finding("processor", machine, remedy, fatal=True)
     else:
         yield Finding("system", f"{platform.system()} {platform.release()}, {machine}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("memory", f"{memory / 2**30:.1f} GiB")
     free = shutil.disk_usage(Path.cwd()).free
-    yield Finding("free disk", f"{free / 1e9:.1f} GB here",
-                  "a 1.5B model takes about 4 GB while it is converted" if free < 4e9 else None)  # fmt: skip
+    remedy = "a 1.5B model takes about 4 GB while it is converted" if free < 4e9 else None
+    yield Finding("free disk", f"{free / 1e9:.1f} GB here", remedy)
 
 
 def _runtime() -> Iterator[Finding]:
@@ -88,21 +92,29 @@ def _runtime() -> Iterator[Finding]:
 def _openblas() -> Finding:
     core = openblas_core()
     if core is None:
-        return Finding("OpenBLAS", "not loaded", "float32 is 20-40 times slower without it: apt-get "
-                       "install libopenblas0-pthread, then set LD_PRELOAD to its libopenblas.so.0")  # fmt: skip
+        return Finding(
+            "OpenBLAS",
+            "not loaded",
+            "float32 is 20-40 times slower without it: apt-get install libopenblas0-pthread, then set "
+            "LD_PRELOAD to its libopenblas.so.0",
+        )
     flags = Path("/proc/cpuinfo").read_text().split()
     better = {"avx512vl": "SkylakeX", "avx2": "Haswell"}
     name = next((better[flag] for flag in better if flag in flags), None)
     if core == "Prescott" and name:
-        return Finding("OpenBLAS", "loaded, with the code of a Prescott of 2004", "float32 is 3-6 times "
-                       f"slower than with your processor's own: set OPENBLAS_CORETYPE={name}")  # fmt: skip
+        return Finding(
+            "OpenBLAS",
+            "loaded, with the code for a Prescott of 2004",
+            "float32 is 3-6 times slower than with the code for your processor: set "
+            f"OPENBLAS_CORETYPE={name}",
+        )
     return Finding("OpenBLAS", f"loaded, with the code for {core}")
 
 
 def openblas_core() -> str | None:
-    """Return for which processor the OpenBLAS that is loaded computes; ``None`` without one.
+    """Return the processor whose code the loaded OpenBLAS runs; ``None`` if none is loaded.
 
-    One that is older than the processor knows it as a Prescott, which has no AVX.
+    An OpenBLAS that is older than the processor takes it for a Prescott, which has no AVX.
     """
     lines = Path("/proc/self/maps").read_text().splitlines()
     file = next((line.split(maxsplit=5)[5] for line in lines if "libopenblas" in line), None)
@@ -116,26 +128,79 @@ def openblas_core() -> str | None:
 
 
 def _self_check() -> Finding:
-    """Steer a tiny random model and compare with the sum worked out by hand."""
-    from .self_check import largest_error
-
     try:
         error = largest_error()
-    except RuntimeError as failure:  # mx.compile without a C++ compiler, for one
-        return Finding("steering", f"fails: {str(failure).splitlines()[0]}",
-                       "on Linux install a C++ compiler (g++)", fatal=True)  # fmt: skip
+    except RuntimeError as failure:  # such as mx.compile without a C++ compiler
+        reason = str(failure).splitlines()[0]
+        remedy = "on Linux install a C++ compiler (g++)"
+        return Finding("steering", f"fails: {reason}", remedy, fatal=True)
     # without the steering the logits are off by 4; some GPUs round products to TF32
     if error > 1e-2:
-        return Finding("steering", f"off by {error:.1e}", "mlx-lm changed under us; install "
-                       "the version that this release names", fatal=True)  # fmt: skip
+        remedy = "this mlx-lm does not fit; install the version that this release names"
+        return Finding("steering", f"off by {error:.1e}", remedy, fatal=True)
     return Finding("steering", f"exact on a tiny random model (largest error {error:.0e})")
+
+
+def tiny_model(
+    *, layers: int = 4, hidden: int = 64, vocabulary: int = 128, seed: int = 0
+) -> "Model":
+    """Return a random Qwen2 model of a few thousand float32 weights."""
+    import mlx.core as mx
+    from mlx_lm.models.qwen2 import Model, ModelArgs
+
+    mx.random.seed(seed)
+    arguments = ModelArgs(
+        model_type="qwen2",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=2 * hidden,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    model = Model(arguments)
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def largest_error() -> float:
+    """Steer a tiny random model; return the largest difference of its logits from a sum by hand.
+
+    Two layers are steered, and the prompt is read in two chunks.
+    """
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.models.base import create_attention_mask
+
+    from ..model.block import decoder_blocks, make_cache, unpatch
+    from ..steering.steering import Steering
+    from ..steering.vector import SteeringVector, VectorMeta
+
+    model = tiny_model()
+    tokens = mx.arange(12)[None]
+    rng = np.random.default_rng(0)
+    arrays = {layer: rng.normal(size=64).astype(np.float32) for layer in (1, 2)}
+    vector = SteeringVector(arrays, VectorMeta(model="tiny", hidden_size=64, layer_count=4))
+    cache = make_cache(model, Steering(vector, 2.0, (1, 2)))
+    steered = mx.concatenate([model(tokens[:, :7], cache), model(tokens[:, 7:], cache)], axis=1)
+    unpatch(model)
+    h = model.model.embed_tokens(tokens)
+    mask = create_attention_mask(h)
+    for layer, block in decoder_blocks(model).items():
+        h = block(h, mask, None)
+        if layer in arrays:
+            h = h + 2.0 * mx.array(arrays[layer])
+    expected = model.model.embed_tokens.as_linear(model.model.norm(h))
+    return float(mx.abs(steered - expected).max())
 
 
 @click.command()
 def doctor() -> None:
-    """Print versions, device and memory, and what is wrong.
+    """Check this machine: versions, device, memory, and that steering computes correctly.
 
-    Exits with 1 if something is wrong that keeps models from running.
+    Exits with 1 if models cannot run.
     """
     wrong = fatal = 0
     for finding in examine():

@@ -8,18 +8,26 @@ import click
 
 from ..text import aligned, count, estimate, note, percent, share
 from . import completers
-from .options import model_option, run_options, steering_options, task_options
+from .options import (
+    json_option,
+    model_option,
+    no_nll_option,
+    run_options,
+    steering_options,
+    task_options,
+)
 from .run import journalled, load_problems
-from .steering import read_steering, steering_for
+from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..evaluation.answers import Answer
     from ..evaluation.scoring import Score
+    from ..steering.request import Amount
     from ..steering.steering import Positions
 
 
 @click.command("eval")
-@model_option
+@model_option()
 @steering_options
 @task_options
 @run_options
@@ -28,21 +36,19 @@ if TYPE_CHECKING:
     "--out",
     type=click.Path(dir_okay=False),
     metavar="FILE.jsonl",
-    help="Keeps every response; the same command goes on from what is there. "
+    help="Journal of every answer; the same command continues from what is there. "
     "[default: eval-TASK-MODEL.jsonl]",
 )
 @click.option(
     "--no-baseline", is_flag=True, help="Leave out strength 0, and the comparison with it."
 )
-@click.option(
-    "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each response."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@no_nll_option
+@json_option
 @click.argument("task", shell_complete=completers.tasks)
 def evaluate(
     model: str,
     vector: str | None,
-    strength: str | None,
+    strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
     split: str | None,
@@ -62,7 +68,7 @@ def evaluate(
 
     TASK is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a local
     JSONL file with the fields of one of these. Decoding is greedy, intervals are at 95%, and the
-    steered responses are compared with those at strength 0 to the same problems.
+    steered answers are compared with those at strength 0 to the same problems.
     """
     request = read_steering(vector, strength, layers, positions)
     problems, about = load_problems(task, split=split, skip=skip, limit=limit, revision=revision)
@@ -98,7 +104,7 @@ def evaluate(
             **about,
             "model": info.name,
             "fingerprint": info.fingerprint,
-            "steering": steering.describe() | {"dose": loaded.dose(steering)} if steering else None,
+            "steering": described(steering, loaded),
             "max_tokens": max_tokens,
             "answers": str(path),
             "scores": {name: one.describe() for name, one in scores.items()},
@@ -108,11 +114,11 @@ def evaluate(
         click.echo("\n".join(_table(scores)))
     for name, setting in zip(scores, by_steering(answers).values(), strict=True):
         _tell_disagreements(name, list(setting.values()))
-    note(f"every response is in {path}")
+    note(f"every answer is in {path}")
 
 
 def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
-    """Show where math-verify, which counts, and the reference's string rule differ."""
+    """Tell where math-verify, whose verdict counts, and the reference's string rule differ."""
     differing = [a for a in answers if a.by_math_verify not in (None, a.by_reference)]
     for one in differing[:5]:
         verdict = (
@@ -120,7 +126,7 @@ def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
         )
         note(f"{name}, {one.problem}: {one.found!r} is {verdict} by the reference's string rule")
     if len(differing) > 5:
-        note(f"... and {len(differing) - 5} more (by_math_verify, by_reference in the file)")
+        note(f"... and {len(differing) - 5} more: see by_math_verify and by_reference in the file")
 
 
 def _table(scores: "dict[str, Score]") -> list[str]:

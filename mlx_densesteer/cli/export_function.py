@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import note
-from .options import layers_option, model_option, positions_option, strength_option, vector_option
+from .options import (
+    force_option,
+    layers_option,
+    model_option,
+    positions_option,
+    strength_option,
+    vector_option,
+)
 from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
@@ -15,31 +22,45 @@ if TYPE_CHECKING:
 
 
 @click.command("export-function")
-@model_option
+@model_option()
 @vector_option("Steers the function.", required=True)
 @click.option("-o", "--out", required=True, metavar="FILE", help="The .mlxfn file to write.")
 @strength_option
 @layers_option()
 @positions_option
 @click.option(
-    "--capacity", type=click.IntRange(min=2), metavar="TOKENS",
+    "--capacity",
+    type=click.IntRange(min=2),
+    metavar="TOKENS",
     help="Size of the KV cache: prompt and answer together. [default: 2048, or the model's context]",
-)  # fmt: skip
+)
 @click.option(
-    "--chunk", "chunks", type=click.IntRange(min=1), multiple=True, metavar="TOKENS",
+    "--chunk",
+    "chunks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="TOKENS",
     help="A length in which a prompt can be read, besides 1; may be repeated. [default: 128, 32, 8]",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-def export_function(model: str, vector: str, out: str, strength: "Amount | None",
-                    layers: tuple[str, ...], positions: "Positions | None", capacity: int | None,
-                    chunks: tuple[int, ...], force: bool) -> None:  # fmt: skip
+)
+@force_option
+def export_function(
+    model: str,
+    vector: str,
+    out: str,
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    positions: "Positions | None",
+    capacity: int | None,
+    chunks: tuple[int, ...],
+    force: bool,
+) -> None:
     """Write a steered model as an MLX function for C++ and Swift.
 
-    One file (.mlxfn) with the weights, whose inputs are tokens, position, strength and KV cache.
-    It needs MLX, but no Python. Programs may pass any strength; FILE names that of -s as its
-    default. It is compared with run-time steering before it gets its name, which is printed on
-    standard output. docs/export-function.md has the signature, examples/cpp a program that
-    generates text with it.
+    One file (.mlxfn) holds the weights. It needs MLX, but no Python. Its inputs are tokens,
+    position, strength and KV cache; programs may pass any strength, and -s is the default that
+    the file records. The function is compared with run-time steering before the file gets its
+    name, which is printed on standard output. docs/export-function.md has the signature,
+    examples/cpp a program that generates text with it.
     """
     request = read_steering(vector, strength, layers, positions)
 

@@ -6,49 +6,65 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Live, aligned, count, note, refuse_existing
-from .options import model_option
+from ..text import Live, aligned, count, note
+from .options import force_option, json_option, model_option, output_file
 
 if TYPE_CHECKING:
     from ..extraction.extract import Extraction
 
 
 @click.command()
-@model_option
+@model_option()
 @click.argument("pairs", type=click.Path(exists=True, dir_okay=False))
 @click.option(
-    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE.npz",
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE.npz",
     help="File to write.",
-)  # fmt: skip
+)
 @click.option(
-    "--token", default="-1", show_default=True, metavar="WHERE",
-    help="Read-out: -N, counted from the end of the response; mean-response; or first-N, the "
-         "mean of its first N tokens.",
-)  # fmt: skip
+    "--token",
+    default="-1",
+    show_default=True,
+    metavar="WHERE",
+    help="Read-out: -N, counted from the end of the response; mean-response; or first-N, the mean of "
+    "its first N tokens.",
+)
 @click.option(
-    "--method", type=click.Choice(["mean", "pca"]), default="mean", show_default=True,
+    "--method",
+    type=click.Choice(["mean", "pca"]),
+    default="mean",
+    show_default=True,
     help="Mean difference, or first principal component of the differences.",
-)  # fmt: skip
+)
 @click.option(
-    "--layers", "layers", multiple=True, metavar="LAYERS",
-    help="0-based: 14, 10-14, 10,12 or all; may be repeated. Nothing above the last one is "
-         "computed. [default: all]",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def extract(model: str, pairs: str, out: str, token: str, method: str, layers: tuple[str, ...],
-            force: bool, as_json: bool) -> None:  # fmt: skip
+    "--layers",
+    "layers",
+    multiple=True,
+    metavar="LAYERS",
+    help="0-based: 14, 10-14, 10,12 or all; may be repeated. Layers above the last one are not "
+    "computed. [default: all]",
+)
+@force_option
+@json_option
+def extract(
+    model: str,
+    pairs: str,
+    out: str,
+    token: str,
+    method: str,
+    layers: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
     """Extract a steering vector from contrastive pairs.
 
     PAIRS is a JSONL file of `densesteer pairs`. The name of the vector's file goes to standard
-    output, what was found in each layer to standard error.
+    output, a table of the layers to standard error.
     """
-    path = Path(out).expanduser()
-    if path.suffix != ".npz":
-        raise click.UsageError(f"--out {out}: expected a name that ends in .npz.")
-    refuse_existing(path, force)
-    if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
+    path = output_file(out, force, ending=".npz")
 
     from ..extraction.extract import ReadOut, extract_with_report
     from ..extraction.pairs import read_pairs
@@ -80,13 +96,12 @@ def extract(model: str, pairs: str, out: str, token: str, method: str, layers: t
 
 
 def _tell(found: "Extraction", pairs: int) -> None:
-    """Say how large and how stable the vector is, on standard error."""
+    """Tell on standard error how large and how stable the vector is."""
     if found.identical:
-        numbers = ", ".join(map(str, found.identical[:5])) + (
-            ", ..." if found.identical[5:] else ""
-        )
+        numbers = ", ".join(map(str, found.identical[:5]))
+        more = ", ..." if len(found.identical) > 5 else ""
         note(
-            f"warning: in {count(len(found.identical), 'pair')} (from 0: {numbers}) the two "
+            f"warning: in {count(len(found.identical), 'pair')} (from 0: {numbers}{more}) the two "
             "responses are the same; they only make the vector shorter."
         )
     note(
@@ -99,8 +114,8 @@ def _tell(found: "Extraction", pairs: int) -> None:
     nothing = [layer for layer, row in found.layers.items() if row.unit_dose < SMALLEST]
     if nothing:
         note(
-            f"warning: at layer {format_layers(nothing)} the vector is nothing but rounding: the two "
-            "responses have the same tokens there up to the read-out. Do not steer at these layers."
+            f"warning: at layer {format_layers(nothing)} the vector is only rounding: the two responses "
+            "have the same tokens up to the read-out. Do not steer at these layers."
         )
     rows = [["layer", "norm", "residual", "dose of 1", "halves", "noise", "gain"]]
     for layer, row in found.layers.items():
@@ -112,7 +127,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
         "norm: ||v||; residual: mean ||h|| over the responses; dose of 1: norm / residual, the dose of"
         "\nstrength 1; halves: cosine between the vectors of two random halves of the pairs, 1 is"
         "\nstable; noise: the size of that cosine if dense and sparse were swapped at random; gain: by how"
-        "\nmany nats per token a dose of 20% favours the dense responses of pairs held out for it.",
+        "\nmany nats per token a dose of 20% favours the dense responses of held-out pairs.",
         err=True,
     )
     default = request(found.vector)

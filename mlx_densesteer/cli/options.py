@@ -1,17 +1,34 @@
-"""Options that commands share."""
+"""Options that commands share, and what reads them without a model."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import completers
 
+if TYPE_CHECKING:
+    from ..generation.speculation import Draft
+    from ..model.model import Model
+
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+def _options(*options: Decorator) -> Decorator:
+    """Return a decorator that adds ``options``; the help lists them in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 class _Model(click.ParamType):
-    """A model's name; where it is missing, the error says what it could be."""
+    """A model's name; the error for a missing one says what it could be."""
 
     name = "model"
 
@@ -19,32 +36,29 @@ class _Model(click.ParamType):
         return "Try -m demo, which is embedded, or a folder that `densesteer convert` wrote."
 
 
-def model_option(command: Command, *, required: bool = True) -> Command:
-    """Add ``-m/--model``."""
+def model_option(*, required: bool = True) -> Decorator:
+    """Make ``-m/--model``."""
     return click.option(
-        "-m", "--model", required=required, type=_Model(), metavar="MODEL", shell_complete=completers.models,
+        "-m",
+        "--model",
+        required=required,
+        type=_Model(),
+        metavar="MODEL",
+        shell_complete=completers.models,
         help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
-    )(command)  # fmt: skip
+    )
 
 
-def steering_options(command: Command) -> Command:
-    """Add ``-v -s -l --positions``; read them with ``steering.read_steering``."""
-    for option in reversed([
-        vector_option("Without it nothing is steered."),
-        strength_option,
-        layers_option(),
-        positions_option,
-    ]):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def vector_option(remark: str, *, required: bool = False) -> Command:
+def vector_option(remark: str, *, required: bool = False) -> Decorator:
     """Make ``-v/--vector``."""
     return click.option(
-        "-v", "--vector", metavar="FILE", required=required, shell_complete=completers.vectors,
+        "-v",
+        "--vector",
+        metavar="FILE",
+        required=required,
+        shell_complete=completers.vectors,
         help=f"Steering vector (.npz), or demo (embedded). {remark}".strip(),
-    )  # fmt: skip
+    )
 
 
 class StrengthType(click.ParamType):
@@ -65,66 +79,149 @@ class StrengthType(click.ParamType):
 
 
 strength_option = click.option(
-    "-s", "--strength", "--lambda", type=StrengthType(), metavar="STRENGTH",
-    help="A dose in per cent of the residual stream (20%), or lambda as a number (1.5). Positive is "
-         "towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
-)  # fmt: skip
+    "-s",
+    "--strength",
+    "--lambda",
+    type=StrengthType(),
+    metavar="STRENGTH",
+    help="A dose in per cent of the residual stream (20%), or lambda as a number (1.5). Positive "
+    "is towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
+)
 
-_LAYERS = "[default: what a sweep recommended, else the best that extraction measured]"
+_BEST_LAYER = "[default: what a sweep recommended, else the best that extraction measured]"
 
 
-def layers_option(remark: str = _LAYERS) -> Command:
+def layers_option(remark: str = _BEST_LAYER) -> Decorator:
     """Make ``-l/--layer``."""
     return click.option(
-        "-l", "--layer", "layers", multiple=True, metavar="LAYERS",
+        "-l",
+        "--layer",
+        "layers",
+        multiple=True,
+        metavar="LAYERS",
         help=f"0-based: 14, 10-14, 10,12 or all; may be repeated. {remark}",
-    )  # fmt: skip
+    )
 
 
 positions_option = click.option(
-    "--positions", type=click.Choice(["all", "generated", "prompt"]),
+    "--positions",
+    type=click.Choice(["all", "generated", "prompt"]),
     help="At which tokens to steer. [default: all]",
-)  # fmt: skip
+)
+
+# Read by ``steering.read_steering``.
+steering_options = _options(
+    vector_option("Without it nothing is steered."),
+    strength_option,
+    layers_option(),
+    positions_option,
+)
+
+max_tokens_option = click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Length of an answer at most.",
+)
+system_option = click.option("--system", metavar="TEXT", help="System message.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+no_nll_option = click.option(
+    "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each answer."
+)
+
+# How one answer is generated.
+answer_options = _options(
+    max_tokens_option,
+    click.option(
+        "--temp",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="Temperature; 0 is greedy.",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sample among the likeliest tokens of this total probability.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="For a repeatable sample."),
+    system_option,
+    click.option(
+        "--draft-model",
+        metavar="MODEL",
+        shell_complete=completers.models,
+        help="Speculative decoding: a smaller model of the same family proposes tokens. The text "
+        "stays the same at temperature 0.",
+    ),
+    click.option(
+        "--draft-tokens",
+        type=click.IntRange(1, 16),
+        default=3,
+        show_default=True,
+        help="Tokens that the draft model proposes at a time.",
+    ),
+    click.option(
+        "--no-brake",
+        is_flag=True,
+        help="Let an overdosed model repeat itself. Without this, repetition is cut off and the "
+        "strength lowered.",
+    ),
+)
+
+# Which problems of a task; read by ``run.load_problems``.
+task_options = _options(
+    click.option("--split", metavar="NAME", help="Of the task: test, or train where there is one."),
+    click.option(
+        "--skip",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="Leave out the first N problems.",
+    ),
+    click.option(
+        "--limit", type=click.IntRange(min=1), metavar="N", help="Take at most N problems."
+    ),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of the data set."),
+)
+
+# How the problems of a task are answered.
+run_options = _options(
+    max_tokens_option,
+    click.option(
+        "--rows",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Answers that are generated together; more need more memory.",
+    ),
+    system_option,
+)
 
 
-def decoding_options(command: Command) -> Command:
-    """Add ``--draft-model --draft-tokens --no-brake``: how an answer is decoded."""
-    for option in reversed([
-        click.option("--draft-model", metavar="MODEL", shell_complete=completers.models,
-                     help="Speculative decoding: a smaller model of the same family proposes tokens. "
-                          "The text stays the same at temperature 0."),
-        click.option("--draft-tokens", type=click.IntRange(1, 16), default=3, show_default=True,
-                     help="How many tokens it proposes at a time."),
-        click.option("--no-brake", is_flag=True,
-                     help="Let an overdosed model repeat itself, instead of cutting that off and "
-                          "lowering the strength."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+def load_draft(name: str | None, tokens: int, model: "Model") -> "Draft | None":
+    """Load the draft model for ``model``; return ``None`` without a name."""
+    if name is None:
+        return None
+    from ..generation.speculation import Draft
+    from ..model.model import load
+
+    draft = Draft(load(name), tokens)
+    draft.check(model.tokenizer)
+    return draft
 
 
-def task_options(command: Command) -> Command:
-    """Add ``--split --skip --limit --revision``: which problems of a task."""
-    for option in reversed([
-        click.option("--split", metavar="NAME", help="Of the task: test, or train where there is one."),
-        click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N",
-                     help="Leave out the first N problems."),
-        click.option("--limit", type=click.IntRange(min=1), metavar="N",
-                     help="Take at most N problems."),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of the data set."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def run_options(command: Command) -> Command:
-    """Add ``-n --rows --system``: how problems are answered."""
-    for option in reversed([
-        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=2048,
-                     show_default=True, help="Length of a response at most."),
-        click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True,
-                     help="Responses that are generated together; more need more memory."),
-        click.option("--system", metavar="TEXT", help="System message."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+def output_file(text: str, force: bool, *, ending: str = "") -> Path:
+    """Return the path of a file to write; refuse it before work begins that could not be saved."""
+    path = Path(text).expanduser()
+    if ending and path.suffix != ending:
+        raise click.UsageError(f"--out {text}: expected a name that ends in {ending}.")
+    if path.exists() and not force:
+        raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
+    if not path.parent.is_dir():
+        raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
+    return path

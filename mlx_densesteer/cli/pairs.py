@@ -9,7 +9,7 @@ import click
 
 from ..text import Live, aligned, count, note
 from . import completers
-from .options import model_option, run_options, task_options
+from .options import json_option, model_option, run_options, task_options
 from .run import load_problems, resumable
 
 if TYPE_CHECKING:
@@ -21,59 +21,130 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_option
+@model_option()
 @task_options
 @run_options
 @click.option(
-    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE.jsonl",
-    help="Pairs; the rejected ones and the journals of the work stand beside it.",
-)  # fmt: skip
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE.jsonl",
+    help="File of the pairs. The rejected pairs and the journals are written beside it.",
+)
 @click.option(
-    "--rewriter", "spec", default="rules", show_default=True, metavar="REWRITER",
+    "--rewriter",
+    "spec",
+    default="rules",
+    show_default=True,
+    metavar="REWRITER",
     help="rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
-         "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl.",
-)  # fmt: skip
-@click.option("--count", "wanted", type=click.IntRange(min=1), metavar="N",
-              help="Stop once N pairs are accepted. [default: take every problem]")  # fmt: skip
+    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl.",
+)
 @click.option(
-    "--nll-margin", type=click.FloatRange(min=0), metavar="NATS",
+    "--count",
+    "wanted",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop once N pairs are accepted. [default: take every problem]",
+)
+@click.option(
+    "--nll-margin",
+    type=click.FloatRange(min=0),
+    metavar="NATS",
     help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
-)  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0,
-              show_default=True, metavar="SECONDS", help="How long an endpoint may send nothing.")  # fmt: skip
-@click.option("--attempts", type=click.IntRange(min=1), default=6, show_default=True,
-              help="Of a request to an endpoint.")  # fmt: skip
-@click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True,
-              help="Requests to an endpoint that run at the same time.")  # fmt: skip
-@click.option("--requests-per-minute", type=click.FloatRange(min=0), default=0.0, metavar="N",
-              help="To an endpoint, at most. [default: no limit]")  # fmt: skip
+)
 @click.option(
-    "--rewriter-fields", metavar="JSON",
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long an endpoint may send nothing.",
+)
+@click.option(
+    "--attempts",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="How often a request to an endpoint is tried.",
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Requests to an endpoint that run at the same time.",
+)
+@click.option(
+    "--requests-per-minute",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="N",
+    help="Requests to an endpoint in a minute, at most. [default: no limit]",
+)
+@click.option(
+    "--rewriter-fields",
+    metavar="JSON",
     help="More fields of a request to an endpoint, such as '{\"temperature\": 0}'.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+)
+@json_option
 @click.argument("problems", shell_complete=completers.tasks)
-def pairs(model: str, split: str | None, skip: int, limit: int | None, revision: str | None,
-          max_tokens: int, rows: int, system: str | None, out: str, spec: str,
-          wanted: int | None, nll_margin: float | None, timeout: float, attempts: int,
-          at_once: int, requests_per_minute: float, rewriter_fields: str | None, as_json: bool,
-          problems: str) -> None:  # fmt: skip
+def pairs(
+    model: str,
+    split: str | None,
+    skip: int,
+    limit: int | None,
+    revision: str | None,
+    max_tokens: int,
+    rows: int,
+    system: str | None,
+    out: str,
+    spec: str,
+    wanted: int | None,
+    nll_margin: float | None,
+    timeout: float,
+    attempts: int,
+    at_once: int,
+    requests_per_minute: float,
+    rewriter_fields: str | None,
+    as_json: bool,
+    problems: str,
+) -> None:
     """Make contrastive pairs: solve problems, make the solutions denser, check both.
 
-    PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a
-    local JSONL file with the fields of one of these. Take no problem that you will evaluate on: gsm8k and
-    demo are taken from their split train unless --split says otherwise. A run that was cut off goes on
-    where it was: start the same command again.
+    PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a local
+    JSONL file with the fields of one of these. Take no problem that you will evaluate on: without
+    --split, gsm8k and demo are taken from their split train. The same command continues a run that was
+    interrupted.
     """
     kind, _, rest = spec.partition(":")
     if kind not in ("rules", "mlx", "openai", "file") or (kind == "rules") == bool(rest):
         raise click.UsageError(
             f"--rewriter {spec}: expected rules, mlx:MODEL, openai:URL#MODEL or file:FILE.jsonl."
         )
+    rewriter: Rewriter | None = None
     if kind == "openai":
-        rewriter = _endpoint(rest, timeout, attempts, at_once, requests_per_minute, rewriter_fields)
-    else:
-        rewriter = _without_model(kind, rest)
+        from ..extraction.rewriting.openai import KEY, OpenAIRewriter
+
+        rewriter = OpenAIRewriter(
+            rest,
+            key=os.environ.get(KEY),
+            fields=_read_fields(rewriter_fields),
+            warn=note,
+            timeout=timeout,
+            attempts=attempts,
+            at_once=at_once,
+            per_minute=requests_per_minute,
+        )
+    elif kind == "file":
+        from ..extraction.rewriting.file import FileRewriter
+
+        rewriter = FileRewriter(rest)
+    elif kind == "rules":
+        from ..extraction.rewriting.rules import RulesRewriter
+
+        rewriter = RulesRewriter()
 
     from ..extraction.make_pairs import Files
 
@@ -92,17 +163,26 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
         rewriter = _local(rest, model, loaded, rows)
     with resumable(files.solved, files.rewrites) as live:
         summary = make_pairs(
-            loaded, chosen, rewriter, out, count=wanted,
-            nll_margin=NLL_MARGIN if nll_margin is None else nll_margin, system=system,
-            max_tokens=max_tokens, rows=rows, progress=_progress(live, wanted),
-        )  # fmt: skip
+            loaded,
+            chosen,
+            rewriter,
+            out,
+            count=wanted,
+            nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
+            system=system,
+            max_tokens=max_tokens,
+            rows=rows,
+            progress=_progress(live, wanted),
+        )
     _tell(summary, files, wanted)
     if as_json:
-        click.echo(json.dumps(
-            {"pairs": str(files.pairs), "rejected_pairs": str(files.rejected),
-             "rewriter": rewriter.name, **summary.describe()},
-            ensure_ascii=False, allow_nan=False,
-        ))  # fmt: skip
+        document = {
+            "pairs": str(files.pairs),
+            "rejected_pairs": str(files.rejected),
+            "rewriter": rewriter.name,
+            **summary.describe(),
+        }
+        click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         click.echo(files.pairs)
     if not summary.accepted:
@@ -112,38 +192,18 @@ def pairs(model: str, split: str | None, skip: int, limit: int | None, revision:
         )
 
 
-def _without_model(kind: str, rest: str) -> "Rewriter | None":
-    if kind == "file":
-        from ..extraction.rewriting.file import FileRewriter
-
-        return FileRewriter(rest)
-    if kind == "rules":
-        from ..extraction.rewriting.rules import RulesRewriter
-
-        return RulesRewriter()
-    return None
-
-
-def _endpoint(
-    address: str, timeout: float, attempts: int, at_once: int, per_minute: float,
-    fields: str | None,
-) -> "Rewriter":  # fmt: skip
-    from ..extraction.rewriting.openai import KEY, OpenAIRewriter
-
+def _read_fields(text: str | None) -> dict[str, object]:
     try:
-        more = json.loads(fields) if fields else {}
+        fields = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--rewriter-fields is not JSON ({error}).") from error
-    if not isinstance(more, dict):
+    if not isinstance(fields, dict):
         raise click.UsageError("--rewriter-fields: expected a JSON object.")
-    return OpenAIRewriter(
-        address, key=os.environ.get(KEY), fields=more, warn=note,
-        timeout=timeout, attempts=attempts, at_once=at_once, per_minute=per_minute,
-    )  # fmt: skip
+    return fields
 
 
 def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":
-    """Load the rewriting model, unless it is the target."""
+    """Return a rewriter with a local model, which is loaded unless it is the target."""
     from ..extraction.rewriting.model import ModelRewriter
     from ..model.model import find, load
 
@@ -195,6 +255,6 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
             "many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)"
         )
     if summary.rejected:
-        note(f"rejected ones with all figures: {files.rejected}")
+        note(f"rejected pairs with all figures: {files.rejected}")
     if wanted and summary.accepted < wanted:
         note(f"only {summary.accepted} of {wanted} pairs: the problems are used up.")

@@ -1,4 +1,4 @@
-"""A run over many problems: which ones, how far it is, and how it goes on after Ctrl-C."""
+"""Runs over many problems: load the problems, show progress, continue after Ctrl-C."""
 
 import contextlib
 import time
@@ -26,8 +26,8 @@ def load_problems(
 ) -> "tuple[list[Problem], dict[str, object]]":
     """Return the problems of a task, and what identifies them in results.
 
-    ``calibration``: gsm8k and demo are taken from their split train where none is named. What a setting
-    or a vector is made from must not be what it is judged by.
+    ``calibration``: gsm8k and demo default to their split train, so that a setting or a vector is not
+    judged by the problems that it was made from.
     """
     import hashlib
 
@@ -58,7 +58,7 @@ def load_problems(
 
 @contextlib.contextmanager
 def resumable(*kept: Path) -> Iterator[Live]:
-    """Show how far a run is; on Ctrl-C say in which files its work is."""
+    """Yield the progress display of a run; on Ctrl-C tell which files hold its work."""
     live = Live()
     try:
         yield live
@@ -84,9 +84,9 @@ def journalled(
     with_nll: bool,
     table: "Callable[[list[Answer]], Sequence[str]]" = lambda answers: (),
 ) -> Iterator[dict[str, object]]:
-    """Open the journal of a run of ``expected`` answers; yield the options of ``evaluate`` and ``sweep``.
+    """Open the journal of a run of ``expected`` answers; yield options for ``evaluate`` or ``sweep``.
 
-    ``table`` makes the lines that are shown above the count while the run lasts.
+    ``table`` makes the lines that are shown above the progress.
     """
     from ..distributed.answers import answer_over_ranks, journal_over_ranks
     from ..evaluation.answers import journal_header
@@ -94,9 +94,9 @@ def journalled(
     header = journal_header(model, max_tokens, system)
     with journal_over_ranks(path, header, ranks) as journal, resumable(path) as live:
         if there := sum("nll_of" not in record for record in journal.records):
-            note(f"{path}: {count(there, 'answer')} there already; those of this run are used")
+            note(f"{path}: {count(there, 'answer')} there already; the ones that fit are used")
         if ranks.size > 1:
-            note(f"split over {ranks.size} ranks; the count is that of rank 0's share")
+            note(f"split over {ranks.size} ranks; the progress is rank 0's")
         yield {
             "journal": journal,
             "answer": answer_over_ranks(ranks),
@@ -111,7 +111,7 @@ def journalled(
 def _progress(
     live: Live, expected: int, table: "Callable[[list[Answer]], Sequence[str]]"
 ) -> "OnAnswers":
-    """Return a function that shows how many answers there are, and about how long the rest takes."""
+    """Return a function that shows the number of answers and the time that the others will take."""
     began, first = time.monotonic(), []
 
     def show(answers: "list[Answer]", tokens: int) -> None:
@@ -123,7 +123,7 @@ def _progress(
         rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
         left = ""
         if done == expected:
-            rate, left = ", working out the NLL", ""
+            rate = ", computing the NLL"
         elif done > first[0]:
             minutes = seconds / (done - first[0]) * (expected - done) / 60
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ""

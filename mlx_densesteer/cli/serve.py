@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,16 @@ from ..errors import install_command
 from ..text import count, note
 from . import completers
 from .agent import install, uninstall
-from .options import layers_option, model_option, positions_option, strength_option
+from .options import (
+    layers_option,
+    max_tokens_option,
+    model_option,
+    positions_option,
+    strength_option,
+)
 from .steering import read_vector, tell_fit, tell_steering
 
 if TYPE_CHECKING:
-    import socket
-
     from ..server.settings import Access
     from ..server.vectors import NamedVector, Vectors
     from ..steering.request import Amount
@@ -30,7 +33,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 
 
 @click.command()
-@partial(model_option, required=False)
+@model_option(required=False)
 @click.option(
     "-v",
     "--vector",
@@ -38,8 +41,8 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     multiple=True,
     metavar="FILE",
     shell_complete=completers.vectors,
-    help="A vector that requests may name, by its file's name; may be repeated. -m demo always has the "
-    "embedded one, demo.",
+    help="A vector that requests may name by its file's name; may be repeated. -m demo always has the "
+    "vector demo.",
 )
 @click.option(
     "--vectors",
@@ -87,7 +90,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     "origins",
     multiple=True,
     metavar="ORIGIN",
-    help="A web page that may ask, as https://app.example; may be repeated.",
+    help="A web page that may send requests, as https://app.example; may be repeated.",
 )
 @click.option(
     "--rows",
@@ -101,23 +104,16 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     type=click.IntRange(0, 4096),
     default=64,
     show_default=True,
-    help="Answers that may wait; beyond them clients are told to come again (429).",
+    help="Answers that may wait; further requests are refused with status 429.",
 )
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Length of an answer at most.",
-)
+@max_tokens_option
 @click.option(
     "--prompt-cache",
     type=click.IntRange(min=0),
     default=1024,
     show_default=True,
     metavar="MIB",
-    help="Memory for prompts that were read; 0 keeps none.",
+    help="Memory for the KV caches of earlier prompts; 0 keeps none.",
 )
 @click.option(
     "--grace",
@@ -125,13 +121,13 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="Time for running answers when the server ends.",
+    help="Time that running answers get when the server ends.",
 )
 @click.option(
     "--install-agent",
     is_flag=True,
-    help="Instead of serving now, serve like this whenever you are logged in (launchd). On systems other "
-    "than macOS, print the agent.",
+    help="Serve with these options whenever you are logged in (launchd), not now. On systems other than "
+    "macOS, print the agent.",
 )
 @click.option(
     "--uninstall-agent", is_flag=True, help="Stop and remove the agent; no other option is needed."
@@ -161,9 +157,8 @@ def serve(
 ) -> None:
     """Serve a model on this machine to every OpenAI client, steered per request, with a chat page.
 
-    A request steers with the field `steering`, or with the model's name: NAME@VECTOR=20%. -s, -l and
-    --positions are what the vectors of -v get where a request does not say. The bare name is the stock
-    model. Ctrl-C ends.
+    A request steers with the field `steering`, or with the model's name: NAME@VECTOR=20%. NAME alone
+    is the unsteered model. -s, -l and --positions are the defaults of the vectors of -v. Ctrl-C ends.
     """
     if uninstall_agent:
         uninstall()
@@ -174,7 +169,11 @@ def serve(
         raise click.UsageError(f"--name {name}: expected no @, which separates a vector's name.")
     _check_extra()
     access = _access(host, _read_key(api_key_file), hosts, origins)
-    listener = None if install_agent else _open_socket(host, port)
+
+    from ..server.listening import listen, open_socket
+
+    # before anything takes long: a port in use is an error at once
+    listener = None if install_agent else open_socket(host, port)
     given = _read_vectors(model, vectors, strength, layers, positions)
     if install_agent:
         in_environment = api_key_file is None and access.key is not None
@@ -184,7 +183,6 @@ def serve(
         return
     _set_up_logs(verbose)
 
-    from ..server.listening import listen
     from ..server.settings import ServerLimits, Settings
     from ..server.start import model_id, start
 
@@ -195,13 +193,6 @@ def serve(
     address = f"[{host}]" if ":" in host else host
     note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
     listen(service.application, listener, service.engine, limits)
-
-
-def _open_socket(host: str, port: int) -> "socket.socket":
-    """Open the socket before anything takes long: a port that is taken is told at once."""
-    from ..server.listening import open_socket
-
-    return open_socket(host, port)
 
 
 def _check_extra() -> None:
@@ -218,9 +209,9 @@ def _read_vectors(
     layers: tuple[str, ...],
     positions: "Positions | None",
 ) -> "list[NamedVector]":
-    """Return the vectors of ``-v``, each with the settings of ``-s -l --positions``.
+    """Return the vectors of ``-v``, each with the defaults of ``-s -l --positions``.
 
-    The demo model's own vector is always among them.
+    The demo model always has the vector demo.
     """
     from .. import demo
     from ..server.vectors import NamedVector
@@ -239,15 +230,14 @@ def _read_vectors(
                 f"two vectors have the name {vector.name}: rename one of the files."
             )
         chosen = parse_layers(layers, vector.layers) if layers else None
-        found[vector.name] = NamedVector(vector, strength, chosen, positions)
-        found[
-            vector.name
-        ].request()  # refuses what can never be applied, before the model is loaded
+        named = NamedVector(vector, strength, chosen, positions)
+        named.request()  # refuses wrong settings before the model is loaded
+        found[vector.name] = named
     return list(found.values())
 
 
 def _read_key(file: Path | None) -> bytes | None:
-    """Return the API key; never from an option, which every user of the machine could see."""
+    """Return the API key. It is never an option, which every user of the machine could see."""
     text = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(errors="replace")
     if text is None:
         return None
@@ -282,7 +272,7 @@ def _access(
 
 
 def _set_up_logs(verbose: bool) -> None:
-    """Send what the server logs to standard error; tracebacks and requests only if asked for."""
+    """Send the server's logs to standard error; requests and tracebacks only with ``verbose``."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("densesteer: %(message)s") if verbose else _Brief())
     for name, level in (("mlx_densesteer.server", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -292,14 +282,14 @@ def _set_up_logs(verbose: bool) -> None:
 
 
 class _Brief(logging.Formatter):
-    """One line a record: a traceback shows paths, and may show what was asked."""
+    """Only the first line of a record: a traceback shows paths, and may show prompts."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"densesteer: {record.getMessage().splitlines()[0]}"
 
 
 def _tell_vectors(vectors: "Vectors", given: "list[NamedVector]") -> None:
-    """Say what can be steered, and warn of a vector that was made for other weights."""
+    """Tell which vectors there are, and warn of those that do not fit."""
     for one in given:
         tell_fit(one.vector, vectors.model)
         asked = one.request()

@@ -1,11 +1,11 @@
-"""From the shared options to a ``Steering``, and what the user is told about it."""
+"""From the shared options to a ``Steering``, and the notes about it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..text import note
+from ..text import LARGE_DOSE_WARNING, note, other_weights_warning
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -20,7 +20,8 @@ def read_vector(name: str) -> "SteeringVector":
 
     if Path(name).suffix in (".gguf", ".pt", ".safetensors"):
         raise click.UsageError(
-            f"{name}: is another program's file. `densesteer vector import {name} -o FILE.npz` first."
+            f"{name}: is another program's file. Convert it first: "
+            f"`densesteer vector import {name} -o FILE.npz`."
         )
     return SteeringVector.load(name)
 
@@ -31,7 +32,7 @@ def read_steering(
     layers: tuple[str, ...],
     positions: "Positions | None",
 ) -> "Request | None":
-    """Return what the options ask for, ``None`` without a vector; wrong ones are refused here."""
+    """Return what the options ask for, ``None`` without a vector; refuse wrong ones."""
     if vector is None:
         if strength is not None or layers or positions:
             raise click.UsageError(
@@ -46,7 +47,7 @@ def read_steering(
 
 
 def steering_for(request: "Request | None", model: "Model") -> "Steering | None":
-    """Return the steering for a loaded model; say what it is, and warn of an overdose.
+    """Return the steering for a loaded model, and tell the user what it is.
 
     Raises:
         VectorMismatchError: the vector does not fit the model.
@@ -62,15 +63,15 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
 def tell_fit(vector: "SteeringVector", model: "Model") -> None:
     """Raise if the vector does not fit the model; warn if it was made for other weights."""
     model.check_fits(vector)
-    if vector.meta.fingerprint and vector.meta.fingerprint != model.fingerprint:
-        note(
-            f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
-            f"fingerprint {vector.meta.fingerprint}; this model is {model.name}, {model.fingerprint})"
-        )
+    if warning := other_weights_warning(vector, model):
+        note(warning)
 
 
 def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
-    """Say what is added to the residual stream and how much; ``why`` tells where the default comes from."""
+    """Tell what is added to the residual stream, and warn of an overdose.
+
+    ``why`` is the reason for the default layer, empty if the user chose one.
+    """
     from ..steering.request import format_dose
     from ..steering.steering import LARGE_DOSE
     from ..steering.vector import format_layers
@@ -83,8 +84,9 @@ def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
         f"(strength {steering.strength:.3g}){where}{reason}"
     )
     if dose >= LARGE_DOSE:
-        note(
-            "warning: a large dose. The 0.5B test model collapsed at about 100%, others' models at about "
-            "190%: the same words over and over, text without sense, or no text at all. Try a smaller "
-            "--strength."
-        )
+        note(LARGE_DOSE_WARNING)
+
+
+def described(steering: "Steering | None", model: "Model") -> dict[str, object] | None:
+    """Return a steering with its dose, for JSON."""
+    return steering.describe() | {"dose": model.dose(steering)} if steering else None

@@ -2,19 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import install_command
 from ..text import aligned, count, note, percent, signed, signed_dose
 from . import completers
-from .options import model_option, positions_option, run_options, task_options, vector_option
+from .options import (
+    json_option,
+    model_option,
+    no_nll_option,
+    positions_option,
+    run_options,
+    task_options,
+    vector_option,
+)
 from .run import journalled, load_problems
 from .steering import read_vector, tell_fit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ..evaluation.answers import Answer
     from ..evaluation.sweep import GridRow, Setting, Sweep
@@ -23,14 +31,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_option
+@model_option()
 @vector_option("", required=True)
 @click.option(
     "-l",
     "--layers",
     multiple=True,
     metavar="LAYERS",
-    help="0-based: 8,12-16 or all; may be repeated. [default: five around the middle, or all of six]",
+    help="0-based: 8,12-16 or all; may be repeated. [default: five around the middle; all if there are "
+    "six at most]",
 )
 @click.option(
     "-s",
@@ -38,7 +47,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="LIST",
     help="Doses in per cent of the residual stream, or strengths (lambda), separated by commas: "
-    "--strengths=-10%,10%,20%. 0 is always there.",
+    "--strengths=-10%,10%,20%. 0 is always added.",
 )
 @positions_option
 @task_options
@@ -50,17 +59,15 @@ if TYPE_CHECKING:
     default="sweep",
     show_default=True,
     metavar="FOLDER",
-    help="For responses, table and pictures. The same command goes on from what is there.",
+    help="For answers, table and pictures. The same command continues from what is there.",
 )
-@click.option(
-    "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each response."
-)
+@no_nll_option
 @click.option(
     "--margin",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.02,
     show_default=True,
-    help="Accuracy that a recommended saving of tokens may cost at most.",
+    help="Accuracy that a setting which saves tokens may cost at most, to be recommended.",
 )
 @click.option(
     "--write",
@@ -68,7 +75,7 @@ if TYPE_CHECKING:
     help="Store table and recommendation in the vector's file; every command then uses that layer "
     "and strength by default.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.argument("task", shell_complete=completers.tasks)
 def sweep(
     model: str,
@@ -92,12 +99,15 @@ def sweep(
 ) -> None:
     """Find the layer and strength at which a vector works best, or that none does.
 
-    Tries a grid of layers and strengths on TASK, which is named as for `densesteer eval`, in one pass.
-    Use problems that you will not evaluate on: gsm8k and demo are taken from their split train. The
-    recommendation is the most accurate setting whose gain over strength 0 the paired test supports; else
-    the one with the fewest tokens at an accuracy that is no worse; else none.
+    Tries a grid of layers and strengths on TASK, which is named as for `densesteer eval`. Use problems
+    that you will not evaluate on: gsm8k and demo are taken from their split train. The recommendation is
+    the most accurate setting whose gain over strength 0 the paired test supports; else the setting with
+    the fewest tokens whose accuracy is no worse; else none.
     """
+    from dataclasses import asdict
+
     from .. import demo
+    from ..files import atomic_file
     from ..steering.request import Amount
 
     steering_vector = read_vector(vector)
@@ -126,7 +136,7 @@ def sweep(
     tell_fit(steering_vector, loaded)
     if write and steering_vector.meta.fingerprint not in (None, info.fingerprint):
         raise click.ClickException(
-            "--write: the vector was extracted from other weights, and this recommendation would be "
+            "--write: the vector was extracted from other weights, and the recommendation would be "
             "taken for theirs. Leave --write out, or extract a vector from this model."
         )
     settings = settings_of(loaded, steering_vector, chosen, amounts, positions=where)
@@ -148,7 +158,7 @@ def sweep(
         result = run(loaded, problems, settings, margin=margin, **options)
     if not ranks.speaks:
         return
-    document = {
+    document: dict[str, object] = {
         **about,
         "model": info.name,
         "fingerprint": info.fingerprint,
@@ -157,8 +167,11 @@ def sweep(
         "system": system,
         "max_tokens": max_tokens,
         "margin": margin,
+        "rows": [row.describe() for row in result.rows],
+        "recommendation": asdict(result.recommendation),
     }
-    document = _save(folder, result, document)
+    with atomic_file(folder / "table.json") as file:
+        file.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode())
     _draw(folder, result)
     if write:
         if steering_vector.meta.recommended and result.recommendation.layer is None:
@@ -172,13 +185,13 @@ def sweep(
 
 _LEGEND = (
     "dose: what is added, in per cent of the residual stream's norm; strength: the same as lambda\n"
-    "95%: interval of the accuracy (the others are in table.json); p: exact McNemar test against\n"
+    "95%: interval of the accuracy (table.json has the others); p: exact McNemar test against\n"
     "strength 0, not corrected for the number of settings (the recommendation is)"
 )
 
 
 def _check_folder(folder: Path, subject: dict[str, object]) -> None:
-    """Refuse a folder with the results of another sweep: of another vector, task or positions."""
+    """Refuse a folder with the results of a sweep of another vector, task or positions."""
     try:
         there = json.loads((folder / "table.json").read_bytes())
     except (OSError, ValueError):
@@ -193,11 +206,11 @@ def _check_folder(folder: Path, subject: dict[str, object]) -> None:
 
 
 def _write(file: str, updated: "SteeringVector") -> None:
-    """Store the metadata, unless the file holds another vector by now."""
+    """Store the recommendation in the vector's file, unless the file holds another vector by now."""
     if read_vector(file).sha256() != updated.sha256():
         raise click.ClickException(
             f"{file}: holds another vector than when the sweep began; nothing is stored. The table "
-            "is kept: run the same command again for the new one."
+            "is kept. For the new vector run the same command again with another folder (-o)."
         )
     updated.save(file)
     note(f"stored in {file}")
@@ -216,25 +229,38 @@ def _layers(texts: tuple[str, ...], vector: "SteeringVector") -> tuple[int, ...]
 
 
 def _so_far(settings: "Sequence[Setting]", answers: "list[Answer]") -> list[str]:
-    """Return a table of plain means: intervals take too long to be worked out all the time."""
+    """Return the table during the run. It has means only: intervals take long to compute."""
     from ..evaluation.answers import by_steering
 
     groups = by_steering(answers)
     rows = [[*_SETTING, "problems", "accuracy", "steps", "tokens"]]
     for setting in settings:
         done = list(groups.get(setting.fingerprint, {}).values())
-        figures = ["-"] * 3
+        means = ["-"] * 3
         if done:
-            figures = [
+            means = [
                 percent(sum(a.correct for a in done) / len(done)),
                 f"{sum(a.steps for a in done) / len(done):.1f}",
                 f"{sum(a.tokens for a in done) / len(done):.0f}",
             ]
-        rows.append([*_cells(setting), str(len(done)), *figures])
+        rows.append([*_cells(setting), str(len(done)), *means])
     return aligned(rows)
 
 
 _SETTING = ("layer", "dose", "strength")
+FIGURES = ("accuracy", "95%", "steps", "tokens", "density", "NLL")
+
+
+def figures(row: "Mapping[str, Any]", *, nll_digits: int) -> list[str]:
+    """Return the cells under ``FIGURES`` for a row that ``GridRow.describe`` made."""
+    return [
+        percent(row["accuracy"]),
+        f"{100 * row['accuracy_low']:.0f}-{100 * row['accuracy_high']:.0f}",
+        f"{row['steps']:.1f}",
+        f"{row['tokens']:.0f}",
+        "-" if row["density"] is None else f"{row['density']:.1f}",
+        "-" if row["nll"] is None else f"{row['nll']:.{nll_digits}f}",
+    ]
 
 
 def _cells(setting: "Setting") -> list[str]:
@@ -243,19 +269,13 @@ def _cells(setting: "Setting") -> list[str]:
 
 
 def _table(rows: "Sequence[GridRow]") -> list[str]:
-    figures = ("accuracy", "95%", "steps", "tokens", "density", "NLL", "truncated", "p")
-    lines = [[*_SETTING, *figures]]
+    lines = [[*_SETTING, *FIGURES, "truncated", "p"]]
     for row in rows:
         d = row.describe()
         lines.append(
             [
                 *_cells(row.setting),
-                percent(d["accuracy"]),
-                f"{100 * d['accuracy_low']:.0f}-{100 * d['accuracy_high']:.0f}",
-                f"{d['steps']:.1f}",
-                f"{d['tokens']:.0f}",
-                "-" if d["density"] is None else f"{d['density']:.1f}",
-                "-" if d["nll"] is None else f"{d['nll']:.3f}",
+                *figures(d, nll_digits=3),
                 str(d["truncated"]),
                 "-" if d["p"] is None else f"{d['p']:.2g}",
             ]
@@ -263,22 +283,8 @@ def _table(rows: "Sequence[GridRow]") -> list[str]:
     return aligned(lines)
 
 
-def _save(folder: Path, result: "Sweep", about: dict[str, object]) -> dict[str, object]:
-    from dataclasses import asdict
-
-    from ..files import atomic_file
-
-    document = about | {
-        "rows": [row.describe() for row in result.rows],
-        "recommendation": asdict(result.recommendation),
-    }
-    with atomic_file(folder / "table.json") as file:
-        file.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode())
-    return document
-
-
 def _draw(folder: Path, result: "Sweep") -> None:
-    """Write the pictures; without matplotlib say how to get them, the table is there."""
+    """Write the pictures; without matplotlib tell how to get them."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:

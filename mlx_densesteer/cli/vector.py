@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import aligned, count, note, refuse_existing
+from ..text import aligned, count, note
 from . import completers
-from .options import layers_option
+from .options import force_option, json_option, layers_option, output_file
+from .steering import read_vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,16 +19,15 @@ if TYPE_CHECKING:
 
 @click.group()
 def vector() -> None:
-    """Look at steering vectors, import and export other programs' files."""
+    """Show steering vectors; import and export the files of other programs."""
 
 
 @vector.command()
 @click.argument("file", shell_complete=completers.vectors)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def show(file: str, as_json: bool) -> None:
     """Print a vector's metadata and the norm of each layer. FILE may be demo (embedded)."""
     from ..steering.vector import format_layers
-    from .steering import read_vector
 
     loaded = read_vector(file)
     document = loaded.describe()
@@ -57,7 +57,7 @@ def _recommended(best: "Mapping[str, object] | None") -> str | None:
 
 
 def _default(vector: "SteeringVector") -> str:
-    """Say what is used where nothing is asked for, and why."""
+    """Describe the default layer and strength, and the reason for the layer."""
     from ..steering.request import request
     from ..steering.vector import format_layers
 
@@ -67,7 +67,7 @@ def _default(vector: "SteeringVector") -> str:
 
 
 def _layer_table(vector: "SteeringVector") -> list[str]:
-    """Return a line for each layer; columns that the file knows nothing of are left out."""
+    """Return a line for each layer; columns without any figure are left out."""
     from ..steering.request import format_dose
 
     norms, residual = vector.norms(), vector.residual_norms or {}
@@ -75,19 +75,22 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     stability = stability if isinstance(stability, dict) else {}
     longest = max(norms.values()) or 1.0
     gains = vector.margin_gain
-    rows = [["layer", "norm", "residual", "dose of 1", "halves", "noise", "gain", ""]]
+    rows = [["layer", "norm", "residual", "dose of 1", "halves", "noise", "gain"]]
     for layer, norm in norms.items():
         mean, halves = residual.get(layer), stability.get(str(layer))
         halves = halves if isinstance(halves, dict) else {}
         figures = [halves.get(key) for key in ("agreement", "noise")]
-        rows.append([
-            str(layer), f"{norm:.4f}", f"{mean:.2f}" if mean else "",
-            format_dose(norm / mean) if mean else "",
-            *(f"{x:.3f}" if isinstance(x, float) else "" for x in [*figures, gains.get(layer)]),
-            "#" * round(30 * norm / longest),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(layer),
+                f"{norm:.4f}",
+                f"{mean:.2f}" if mean else "",
+                format_dose(norm / mean) if mean else "",
+                *(f"{x:.3f}" if isinstance(x, float) else "" for x in [*figures, gains.get(layer)]),
+            ]
+        )
+    bars = ["", *("#" * round(30 * norm / longest) for norm in norms.values())]
     kept = [i for i in range(7) if any(row[i] for row in rows[1:])]
-    bars = [row[-1] for row in rows]
     lines = aligned([[row[i] for i in kept] for row in rows])
     return [f"{line}  {bar}".rstrip() for line, bar in zip(lines, bars, strict=True)]
 
@@ -108,23 +111,22 @@ def _layer_table(vector: "SteeringVector") -> list[str]:
     metavar="MODEL",
     shell_complete=completers.models,
     help="The model that it was made for: a Hub id, or a folder, whose size is then checked. "
-    "Needed unless FILE says it.",
+    "Required unless FILE records it.",
 )
 @click.option(
     "--layer-offset",
     type=int,
     metavar="N",
-    help="Number K in FILE is our layer K - N. [default: what FILE says, else 0; "
+    help="Layer K of FILE becomes layer K - N here. [default: what FILE records, else 0; "
     "1 for files of llama.cpp's cvector-generator]",
 )
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@force_option
 def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:
     """Import another program's vector: .pt of steering-vectors, .gguf, .safetensors.
 
-    It is read without torch and without being executed. With a Hub id as MODEL nothing is
-    fetched: the vector is only labelled with it, and the layer count is taken from the file.
-    A control vector of llama.cpp or repeng steers, there and here, at the output of the block that
-    its number names.
+    The file is read without torch, and code in it is not run. A Hub id as MODEL fetches nothing: it is
+    recorded as the vector's model, and the layer count is taken from FILE. A control vector of
+    llama.cpp or repeng steers at the output of the block that its number names, there and here.
     """
     from pathlib import Path
 
@@ -132,10 +134,7 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     from ..model.config import is_hub_id
     from ..steering.formats import import_vector
 
-    out = str(Path(out).expanduser())
-    if Path(out).suffix != ".npz":
-        raise click.UsageError(f"--out {out}: expected a name that ends in .npz.")
-    refuse_existing(out, force)
+    path = output_file(out, force, ending=".npz")
     model = str(demo.MODEL) if model == demo.NAME else model
     folder = Path(model).expanduser() if model else None
     if model is not None and not (folder and folder.is_dir()) and not is_hub_id(model):
@@ -145,41 +144,47 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
     loaded = import_vector(file, model=model, layer_offset=layer_offset)
     if folder and folder.is_dir():
         loaded = _fit_to_folder(loaded, folder)
-    loaded.save(out)
+    loaded.save(path)
     note(f"{loaded.name}: {len(loaded.layers)} layers of width {loaded.meta.hidden_size}")
-    click.echo(out)
+    click.echo(path)
 
 
 @vector.command()
 @click.argument("file", shell_complete=completers.vectors)
 @click.option(
-    "-o", "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE",
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
     help="File to write: .gguf or .safetensors.",
-)  # fmt: skip
+)
 @click.option(
-    "--to", type=click.Choice(["gguf", "safetensors"]),
+    "--to",
+    type=click.Choice(["gguf", "safetensors"]),
     help="Format: llama.cpp's control vector, or safetensors. [default: the ending of --out]",
-)  # fmt: skip
+)
 @layers_option("Only these. [default: all that FILE holds]")
 @click.option(
-    "--layer-offset", type=int, default=0, metavar="N", show_default=True,
+    "--layer-offset",
+    type=int,
+    default=0,
+    metavar="N",
+    show_default=True,
     help="Write layer L as L + N; 1 numbers them as llama.cpp's cvector-generator does.",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_offset: int,
-           force: bool) -> None:  # fmt: skip
+)
+@force_option
+def export(
+    file: str, out: str, to: str | None, layers: tuple[str, ...], layer_offset: int, force: bool
+) -> None:
     """Export a vector for llama.cpp or as safetensors. FILE may be demo (embedded).
 
-    `densesteer vector import` gives the same vector back: its layers bit for bit, and its metadata.
+    `densesteer vector import` reads the same vector back: its layers bit for bit, and its metadata.
     """
-    from pathlib import Path
-
     from ..steering.formats import export_vector
     from ..steering.request import parse_layers
-    from .steering import read_vector
 
-    path = Path(out).expanduser()
-    refuse_existing(path, force)
+    path = output_file(out, force)
     loaded = read_vector(file)
     if layers:
         loaded = loaded.select(parse_layers(layers, loaded.layers))
@@ -191,19 +196,17 @@ def export(file: str, out: str, to: str | None, layers: tuple[str, ...], layer_o
 
 
 def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
-    """Return llama.cpp's options for the vector at its own default layer and strength."""
+    """Return llama.cpp's options for the vector at its default layer and strength."""
     from ..steering.request import request
 
     asked = request(vector)
     layer = asked.layers[0]
     norms = vector.residual_norms or {}
-    if asked.amount.is_dose and layer not in norms:
-        strength, remark = 1.0, "; the strength 1 is a guess, no norms are recorded"
-    else:
-        strength, remark = (
-            asked.amount.strength(vector, {k: norms.get(k, 1.0) for k in asked.layers}),
-            "",
-        )
+    strength, remark = asked.amount.number, ""
+    if asked.amount.is_dose and layer in norms:
+        strength = asked.amount.strength(vector, {layer: norms[layer]})
+    elif asked.amount.is_dose:
+        strength, remark = 1.0, "; the strength 1 is a guess, because no norms are recorded"
     only = f" --control-vector-layer-range {layer} {layer}" if len(vector.layers) > 1 else ""
     return f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:.4g}{only}{remark}"
 

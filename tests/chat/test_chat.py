@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_densesteer.chat.commands import COMMANDS, Call, help_lines, markdown_table, nearest, parse
+from mlx_densesteer.chat.commands import COMMANDS, Call, help_lines, nearest, parse
 from mlx_densesteer.chat.loop import Chat
 from mlx_densesteer.chat.plain import Keyboard, Screen
 from mlx_densesteer.chat.rows import Rows
@@ -63,8 +63,11 @@ def test_help_fits_the_screen_and_names_everything(width):
 
 
 def test_the_documentation_has_the_table_of_the_help():
-    page = Path(__file__).parents[2] / "docs/chat.md"
-    assert markdown_table() in page.read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs/chat.md").read_text("utf-8")
+    rows = [("command", "what it does"), ("---", "---")]
+    rows += [(f"`{command.usage}`", command.help) for command in COMMANDS]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    assert "\n".join(lines) in page
 
 
 # What reaches the screen
@@ -340,7 +343,7 @@ def test_another_vector_comes_with_its_own_layer_and_strength(script, tmp_path, 
     chat = script(["/strength -9", f"/vector {tmp_path}/other.npz"])
     now = chat.session.steering
     assert (now.strength, now.layers, now.positions) == (2.5, (3,), "generated")
-    assert "extracted from other weights (another)" in capsys.readouterr().err
+    assert "extracted from other weights (another, fingerprint 0000" in capsys.readouterr().err
     chat = script(["/vector off", "/vector demo"])
     assert chat.session.model.dose(chat.session.steering) == pytest.approx(0.2)
     script(["/strength 100%"])
@@ -380,13 +383,13 @@ def test_a_pipe_is_a_conversation(tmp_path):
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch, capsys):
     import importlib.util
 
-    from mlx_densesteer.cli.chat import _faces
+    from mlx_densesteer.cli.chat import _terminal
     from mlx_densesteer.errors import install_command
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    _, screen = _faces(False)
+    _, screen = _terminal(False)
     assert type(screen) is Screen
     assert install_command("chat") in capsys.readouterr().err

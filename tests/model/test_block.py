@@ -16,7 +16,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.models.qwen2 import TransformerBlock
 
-from mlx_densesteer.cli.self_check import largest_error, tiny_model
+from mlx_densesteer.cli.doctor import largest_error, tiny_model
 from mlx_densesteer.errors import ModelError, SteeringError, VectorMismatchError
 from mlx_densesteer.model.block import (
     SteeredBlock,

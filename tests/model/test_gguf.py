@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_densesteer.cli.self_check import tiny_model
+from mlx_densesteer.cli.doctor import tiny_model
 from mlx_densesteer.errors import ConversionError, UnsupportedModelError, install_command
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.gguf import hf_name, open_gguf
