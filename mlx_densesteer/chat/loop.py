@@ -1,6 +1,7 @@
 """The chat's loop: read a line, then answer it or carry out its command."""
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ..text import (
 from .commands import Call, parse
 from .plain import Keyboard, Screen
 from .rows import Rows, last_question
-from .status import Status, dose_of, stats_lines, sweep_lines
+from .status import Status, stats_lines, strength_of, sweep_lines
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
@@ -217,17 +218,15 @@ class Chat:
             self.screen.show(stats_lines([("unsteered", turn.reply)], self._dose))
             return
 
-        def lines() -> list[str]:
-            unsteered = self._unsteered[1] if known else rows.rows[0].result
+        def lines(unsteered: "Generation | None") -> list[str]:
             return stats_lines([("steered", turn.reply), ("unsteered", unsteered)], self._dose)
 
-        known = self._unsteered is not None and self._unsteered[0] is turn
-        if known:
-            self.screen.show(lines())
-        else:
-            rows = Rows(self.session, [None])
-            self.screen.table(rows, lines, lambda: now)
-            self._unsteered = turn, rows.rows[0].result
+        if self._unsteered is not None and self._unsteered[0] is turn:
+            self.screen.show(lines(self._unsteered[1]))
+            return
+        rows = Rows(self.session, [None])
+        self.screen.table(rows, lambda: lines(rows.rows[0].result), lambda: now)
+        self._unsteered = turn, rows.rows[0].result
 
     def do_help(self, argument: str) -> None:
         from .commands import help_lines
@@ -267,7 +266,8 @@ class Chat:
         return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)
 
     def _dose(self, steering: "Steering | None") -> float:
-        return dose_of(self.session.model, steering)
+        """Return the dose of a steering, negative where the strength is."""
+        return math.copysign(self.session.model.dose(steering), strength_of(steering))
 
     def _tell_steering(self) -> None:
         """Show what is steered now, and warn of an overdose."""

@@ -1,6 +1,5 @@
 """The chat's status line, and tables that compare answers."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,16 +8,15 @@ from ..text import aligned, one_line, signed, signed_dose
 
 if TYPE_CHECKING:
     from ..generation.answer import Generation
-    from ..model.model import Model
     from ..steering.steering import Steering
     from .rows import Row
 
 ENDINGS = {"stop": "end", "length": "cut off", "interrupted": "interrupted"}
 
 
-def dose_of(model: "Model", steering: "Steering | None") -> float:
-    """Return the dose of a steering, negative where the strength is."""
-    return math.copysign(model.dose(steering), steering.strength if steering else 0.0)
+def strength_of(steering: "Steering | None") -> float:
+    """Return lambda, 0 without a steering."""
+    return steering.strength if steering else 0.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,7 @@ class Status:
     @property
     def amount(self) -> str:
         """The dose and the strength: ``+20% (strength +4.76)``."""
-        strength = self.steering.strength if self.steering else 0.0
-        return f"{signed_dose(self.dose)} (strength {signed(strength)})"
+        return f"{signed_dose(self.dose)} (strength {signed(strength_of(self.steering))})"
 
     @property
     def settings(self) -> list[str]:
@@ -80,11 +77,9 @@ def sweep_lines(rows: "Sequence[Row]", doses: Sequence[float], width: int) -> li
 
     table = [["dose", "strength", "steps", "tokens", "density", "ending"]]
     for row, dose in zip(rows, doses, strict=True):
-        strength = row.steering.strength if row.steering else 0.0
-        figures = [str(len(split_steps(row.text))), "-", "-", "..."]
-        if row.result is not None:
-            figures = [figures[0], *_figures(row.result)]
-        table.append([signed_dose(dose), signed(strength), *figures])
+        figures = ["-", "-", "..."] if row.result is None else _figures(row.result)
+        steps = str(len(split_steps(row.text)))
+        table.append([signed_dose(dose), signed(strength_of(row.steering)), steps, *figures])
     left = aligned(table)
     longest = max(map(len, left))
     room = max(width - longest - 2, 8)
@@ -108,7 +103,7 @@ def stats_lines(
             [
                 title,
                 signed_dose(dose(one.steering)),
-                signed(one.steering.strength if one.steering else 0.0),
+                signed(strength_of(one.steering)),
                 tokens,
                 str(one.steps),
                 density,

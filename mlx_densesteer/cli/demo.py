@@ -1,16 +1,12 @@
 """``densesteer demo``."""
 
 import json
-from typing import TYPE_CHECKING
 
 import click
 
 from ..text import Live, aligned, count, note, signed, signed_dose
 from .options import json_option
 from .sweep import FIGURES, figures
-
-if TYPE_CHECKING:
-    from ..evaluation.sweep import GridRow
 
 WHAT_IT_IS = """\
 A toy shows how steering works: a Qwen2 model of 2.5 million parameters, trained for this purpose on
@@ -63,7 +59,10 @@ def demo(problems: int, as_json: bool) -> None:
     live.clear()
     rows = table(settings, answers)
     if as_json:
-        click.echo(json.dumps({"rows": [_plain(row) for row in rows]}, allow_nan=False))
+        kept = ("dose", "strength", "problems", "accuracy", "steps", "tokens", "density", "nll")
+        described = [row.describe() for row in rows]
+        document = {"rows": [{key: row[key] for key in kept} for row in described]}
+        click.echo(json.dumps(document, allow_nan=False))
         return
     click.echo(f"\nThe problem: {chosen[0].question}")
     first = {one.steering: one for one in answers if one.problem == chosen[0].id}
@@ -78,7 +77,11 @@ def demo(problems: int, as_json: bool) -> None:
     click.echo(
         f"\n{count(len(chosen), 'problem')} that the model never saw, layer {layers[0]}, greedy:\n"
     )
-    click.echo("\n".join(_lines(rows)))
+    lines = [["dose", "strength", *FIGURES]]
+    for row in rows:
+        dose, strength = row.setting.dose, row.setting.strength
+        lines.append([signed_dose(dose), signed(strength), *figures(row.describe(), nll_digits=2)])
+    click.echo("\n".join(aligned(lines)))
     note(
         "every command takes -m demo and -v demo; try:\n"
         f'densesteer generate -m demo -v demo "{chosen[0].question}"'
@@ -86,6 +89,7 @@ def demo(problems: int, as_json: bool) -> None:
 
 
 def _remark(dose: float) -> str:
+    """Say in brackets what a dose does."""
     from ..steering.steering import LARGE_DOSE
 
     if not dose:
@@ -93,17 +97,3 @@ def _remark(dose: float) -> str:
     if dose < 0:
         return " (towards sparse)"
     return " (an overdose)" if dose >= LARGE_DOSE else " (towards dense)"
-
-
-def _plain(row: "GridRow") -> dict[str, object]:
-    described = row.describe()
-    kept = ("dose", "strength", "problems", "accuracy", "steps", "tokens", "density", "nll")
-    return {key: described[key] for key in kept}
-
-
-def _lines(rows: "list[GridRow]") -> list[str]:
-    lines = [["dose", "strength", *FIGURES]]
-    for row in rows:
-        d = row.describe()
-        lines.append([signed_dose(d["dose"]), signed(d["strength"]), *figures(d, nll_digits=2)])
-    return aligned(lines)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Live, aligned, count, note
+from ..text import Live, count, note
 from .options import force_option, json_option, model_option, output_file
+from .vector import default_setting, layer_table
 
 if TYPE_CHECKING:
     from ..extraction.extract import Extraction
@@ -108,7 +109,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
         f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
         f"would be {found.tokens_apart:,}"
     )
-    from ..steering.request import SMALLEST, format_dose, request
+    from ..steering.request import SMALLEST
     from ..steering.vector import format_layers
 
     nothing = [layer for layer, row in found.layers.items() if row.unit_dose < SMALLEST]
@@ -117,12 +118,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
             f"warning: at layer {format_layers(nothing)} the vector is only rounding: the two responses "
             "have the same tokens up to the read-out. Do not steer at these layers."
         )
-    rows = [["layer", "norm", "residual", "dose of 1", "halves", "noise", "gain"]]
-    for layer, row in found.layers.items():
-        figures = [row.agreement, row.noise, row.margin_gain]
-        sizes = [f"{row.norm:.4f}", f"{row.residual_norm:.2f}", format_dose(row.unit_dose)]
-        rows.append([str(layer), *sizes, *("-" if x is None else f"{x:.3f}" for x in figures)])
-    click.echo("\n".join(aligned(rows)), err=True)
+    click.echo("\n".join(layer_table(found.vector)), err=True)
     click.echo(
         "norm: ||v||; residual: mean ||h|| over the responses; dose of 1: norm / residual, the dose of"
         "\nstrength 1; halves: cosine between the vectors of two random halves of the pairs, 1 is"
@@ -130,8 +126,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
         "\nmany nats per token a dose of 20% favours the dense responses of held-out pairs.",
         err=True,
     )
-    default = request(found.vector)
-    note(f"default: layer {format_layers(default.layers)} ({default.why}), {default.amount}")
+    note(f"default: {default_setting(found.vector)}")
 
 
 def _to_json(found: "Extraction", path: Path) -> dict[str, object]:

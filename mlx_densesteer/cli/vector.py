@@ -38,7 +38,7 @@ def show(file: str, as_json: bool) -> None:
         "layers": format_layers(loaded.layers),
         "tested": count(len(loaded.meta.tested), "setting") if loaded.meta.tested else None,
         "recommended": _recommended(loaded.meta.recommended),
-        "default": _default(loaded),
+        "default": default_setting(loaded),
         "residual_norms": None,  # these three are columns of the table
         "margin_gain": None,
         "stability": None,
@@ -47,7 +47,7 @@ def show(file: str, as_json: bool) -> None:
         if value not in (None, [], ()):
             click.echo(f"{key:<22}{value}")
     click.echo(f"{'sha256':<22}{loaded.sha256()}\n")
-    click.echo("\n".join(_layer_table(loaded)))
+    click.echo("\n".join(layer_table(loaded)))
 
 
 def _recommended(best: "Mapping[str, object] | None") -> str | None:
@@ -56,7 +56,7 @@ def _recommended(best: "Mapping[str, object] | None") -> str | None:
     return f"layer {best['layer']}, strength {best['strength']:g}. {best.get('text', '')}".strip()
 
 
-def _default(vector: "SteeringVector") -> str:
+def default_setting(vector: "SteeringVector") -> str:
     """Describe the default layer and strength, and the reason for the layer."""
     from ..steering.request import request
     from ..steering.vector import format_layers
@@ -66,8 +66,8 @@ def _default(vector: "SteeringVector") -> str:
     return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}"
 
 
-def _layer_table(vector: "SteeringVector") -> list[str]:
-    """Return a line for each layer; columns without any figure are left out."""
+def layer_table(vector: "SteeringVector") -> list[str]:
+    """Return a line for each layer, with a bar for its norm. Columns without figures are left out."""
     from ..steering.request import format_dose
 
     norms, residual = vector.norms(), vector.residual_norms or {}
