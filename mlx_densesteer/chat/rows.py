@@ -1,6 +1,6 @@
 """Answer one question under several steerings at once, without changing the conversation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Row:
     result: "Generation | None" = None
 
 
-class Rows(Iterator[tuple[int, str]]):
+class Rows(Iterable[tuple[int, str]]):
     """Iterate over ``(row, text)`` of the answers to one question, a row for each steering.
 
     The rows decode together, without a draft model and without the brake, which would change the
@@ -62,10 +62,14 @@ class Rows(Iterator[tuple[int, str]]):
         except BaseException:
             self._batch.close()
             raise
-        self._pieces = self._run()
 
-    def __next__(self) -> tuple[int, str]:
-        return next(self._pieces)
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        while self._batch.running:
+            for piece in self._batch.step():
+                number = self._numbers.index(piece.row)
+                self.rows[number].text += piece.text
+                self.rows[number].result = piece.result
+                yield number, piece.text
 
     def stop(self) -> list["Generation"]:
         """End the rows that still run, and return all answers. It may be called again."""
@@ -74,14 +78,6 @@ class Rows(Iterator[tuple[int, str]]):
                 row.result, row.text = result, result.text
         self._batch.close()
         return [row.result for row in self.rows if row.result is not None]
-
-    def _run(self) -> Iterator[tuple[int, str]]:
-        while self._batch.running:
-            for piece in self._batch.step():
-                number = self._numbers.index(piece.row)
-                self.rows[number].text += piece.text
-                self.rows[number].result = piece.result
-                yield number, piece.text
 
     def _add(
         self, session: "Session", question: str, turns: int | None, steering: "Steering | None"

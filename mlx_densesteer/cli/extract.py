@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import Live, count, note
-from .options import force_option, json_option, model_option, output_file
+from .options import force_option, json_option, model_option, output_file, vector_out_option
 from .vector import default_setting, layer_table
 
 if TYPE_CHECKING:
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_option()
 @click.argument("pairs", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE.npz",
-    help="File to write.",
-)
+@vector_out_option
 @click.option(
     "--token",
     default="-1",

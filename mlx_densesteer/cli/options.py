@@ -128,6 +128,14 @@ max_tokens_option = click.option(
 system_option = click.option("--system", metavar="TEXT", help="System message.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+vector_out_option = click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE.npz",
+    help="File to write.",
+)
 no_nll_option = click.option(
     "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each answer."
 )
@@ -175,7 +183,9 @@ answer_options = _options(
 
 # Which problems of a task; read by ``run.load_problems``.
 task_options = _options(
-    click.option("--split", metavar="NAME", help="Of the task: test, or train where there is one."),
+    click.option(
+        "--split", metavar="NAME", help="Split of the task: test, or train where there is one."
+    ),
     click.option(
         "--skip",
         type=click.IntRange(min=0),

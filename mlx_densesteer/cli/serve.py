@@ -70,7 +70,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     type=click.IntRange(0, 65535),
     default=8080,
     show_default=True,
-    help="0 is any free one.",
+    help="Port to listen at; 0 takes any free one.",
 )
 @click.option(
     "--api-key-file",
@@ -132,7 +132,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @click.option(
     "--uninstall-agent", is_flag=True, help="Stop and remove the agent; no other option is needed."
 )
-@click.option("--verbose", is_flag=True, help="Log every request, and tracebacks.")
+@click.option("--verbose", is_flag=True, help="Log every request, and the tracebacks of errors.")
 def serve(
     model: str | None,
     vectors: tuple[str, ...],

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.02,
     show_default=True,
-    help="Accuracy that a setting which saves tokens may cost at most, to be recommended.",
+    help="Loss of accuracy up to which a setting that saves tokens is recommended.",
 )
 @click.option(
     "--write",
@@ -102,7 +102,7 @@ def sweep(
     Tries a grid of layers and strengths on TASK, which is named as for `densesteer eval`. Use problems
     that you will not evaluate on: gsm8k and demo are taken from their split train. The recommendation is
     the most accurate setting whose gain over strength 0 the paired test supports; else the setting with
-    the fewest tokens whose accuracy is no worse; else none.
+    the fewest tokens whose accuracy is worse by less than --margin; else none.
     """
     from dataclasses import asdict
 

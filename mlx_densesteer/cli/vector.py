@@ -7,7 +7,7 @@ import click
 
 from ..text import aligned, count, note
 from . import completers
-from .options import force_option, json_option, layers_option, output_file
+from .options import force_option, json_option, layers_option, output_file, vector_out_option
 from .steering import read_vector
 
 if TYPE_CHECKING:
@@ -97,14 +97,7 @@ def layer_table(vector: "SteeringVector") -> list[str]:
 
 @vector.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE.npz",
-    help="File to write.",
-)
+@vector_out_option
 @click.option(
     "-m",
     "--model",
