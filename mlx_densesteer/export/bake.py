@@ -1,7 +1,7 @@
 """A steering baked into an ordinary checkpoint, which stock programs run.
 
-The source's weights are written again bit for bit, with the biases of ``llama.py``. Stock mlx-lm then
-runs the result and must give what run-time steering gives, before the folder gets its name.
+The source's weights are written bit for bit, with the biases of ``llama.py``. Stock mlx-lm then runs
+the result, and its logits must be those of run-time steering before the folder gets its name.
 """
 
 import json
@@ -29,20 +29,27 @@ from .llama import llama_config, llama_shards, read_weights, weight_files
 
 Format = Literal["mlx", "hf", "gguf"]
 Progress = Callable[[str], None]
-# What a folder of Qwen2 has beside its weights; chat templates are in one or the other.
+# The files of a Qwen2 folder beside its weights and configuration.
 _BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "LICENSE",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
 
 
 @dataclass(frozen=True)
 class Baked:
     """What was baked into what, and how close the result is to run-time steering.
 
-    ``dose`` is a fraction of the residual stream. ``closeness`` is ``None`` for a GGUF file, which nothing
-    here runs.
+    ``dose`` is a fraction of the residual stream. ``closeness`` is ``None`` for a GGUF file, which
+    mlx-lm does not run.
     """
 
     path: Path
@@ -54,23 +61,20 @@ class Baked:
 
     @property
     def quantization(self) -> str:
-        """The quantisation of what was written, and what was undone."""
+        """The quantisation of the result, or the one that was undone."""
         undone = self.format != "mlx" and self.source.quantization != "none"
         return f"undone ({self.source.quantization})" if undone else self.source.quantization
 
     def record(self) -> dict[str, object]:
-        """Return ``densesteer.json``; ``baked`` tells such a folder from a converted one."""
-        setting = self.steering.describe() | {
-            "vector_sha256": self.steering.vector.sha256(),
-            "dose": self.dose,
-        }
+        """Return ``densesteer.json``; a converted folder's has no ``baked``."""
+        vector_sha256 = self.steering.vector.sha256()
         return {
             "source": self.source.name,
             "fingerprint": self.source.fingerprint,
             "format": self.format,
             "quantization": self.quantization,
             "dtype": self.source.dtype,
-            "baked": setting,
+            "baked": self.steering.describe() | {"vector_sha256": vector_sha256, "dose": self.dose},
             "checked": self.closeness.describe() if self.closeness else None,
             "created_by": f"mlx-densesteer {__version__}",
         }
@@ -78,17 +82,17 @@ class Baked:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is written, and the logits that it must give."""
+    """What to write, and the logits that it must give."""
 
     folder: Path  # of the source
     config: Mapping[str, object]  # of the source
-    target: Mapping[str, object]  # that of ``llama_config``
+    target: Mapping[str, object]  # of the result: ``llama_config``
     deltas: Mapping[int, mx.array]  # ``lambda * v`` of each steered layer
     expected: Reference
     baked: Baked
 
     def shards(self) -> Iterable[dict[str, mx.array]]:
-        """Return the tensors; a GGUF file keeps biases in float32, a folder in the model's dtype."""
+        """Return the tensors; the biases of a GGUF file are float32."""
         return llama_shards(
             self.folder,
             self.config,
@@ -112,21 +116,21 @@ def bake(
     force: bool = False,
     progress: Progress = lambda what: None,
 ) -> Baked:
-    """Write a checkpoint that gives in stock programs what ``steering`` gives at run time.
+    """Write a checkpoint that computes in stock programs what ``steering`` computes at run time.
 
     Args:
         source: a Hub id, an MLX folder (quantised or not), or ``"demo"``.
         steering: at positions ``"all"``; a bias is added everywhere.
         out: the folder to write; for ``"gguf"`` the file.
-        format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised in
-            the source's dtype; ``"gguf"``, a file for llama.cpp, likewise (extra ``gguf``).
+        format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised to
+            the source's dtype; ``"gguf"``, a file for llama.cpp, also dequantised (extra ``gguf``).
         force: replace ``out``.
 
     Raises:
-        ExportError: positions other than ``"all"``, ``out`` exists, or the result is not run-time
-            steering (see ``closeness.judge``).
+        ExportError: positions other than ``"all"``, ``out`` exists, or the logits differ from those
+            of run-time steering (see ``closeness.judge``).
         VectorMismatchError, SteeringError: the steering does not fit the model.
-        ModelError, HubError, DiskError: the source cannot be read, or there is no room.
+        ModelError, HubError, DiskError: the source cannot be read, or the disk is full.
     """
     out = Path(out).expanduser()
     if steering.positions != "all":
@@ -135,17 +139,15 @@ def bake(
             'Expected positions "all".'
         )
     check_out(out, source, format, force)
-    folder = find(source)
-    weights = sum(file.stat().st_size for file in weight_files(folder))
-    check_disk(out.parent, weights, "the baked model")
     progress("running the steered model for comparison")
-    plan = _plan(source, folder, steering, out, format)
+    plan = _plan(source, steering, out, format)
     size = sum(array.nbytes for shard in plan.shards() for array in shard.values())
     check_disk(out.parent, size, "the baked model")
     progress(f"writing {out}")
     if format == "gguf":
         setting = json.dumps(plan.baked.record())
-        llama_gguf.write(folder, plan.target, plan.shards, out, plan.baked.source.name, setting)
+        name = plan.baked.source.name
+        llama_gguf.write(plan.folder, plan.target, plan.shards, out, name, setting)
         return plan.baked
     with scratch_folder(out) as work:
         made = work / "baked"
@@ -161,7 +163,7 @@ def bake(
 def check(baked: str | Path, source: str | Path, steering: Steering) -> Closeness | None:
     """Compare a baked checkpoint with its source: every tensor, and the logits of a folder.
 
-    Returns ``None`` for a GGUF file: its tensors are compared, but nothing here runs it.
+    Returns ``None`` for a GGUF file, which mlx-lm does not run.
 
     Raises:
         ExportError: a tensor that is missing, unexpected or different, each named; another
@@ -169,12 +171,11 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
     """
     path = Path(baked).expanduser()
     format = baked_record(path)["format"]
-    folder = find(source)
-    plan = _plan(source, folder, steering, path, format)  # type: ignore[arg-type]
+    plan = _plan(source, steering, path, format)  # type: ignore[arg-type]
     if path.is_file():
-        _refuse(path, llama_gguf.differences(path, folder, plan.target, plan.shards))
+        _refuse(path, llama_gguf.differences(path, plan.folder, plan.target, plan.shards))
         return None
-    problems = _config_differences(path, plan) + _beside_differences(path, folder)
+    problems = _config_differences(path, plan) + _beside_differences(path, plan.folder)
     _refuse(path, problems + _tensor_differences(path, plan))
     return _run_stock(path, plan.expected, str(path))
 
@@ -208,7 +209,7 @@ def baked_record(path: Path) -> dict[str, object]:
 
 
 def check_out(out: Path, source: str | Path, format: Format, force: bool) -> None:
-    """Raise ``ExportError`` unless the checkpoint may be written there; nothing is loaded for it."""
+    """Raise ``ExportError`` unless the checkpoint may be written to ``out``. Loads nothing."""
     if format not in get_args(Format):
         raise ExportError(f"format {format!r}: expected one of {', '.join(get_args(Format))}.")
     if (out.suffix == ".gguf") != (format == "gguf"):
@@ -222,8 +223,8 @@ def check_out(out: Path, source: str | Path, format: Format, force: bool) -> Non
     there = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
     if foreign := [name for name in there if not _is_baked_file(name)]:
         raise ExportError(
-            f"{out}: holds {foreign[0]}, which densesteer did not write; replacing the folder would "
-            "remove it. Move it, or choose another name (-o)."
+            f"{out}: holds {foreign[0]}, which densesteer did not write. Replacing the folder would "
+            "remove it: move it, or choose another name (-o)."
         )
 
 
@@ -232,8 +233,9 @@ def _is_baked_file(name: str) -> bool:
     return weights or name in (*_BESIDE, "config.json", "README.md", RECORD)
 
 
-def _plan(source: str | Path, folder: Path, steering: Steering, out: Path, format: Format) -> _Plan:
-    """Run the source steered, and let it go: two models need not fit in memory."""
+def _plan(source: str | Path, steering: Steering, out: Path, format: Format) -> _Plan:
+    """Run the source steered, and free it: two models need not fit in memory."""
+    folder = find(source)
     config = read_config(folder)
     target = llama_config(config, str(source))  # refuses before anything is computed
     model = load_folder(folder, name=origin(source))
@@ -302,15 +304,10 @@ def _config_differences(path: Path, plan: _Plan) -> list[str]:
 
 
 def _beside_differences(path: Path, source: Path) -> list[str]:
-    """Compare the tokenizer, and what else lies beside the weights."""
-    problems = []
-    for name in _BESIDE:
-        ours, theirs = path / name, source / name
-        if theirs.is_file() and not ours.is_file():
-            problems.append(f"{name} is missing")
-        elif theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
-            problems.append(f"{name} is another")
-    return problems
+    """Compare the tokenizer and the other files beside the weights."""
+    found = {name: (path / name).read_bytes() for name in _BESIDE if (path / name).is_file()}
+    wanted = [(name, (source / name).read_bytes()) for name in _BESIDE if (source / name).is_file()]
+    return differing(found, wanted, lambda a, b: a == b)
 
 
 def _tensor_differences(path: Path, plan: _Plan) -> list[str]:
@@ -331,7 +328,7 @@ def _refuse(path: Path, problems: list[str]) -> None:
 
 
 def model_card(baked: Baked) -> str:
-    """Return ``README.md`` of the folder, with the front matter that the Hub reads."""
+    """Return the ``README.md`` of the folder, with front matter for the Hub."""
     steering, name = baked.steering, baked.source.name
     layers, strength = format_layers(steering.layers), f"{steering.strength:.4g}"
     sign = "-" if steering.strength < 0 else ""
@@ -358,8 +355,8 @@ stream (strength {strength}). Positive strength is towards denser reasoning: few
 
     {run}
 
-It is an ordinary `llama` checkpoint: Qwen2's architecture with biases on every projection. All of the new
-biases are zero but `mlp.down_proj.bias` of layer {layers}, which is strength times vector.
+It is an ordinary `llama` checkpoint: Qwen2's architecture with biases on every projection. The new biases are
+zero, except `mlp.down_proj.bias` of layer {layers}, which is strength times vector.
 
 | | |
 | --- | --- |

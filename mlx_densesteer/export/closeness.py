@@ -1,4 +1,4 @@
-"""How close an exported model comes to run-time steering: tensors compared, logits measured and judged."""
+"""How close an exported model comes to run-time steering: tensors and logits compared."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ from ..steering.steering import Steering
 
 T, U = TypeVar("T"), TypeVar("U")
 
-EXACT = 1e-5  # of the largest logit, in float32: two numbers are added in another order
-LOSSY = 0.1  # of what the steering moves, in 16 bits: the vector is rounded
-STEPS = (
-    8  # of a 16-bit dtype at the largest logit: another order of adding, through the layers above
-)
-SLOPE = 0.25  # away from 1: a missing vector is 1 away, one of the other sign 2
+# Limits of ``judge``.
+EXACT = 1e-5  # float32: share of the largest logit; sums are in another order
+LOSSY = 0.1  # 16 bits: share of what the steering moves; the vector is rounded
+STEPS = 8  # 16 bits: steps of the dtype at the largest logit; sums are in another order
+SLOPE = 0.25  # distance from 1; a missing vector is 1 away, a negated one 2
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Closeness:
-    """What was measured over every token and every entry of the vocabulary.
+    """Figures over every token and every entry of the vocabulary.
 
-    - ``difference``: the largest of a logit from run-time steering.
-    - ``floor``: the largest of a logit from the unsteered model, once the vector is taken out again; 0
+    - ``difference``: the largest difference of a logit from run-time steering.
+    - ``floor``: the largest difference of a logit from the unsteered model, without the vector; 0
       where no weight was rounded.
-    - ``moved``: the largest by which the steering moves a logit.
+    - ``moved``: the largest change of a logit by the steering.
     - ``largest``: the largest logit.
-    - ``same``: at how many of ``tokens`` positions the likeliest token is the same.
-    - ``slope``: ``<moved here, moved by the steering> / ||moved by the steering||^2``; 1 but for rounding.
+    - ``same``: at how many of the ``tokens`` positions the likeliest token is the same.
+    - ``slope``: ``<change here, change by steering> / ||change by steering||^2``; 1 but for rounding.
     """
 
     difference: float
@@ -85,7 +84,7 @@ def reference(network: nn.Module, tokens: list[int], steering: Steering) -> Refe
 
 
 def compare(expected: Reference, network: nn.Module) -> Closeness:
-    """Measure how far a stock ``llama`` network is from run-time steering; its vector is gone afterwards."""
+    """Measure how far a stock ``llama`` network is from run-time steering, and remove its vector."""
     tokens = mx.array(expected.tokens)[None]
     logits = network(tokens)[0].astype(mx.float32)
     mx.eval(logits)
@@ -109,7 +108,7 @@ def compare(expected: Reference, network: nn.Module) -> Closeness:
 def differing(
     found: dict[str, T], wanted: Iterable[tuple[str, U]], same: Callable[[T, U], bool]
 ) -> list[str]:
-    """Return what is wrong, one text for each name: missing, another, or not expected. Empties ``found``."""
+    """Return a text for each name that is missing, another, or not expected. Empties ``found``."""
     problems = []
     for name, one in wanted:
         if name not in found:
@@ -122,9 +121,9 @@ def differing(
 def judge(found: Closeness, name: str) -> None:
     """Refuse a result that differs from run-time steering by more than rounding.
 
-    The limits of ``difference``: in float32 1e-5 of the largest logit. In 16 bits ``floor``, plus a tenth of
-    ``moved`` or eight steps of the dtype at the largest logit, whichever is more. ``slope`` must lie in
-    0.75 to 1.25 in every dtype.
+    ``difference`` may be, in float32, 1e-5 of the largest logit; in 16 bits ``floor``, plus a tenth
+    of ``moved`` or eight steps of the dtype at the largest logit, whichever is more. ``slope`` must
+    be 0.75 to 1.25.
 
     Raises:
         ExportError: a figure is beyond its limit.

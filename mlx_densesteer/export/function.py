@@ -3,9 +3,9 @@
     f()                                      metadata, empty cache
     f(tokens, position, strength, *cache)    logits, cache
 
-The strength comes in as an array and the KV cache goes in and out, so that mlx can trace the decoding step
-into a file. The blocks are the steered ones of ``model.block``: a cache whose shift is made from the traced
-strength steers them as any other cache does.
+The strength is an array and the KV cache is input and output, so mlx can trace the decoding step into a
+file. The blocks are those of ``model.block``, steered by a cache whose shift is made from the traced
+strength.
 
 Not covered: more than one sequence, several vectors with a strength each, sampling.
 """
@@ -36,8 +36,8 @@ SUFFIX = ".mlxfn"
 CAPACITY = 2048
 CHUNKS = (128, 32, 8)  # lengths of prompt chunks; 1 is always there
 
-# Largest difference of logits that is rounding, over the largest logit: the file attends over the
-# whole cache, so sums are in another order (docs/export-function.md has what was measured).
+# Largest difference of logits that is rounding, as a share of the largest logit. The file attends over
+# the whole cache, so sums are in another order; docs/export-function.md has measurements.
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 _BLOCK_BYTES = 2**14  # of one decoder block in one trace; 11.5 to 14.4 kB were measured
@@ -50,8 +50,8 @@ Step = Callable[..., tuple[mx.array, ...]]
 class FunctionFile:
     """A function file that was written and checked against run-time steering.
 
-    ``largest_difference`` is that of a logit from run-time steering, over ``strengths`` and every chunk
-    length; ``largest_logit`` is the largest logit.
+    ``largest_difference`` is the largest difference of a logit from run-time steering, over
+    ``strengths`` and every chunk length; ``largest_logit`` is the largest logit.
     """
 
     path: Path
@@ -72,11 +72,11 @@ def export_function(
     force: bool = False,
     progress: Progress = lambda what: None,
 ) -> FunctionFile:
-    """Write the steered decoding step as ``path``, a ``.mlxfn`` file, and check what was written.
+    """Write the steered decoding step as ``path``, a ``.mlxfn`` file, and check it.
 
-    The strength is an input of the function: the strength and the positions of ``steering`` are what the
-    file names as its defaults. The file is written under a temporary name, imported again and compared
-    with run-time steering before it gets its name.
+    The strength is an input of the function. The file names the strength and positions of ``steering``
+    as its defaults. It is written under a temporary name, imported again and compared with run-time
+    steering before it gets its name.
 
     Args:
         capacity: tokens that the KV cache holds, prompt and answer together; by default 2048,
@@ -87,7 +87,7 @@ def export_function(
     Raises:
         ExportError: a wrong path, capacity or chunk length, or the check fails.
         VectorMismatchError, SteeringError: the vector does not fit, or its strength overflows.
-        DiskError: no such folder, or not enough room.
+        DiskError: no such folder, or the disk is full.
     """
     path = Path(path).expanduser()
     check_path(path, force)
@@ -95,24 +95,23 @@ def export_function(
     deltas(network, steering)  # refuses what does not fit
     capacity = _capacity(model, capacity)
     lengths = _lengths(capacity, chunks)
-    mx.eval(network.parameters())  # what is not computed yet would be traced
+    mx.eval(network.parameters())  # lazy arrays would be traced
     metadata = _metadata(model, steering, capacity, lengths)
     size = file_size(network, len(lengths))
     check_disk(path.parent, size, "the function file")
     with scratch_folder(path) as work:
         made = work / path.name
-        progress(f"writing {path.name}, about {size / 1e6:.0f} MB")
         with _mlx_errors(path):
+            progress(f"writing {path.name}, about {size / 1e6:.0f} MB")
             _write(made, network, steering, metadata)
-        progress("checking it against run-time steering")
-        with _mlx_errors(path):
+            progress("checking it against run-time steering")
             found = _check(made, network, steering, metadata)
         move_into_place(made, path, replace=force)
     return replace(found, path=path)
 
 
 def file_size(network: nn.Module, traces: int) -> int:
-    """Return the bytes of a file with that many chunk lengths, a little above what it will be."""
+    """Return the size of a file with that many chunk lengths in bytes, estimated from above."""
     weights = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
     args = network.args
     return weights + traces * (args.num_hidden_layers + 1) * (_BLOCK_BYTES + 4 * args.hidden_size)
@@ -161,7 +160,7 @@ def _lengths(capacity: int, chunks: Iterable[int] | None) -> tuple[int, ...]:
 def _metadata(
     model: Model, steering: Steering, capacity: int, lengths: tuple[int, ...]
 ) -> dict[str, object]:
-    """Return what a program needs to know: flat, of numbers, texts and lists of numbers."""
+    """Return what a program needs to know, as a flat object of numbers, texts and lists of numbers."""
     info, network = model.info, model.network
     cache = empty_cache(network, capacity)
     dtype = cache[0].dtype
@@ -198,8 +197,8 @@ def _metadata(
 class FixedCache:
     """Keys and values of one layer in arrays of a fixed length.
 
-    mlx-lm's ``KVCache`` grows by a Python number, which cannot be traced. Here the write position is an
-    array, and the mask hides what was not written yet.
+    mlx-lm's ``KVCache`` counts its tokens in a Python number, which cannot be traced. Here the write
+    position is an array, and the mask hides what is not written yet.
 
     Args:
         keys, values: ``(1, kv_heads, capacity, head_dim)``.
@@ -207,7 +206,7 @@ class FixedCache:
         shift: what the layer adds to the residual stream, or ``None``.
     """
 
-    expecting = False  # SteeredBlock sets it; here every block steers
+    expecting = False  # SteeredBlock sets it
 
     def __init__(self, keys: mx.array, values: mx.array, position: mx.array, shift: Shift | None):
         self.keys, self.values = keys, values
@@ -227,9 +226,9 @@ class FixedCache:
 def steered_step(network: nn.Module, vectors: Mapping[int, mx.array], capacity: int) -> Step:
     """Return ``step(tokens, position, strength, *cache) -> (logits, *cache)``.
 
-    ``tokens`` is int32 ``(1, count)``, ``position`` int32 ``()``, ``strength`` float32 ``()``; ``cache`` is
-    keys and values of layer 0, of layer 1, ... (see ``FixedCache``). A position without room for the tokens
-    gives logits that are all NaN, and writes nothing outside the cache.
+    ``tokens`` is int32 ``(1, count)``, ``position`` int32 ``()``, ``strength`` float32 ``()``. ``cache``
+    is keys and values of layer 0, of layer 1, ... (see ``FixedCache``). Without room for the tokens at
+    ``position`` all logits are NaN, and nothing is written outside the cache.
 
     Args:
         network: its blocks are patched (``model.block.patch``).
@@ -278,7 +277,7 @@ def _write(path: Path, network: nn.Module, steering: Steering, metadata: dict[st
     def function(*inputs: mx.array) -> tuple[mx.array, ...]:
         if inputs:
             return step(*inputs)
-        # mlx's front ends for C and Swift have no call that reads the metadata
+        # mlx's interfaces for C and Swift cannot read the metadata of a file
         return mx.array(list(document.encode()), mx.uint8), *empty_cache(network, capacity)
 
     cache = empty_cache(network, capacity)
@@ -295,7 +294,7 @@ def _check(
     function = mx.import_function(str(path))
     if json.loads(bytes(function()[0])) != metadata:
         raise ExportError(f"{path.name}: came back with other metadata than was written.")
-    # what all layers add together must not overflow either
+    # the sum over all layers must not overflow either
     safe = metadata["largest_strength"] / (2 * len(steering.layers))
     strength = steering.strength or min(1.0, safe)
     differences, sizes = [], []
@@ -306,7 +305,7 @@ def _check(
         for found, expected in _side_by_side(function, network, setting, counts, metadata):
             differences.append(float(mx.abs(found - expected).max()))
             sizes.append(float(mx.abs(expected).max()))
-    largest, size = float(np.max(differences)), float(np.max(sizes))  # NaN if there is one
+    largest, size = float(np.max(differences)), float(np.max(sizes))  # NaN if any is NaN
     tolerance = TOLERANCES[network.model.norm.weight.dtype]
     if not largest <= tolerance * size:
         raise ExportError(
@@ -324,7 +323,7 @@ def _side_by_side(
     counts: list[int],
     metadata: dict[str, object],
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield float32 logits of the file and of the network after each chunk; new caches where needed."""
+    """Yield float32 logits of the file and of the network after each chunk; start anew if full."""
     position = capacity = metadata["capacity"]
     strength = mx.array(steering.strength, mx.float32)
     cache, caches = [], []
@@ -343,7 +342,7 @@ def _side_by_side(
 
 @contextlib.contextmanager
 def _mlx_errors(path: Path) -> Iterator[None]:
-    """Turn mlx's errors (disk full, a graph that it cannot write) into ``ExportError``."""
+    """Raise ``ExportError`` for mlx's errors, such as a full disk or a graph that it cannot write."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -1,12 +1,14 @@
 """A baked checkpoint as a GGUF file of the architecture ``llama``, for llama.cpp.
 
-Matrices keep the model's dtype, norms and biases are float32. llama.cpp's ``llama`` rotates neighbouring
-pairs where Hugging Face rotates halves, so the rows of q and k, and their biases, are reordered.
+Matrices keep the model's dtype; norms and biases are float32. llama.cpp's ``llama`` rotates
+neighbouring pairs where Hugging Face rotates halves, so the rows of q and k, and their biases, are
+reordered.
 
-Format: the GGUF specification of ggml; tensor names and the order of rows as llama.cpp's
-``convert_hf_to_gguf`` writes them, its loader reads the biases as optional tensors.
+Format: the GGUF specification of ggml. Tensor names and the order of rows are those of llama.cpp's
+``convert_hf_to_gguf``; its loader reads the biases as optional tensors.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,14 +35,14 @@ Shards = Callable[[], Iterable[dict[str, mx.array]]]
 def write(
     folder: Path, config: Mapping[str, object], shards: Shards, out: Path, name: str, record: str
 ) -> None:
-    """Write the file; ``out`` is replaced by a complete one only.
+    """Write the file; ``out`` changes only once the new file is complete.
 
     Args:
         folder: the source's folder, for its tokenizer.
         config: what ``llama.llama_config`` returns.
         shards: returns the tensors of ``llama.llama_shards``, dequantised; called twice.
-        name: the model's name, for people.
-        record: JSON that ``recorded`` gives back.
+        name: the model's name.
+        record: JSON that ``recorded`` returns.
 
     Raises:
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
@@ -94,7 +96,7 @@ def _same(found: object, wanted: object) -> bool:
 
 
 def recorded(path: Path) -> object:
-    """Return the record of a file that ``write`` wrote, ``None`` for another one.
+    """Return the record of a file that ``write`` wrote, ``None`` for another file.
 
     Raises:
         ExportError: no complete GGUF file.
@@ -107,21 +109,19 @@ def recorded(path: Path) -> object:
 
 def check_target(out: Path, force: bool) -> None:
     """Refuse to replace a file without ``force``, and any file that ``write`` did not write."""
-    if out.exists() and not force:
+    gguf_package(out, ExportError)
+    if not out.exists():
+        return
+    if not force:
         raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
-    if out.exists() and not _is_baked(out):
+    record = None
+    with contextlib.suppress(ExportError, OSError):  # a folder, another file, or a damaged one
+        record = recorded(out)
+    if record is None:
         raise ExportError(
             f"{out}: is no file that densesteer baked, so --force does not replace it. Choose another "
             "name (-o), or remove the file yourself."
         )
-    gguf_package(out, ExportError)
-
-
-def _is_baked(out: Path) -> bool:
-    try:
-        return out.is_file() and recorded(out) is not None
-    except ExportError:  # damaged
-        return False
 
 
 def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
@@ -152,9 +152,8 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabu
     writer.add_token_merges(merges)
     writer.add_add_bos_token(False)
     settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    for key, add in (
-        ("eos_token", writer.add_eos_token_id), ("pad_token", writer.add_pad_token_id)
-    ):  # fmt: skip
+    adders = {"eos_token": writer.add_eos_token_id, "pad_token": writer.add_pad_token_id}
+    for key, add in adders.items():
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if token in tokens:
@@ -171,12 +170,11 @@ _Vocabulary = tuple[list[str], list[int], list[str]]
 def _vocabulary(folder: Path, size: int) -> _Vocabulary:
     """Return tokens, their types and the merges of ``tokenizer.json``."""
     document = json.loads((folder / "tokenizer.json").read_bytes())
-    if SPLIT not in json.dumps(document.get("pre_tokenizer"), ensure_ascii=False).replace(
-        "\\\\", "\\"
-    ):
+    cutting = json.dumps(document.get("pre_tokenizer"), ensure_ascii=False)
+    if SPLIT not in cutting.replace("\\\\", "\\"):
         raise ExportError(
-            f"{folder}: its tokenizer does not cut text as Qwen2's does, and llama.cpp would. "
-            "Use --format hf."
+            f"{folder}: its tokenizer does not cut text into words as Qwen2's does, and llama.cpp "
+            "would. Use --format hf."
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [_UNUSED] * size
@@ -192,8 +190,9 @@ def _vocabulary(folder: Path, size: int) -> _Vocabulary:
 def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:
     """Yield the tensors under llama.cpp's names, one after the other."""
     heads = {
-        "q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])
-    }  # fmt: skip
+        "q_proj": int(config["num_attention_heads"]),
+        "k_proj": int(config["num_key_value_heads"]),
+    }
     for shard in shards():
         for name in list(shard):
             array = shard.pop(name)
@@ -208,7 +207,7 @@ def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str
 
 
 def _neighbours(array: mx.array, heads: int) -> mx.array:
-    """Reorder rows so that two that rotate together are neighbours: halves become pairs."""
+    """Reorder rows so that two that rotate together are neighbours."""
     rows = array.shape[0]
     return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
 

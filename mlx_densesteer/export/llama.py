@@ -1,8 +1,8 @@
-"""Qwen2 as ``model_type: llama``: the same arithmetic, with biases to put a steering in.
+"""Qwen2 as ``model_type: llama``: the same arithmetic, with biases that hold a steering.
 
 A Qwen2 block has biases on q, k and v only; mlx-lm's and transformers' ``llama`` have them on
-every projection. With ``lambda * v_l`` in ``mlp.down_proj.bias`` of layer l and zeros in the other
-new ones, the block's output is that of run-time steering at every position:
+every projection. ``mlp.down_proj.bias`` of layer l becomes ``lambda * v_l``, and every other new
+bias is zero. The block's output is then that of run-time steering at every position:
 
     h + (W_down a + lambda * v)  =  (h + W_down a) + lambda * v
 
@@ -21,10 +21,10 @@ _LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer
 
 
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
-    """Return the ``config.json`` with which stock ``llama`` computes what this Qwen2 model computes.
+    """Return the ``config.json`` with which stock ``llama`` computes what a Qwen2 model computes.
 
     Raises:
-        ExportError: the model uses something that ``llama`` does not have.
+        ExportError: the model uses something that ``llama`` lacks.
     """
     if config.get("use_sliding_window"):
         raise ExportError(
@@ -41,7 +41,7 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         "mlp_bias": True,
         "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
         "hidden_act": "silu",
-        # mlx-lm's defaults for qwen2; those for llama are others
+        # mlx-lm's defaults for qwen2; its defaults for llama differ
         "rope_theta": config.get("rope_theta", 1000000.0),
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
@@ -64,8 +64,8 @@ def llama_shards(
         config: its ``config.json``.
         deltas: ``lambda * v`` of each steered layer, float32, ``hidden`` values.
         dequantize: return quantised matrices as plain ones, in the model's dtype.
-        bias_dtype: dtype of the new biases. By default the model's, to which ``lambda * v`` is rounded:
-            a wider one would widen the residual stream.
+        bias_dtype: dtype of the new biases, by default the model's. ``lambda * v`` is rounded to it.
+            In mlx a wider one would widen the residual stream.
 
     Raises:
         ModelError: no weights, or damaged ones.
@@ -130,13 +130,16 @@ def _undo_quantization(
 ) -> None:
     """Dequantise every matrix that has ``scales`` beside it."""
     settings = config.get("quantization") or config.get("quantization_config")
-    settings = settings if isinstance(settings, dict) else {}
     for name in [name for name in arrays if name.endswith(".scales")]:
         matrix = name.removesuffix(".scales")
         own = settings.get(matrix)
         own = own if isinstance(own, dict) else settings
-        arrays[f"{matrix}.weight"] = mx.dequantize(
-            arrays[f"{matrix}.weight"], arrays.pop(name), arrays.pop(f"{matrix}.biases", None),
-            group_size=int(own["group_size"]), bits=int(own["bits"]),
+        plain = mx.dequantize(
+            arrays[f"{matrix}.weight"],
+            arrays.pop(name),
+            arrays.pop(f"{matrix}.biases", None),
+            group_size=int(own["group_size"]),
+            bits=int(own["bits"]),
             mode=str(own.get("mode", "affine")),
-        ).astype(dtype)  # fmt: skip
+        )
+        arrays[f"{matrix}.weight"] = plain.astype(dtype)
