@@ -1,4 +1,4 @@
-"""One answer: while it comes, and when it is there."""
+"""One answer, while it is generated and afterwards."""
 
 import re
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 def split_steps(text: str) -> list[str]:
-    """Return the steps of a response, stripped, in order; blank blocks are none.
+    """Return the steps of a response: its blocks between blank lines, stripped.
 
-    A step is a block between blank lines. Source: arXiv 2605.29247, section 2.
+    Source: arXiv 2605.29247, section 2.
     """
     return [step.strip() for step in _BLANK_LINE.split(text) if step.strip()]
 
 
 def density(tokens: int, steps: int) -> float | None:
-    """Return tokens per step, rho = N_tokens / N_steps; ``None`` for a response without a step."""
+    """Return tokens per step, rho = N_tokens / N_steps; ``None`` for no steps."""
     return tokens / steps if steps else None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A response, whole or so far.
+    """A response, complete or so far.
 
     ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a stop
-    text. Times in seconds, ``tokens_per_second`` of decoding alone, ``peak_memory_bytes`` as mlx counts
-    it, weights included. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
+    text. Times are in seconds; ``tokens_per_second`` is that of decoding alone. ``peak_memory_bytes``
+    includes the weights. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
     ``"interrupted"``. ``steering`` is the one in force at the end. With a draft model,
-    ``draft_accepted`` of the ``draft_proposed`` tokens were the target's choice too. ``brakes`` tells
-    where repetition was cut off and the strength lowered.
+    ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the target chose too. ``brakes``
+    lists where repetition was cut off and the strength lowered.
     """
 
     text: str
@@ -64,11 +64,7 @@ class Generation:
 
 
 def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
-    """Check how long a response may be, and the texts that end it.
-
-    Raises:
-        InputError: ``max_tokens`` is below 1, or a stop text is empty.
-    """
+    """Raise ``InputError`` if ``max_tokens`` is below 1, or a stop text is empty."""
     if max_tokens < 1:
         raise InputError(f"max tokens {max_tokens}: expected at least 1.")
     if any(not text for text in stop):
@@ -76,10 +72,10 @@ def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
 
 
 class StopTexts:
-    """The text of a response as it comes, held back where a stop text could be beginning.
+    """The text of a response while it is generated, up to the first stop text.
 
-    ``text`` is what has been released, ``held`` what may still turn out to be a stop text, and
-    ``stopped`` says that one came. Only the end of the text is looked at again.
+    ``text`` has been released. ``held`` may still be the beginning of a stop text. ``stopped`` says
+    that a stop text came.
     """
 
     def __init__(self, stops: Sequence[str] = ()):
@@ -87,7 +83,7 @@ class StopTexts:
         self._stops = tuple(stops)
 
     def feed(self, piece: str) -> None:
-        """Add ``piece``. After a stop text, what precedes it is released and nothing more is taken."""
+        """Add ``piece``. A stop text releases what precedes it; after it, nothing is added."""
         if self.stopped:
             return
         self.held += piece
@@ -110,9 +106,8 @@ class StopTexts:
 class PartialAnswer:
     """The tokens of an answer, their text, and how much of it can be shown.
 
-    ``ids`` are the tokens without the end of turn. With a ``brake`` text is held back while it repeats
-    itself. Stop texts are looked for in what was generated, shown or not: a stop text inside a loop
-    ends the answer.
+    ``ids`` are the tokens without the end of turn. With a ``brake``, text is held back while it repeats
+    itself; a stop text in it ends the answer all the same.
     """
 
     def __init__(
@@ -128,7 +123,7 @@ class PartialAnswer:
 
     @property
     def loop_start(self) -> int | None:
-        """How many tokens there are before a loop; ``None`` while there is none."""
+        """How many tokens precede a loop; ``None`` while there is none."""
         return self._repetition.loop_start if self._repetition else None
 
     @property
@@ -142,7 +137,7 @@ class PartialAnswer:
         return self._text.text + self._text.held
 
     def add(self, token: int) -> None:
-        """Take the next token, which does not end the turn."""
+        """Add the next token, which does not end the turn."""
         self.ids.append(token)
         self._detokenizer.add_token(token)
         self._text.feed(self._detokenizer.last_segment)
@@ -151,7 +146,7 @@ class PartialAnswer:
             self._repetition.feed(token)
 
     def finalize(self) -> None:
-        """The model ended: add what the tokenizer held back of a character."""
+        """Add what the tokenizer held back of an incomplete character: no token follows."""
         self._detokenizer.finalize()
         self._text.feed(self._detokenizer.last_segment)
 
@@ -164,18 +159,18 @@ class PartialAnswer:
         return self._show(until)
 
     def show_rest(self) -> str:
-        """The answer has ended: return all that was not shown yet."""
+        """Return all text that was not shown yet, at the end of the answer."""
         self._text.text, self._text.held = self.text, ""
         return self._show(len(self._text.text))
 
     def before_the_loop(self, *, watch: bool) -> "PartialAnswer":
-        """Return the answer without its loop; what was shown stays. ``watch``: for the next loop."""
+        """Return the answer without its loop, but with all that was shown; ``watch`` for the next loop."""
         kept = PartialAnswer(self._tokenizer)
         for token in self.ids[: self.loop_start]:
             kept.add(token)
         text, kept._shown, kept._stops = kept.text, self._shown, self._stops
         kept._text = StopTexts(self._stops)
-        kept._text.text = text[: kept._shown]  # what was shown begins no stop text any more
+        kept._text.text = text[: kept._shown]  # shown, so it begins no stop text
         kept._text.feed(text[kept._shown :])
         if watch and self._repetition:
             kept._ends = self._ends[: self.loop_start]

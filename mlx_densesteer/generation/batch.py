@@ -1,10 +1,10 @@
-"""Many rows at once, each under its own steering, text as it comes. mlx-lm's batch generator decodes.
+"""Decode many rows at once with mlx-lm's batch generator, each under its own steering.
 
-The weights are read once for all rows of a step, whatever their vectors, strengths and layers.
-In greedy decoding each row gives the tokens of its solo run, up to the rounding of products of
-another shape. Rows join and leave at any time.
+A step reads the weights once for all rows, whatever their vectors, strengths and layers. In greedy
+decoding each row gives the tokens that it gives alone, up to the rounding of matrix products of another
+shape. Rows join and leave at any time.
 
-One thread owns a batch, as it owns the model: make it, add to it and step it there.
+Use a batch on one thread only: the one that loaded the model.
 """
 
 import contextlib
@@ -30,18 +30,17 @@ from .sampling import GREEDY, Sampler, Sampling
 
 ROWS = 16
 TOLD_EVERY = 16  # steps between two calls of ``progress``
-PREFILL_ROWS = 8  # rows whose prompts are read together at most
-PREFILL = 2048  # prompt tokens of a row that one step reads while no row decodes
-# Prompt tokens, of all rows together, read between two tokens of the rows that decode. Smaller
-# parts are dearer (a 0.5B on two CPU cores: 68, 81, 90 tokens/s in parts of 64, 128, 256),
-# larger ones are not cheaper (85 in parts of 512) and hold the others up for longer. Prompts that
-# are no longer than this are read whole, all that come together at once: while prompts are read in
-# parts, the others decode in a batch that is not full.
+PREFILL_ROWS = 8  # prompts that are read together at most
+PREFILL = 2048  # prompt tokens of a row that a step reads while no row decodes
+# Prompt tokens, of all rows together, that a step reads while other rows decode. A 0.5B on two CPU cores
+# reads 68, 81, 90, 85 tokens/s in parts of 64, 128, 256, 512, and larger parts delay the other rows.
+# Prompts of at most this length are read whole, all new ones together: the sooner they are read, the
+# sooner the batch is full.
 PREFILL_BESIDE = 256
 
 
 class TokenLogprob(NamedTuple):
-    """A generated token with its log-probability, and the likeliest tokens in its place."""
+    """A generated token, its log-probability, and the likeliest tokens at its position."""
 
     token: int
     logprob: float
@@ -50,9 +49,9 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of one row that can be said now; ``result`` comes with the row's last piece.
+    """New text of one row; the row's last piece has a ``result``.
 
-    ``logprobs`` are those of the tokens since the row's last piece, where they were asked for.
+    ``logprobs``, if requested, are those of the tokens since the row's previous piece.
     """
 
     row: int
@@ -63,9 +62,9 @@ class Piece:
 
 @dataclass(eq=False)
 class _Row:
-    """One row: what goes in, and what has come out so far.
+    """The input of one row, and its output so far.
 
-    ``alternatives`` is how many of the likeliest tokens to tell of each token; ``None``: no
+    ``alternatives`` is the number of likeliest tokens to return for each token; ``None`` for no
     log-probabilities. ``uid`` is mlx-lm's number of the row, ``None`` while it waits.
     """
 
@@ -87,9 +86,9 @@ class _Row:
         self.began = time.perf_counter()
 
     def take(self, token: int, ended: str | None, ends: set[int], logprobs: mx.array) -> str:
-        """Add one token, return what can be said; ``ended`` is set when it was the row's last.
+        """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last.
 
-        ``logprobs`` are those of the whole vocabulary, ``(vocabulary,)``.
+        ``logprobs``, ``(vocabulary,)``, are those of the whole vocabulary.
         """
         self.first = self.first or time.perf_counter()
         if token not in ends:
@@ -102,7 +101,7 @@ class _Row:
         return self.answer.show_rest() if self.reason else self.answer.show()
 
     def tell(self) -> tuple[TokenLogprob, ...]:
-        """Return the log-probabilities that were not told yet."""
+        """Return the log-probabilities that were not returned yet."""
         told, self.untold = tuple(self.untold), []
         return told
 
@@ -112,7 +111,7 @@ class _Row:
             text=self.answer.text,
             token_ids=tuple(self.answer.ids),
             prompt_tokens=self.prompt_tokens,
-            # from the first token to the last: one less than there are
+            # the first token falls outside the time
             tokens_per_second=max(0, tokens - 1) / seconds if seconds > 0 else 0.0,
             time_to_first_token=self.first - self.began if self.first else 0.0,
             peak_memory_bytes=mx.get_peak_memory(),
@@ -124,14 +123,12 @@ class _Row:
 class Batch:
     """Rows that decode together; new ones join while others run.
 
-    ``add`` puts a row in, ``step`` decodes one token of every row, ``cancel`` takes one out; all
-    three may be called in any order, also in the middle of the pieces of a step. At most ``rows``
-    rows are in the KV cache, later ones wait for their turn. A prompt is read in parts, one part
-    a step, so that it holds up the rows that decode by ``PREFILL_BESIDE`` tokens at most; short ones
-    that come together are read together.
+    ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in any
+    order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step reads a part
+    of at most ``PREFILL_BESIDE`` tokens of new prompts.
 
-    When ``step`` raises (out of memory, Ctrl-C), half a step is done and nobody can go on: the
-    batch is then closed. ``cancel`` still tells what a row has said.
+    If ``step`` raises (out of memory, Ctrl-C), the batch is closed, because half a step is done.
+    ``cancel`` still returns a row's text.
 
     Raises:
         InputError: ``rows`` is below 1.
@@ -141,12 +138,12 @@ class Batch:
     def __init__(self, model: Model, *, rows: int = ROWS):
         if rows < 1:
             raise InputError(f"{rows} rows at once: expected at least 1.")
-        self.tokens = 0  # generated so far, by all rows, with their end-of-turn tokens
+        self.tokens = 0  # generated by all rows so far, end-of-turn tokens included
         self._model, self._limit = model, rows
         self._ends = set(self._model.tokenizer.eos_token_ids)
-        self._rows: dict[int, _Row] = {}  # by number: waiting or in the KV cache
+        self._rows: dict[int, _Row] = {}  # by number: all that wait or decode
         self._waiting: deque[_Row] = deque()
-        self._inside: dict[int, _Row] = {}  # by mlx-lm's number: in the KV cache
+        self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
@@ -165,7 +162,7 @@ class Batch:
 
     @property
     def running(self) -> int:
-        """How many rows wait or decode; 0 once the batch is closed."""
+        """The number of rows that wait or decode; 0 once the batch is closed."""
         return 0 if self._generator is None else len(self._rows)
 
     def add(
@@ -179,25 +176,25 @@ class Batch:
         cache: Sequence[KVCache] | None = None,
         logprobs: int | None = None,
     ) -> int:
-        """Let a row join, and return its number.
+        """Add a row, and return its number.
 
         Args:
             prompt: token ids, at least one.
-            sampling: with a seed, the row draws what its solo run draws, whoever is beside it.
+            sampling: with a seed, the row draws what it draws alone.
             stop: texts that end the response; they are not part of it.
             cache: filled caches, one for each block, of what precedes ``prompt``. They hold their
-                steering, so ``steering`` is then only recorded. They are not changed, and may be
-                used further. ``Generation.prompt_tokens`` counts their tokens too.
-            logprobs: tell each token's log-probability, and so many of the likeliest tokens.
+                steering, so ``steering`` is then only recorded. They are not changed.
+                ``Generation.prompt_tokens`` counts their tokens too.
+            logprobs: return each token's log-probability, and so many of the likeliest tokens.
 
         Raises:
-            InputError, SteeringError, VectorMismatchError: the row does not join; a ``ContextError``
-                where the prompt fills the model's context.
+            InputError, SteeringError, VectorMismatchError: the row is not added.
+            ContextError: the prompt fills the model's context.
         """
         check_limits(max_tokens, stop)
         tokens = encode_prompt(self._model.tokenizer, prompt)
         if self._generator is None:
-            raise InputError("the batch is closed; expected an open one. Make a new Batch.")
+            raise InputError("the batch is closed. Make a new Batch.")
         if cache is None:
             caches = make_cache(self._model, steering, prompt_length=len(tokens))
         else:
@@ -213,20 +210,15 @@ class Batch:
         return row.number
 
     def cancel(self, row: int) -> Generation | None:
-        """End a row that waits or runs; return what it has said, ``None`` if it has ended before.
-
-        The text is whole, with what was held back as the possible beginning of a stop text.
-        """
+        """End a row; return all its text so far, or ``None`` if it has ended before."""
         found = self._rows.get(row)
-        if found is not None:
-            self._drop(found)
-        return None if found is None else found.result()
+        if found is None:
+            return None
+        self._drop(found)
+        return found.result()
 
     def step(self) -> list[Piece]:
-        """Decode one token of every row; return pieces of the rows that have something to say.
-
-        While no row decodes yet, this only reads on in the prompts.
-        """
+        """Decode one token of every row whose prompt is read; return the pieces with new text."""
         if not self.running:
             return []
         with contextlib.ExitStack() as half_done:
@@ -241,7 +233,7 @@ class Batch:
         return [piece for piece in pieces if piece.text or piece.result]
 
     def close(self) -> None:
-        """End all rows, free their caches and return the wired memory; harmless when repeated."""
+        """End all rows, free their caches and unwire memory; a second call does nothing."""
         generator, self._generator = self._generator, None
         if generator is not None:
             for row in self._waiting:
@@ -256,7 +248,7 @@ class Batch:
             (row.uid,) = self._generator.insert(
                 [row.prompt], max_tokens=[row.limit], caches=[row.caches], samplers=[row.sampler]
             )
-            row.caches = ()  # mlx-lm has them now, merged into the batch's own
+            row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
 
@@ -278,7 +270,7 @@ class Batch:
         return Piece(row.number, text, row.result(), row.tell())
 
     def _drop(self, row: _Row, *, known: bool = False) -> None:
-        """Forget a row; mlx-lm is told unless it has ended the row itself (``known``)."""
+        """Remove a row, from mlx-lm too unless it has ended the row itself (``known``)."""
         del self._rows[row.number]
         if self._generator is None:
             return
@@ -306,21 +298,21 @@ def generate_batch(
 ) -> Generator[tuple[int, Generation], None, None]:
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
+    Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the whole
+    batch.
+
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.
         steering: one for all rows, or one (or ``None``) for each.
         max_tokens: one for all rows, or one for each.
-        sampling: of all rows; with a temperature a row depends on its neighbours' draws.
+        sampling: of all rows; with a temperature, a row's draws depend on the other rows.
         stop: texts that end a response; they are not part of it.
-        rows: how many are decoded together at most; memory grows with it.
-        progress: called now and then with the number of tokens generated so far.
-
-    Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
-    whole batch.
+        rows: how many decode together at most; memory grows with it.
+        progress: called with the number of tokens generated so far, every few steps.
 
     Raises:
-        InputError, SteeringError, VectorMismatchError: before anything is generated; a
-            ``ContextError`` names the first prompt that fills the model's context.
+        InputError, SteeringError, VectorMismatchError: before anything is generated.
+        ContextError: names the first prompt that fills the model's context.
     """
     limits = _for_each("max tokens", max_tokens, len(prompts))
     check_limits(min(limits, default=1), stop)
@@ -352,18 +344,18 @@ def _run(
     rows: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Generation], None, None]:
-    if sampling.seed is not None:  # one sequence of draws for all rows, else equal prompts agree
+    if (
+        sampling.seed is not None
+    ):  # if each row had this seed, equal prompts would get equal answers
         mx.random.seed(sampling.seed)
         sampling = replace(sampling, seed=None)
-    waiting = iter(jobs)  # added one by one: the steering of a row is an array for each layer
+    waiting = iter(jobs)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
         while True:
             for job in islice(waiting, rows - batch.running):
-                batch.add(
-                    job.tokens, steering=job.steering, max_tokens=job.limit,
-                    sampling=sampling, stop=stop,
-                )  # fmt: skip
+                options = {"max_tokens": job.limit, "sampling": sampling, "stop": stop}
+                batch.add(job.tokens, steering=job.steering, **options)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
@@ -394,7 +386,7 @@ def _logprob(token: int, logprobs: mx.array, alternatives: int) -> TokenLogprob:
 
 
 def _own_caches(caches: Sequence[KVCache], count: int) -> list[KVCache]:
-    """Return copies of ``caches``, one for each block; their owner may go on filling the originals."""
+    """Return copies of ``caches``, so that filling the originals does not change them."""
     kinds = sorted({type(cache).__name__ for cache in caches})
     if len(caches) != count or kinds != [SteeredKVCache.__name__]:
         raise SteeringError(

@@ -1,20 +1,19 @@
-"""The brake: find degenerate repetition in an answer while it is being generated.
+"""The brake: find degenerate repetition in an answer while it is generated.
 
-An overdosed model falls into a loop: one word for ever, the same clause, a list whose items are
-all the same. The rule looks at token ids only, in constant time a token:
+An overdosed model falls into a loop: one word for ever, the same clause, a list of equal items. The rule
+reads token ids only, in constant time a token:
 
-- a token is *stale* when the four tokens that it ends stood at least three times before among
-  the last ``window`` tokens;
-- a score starts at 0, goes up by 1 with each stale token and down by 2, not below 0, with any
-  other; at ``limit`` the answer is a loop.
+- A token is *stale* if the four tokens that end with it occurred at least three times before among the
+  last ``window`` tokens.
+- A score starts at 0. A stale token adds 1; any other subtracts 2, not below 0. At ``limit`` the answer
+  is a loop.
 
-This is a one-sided cumulative sum (Page, Biometrika 41 (1954), 100-115). It bears a loop that
-changes a little (a counter, two words in no order), up to a period of a third of the window; it
-has to: a table, a long formula or the same sentence three times are not loops.
+This is a one-sided cumulative sum (Page, Biometrika 41 (1954), 100-115). It also finds loops that change
+a little (a counter, two words in random order), up to a period of a third of the window. A table, a long
+formula or the same sentence three times are not loops.
 
-Text is shown as it comes until repetition is in sight: from the second time that four tokens come
-within the window, text is held back until it has become new again (a quicker score), and a loop is cut
-off there. What was shown is never taken back.
+Text is held back from the second time that four tokens occur within the window, until a second, quicker
+score is 0 again. A loop is cut off where holding back began, so shown text is never taken back.
 """
 
 import math
@@ -22,20 +21,20 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
-_GRAM = 4  # tokens: shorter ones come again in any list of equations
-_TIMES = 3  # the fourth copy of a passage counts as a repeat
-_FALL = 2  # of the score: a loop is two thirds stale
-_HOLD_FALL = 3  # of the quicker score: ordinary text is shown again soon
+_GRAM = 4  # tokens: shorter sequences recur in any list of equations
+_TIMES = 3  # earlier copies; the fourth counts as a repeat
+_FALL = 2  # of the score, so more than two thirds of a loop are stale
+_HOLD_FALL = 3  # of the quicker score, so ordinary text is shown again soon
 
 
 @dataclass(frozen=True)
 class Brake:
-    """What is done about degenerate repetition: cut it off, lower the strength, go on.
+    """How to handle degenerate repetition: cut it off, lower the strength, go on.
 
     Args:
-        factor: the strength after a brake is ``factor`` times that before, from 0 to below 1.
-        tries: the brake of this number sets the strength to 0, and is the last.
-        limit: the score at which repetition is degenerate, in tokens.
+        factor: each brake multiplies the strength by it; from 0 to below 1.
+        tries: the brake of this number sets the strength to 0 and is the last.
+        limit: the score at which an answer is a loop, in tokens.
         window: how far back a token counts as repeated, in tokens.
 
     Raises:
@@ -60,7 +59,7 @@ class Brake:
 
 @dataclass(frozen=True)
 class Braked:
-    """One brake: ``dropped`` tokens were cut off behind token ``at_token`` of the answer."""
+    """One brake: ``dropped`` tokens were cut off after the first ``at_token`` of the answer."""
 
     at_token: int
     dropped: int
@@ -68,16 +67,16 @@ class Braked:
     strength_after: float
 
     def describe(self) -> dict[str, int | float]:
-        """Return the brake as JSON writes it."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
 class Repetition:
-    """Watches the tokens of one answer.
+    """Find a loop in the tokens of one answer.
 
-    ``loop_start`` is ``None`` until there is a loop; then the number of tokens before it, and
-    further tokens change nothing. ``safe`` is the number of leading tokens that will not be cut
-    off: it never falls, and ``loop_start`` is never below it.
+    ``loop_start`` is ``None`` until there is a loop, then the number of tokens before it; later tokens
+    change nothing. ``safe`` is the number of leading tokens that will not be cut off: it never falls, and
+    ``loop_start`` is never below it.
     """
 
     def __init__(self, brake: Brake):
@@ -85,12 +84,12 @@ class Repetition:
         self.loop_start: int | None = None
         self._brake = brake
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], tuple[int, ...]] = {}  # the latest ends of each gram
-        self._stale = 0  # the score of the module's docstring
-        self._again = 0  # the quicker score: above 0, text is held back
+        self._places: dict[tuple[int, ...], tuple[int, ...]] = {}  # where each gram ended last
+        self._stale = 0  # the score
+        self._again = 0  # the quicker score; above 0, text is held back
 
     def feed(self, token: int) -> None:
-        """Take the answer's next token."""
+        """Add the answer's next token."""
         if self.loop_start is not None:
             return
         self._tokens.append(token)
@@ -103,10 +102,7 @@ class Repetition:
             self.safe = length
 
     def after(self) -> "Repetition":
-        """Return the watch over the answer that is left when the loop is cut off.
-
-        It knows the tokens before ``loop_start`` and starts from score 0. What was safe stays so.
-        """
+        """Return the ``Repetition`` of the answer without its loop: score 0, ``safe`` as before."""
         rest = Repetition(self._brake)
         for token in self._tokens[: self.loop_start]:
             rest.feed(token)

@@ -1,7 +1,7 @@
-"""From the turns of a conversation to the chunks of tokens that the model reads.
+"""Turn a conversation into the chunks of tokens that the model reads.
 
-An answer stays the tokens that were generated, whatever its text would be encoded to. The text
-between the answers is the chat template's, encoded piece by piece.
+Answers keep the tokens that were generated; their text may encode to others. The chat template's text
+between them is encoded piece by piece.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .answer import Generation
 
 KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
 
-Exchange = tuple[str, Sequence[int]]  # a question, and the tokens of its answer
+Exchange = tuple[str, Sequence[int]]  # a question and its answer's tokens
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ def lay_out(
 ) -> tuple[list[Chunk], int]:
     """Return the chunks of a conversation that ends with ``question``, and its last token.
 
-    That token is left out of the chunks: the first token of the answer is chosen by its output.
-    Each answer is a chunk, together with the last token of its question.
+    The chunks leave out that token: its output chooses the first token of the answer. Each answer is a
+    chunk, together with the last token of its question.
 
-    A template that writes earlier answers otherwise than they were generated (one that drops
-    the thoughts of a reasoning model) makes the whole conversation one chunk, encoded from text:
-    right, but read anew in every turn, and all of it prompt.
+    Some templates change earlier answers (they drop a reasoning model's thoughts). The whole conversation
+    is then one chunk, encoded from text: all of it is prompt, and it is read again in every turn.
 
     Raises:
         InputError: an empty question, or no chat template.
@@ -72,15 +71,15 @@ def fit(
 ) -> tuple[int, list[Chunk], int, int]:
     """Lay out as much of a conversation as leaves room for an answer.
 
-    With ``drop`` the oldest turns may be left out. What is left is then read again, so once a
-    turn must go, room is made for more than this question.
+    With ``drop`` the oldest turns may be left out. The others are then read again, so once a turn must
+    go, a quarter of the context is freed.
 
     Args:
         lay_out: returns the chunks and the last token of the given turns and a next question.
         context: tokens that the conversation may have.
 
     Returns:
-        How many turns are left out; the chunks; the last token; how long the answer may be.
+        The number of turns left out; the chunks; the last token; how long the answer may be.
 
     Raises:
         ContextError: no room.
@@ -96,7 +95,7 @@ def fit(
         room = model.room(length, max_tokens, limit=context, what="the conversation")
     except ContextError as error:
         raise ContextError(
-            f"{error} Or drop the oldest turns (drop, or drop_oldest=True), or begin anew (reset)."
+            f"{error} You can also forget its oldest turns, or begin a new conversation."
         ) from None
     return dropped, chunks, last, room
 
@@ -106,7 +105,7 @@ def _between(
 ) -> list[str] | None:
     """Return the rendered text before, between and after the answers.
 
-    ``None`` if an answer does not stand where it was generated, or not as it is.
+    Return ``None`` if the template moves or changes an answer.
     """
     questions = [q for q, _ in exchanges]
     everything = "".join([system or "", question, *questions])
@@ -121,7 +120,7 @@ def _between(
         pieces.append(piece)
     pieces.append(rest)
     for number in {0, len(exchanges) - 1} if exchanges else ():
-        # what was read when that answer was generated
+        # the text before that answer when it was generated
         before = _render(tokenizer, _messages(questions[:number], marks, questions[number], system))
         stands = "".join(p + m for p, m in zip(pieces[:number], marks, strict=False))
         if before != stands + pieces[number]:

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choose the next token: greedily, or with a temperature, top-p and a seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mlx_lm.sample_utils import apply_top_p, make_sampler
 
 from ..errors import InputError
 
-COLDEST = 1e-6  # a temperature below: 1 / temperature soon overflows float32
+COLDEST = 1e-6  # temperature: below it, 1 / temperature soon overflows float32
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (rows, vocabulary) -> tokens (rows,)
 
@@ -39,15 +39,14 @@ class Sampling:
     def sampler(self) -> Sampler:
         """Return a sampler that draws from mlx's global random state.
 
-        Equal settings give the same object: mlx-lm samples all rows of a batch in one call while they
-        share one.
+        Equal settings give the same object: mlx-lm samples the rows that share one in one call.
         """
         return _shared_sampler(self.temp, self.top_p) if self.temp else _shared_sampler(0.0, 1.0)
 
     def row_sampler(self) -> Sampler:
-        """Return a sampler for one row of a batch: with a seed it has a random state of its own.
+        """Return a sampler for one row of a batch; with a seed, it has its own random state.
 
-        Its draws are those of ``sampler`` after ``mx.random.seed(seed)``, whatever rows are beside it.
+        It draws what ``sampler`` draws after ``mx.random.seed(seed)``, whatever the other rows draw.
         """
         if not self.temp or self.seed is None:
             return self.sampler()

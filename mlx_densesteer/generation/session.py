@@ -1,8 +1,8 @@
 """``Session``: one conversation, whose steering can be changed between its turns.
 
 The next token is that of a new session with the same history and settings, bit for bit: ``prefix.py``
-reads every part in the same chunks. An answer is therefore read once more, as a whole, when the next
-question comes.
+reads every part in the same chunks. For this, the next question first reads the last answer once more,
+as a whole.
 
 Not covered: several conversations at once (``batch.Batch``), and tools. Use a session on the thread
 that loaded the model.
@@ -34,7 +34,7 @@ KEEP_BYTES = 256 * 2**20
 
 
 class Reply(Iterator[str]):
-    """Iterate over the pieces of an answer. It joins the session's turns when it ends."""
+    """Iterate over the pieces of an answer. At its end, it becomes a turn of the session."""
 
     def __init__(self, session: "Session", user: str, stream: Stream):
         self.user = user
@@ -48,7 +48,7 @@ class Reply(Iterator[str]):
             raise
 
     def close(self) -> None:
-        """End the answer now. What was said stays; if nothing was, neither does the question."""
+        """End the answer now. Its text so far becomes a turn; without any, the question is dropped too."""
         self._stream.close()
         self._session._settle(self)
 
@@ -60,21 +60,21 @@ class Reply(Iterator[str]):
 class Session:
     """One conversation with a model under a steering that can be changed at any time.
 
-    Changing the steering costs nothing until the next question; then the layers above the lowest
-    steered one are computed again for the history (``prefix.Prefix``).
+    After a change, the next question computes the layers above the lowest steered one again for the
+    history (``prefix.Prefix``).
 
     Args:
-        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        model: what ``load`` returns, or mlx-lm's pair of model and tokenizer.
         steering: what to add to the residual stream; ``None`` is the stock model.
         system: the system message; ``None`` leaves it to the chat template.
         sampling, max_tokens, stop: of every answer, as in ``stream``; can be set at any time.
         draft: speculative decoding.
-        brake: cut off repetition and lower the strength, which then stays lowered.
+        brake: cut off repetition and lower the strength, for later answers too.
         keep_bytes: how much of the residual stream to keep for re-steering; 0 keeps nothing.
         kv_bits: quantise keys and values to 4 or 8 bits.
-        context: tokens that the conversation may have, by default as many as the model allows.
-        drop_oldest: forget the oldest turns when the context is full, instead of an error; so many
-            that a quarter of it is free, because the others are then read again.
+        context: how many tokens the conversation may have, by default the model's context.
+        drop_oldest: when the context is full, forget the oldest turns, until a quarter of it is free;
+            without it, ``send`` raises.
 
     Raises:
         VectorMismatchError, SteeringError, InputError: as in ``stream``.
@@ -103,8 +103,8 @@ class Session:
         self._context = context
         self.draft = draft
         if draft is not None:
-            draft.check(self.model.tokenizer)
-        self.prefix = Prefix(self.model.network, keep_bytes=keep_bytes, kv_bits=kv_bits)
+            draft.check(model.tokenizer)
+        self.prefix = Prefix(model.network, keep_bytes=keep_bytes, kv_bits=kv_bits)
         self._draft_prefix = Prefix(draft.model.network, kv_bits=kv_bits) if draft else None
         self._turns: list[Turn] = []
         self._live: tuple[Reply, Turn | None] | None = None
@@ -112,7 +112,7 @@ class Session:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The conversation so far, without an answer that is still coming."""
+        """The conversation so far, without an unfinished answer."""
         return tuple(self._turns)
 
     @property
@@ -126,7 +126,7 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the conversation has, without an answer that is still coming."""
+        """How many tokens the conversation has, without an unfinished answer."""
         if not self._turns:
             return 0
         *before, last = self._turns
@@ -143,7 +143,7 @@ class Session:
         return self._steering.strength if self._steering else 0.0
 
     def send(self, text: str) -> Reply:
-        """Ask ``text``; iterate over the answer.
+        """Return an iterator over the answer to ``text``.
 
         Raises:
             InputError: an empty question.
@@ -153,9 +153,9 @@ class Session:
         return self._start(text, None)
 
     def regenerate(self) -> Reply:
-        """Answer the last question again, under the settings now in force.
+        """Answer the last question again, under the current settings.
 
-        The old answer comes back if nothing of the new one was generated.
+        If the new answer ends before its first token, the old one is kept.
         """
         self._end_live()
         turn = self._last_turn("answer again")
@@ -167,7 +167,7 @@ class Session:
             raise
 
     def undo(self) -> Turn:
-        """Take back the last question and its answer, and return them."""
+        """Remove the last question and its answer, and return them."""
         self._end_live()
         self._last_turn("undo")
         return self._turns.pop()
@@ -195,10 +195,10 @@ class Session:
         self._steering = steering
 
     def set_strength(self, strength: str | float | Amount) -> None:
-        """Turn the dial: lambda, or a dose such as ``"20%"``. 0 is the unsteered model, bit for bit.
+        """Set lambda, or a dose such as ``"20%"``; 0 is the unsteered model, bit for bit.
 
         Raises:
-            InputError: no number and no per cent.
+            InputError: neither a number nor per cent.
             SessionError: there is no vector.
         """
         now = self._need_steering("strength")
@@ -212,7 +212,7 @@ class Session:
         self._change("positions", positions=positions)
 
     def set_vector(self, vector: SteeringVector | None) -> None:
-        """Steer with another vector, at its own default layer and strength; ``None`` steers no more."""
+        """Steer with another vector at its default layer and strength; ``None`` ends the steering."""
         self.steer(None if vector is None else request(vector).steering(self.model))
 
     def prompt(self, text: str) -> list[int]:
@@ -223,10 +223,9 @@ class Session:
     def caches_for(
         self, text: str, steering: Steering | None, *, turns: int | None = None
     ) -> tuple[list[int], list[KVCache]]:
-        """Return what ``batch.Batch.add`` takes to answer ``text`` next, under any steering.
+        """Return ``prompt`` and ``cache`` for ``batch.Batch.add``, to answer ``text`` under any steering.
 
-        The tokens that are left to read, and caches that hold the others. What this session has
-        already computed is shared, and neither it nor its history changes.
+        The caches share what this session has computed; the session does not change.
 
         Args:
             turns: how many turns precede the question, by default all.
@@ -238,31 +237,36 @@ class Session:
         return [last], twin.caches
 
     def save(self, path: str | Path) -> Path:
-        """Save the history and the settings, with the steering vectors, as one JSON file.
+        """Save the history, the settings and the steering vectors as one JSON file.
 
-        A draft, a brake and the limits of memory are not saved.
+        It does not hold ``draft``, ``brake``, ``keep_bytes``, ``kv_bits``, ``context`` and
+        ``drop_oldest``.
 
         Raises:
-            SessionError: another kind of file is there; it stays.
+            SessionError: another kind of file has this name; it is kept.
             DiskError: the file cannot be written.
         """
         self._end_live()
         path = Path(path)
         saved = SavedSession(
-            self.model.fingerprint, self.model.chat_template_sha256, self.system, self.sampling,
-            self.max_tokens, self.stop, self._steering, self.turns,
-        )  # fmt: skip
+            fingerprint=self.model.fingerprint,
+            chat_template_sha256=self.model.chat_template_sha256,
+            system=self.system,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            steering=self._steering,
+            turns=self.turns,
+        )
         write_session(path, saved)
         return path
 
     @classmethod
     def load(cls, path: str | Path, model: Model, **options: object) -> "Session":
-        """Return a saved conversation; ``options`` as for a new session, beside what was saved.
-
-        The history is read again with the next question.
+        """Return a saved conversation. ``options`` are those of a new session that ``save`` leaves out.
 
         Raises:
-            SessionError: no session file, or one of another model.
+            SessionError: not a session file, or one of another model.
         """
         model = Model.of(model)
         saved = read_session(Path(path))
@@ -272,10 +276,10 @@ class Session:
                 f"{path}: saved with another model (fingerprint {saved.fingerprint}, this one has "
                 f"{ours[0]}) or another chat template. Load it with the model that it was saved with."
             )
-        session = cls(
-            model, saved.steering, system=saved.system, sampling=saved.sampling,
-            max_tokens=saved.max_tokens, stop=saved.stop, **options,
-        )  # fmt: skip
+        settings = {
+            key: getattr(saved, key) for key in ("system", "sampling", "max_tokens", "stop")
+        }
+        session = cls(model, saved.steering, **settings, **options)
         session._turns = list(saved.turns)
         return session
 
@@ -285,10 +289,9 @@ class Session:
 
     def _start(self, text: str, before: Turn | None) -> Reply:
         """Begin an answer; ``before`` is the turn that it replaces."""
-        dropped, chunks, last, room = fit(
-            partial(self._lay_out, text=text), self._turns, self.model,
-            max_tokens=self.max_tokens, context=self.context, drop=self.drop_oldest,
-        )  # fmt: skip
+        limits = {"max_tokens": self.max_tokens, "context": self.context, "drop": self.drop_oldest}
+        laid_out = partial(self._lay_out, text=text)
+        dropped, chunks, last, room = fit(laid_out, self._turns, self.model, **limits)
         stream = Stream(
             self.model, self.prefix, chunks, last, steering=self._steering, max_tokens=room,
             sampling=self.sampling, stop=self.stop, draft=self.draft,
@@ -304,7 +307,7 @@ class Session:
             self._live[0].close()
 
     def _settle(self, reply: Reply) -> None:
-        """Make a turn of an answer that has ended; only the live one counts."""
+        """Make a turn of the answer if it is the live one."""
         if self._live is None or self._live[0] is not reply:
             return
         before, self._live = self._live[1], None
@@ -318,12 +321,10 @@ class Session:
             self._steering = result.steering
 
     def _change(self, what: str, **settings: object) -> None:
-        """Replace some of the steering's settings."""
-        deltas(
-            self.model.network, replace(self._need_steering(what), **settings)
-        )  # refused: nothing ends
-        self._end_live()  # a brake of that answer may have lowered the strength
-        self._steering = replace(self._need_steering(what), **settings)
+        """Replace some of the steering's settings; if they cannot be applied, nothing changes."""
+        deltas(self.model.network, replace(self._need_steering(what), **settings))
+        self._end_live()  # whose brake may have changed the steering
+        self._steering = replace(self._steering, **settings)
 
     def _last_turn(self, what: str) -> Turn:
         if not self._turns:

@@ -21,10 +21,14 @@ FORMAT = "mlx-densesteer session"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**28
 
-_COUNTS = (
-    "prompt_tokens", "tokens_per_second", "time_to_first_token", "peak_memory_bytes",
-    "draft_accepted", "draft_proposed",
-)  # fmt: skip
+_FIGURES = (
+    "prompt_tokens",
+    "tokens_per_second",
+    "time_to_first_token",
+    "peak_memory_bytes",
+    "draft_accepted",
+    "draft_proposed",
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class SavedSession:
 
 
 def write_session(path: Path, saved: SavedSession) -> None:
-    """Write a session file; it takes its name when it is whole.
+    """Write a session file, whole or not at all.
 
     Raises:
-        SessionError: the file that is there is no session; it stays.
+        SessionError: another kind of file has this name; it is kept.
         DiskError: it cannot be written.
     """
     if path.exists():
@@ -73,7 +77,7 @@ def read_session(path: Path) -> SavedSession:
     """Read a session file.
 
     Raises:
-        SessionError: it is not one, is damaged, or of a later version.
+        SessionError: not a session file, damaged, or of a later version.
     """
     document = _parse(path)
     try:
@@ -90,7 +94,7 @@ def read_session(path: Path) -> SavedSession:
         )
     except (KeyError, TypeError, ValueError, AttributeError, DenseSteerError) as error:
         raise SessionError(
-            f"{path}: a damaged session ({type(error).__name__}: {error}). Save it again."
+            f"{path}: is a damaged session ({type(error).__name__}: {error}). Save it again."
         ) from error
 
 
@@ -99,12 +103,10 @@ def _parse(path: Path) -> Mapping[str, object]:
         if path.stat().st_size > MAX_BYTES:
             raise SessionError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no session file is.")
         document = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SessionError(
-            f"{path}: not a session file; expected one that was saved here."
-        ) from error
+    except (ValueError, RecursionError):
+        document = None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise SessionError(f"{path}: not a session file; expected one that was saved here.")
+        raise SessionError(f"{path}: not a session file. Name a saved conversation.")
     if document.get("version") != FORMAT_VERSION:
         raise SessionError(
             f"{path}: session version {document.get('version')}, expected {FORMAT_VERSION}. Update "
@@ -122,7 +124,7 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
         "finish_reason": reply.finish_reason,
         "steering": _plain_steering(reply.steering, vectors),
         "brakes": [asdict(one) for one in reply.brakes],
-        **{name: getattr(reply, name) for name in _COUNTS},
+        **{name: getattr(reply, name) for name in _FIGURES},
     }
 
 
@@ -138,7 +140,7 @@ def _turn(entry: Mapping[str, object], vectors: Mapping[str, SteeringVector]) ->
             finish_reason=_text(entry["finish_reason"]),
             steering=_steering(entry["steering"], vectors),
             brakes=tuple(Braked(**one) for one in entry["brakes"]),
-            **{name: entry[name] for name in _COUNTS},
+            **{name: entry[name] for name in _FIGURES},
         ),
     )
 

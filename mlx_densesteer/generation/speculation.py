@@ -1,7 +1,6 @@
 """Speculative decoding: a small draft model proposes tokens, the steered target checks them.
 
-The target's own choice decides every token, so steering, strength and text are the target's; the
-draft can only make it faster.
+Every token is the target's own choice: the draft changes the speed, not the text.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..model.model import Model
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A model that drafts tokens for another one, unsteered.
+    """An unsteered model that proposes tokens to another one.
 
     Args:
         model: smaller than the target, with the target's tokenizer.
@@ -33,11 +32,7 @@ class Draft:
         object.__setattr__(self, "model", Model.of(self.model))
 
     def check(self, tokenizer: TokenizerWrapper) -> None:
-        """Raise unless the target's tokenizer gives every token the same number.
-
-        Raises:
-            InputError: the tokenizers differ.
-        """
+        """Raise ``InputError`` unless the target's tokenizer gives every token the same number."""
         ours, theirs = self.model.tokenizer.get_vocab(), tokenizer.get_vocab()
         if ours != theirs:
             different = sum(theirs.get(token) != number for token, number in ours.items())

@@ -1,4 +1,4 @@
-"""One prompt, a stream of text. mlx-lm generates tokens; this adds steering, stop texts and the brake."""
+"""Stream the response to one prompt: mlx-lm's tokens, with steering, stop texts and the brake."""
 
 import contextlib
 import time
@@ -22,7 +22,7 @@ from .speculation import Draft
 
 
 class Filling(Protocol):
-    """What holds the KV caches of a sequence: ``prefix.Prefix``, or a part of them on one of several ranks."""
+    """The KV caches of a sequence: a ``prefix.Prefix``, or one rank's part of it."""
 
     caches: list[KVCache]
 
@@ -33,17 +33,17 @@ class Filling(Protocol):
 
 
 class Stream(Iterator[str]):
-    """Iterate over the pieces of a response; ``result`` is what there is of it so far.
+    """Iterate over the pieces of a response; ``result`` is the response so far.
 
-    Stopping early (``break``, Ctrl-C) loses nothing: ``result`` then ends with
-    ``finish_reason="interrupted"``. The prompt is read when the first piece is asked for.
+    The first ``next`` reads the prompt. After an early end (``break``, Ctrl-C) ``result`` has the text so
+    far and ``finish_reason="interrupted"``.
 
     Args:
         prefix: the caches to use; what they hold of the prompt is not read again.
-        chunks: the prompt, its last token left out.
+        chunks: the prompt without its last token.
         last: that token.
-        draft_prefix: the draft's caches, where there is a draft.
-        sampler: chooses the tokens instead of ``sampling``'s own sampler.
+        draft_prefix: the draft's caches.
+        sampler: chooses the tokens; by default ``sampling``'s own sampler.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Stream(Iterator[str]):
         sampler: Sampler | None = None,
     ):
         check_limits(max_tokens, stop)
-        deltas(model.network, steering)  # refuses what does not fit
+        deltas(model.network, steering)  # raises if it does not fit
         if draft is not None:
             draft.check(model.tokenizer)
             draft_prefix = draft_prefix or Prefix(draft.model.network)
@@ -73,8 +73,8 @@ class Stream(Iterator[str]):
         self._draft, self._brake = draft, brake
         self._sampler = sampler or sampling.sampler()
         self._finish = "interrupted"
-        watched = steering is not None and steering.strength != 0
-        self._answer = PartialAnswer(model.tokenizer, brake if watched else None, stop)
+        steered = steering is not None and steering.strength != 0
+        self._answer = PartialAnswer(model.tokenizer, brake if steered else None, stop)
         self._first_after = self._rate = 0.0
         self._peak = self._accepted = self._rounds = 0
         self._brakes: list[Braked] = []
@@ -84,7 +84,7 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """End the generation now; ``result`` keeps what was said."""
+        """End the response now."""
         self._pieces.close()
 
     @property
@@ -105,7 +105,7 @@ class Stream(Iterator[str]):
         )
 
     def _generate(self) -> Generator[str, None, None]:
-        """Yield text that will not be taken back and cannot be the beginning of a stop text."""
+        """Yield text that is neither taken back later nor the beginning of a stop text."""
         if self._sampling.seed is not None:
             mx.random.seed(self._sampling.seed)
         mx.reset_peak_memory()
@@ -140,28 +140,28 @@ class Stream(Iterator[str]):
             yield piece
 
     def _tokens(self) -> Generator[int, None, None]:
-        """Read what is not read yet, and yield the tokens of the answer that follows."""
+        """Read the prompt, and yield the tokens that follow it."""
         read, ids = [*self._chunks], self._answer.ids
-        if ids:  # after a brake: the kept beginning of the answer
+        if ids:  # after a brake: read the kept beginning of the answer too
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         self._prefix.fill(read, self._steering, answering=bool(ids))
         begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
-        network, limit = self._model.network, self._max_tokens - len(ids)
+        network, caches = self._model.network, list(self._prefix.caches)
+        options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
         with wired_limit(network, [generation_stream]):
             if self._draft is None:
-                steps = generate_step(
-                    begin, network, max_tokens=limit, sampler=self._sampler,
-                    prompt_cache=list(self._prefix.caches),
-                )  # fmt: skip
-                for token, _ in steps:
+                for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
                 return
             self._draft_prefix.fill(read, None, answering=bool(ids))
             steps = speculative_generate_step(
-                begin, network, self._draft.model.network, max_tokens=limit, sampler=self._sampler,
-                prompt_cache=[*self._prefix.caches, *self._draft_prefix.caches],
+                begin,
+                network,
+                self._draft.model.network,
                 num_draft_tokens=self._draft.tokens,
-            )  # fmt: skip
+                prompt_cache=[*caches, *self._draft_prefix.caches],
+                **options,
+            )
             new_round = True
             for token, _, from_draft in steps:
                 self._accepted += from_draft
@@ -170,7 +170,7 @@ class Stream(Iterator[str]):
                 yield int(token)
 
     def _slow_down(self) -> None:
-        """Cut the answer to before the loop, and lower the strength."""
+        """Cut off the loop, and lower the strength."""
         before = self._steering.strength
         number = len(self._brakes) + 1
         after = before * self._brake.factor if number < self._brake.tries else 0.0
@@ -195,21 +195,21 @@ def stream(
     draft: Draft | None = None,
     brake: Brake | None = None,
 ) -> Stream:
-    """Return an iterator over the response, piece by piece.
+    """Return an iterator over the pieces of the response, as text.
 
-    The response ends at the latest where the model's context does (``finish_reason="length"``).
+    At the end of the model's context the response ends (``finish_reason="length"``).
 
     Args:
-        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        model: what ``load`` returns, or mlx-lm's pair of model and tokenizer.
         prompt: a user message (chat template), plain text (``raw``), or token ids.
         steering: what to add to the residual stream; ``None`` is the stock model.
         stop: texts that end the response; they are not part of it.
-        draft: speculative decoding; the text stays the same in greedy decoding.
-        brake: cut off degenerate repetition, lower the strength and go on; ``None`` lets it repeat.
+        draft: speculative decoding; greedy decoding gives the same text with it.
+        brake: cut off degenerate repetition, lower the strength and go on; ``None`` does not.
 
     Raises:
-        InputError: an empty prompt, or a limit or stop text that makes no sense.
-        ContextError: a prompt that fills the model's context.
+        InputError: an empty prompt, an empty stop text, or ``max_tokens`` below 1.
+        ContextError: the prompt fills the model's context.
         VectorMismatchError, SteeringError: the steering cannot be applied.
     """
     tokens = encode_prompt(model.tokenizer, prompt, system=system, raw=raw)
@@ -223,7 +223,7 @@ def stream(
 
 @takes_model
 def generate(model: Model, prompt: str | Sequence[int], **options: object) -> Generation:
-    """Return the whole response; the arguments are those of ``stream``."""
+    """Return the whole response; takes the arguments of ``stream``."""
     pieces = stream(model, prompt, **options)
     for _ in pieces:
         pass

@@ -1,4 +1,4 @@
-"""A thread that owns a model, for programs whose main thread must not wait: asyncio, an app's window."""
+"""A thread for a model, in programs whose main thread must not block: asyncio, apps with a window."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 @runtime_checkable
 class Pieces(Protocol):
-    """An answer while it comes: what ``stream`` and ``Session.send`` return."""
+    """An iterator over the pieces of an answer: what ``stream`` and ``Session.send`` return."""
 
     def __next__(self) -> str: ...
 
@@ -23,21 +23,20 @@ Value = TypeVar("Value")
 
 
 class ModelThread(ThreadPoolExecutor):
-    """A ``concurrent.futures`` executor with one thread, on which all happens that touches a model.
+    """A ``concurrent.futures`` executor whose single thread does all the work with a model.
 
         with ModelThread() as thread:
             model, tokenizer = thread.submit(load, "demo").result()
             answer = thread.submit(generate, model, tokenizer, "What is 17 * 24?")
 
-    Arrays of mlx that are not computed yet belong to the thread that made them, so load the model,
-    make the caches and generate on this thread. It does one thing after the other; a result or an
-    exception arrives in the future.
+    Arrays of mlx belong to the thread that made them until they are computed, so load the model, make the
+    caches and generate on this thread.
 
-    An answer that is read without ``iterate`` and not to its end has to be closed on this thread too,
-    with ``thread.submit(pieces.close)``: mlx-lm's generator complains where it is collected on another.
+    If you read an answer without ``iterate`` and not to its end, close it on this thread:
+    ``thread.submit(pieces.close)``. mlx-lm's generator raises if another thread collects it.
 
-    A plain ``ThreadPoolExecutor`` that has used mlx aborts the process now and then as it ends
-    (github.com/ml-explore/mlx/pull/4110); this one gives back what mlx keeps for the thread first.
+    A plain ``ThreadPoolExecutor`` that has used mlx sometimes aborts the process at its end
+    (github.com/ml-explore/mlx/pull/4110); this one first frees what mlx keeps for the thread.
     """
 
     def __init__(self) -> None:
@@ -45,21 +44,20 @@ class ModelThread(ThreadPoolExecutor):
         super().__init__(1, "model", initializer=_begin, initargs=(self._open,))
 
     async def iterate(self, answer: Future[Answer]) -> AsyncGenerator[str, None]:
-        """Yield an answer piece by piece; the event loop goes on while the thread computes.
+        """Yield the pieces of an answer; the event loop goes on while the thread computes.
 
             answer = thread.submit(stream, model, tokenizer, "What is 17 * 24?")
             async for piece in thread.iterate(answer):
                 print(piece)
             answer.result().result   # the Generation
 
-        A piece is computed when it is asked for; between two pieces the thread takes what else was
-        submitted, so several answers come in turns. Leaving the loop, ``aclose`` and cancelling the
-        task end the answer: the step that runs (one token, or reading the prompt) is finished,
-        nothing is computed after it, and the result has ``finish_reason="interrupted"``. What goes
-        wrong on the thread is raised here.
+        Each piece is computed on request. Between two pieces the thread does other submitted work, so
+        several answers take turns. Leaving the loop, ``aclose`` and cancelling the task end the answer
+        after the current step (one token, or reading the prompt), with
+        ``finish_reason="interrupted"``. Exceptions on the thread are raised here.
 
         Raises:
-            TypeError: ``answer`` is something else.
+            TypeError: ``answer`` is not the future of an answer.
             RuntimeError: the thread was shut down before the answer's end.
         """
         if not isinstance(answer, Future):
@@ -67,39 +65,39 @@ class ModelThread(ThreadPoolExecutor):
         try:
             pieces = await _result(answer)
         except asyncio.CancelledError:
-            answer.add_done_callback(_abandon)  # it may be begun already
+            answer.add_done_callback(_abandon)  # the thread may have begun it
             raise
         if not isinstance(pieces, Pieces):
             raise _no_answer(pieces)
         self._open.add(pieces)
         try:
-            # the end is a value: no future can hold a StopIteration
+            # None is the end: a future cannot hold a StopIteration
             while (piece := await _result(self.submit(next, pieces, None))) is not None:
                 yield piece
         finally:
             await self._close(pieces)
 
     async def _close(self, pieces: Pieces) -> None:
-        """End an answer on the thread: a generator cannot be closed while it runs elsewhere."""
+        """End an answer on the thread: a generator cannot be closed while another thread runs it."""
         try:
             closed = self.submit(pieces.close)
-        except RuntimeError:  # shut down: the thread closes it as it ends
+        except RuntimeError:  # shut down: _End closes it
             return
-        # not before it is closed: a shutdown may cancel what waits
+        # A shutdown may cancel the closing; _End then needs the answer.
         closed.add_done_callback(lambda done: done.cancelled() or self._open.discard(pieces))
         waiting = asyncio.wrap_future(closed)
         await asyncio.wait([waiting])  # a second cancellation ends the waiting, not the closing
-        if not waiting.cancelled():  # by a shutdown, that is: the thread closes it as it ends
+        if not waiting.cancelled():
             waiting.result()
 
 
 async def _result(future: Future[Value]) -> Value:
-    """Wait for what the thread computes. A CancelledError is that of the task, and of nothing else."""
+    """Wait for a future. A CancelledError means that this task was cancelled, not the future."""
     waiting = asyncio.wrap_future(future)
     try:
         await asyncio.wait([waiting])
     except asyncio.CancelledError:
-        waiting.cancel()  # and the future, if it is not begun
+        waiting.cancel()  # cancels the future too, unless it has begun
         raise
     if waiting.cancelled():
         raise RuntimeError(
@@ -110,7 +108,7 @@ async def _result(future: Future[Value]) -> Value:
 
 
 def _abandon(answer: Future[Answer]) -> None:
-    """End an answer that nobody waits for any more, before its first piece."""
+    """Close an answer whose task was cancelled before the first piece."""
     if answer.cancelled() or answer.exception() is not None:
         return
     if isinstance(pieces := answer.result(), Pieces):
@@ -125,10 +123,10 @@ def _no_answer(found: object) -> TypeError:
 
 
 class _End:
-    """What a thread has to do last; it goes with the thread's own variables, and does it then.
+    """Clean up when the thread ends, which deletes its thread-local variables.
 
-    mlx keeps streams for a thread. Left to themselves they go later, when Python no longer waits for the
-    thread; they then ask an interpreter that may be ending for the GIL, and that aborts the process.
+    mlx keeps streams for each thread. It would free them later, when Python no longer waits for the
+    thread. They then ask for the GIL of an interpreter that may be ending, which aborts the process.
     """
 
     def __init__(self, answers: set[Pieces]) -> None:
