@@ -1,7 +1,7 @@
 """Clients that load a server over HTTP: each sends its next request when the last is answered.
 
-While the clock runs they only store bytes and moments, to leave the machine to the server; answers are
-parsed afterwards. No mlx.
+While the clock runs they only store bytes and moments, to leave the machine to the server; answers
+are parsed afterwards. No mlx.
 """
 
 import http.client
@@ -26,7 +26,7 @@ class Address(NamedTuple):
 
 @dataclass
 class Received:
-    """What came back, as bytes with the moments at which they came (``time.perf_counter``)."""
+    """A response as bytes, each piece with its moment (``time.perf_counter``)."""
 
     began: float
     ended: float = 0.0
@@ -38,10 +38,10 @@ class Received:
 
 @dataclass(frozen=True)
 class ClientAnswer:
-    """An answer as the client sees it; times in seconds from before its connection was opened.
+    """An answer as the client sees it; seconds count from before it opened its connection.
 
-    ``error`` says what is wrong with it: no answer in time, a status other than 200, an error
-    within the stream, no end. ``tokens`` is what the server's usage says.
+    ``error`` says what is wrong: no answer in time, a status other than 200, an error within the
+    stream, no end. ``tokens`` is the number in the server's usage.
     """
 
     status: int | None
@@ -64,10 +64,10 @@ class Drive:
 
 
 def ask(address: Address, path: str, body: Mapping[str, object], timeout: float) -> Received:
-    """Send a request over a connection of its own and keep what comes until the connection ends.
+    """Send a request over a new connection and keep what comes until the connection ends.
 
-    One connection a request, because mlx_lm.server supports no other. After ``timeout`` seconds the
-    connection is closed. Nothing is raised; ``problem`` says what happened.
+    Each request has its own connection, because mlx_lm.server supports nothing else. After
+    ``timeout`` seconds the connection is closed. Raises nothing; ``problem`` says what went wrong.
     """
     payload = json.dumps(body).encode()
     kept = Received(began=time.perf_counter())
@@ -168,7 +168,7 @@ def read(received: Received) -> ClientAnswer:
 
 
 def _read_stream(received: Received) -> ClientAnswer:
-    """Put the events together; an event came when its last byte came."""
+    """Parse the events of a stream; the moment of an event is that of its last byte."""
     text, rest, done, found = "", b"", False, {"error": None}
     for moment, piece in received.pieces:
         *complete, rest = (rest + piece).split(b"\n")
@@ -198,7 +198,7 @@ def _read_stream(received: Received) -> ClientAnswer:
 
 
 def _note(event: Mapping[str, object], found: dict) -> None:
-    """Keep what an event says beside its text."""
+    """Keep an event's error, steering, usage and finish reason."""
     if "error" in event:
         found["error"] = f"in the stream: {_message(json.dumps(event).encode())}"
     if event.get("steering"):

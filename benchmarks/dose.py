@@ -1,4 +1,4 @@
-"""At which dose does a steered model repeat itself? python benchmarks/dose.py --help"""
+"""The dose at which a steered model repeats itself."""
 
 import json
 import re
@@ -36,9 +36,9 @@ def run(
 ) -> Measurement:
     """Answer one prompt under every (layer, dose), all as rows of one batch, greedily.
 
-    For each row: tokens, steps, density, whether its last number is the answer, and the share of the
-    response that repeats itself (1 - distinct 4-grams of tokens / 4-grams): near 1 it only repeats.
-    No speed is measured.
+    For each row: tokens, steps, density, whether its last number is the answer, and the share of
+    the response that repeats itself (1 - distinct 4-grams of tokens / 4-grams): near 1 it only
+    repeats. No speed is measured.
 
     Args:
         vector: a steering vector's file, or demo.

@@ -50,14 +50,14 @@ def run(
 ) -> Measurement:
     """Count and time how extraction reads pairs, against reading their sequences one by one.
 
-    One by one: each prompt with each response through the blocks, no cache, no head. What extraction
-    does with what it read (means, the comparison of layers) is not timed. A *token* is a position
-    through every block, padding included. ``extract_token_ratio`` is theirs over ours, of up to 50
-    pairs; ``extract_time_ratio`` their seconds over ours, on ``limit`` of them.
+    One by one: each prompt with each response through the blocks, no cache, no head. What
+    extraction does with what it read (means, the comparison of layers) is not timed. A *token* is a
+    position through every block, padding included. ``extract_token_ratio`` is theirs over ours, of
+    up to 50 pairs; ``extract_time_ratio`` their seconds over ours, on ``limit`` of them.
 
     With an oracle also against steering-vectors itself, in a process of its own, on the same model
-    folder in float32. Loading and tokenising are counted on neither side. Vectors are compared where
-    ours is more than rounding.
+    folder in float32. Loading and tokenising are counted on neither side. Vectors are compared
+    where ours is more than rounding.
 
     Args:
         pairs: a file of contrastive pairs; by default solutions of the demo's problems in small
@@ -189,7 +189,7 @@ def _against_steering_vectors(
 
 
 def _multiply_adds(subject: Subject, blocks: int, head: int) -> float:
-    """Return the multiply-adds of weights: positions times parameters, of blocks and of the head."""
+    """Return the multiply-adds of weights: positions times parameters, of blocks and head."""
     args, block = subject.model.network.args, subject.model.network.model.layers[0]
     size = sum(a.size for _, a in tree_flatten(block.parameters()) if a.ndim == 2)
     return blocks * size + head * args.vocab_size * args.hidden_size

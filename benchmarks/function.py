@@ -1,4 +1,4 @@
-"""A function file against run-time steering, single steps: python benchmarks/function.py --help"""
+"""Single decoding steps of a function file against run-time steering."""
 
 import tempfile
 from pathlib import Path
@@ -33,9 +33,9 @@ def run(
 ) -> Measurement:
     """Compare single decoding steps through a function file with steps under run-time steering.
 
-    The file is written to a temporary folder, imported by Python, and steered at every layer, as the
-    model is. A ratio is run-time seconds over the file's seconds of the same round: above 1 the file
-    is faster. Run-time over run-time is the noise.
+    The file is written to a temporary folder, imported by Python, and steered at every layer, as
+    the model is. A ratio is run-time seconds over the file's seconds of the same round: above 1 the
+    file is faster. Run-time over run-time is the noise.
 
     Args:
         capacity: tokens of the file's KV cache; it attends over all of them.

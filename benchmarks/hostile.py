@@ -20,9 +20,9 @@ INVALID = (400, 404, 413, 422)  # well-formed HTTP with a body that is refused
 class Bad:
     """Bytes to send, and the statuses that may come back.
 
-    ``silent``: the server may also close the connection without an answer, as HTTP allows for what is
-    no HTTP. ``unfinished``: half a request; the client closes after ``PATIENCE``. ``endless``: repeated
-    behind ``sent`` until the server answers or closes.
+    ``silent``: the server may also close the connection without an answer, as HTTP allows for
+    malformed requests. ``unfinished``: half a request; the client closes after ``PATIENCE``
+    seconds. ``endless``: repeated behind ``sent`` until the server answers or closes.
     """
 
     name: str
@@ -161,7 +161,7 @@ def leave_early(
     rudely: bool,
     timeout: float,
 ) -> None:
-    """Send a good request and leave after so many pieces of the answer.
+    """Send a good request and leave after ``pieces`` pieces of the answer.
 
     With 0 pieces nothing is read, and the row may not have begun. ``rudely`` resets the connection
     instead of closing it.

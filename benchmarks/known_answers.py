@@ -16,16 +16,16 @@ from mlx_densesteer.steering.request import resolve
 from mlx_densesteer.steering.steering import Steering
 from mlx_densesteer.steering.vector import SteeringVector
 
-DOSES = ("-120%", "-60%", "60%", "120%")  # large: the answers of different rows must differ
+DOSES = ("-120%", "-60%", "60%", "120%")  # large, so that the answers of different rows differ
 TIE = 1e-2  # logits; products of another shape round differently, by less than that
 
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """A request and its greedy answer, computed alone in this process.
+    """A request and its greedy answer, computed in this process by itself.
 
-    ``max_tokens`` ends it before the first near tie of two tokens, which a batch of another shape may
-    decide otherwise.
+    ``max_tokens`` ends it before two tokens nearly tie: a batch of another shape may choose the
+    other.
     """
 
     question: str
@@ -61,7 +61,7 @@ class KnownAnswer:
         return [{**name, **rest} for name in named]
 
     def differs(self, said: Mapping[str, object] | None) -> bool:
-        """Tell whether the steering that an answer names is another than this one."""
+        """Return whether an answer names another steering than this one."""
         if self.steering is None:
             return bool(said)
         return not said or said.get("fingerprint") != self.steering.fingerprint

@@ -1,4 +1,4 @@
-"""What changing the strength costs on a prefix that was read, against reading it again."""
+"""The cost of a new strength on a prefix that was read, against reading the prefix again."""
 
 import mlx.core as mx
 from script import main
@@ -31,14 +31,14 @@ def run(
 ) -> Measurement:
     """Fill caches under a new strength: re-steered, by a full prefill, and by another one as noise.
 
-    One layer is steered, at a quarter, half and three quarters of the depth. ``Prefix.fill`` goes on
-    from the residual stream that it kept there; the full prefill is ``fill`` of a new ``Prefix``.
-    Every round has a new strength. A ratio is seconds re-steered over seconds of the full prefill;
-    ``expected`` is (layers above the steered one) / (all layers), the excess is
-    ratio / expected - 1. Of the last block either side computes little more than keys and values;
-    ``expected_strict`` leaves it out: (layers above - 1) / (all - 1). ``resteer_ratio`` is the ratio
-    at half depth, ``resteer_excess`` the largest excess, and ``resteer_identical`` says whether
-    caches and next logits are those of the full prefill, bit for bit.
+    One layer is steered, at a quarter, half and three quarters of the depth. ``Prefix.fill`` goes
+    on from the residual stream that it kept there; the full prefill is ``fill`` of a new
+    ``Prefix``. Every round has a new strength. A ratio is seconds re-steered over seconds of the
+    full prefill; ``expected`` is (layers above the steered one) / (all layers), the excess is ratio
+    / expected - 1. Of the last block either side computes little more than keys and values;
+    ``expected_strict`` leaves it out: (layers above - 1) / (all - 1). ``resteer_ratio`` is the
+    ratio at half depth, ``resteer_excess`` the largest excess, and ``resteer_identical`` says
+    whether caches and next logits are those of the full prefill, bit for bit.
 
     Args:
         prefix_tokens: random tokens that were read.
@@ -75,8 +75,8 @@ def _figure(subject: Subject, depth: float, one: dict[str, object]) -> Figure:
         f"re-steer at layer {one['layer']} of {subject.model.layer_count}, cost / full prefill",
         one["ratio"],
         one["noise"],
-        f"layers above {one['expected']:.3f}, without the last {one['expected_strict']:.3f}; full prefill "
-        f"{one['full_seconds']['median']:.2f} s; keeps {one['residual_bytes'] / 2**20:.1f} MiB",
+        f"layers above {one['expected']:.3f}, without the last {one['expected_strict']:.3f}; "
+        f"full prefill {one['full_seconds']['median']:.2f} s; keeps {one['residual_bytes'] / 2**20:.1f} MiB",
     )
 
 
@@ -135,7 +135,7 @@ class _Strengths:
         return timed(lambda: prefix.fill(self._chunks, steering))
 
     def compared(self) -> dict[str, object]:
-        """Change the strength once more; compare the work, the caches and the next logits, bit by bit."""
+        """Change the strength once more; compare work, caches and next logits, bit by bit."""
         self._number += 1
         network = self._subject.model.network
         fresh = Prefix(network)

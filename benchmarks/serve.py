@@ -1,4 +1,4 @@
-"""Concurrent clients, `densesteer serve` against `mlx_lm.server`: python benchmarks/serve.py --help"""
+"""Concurrent clients, `densesteer serve` against `mlx_lm.server`."""
 
 import math
 import random
@@ -28,7 +28,12 @@ from mlx_densesteer.model.prompt import encode_prompt
 
 # mild, so that answers stay answers
 DOSES = ("2%", "-4%", "6%", "-8%", "10%", "-12%", "14%", "-16%")
-NAMES = ("ours, steered", "mlx_lm.server, same questions", "ours, unsteered", "mlx_lm.server")
+NAMES = (
+    "densesteer, steered",
+    "mlx_lm.server, same questions",
+    "densesteer, unsteered",
+    "mlx_lm.server",
+)
 STEERED, ITS_STOCK, UNSTEERED, STOCK = range(4)
 HEAD = ("clients", "", "tokens/s", "requests/s", "first token s", "p95", "request p95 s", "errors")
 HEAD = (*HEAD, "throughput / mlx_lm", "quartiles")
@@ -46,19 +51,20 @@ def run(
     timeout: float = 600.0,
     tell: Tell = quiet,
 ) -> Measurement:
-    """Let clients ask our server and mlx-lm's, in turn, each client as soon as it is answered.
+    """Load one server at a time with clients; each sends its next request when it is answered.
 
-    Both servers are processes with their default options and the same model folder; one is asked at
-    a time. Requests are streamed and greedy, every question is another arithmetic story. Four sides:
-    ours with a dose for each request at the middle layer; mlx-lm's with the same questions (it ignores
-    `steering`, so its answers are unsteered); ours unsteered and mlx-lm's with other questions. A server
-    never sees a question twice, so a prompt cache only helps with common beginnings. Throughput is the
-    tokens of all answers over the time from the first request to the last answer. A ratio is our
-    throughput over mlx-lm's with the same questions; the noise is mlx-lm's own with either questions.
-    End-of-turn tokens, which mlx-lm's usage counts, are taken out.
+    Both servers are processes with their default options and the same model folder. Requests are
+    streamed and greedy, every question is another arithmetic story. Four sides: `densesteer serve`
+    with a dose for each request at the middle layer; mlx-lm's server with the same questions (it
+    ignores `steering`, so its answers are unsteered); both unsteered with other questions. A server
+    never sees a question twice, so a prompt cache only helps with common beginnings. Throughput is
+    the tokens of all answers over the time from the first request to the last answer. A ratio is
+    densesteer's throughput over mlx-lm's with the same questions; the noise is the ratio of
+    mlx-lm's throughputs with the two sets. End-of-turn tokens, which only mlx-lm counts, are taken
+    out.
 
     Args:
-        clients: how many at once, levels in order.
+        clients: numbers of clients at once, in order.
         requests: requests of each client in each round.
         tokens: tokens of an answer at most.
         rounds: rounds of each level.
@@ -105,7 +111,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Load:
-    """Makes the requests of a side and sends them; ``model`` is our server's name for it."""
+    """Makes and sends the requests of a side; ``model`` is its name at `densesteer serve`."""
 
     servers: tuple[ServerProcess, ServerProcess]
     model: str
@@ -117,7 +123,7 @@ class _Load:
     def drive(
         self, side: int, turn: str, requests: int, clients: int, *, max_tokens: int | None = None
     ) -> Drive:
-        """Send the questions of this turn: the same for one of our sides and its stock side.
+        """Send the questions of this turn: the same for a densesteer side and its stock side.
 
         Raises:
             RuntimeError: there was no answer at all.
@@ -260,11 +266,11 @@ def lines(details: Mapping[str, object]) -> list[str]:
     return [
         *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells),
         "",
-        "mlx_lm.server ignores `steering`: it answers the questions of our steered side unsteered. The",
-        "ratio in its own row is its throughput with the unsteered side's questions over that with these.",
+        "mlx_lm.server ignores `steering`: its answers to the same questions are unsteered. The ratio",
+        "in this row is the noise: its throughput with the other questions over that with these.",
         f"Unsteered: {same['same_text']} of {same['answers']} texts are mlx_lm's, "
         f"{same['same_tokens']} with as many tokens.",
-        f"Resident at the end: ours {memory['ours']} MiB, mlx_lm {memory['mlx_lm']} MiB. "
+        f"Resident at the end: densesteer {memory['ours']} MiB, mlx_lm {memory['mlx_lm']} MiB. "
         f"The clients took {share:.0%} of one core at most.",
         *(
             f"ERROR at {level} clients, {name}: {side['first_error']}"

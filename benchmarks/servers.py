@@ -1,4 +1,4 @@
-"""Servers under measurement, as processes: `densesteer serve` and mlx-lm's. They are always ended."""
+"""Servers under measurement, `densesteer serve` and mlx-lm's: processes that end with a block."""
 
 import contextlib
 import re
@@ -43,7 +43,7 @@ class ServerProcess:
         return int(shown.strip() or 0) / 1024
 
     def open_files(self) -> int | None:
-        """Return how many files and sockets it holds open, where the system tells."""
+        """Return how many files and sockets it holds open; ``None`` where there is no /proc."""
         try:
             return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
         except OSError:
@@ -75,7 +75,7 @@ def serve_command(model: str | Path, vectors: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def our_server(model: str | Path, vectors: Sequence[Path], place: Path) -> Iterator[ServerProcess]:
-    """Run `densesteer serve` on a port that it chooses and prints."""
+    """Run `densesteer serve`, which chooses a port and prints it."""
     with _process(serve_command(model, vectors), place / "densesteer.log") as (process, log):
 
         def listening() -> Address | None:
@@ -108,9 +108,9 @@ def stock_server(model: str | Path, place: Path) -> Iterator[ServerProcess]:
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """Run a command; end it whatever happens, SIGTERM included.
+    """Run a command and end it whatever happens, SIGTERM included.
 
-    In a session of its own, so that Ctrl-C in the terminal reaches this process alone.
+    The process has its own session, so that Ctrl-C in the terminal does not reach it.
     """
     with _terminated(), log.open("wb") as out:
         process = subprocess.Popen(
@@ -123,7 +123,7 @@ def _process(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, 
 
 
 def stop(process: subprocess.Popen) -> float:
-    """End a process, by SIGTERM first, by SIGKILL after ``GRACE``; return the seconds that it took."""
+    """End a process by SIGTERM, after ``GRACE`` seconds by SIGKILL; return the seconds it took."""
     began = time.perf_counter()
     process.terminate()
     try:

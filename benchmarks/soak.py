@@ -1,4 +1,4 @@
-"""Good, bad and leaving clients for minutes: python benchmarks/soak.py --help"""
+"""Good, bad and leaving clients load `densesteer serve` for minutes; every answer is checked."""
 
 import random
 import signal
@@ -53,16 +53,16 @@ def run(
 ) -> Measurement:
     """Load `densesteer serve` with all kinds of clients at once and check every answer.
 
-    First each question is answered under each steering alone, in this process. Then every client draws
-    what it does: a good request, streamed or not, whose text must be that answer and whose steering
-    the one asked for; a good request that it leaves in the middle; or a bad one, which must be refused
-    with a status of 4xx. Meanwhile the server's memory is read and `/health` is asked. At the end
-    no row may be left, and the log may hold no traceback and no question. Ctrl-C ends it early and
-    still reports.
+    First this process answers each question under each steering, one at a time. Then every client
+    draws what it does: a good request, streamed or not, whose text must be that answer and whose
+    steering the one asked for; a good request that it leaves in the middle; or a bad one, which
+    must be refused with a status of 4xx. Meanwhile the server's memory is read and `/health` is
+    asked. At the end no row may be left, and the log may hold no traceback and no question. Ctrl-C
+    ends it early and still reports.
 
     Args:
-        minutes: how long.
-        clients: how many at once.
+        minutes: minutes of load.
+        clients: clients at once.
         questions: different prompts, every second one plain text for `/v1/completions`.
         tokens: tokens of an answer at most.
         timeout: seconds until an answer counts as a hang.
@@ -94,7 +94,7 @@ def run(
 
 @dataclass
 class Soak:
-    """What the clients do, and counts of what they met; shared by all threads."""
+    """What the clients do, and counts of what happened; shared by all threads."""
 
     address: Address
     model: str
@@ -110,13 +110,13 @@ class Soak:
         self._stop = threading.Event()
 
     def all_once(self, tell: Tell) -> None:
-        """Send every good and every bad request once, alone."""
+        """Send every good and every bad request once, one at a time."""
         for number, case in enumerate(self.cases):
-            tell(f"alone with the server, {number + 1} of {len(self.cases)} requests")
+            tell(f"one at a time, {number + 1} of {len(self.cases)} requests")
             bodies = case.bodies(self.model)
             self.good(case, bodies[number % len(bodies)], streamed=number % 3 > 0)
         for bad in self.bad:
-            tell(f"alone with the server, bad requests: {bad.name}")
+            tell(f"one at a time, bad requests: {bad.name}")
             self.refused(bad)
 
     def go(
@@ -261,7 +261,7 @@ class Soak:
 
 
 def _end(server: ServerProcess, cases: Sequence[KnownAnswer]) -> dict[str, object]:
-    """Wait until no row is left, stop the server; return what it held and logged, and how it ended."""
+    """Wait until no row is left, stop the server; return what it held and how it ended."""
     until = time.monotonic() + DRAIN
     while True:
         try:
@@ -306,7 +306,7 @@ def memory(samples: Sequence[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def failures(details: Mapping[str, object], examples: Mapping[str, str]) -> list[str]:
-    """Return what must not be, a line each."""
+    """Return a line for each failure."""
     d, health, held = details, details["health"], details["memory"]
     found = [
         f"{d[name]} {said}; the first: {examples.get(name, '')}"

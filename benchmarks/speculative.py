@@ -1,4 +1,4 @@
-"""Speculative decoding: how many drafted tokens are taken, and what that gains."""
+"""Speculative decoding: how many drafted tokens are accepted, and the gain in speed."""
 
 from dataclasses import replace
 
@@ -31,8 +31,8 @@ def run(
     """Answer questions under a mild steering, greedily, with and without a draft, in turn.
 
     Without ``draft`` it is a *truncated copy*: the model's own first blocks, final norm and head.
-    Such a copy was never trained to speak from there, so it shows that the tokens stay the same, and
-    a lower bound for a real draft's acceptance. ``speculative_acceptance`` is accepted over proposed
+    It was never trained to speak from there, so it shows that the tokens stay the same, and a lower
+    bound for a real draft's acceptance. ``speculative_acceptance`` is accepted over proposed
     tokens, ``speculative_ratio`` the speed with the draft over that without (whole responses,
     prompts included), with the plain run once more as the noise, and ``speculative_equal`` says
     whether all tokens were the same.

@@ -37,10 +37,10 @@ def run(
 ) -> Measurement:
     """Start processes in turn and wait for the first byte of text on their standard output.
 
-    `densesteer generate`, the same with a vector, `python -m mlx_lm generate`, and this once more as
-    the noise; same model folder, same prompt, greedy. A ratio is our seconds over mlx-lm's: below 1
-    is sooner. One start of each beforehand puts the files into the system's cache.
-    ``import_seconds`` is `import mlx_densesteer` in a new process, ``help_seconds`` is
+    `densesteer generate`, the same with a vector, `python -m mlx_lm generate`, and this once more
+    as the noise; same model folder, same prompt, greedy. A ratio is densesteer's seconds over
+    mlx-lm's: below 1 is sooner. One start of each beforehand puts the files into the system's
+    cache. ``import_seconds`` is `import mlx_densesteer` in a new process, ``help_seconds`` is
     `densesteer --help`.
 
     Args:

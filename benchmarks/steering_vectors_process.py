@@ -1,7 +1,7 @@
-"""steering-vectors (PyTorch) in a process of its own: the other side of ``extract.py --oracle``.
+"""steering-vectors (PyTorch) in another process: the other side of ``extract.py --oracle``.
 
-The *other* Python runs this file, ``PYTHON steering_vectors_process.py MODEL``. It has torch,
-transformers and steering-vectors, and nothing of this package.
+``PYTHON steering_vectors_process.py MODEL`` runs in a Python that has torch, transformers and
+steering-vectors, and does not need this package.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class SteeringVectorsProcess:
-    """Asks the other Python; it answers with seconds, counts and vectors.
+    """Sends pairs to the other Python, which answers with seconds, counts and vectors.
 
     Raises:
         OSError: there is no such program.

@@ -34,9 +34,9 @@ def run(
 
     The grid: all settings of all problems are rows of shared batches, as in `densesteer sweep`.
     Separate: one setting after the other in one process, its problems in one batch. Processes: one
-    `densesteer eval` for each setting, as the reference does with lm-eval, each loading the model. A
-    speed-up is the other way's seconds over the grid's. With more problems a separate run fills its
-    batch too, and the grid gains less. The answers of grid and separate runs are compared.
+    `densesteer eval` for each setting, as the reference does with lm-eval, each loading the model.
+    A speed-up is the other way's seconds over the grid's. With more problems a separate run fills
+    its batch too, and the grid gains less. The answers of grid and separate runs are compared.
 
     Args:
         problems: how many of the demo's problems.

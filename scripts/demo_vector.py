@@ -19,8 +19,7 @@ def main() -> None:
         print(f"demo: using {out}", file=sys.stderr)
         return
     print(f"demo: reading {len(pairs)} pairs with {folder.name} ...", file=sys.stderr)
-    model, tokenizer = load(folder)
-    extract(model, tokenizer, pairs).save(out)
+    extract(load(folder), pairs).save(out)
     print(f"demo: saved {out}", file=sys.stderr)
 
 

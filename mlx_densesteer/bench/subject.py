@@ -1,4 +1,4 @@
-"""The model under measurement, with steerings, prompts and caches that cost what any others cost."""
+"""The model under measurement, with a random vector and prompt, and the caches of either side."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ class Subject:
 
     @cached_property
     def vector(self) -> SteeringVector:
-        """A random vector of about unit norm at every layer, with the metadata of an extracted one."""
+        """A random vector of about unit norm at every layer, with an extracted one's metadata."""
         width, count = self.model.hidden_size, self.model.layer_count
         rng = np.random.default_rng(0)
         arrays = {layer: rng.normal(size=width) / width**0.5 for layer in range(count)}

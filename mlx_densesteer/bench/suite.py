@@ -1,4 +1,4 @@
-"""All benchmarks one after the other, and what they found as one object and one table."""
+"""All benchmarks one after the other; their figures as one object and one table."""
 
 import datetime
 import os
@@ -76,7 +76,7 @@ def report(found: Mapping[str, Measurement], head: Mapping[str, object]) -> list
 
 
 def header(subject: Subject, command: str) -> dict[str, object]:
-    """Return what a figure must carry: model, machine, versions, date, command."""
+    """Return what belongs to every figure: model, machine, versions, date and command."""
     return {
         "model": subject.name,
         "layers": subject.model.layer_count,

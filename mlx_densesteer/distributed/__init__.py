@@ -1,1 +1,1 @@
-"""Several processes under ``mlx.launch``. The only room that knows of ranks."""
+"""Several processes under ``mlx.launch``: the only room that knows of ranks."""

@@ -1,6 +1,6 @@
-"""Problems over several ranks: each answers its share, with a journal of its own, and tells the others.
+"""Problems over several ranks: each answers its share into its own journal and tells the others.
 
-Every rank has the whole model. A run may go on with another number of ranks.
+Every rank has the whole model. A run can be continued with another number of ranks.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def journal_over_ranks(
 ) -> Iterator[Journal]:
     """Open the journal of a run, on each of its ranks.
 
-    Rank 0 has ``path``, rank r ``path.rankr`` beside it. These files go when all ranks are done. What a
-    killed run left of them on rank 0's machine is taken over by the next run, however many ranks it has.
+    Rank 0 writes ``path``, rank r ``path.rankr`` beside it, which is removed when all ranks are
+    done. The next run takes over what a killed run left in such files on rank 0's machine.
 
     Raises:
         DistributedError: the ranks have different models or settings.
@@ -61,12 +61,12 @@ def journal_over_ranks(
 
 
 def answer_over_ranks(ranks: Ranks) -> Answerer:
-    """Return what answers problems over ``ranks``: rank r answers every n-th of those that are not done.
+    """Return a function with which each of n ranks answers every n-th problem.
 
         evaluate(model, problems, journal=journal, answer=answer_over_ranks(ranks))
 
-    Every rank has to call it with the same arguments and a journal of its own (``journal_over_ranks``).
-    All of them return all answers, and rank 0's journal keeps them all. Alone it is ``answer``.
+    Every rank has to call it with the same arguments and its own journal (``journal_over_ranks``),
+    and gets all answers; rank 0's journal keeps them. For a single process it is ``answer``.
 
     Raises:
         DistributedError: the ranks have different problems, steerings, options or versions.
@@ -91,7 +91,7 @@ def _answer(
     }
     answer(model, ranks.mine(todo), steerings, **mine)
     _exchange(ranks, journal)
-    return answer(model, problems, steerings, **options)  # all are there: nothing is generated
+    return answer(model, problems, steerings, **options)  # from the journal: it has them all
 
 
 def _split(
@@ -100,11 +100,11 @@ def _split(
     journal: Journal,
     with_nll: bool,
 ) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems whose answers the journal holds, all of them with what was asked, and the others."""
-    there = read_answers(journal)
+    """Return the problems whose answers the journal holds in full, and the other problems."""
+    known = read_answers(journal)
 
     def is_done(problem: Problem) -> bool:
-        found = [there.get(key) for key in keys_of([problem], steerings)]
+        found = [known.get(key) for key in keys_of([problem], steerings)]
         return all(one and not (with_nll and one.lacks_nll) for one in found)
 
     done = {problem.id for problem in problems if is_done(problem)}
@@ -122,7 +122,7 @@ def _exchange(ranks: Ranks, journal: Journal) -> None:
 
 
 def _take_over(journal: Journal, header: dict[str, object]) -> None:
-    """Add what other ranks' files beside a journal hold, and remove them."""
+    """Add the records of other ranks' files beside a journal, and remove these files."""
     name = re.compile(re.escape(journal.path.name) + r"\.rank\d+")
     for part in sorted(journal.path.absolute().parent.iterdir()):
         if not name.fullmatch(part.name):
@@ -134,9 +134,9 @@ def _take_over(journal: Journal, header: dict[str, object]) -> None:
 
 
 def _new(journal: Journal, records: Iterable[dict]) -> list[dict]:
-    """Return the records that the journal does not hold; the same answer by two ranks is one."""
-    there = {_identity(record) for record in journal.records}
-    return [record for record in records if _identity(record) not in there]
+    """Return the records that the journal lacks; an answer that two ranks gave counts once."""
+    known = {_identity(record) for record in journal.records}
+    return [record for record in records if _identity(record) not in known]
 
 
 def _identity(record: dict) -> tuple:

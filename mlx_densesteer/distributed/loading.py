@@ -1,9 +1,9 @@
 """A model over several ranks: tensor-parallel, as a pipeline, or whole on each of them.
 
-mlx-lm cuts it; this checks and loads. Tensor-parallel: every rank has a slice of every block's heads and
-MLP; what they compute is summed, and ``lambda * v`` is added to the sum, once on each rank's copy of the
-residual stream. Pipeline: every rank has some of the blocks, the last rank the first ones, and the
-residual stream goes from rank to rank; a layer keeps its number, so its vector finds it wherever it is.
+mlx-lm cuts the model; this module checks and loads it. Tensor-parallel: every rank has a slice of
+every block's heads and MLP; the slices' outputs are summed, and ``lambda * v`` is added to the sum,
+once on each rank's copy of the residual stream. Pipeline: every rank has some of the blocks, the
+last rank the first ones; the residual stream passes from rank to rank. Layers keep their numbers.
 """
 
 import hashlib
@@ -28,9 +28,10 @@ from .ranks import Ranks
 
 
 class RankModel(Model):
-    """What one of several ranks holds of a model: a part, or a copy.
+    """One rank's part of a model, or its copy.
 
-    ``info``, ``context`` and ``norms`` are those of the whole model. Every rank has to ask for ``norms``.
+    ``info``, ``context`` and ``norms`` are those of the whole model. All ranks have to call
+    ``norms``.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class RankModel(Model):
         return list(decoder_blocks(self.network))
 
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> dict[int, float]:
-        """Return what ``Model.norms`` does; rank 0's figures, so that every rank has the same doses."""
+        """Return what ``Model.norms`` returns on rank 0, so that every rank has the same doses."""
         self.ranks.same([vector.sha256(), vector.residual_norms is None], "vectors")
         return dict(self.ranks.share(list(super().norms(vector, layers).items())))
 
@@ -60,16 +61,18 @@ class RankModel(Model):
 
 
 def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -> Model:
-    """Return this rank's part of a model; alone the model.
+    """Return this rank's part of a model; a single process gets the whole model.
 
-    Tensor-parallel, one block at a time is read whole and cut; a pipeline reads only its own blocks.
+    A tensor-parallel rank reads each block whole and keeps a slice; a pipeline rank reads its own
+    blocks.
 
     Args:
         name: as ``load``; the same model on every rank.
         pipeline: give every rank some of the blocks, not a slice of each.
 
     Raises:
-        DistributedError: the model cannot be cut into so many parts, or ranks hold different models.
+        DistributedError: the model cannot be cut into so many parts, or ranks have different
+        models.
         UnsupportedModelError, ModelError, HubError: as ``load``.
     """
     if ranks.size == 1:
@@ -82,15 +85,14 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
         tokenizer = quiet(load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")))
     set_dtype(network, folder)
     model = RankModel(network, tokenizer, origin(name), ranks)
-    ranks.same(
-        _identity(model, config), "models"
-    )  # keeps the fingerprint, which is that of all blocks
+    # before the cut: the fingerprint is that of all blocks, and the model keeps it
+    ranks.same(_identity(model, config), "models")
     if pipeline:
         network.model.pipeline(ranks.group)
     else:
         network.shard(ranks.group)
-    patch(network)  # again: a cache for each block that is left
-    for block in decoder_blocks(network).values():  # of each, the slice is kept
+    patch(network)  # again, for one cache for each block that is left
+    for block in decoder_blocks(network).values():  # one at a time: only slices stay in memory
         mx.eval(block.parameters())
     mx.eval(network.parameters())
     ranks.wait()
@@ -98,7 +100,7 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
 
 
 def load_copies(name: str | Path, ranks: Ranks) -> Model:
-    """Return the whole model, on each rank; doses are the same on all of them. Raises as ``load``."""
+    """Return the whole model on each rank, with the same doses on all. Raises as ``load``."""
     model = load(name)
     return model if ranks.size == 1 else RankModel(*model, model.name, ranks)
 
@@ -111,7 +113,7 @@ def is_pipeline(network: nn.Module) -> bool:
 def _norms_of_own_layers(model: RankModel) -> dict[int, float]:
     """Return the mean ``||h_l||`` at this rank's layers, as ``Model.measured_norms``.
 
-    The model's own forward pass goes through them, since that sends and receives the residual stream.
+    Runs the model's own forward pass, which sends and receives the residual stream.
     """
     layers = model.network.model.layers
     blocks = decoder_blocks(model.network)
@@ -133,7 +135,7 @@ def _norms_of_own_layers(model: RankModel) -> dict[int, float]:
 
 
 class _Reader:
-    """A block that keeps what it puts out, ``(1, tokens, hidden)``."""
+    """A block that keeps its output, ``(1, tokens, hidden)``."""
 
     def __init__(self, block: nn.Module):
         self._block = block
@@ -144,7 +146,7 @@ class _Reader:
 
 
 def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
-    """What must be equal on all ranks for them to go through the same tokens."""
+    """Return what must be equal on all ranks, so that they compute the same tokens."""
     text = json.dumps(config, sort_keys=True, default=str)
     return {
         "weights": model.info.fingerprint,
@@ -157,7 +159,7 @@ def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:
-    """Raise ``DistributedError`` unless heads, keys, MLP and quantisation groups divide by the ranks."""
+    """Raise ``DistributedError`` unless the ranks divide heads, MLP and quantisation groups."""
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     parts = {
         "attention heads": int(config["num_attention_heads"]),
@@ -170,8 +172,8 @@ def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:
         parts |= {"groups of the MLP": inner // size, "groups of the attention": hidden // size}
     if uneven := [f"{count} {what}" for what, count in parts.items() if count % ranks.size]:
         raise DistributedError(
-            f"{', '.join(uneven)} cannot be cut into {ranks.size} equal parts. Use another number of "
-            "ranks, or --pipeline."
+            f"{', '.join(uneven)} cannot be cut into {ranks.size} equal parts. Use another number "
+            "of ranks, or --pipeline."
         )
 
 
@@ -179,5 +181,6 @@ def check_pipeline(config: Mapping[str, object], ranks: Ranks) -> None:
     """Raise ``DistributedError`` unless every rank gets a block."""
     if int(config["num_hidden_layers"]) < ranks.size:
         raise DistributedError(
-            f"{config['num_hidden_layers']} blocks are too few for {ranks.size} ranks: every rank needs one."
+            f"{config['num_hidden_layers']} blocks are too few for {ranks.size} ranks: every rank "
+            "needs one. Use fewer ranks."
         )

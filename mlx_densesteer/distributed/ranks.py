@@ -1,7 +1,8 @@
-"""The processes of one ``mlx.launch``, and how they exchange values. mlx is imported when there are several.
+"""The processes of one ``mlx.launch``, and how they exchange values. A single process imports no
+mlx.
 
-A rank is one of these processes, on this machine or another. What the ranks tell each other is JSON, in
-the collectives of ``mx.distributed``; every rank has to take part in every call, in the same order.
+A rank is one of these processes, on this machine or another. Ranks exchange JSON through the
+collectives of ``mx.distributed``. Every rank has to take part in every call, in the same order.
 """
 
 import json
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def launched_rank() -> int | None:
-    """Return this process's rank under ``mlx.launch``, ``None`` elsewhere. It reads the environment only.
+    """Return this process's rank under ``mlx.launch``, ``None`` elsewhere. Reads the environment
+    only.
 
-    ``mlx.launch -n 1`` is an ordinary process: mlx 0.32 cannot read the host file that it makes of it.
+    ``mlx.launch -n 1`` counts as elsewhere: mlx 0.32 cannot read the host file that it writes then.
     """
     rank = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
     hosts = os.environ.get("MLX_HOSTFILE")
@@ -32,9 +34,9 @@ def launched_rank() -> int | None:
 
 
 class Ranks:
-    """All ranks, seen from one of them. ``Ranks()`` is a process alone: nothing is sent.
+    """All ranks, seen from one of them. ``Ranks()`` is a single process, which sends nothing.
 
-    ``size`` is how many there are, ``rank`` counts from 0, ``group`` is mlx's, ``None`` alone.
+    ``size`` is the number of ranks, ``rank`` counts from 0, ``group`` is mlx's or ``None``.
     """
 
     def __init__(self, group: "mx.distributed.Group | None" = None):
@@ -44,7 +46,7 @@ class Ranks:
 
     @classmethod
     def connect(cls) -> "Ranks":
-        """Connect to the other ranks of this ``mlx.launch``; a process alone if there is none.
+        """Connect to the other ranks of this ``mlx.launch``; without one return a single process.
 
         Raises:
             DistributedError: the other ranks could not be reached.
@@ -57,18 +59,18 @@ class Ranks:
             group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
-                f"rank {launched_rank()}: the other ranks cannot be reached ({error}). Check the hosts of "
-                "mlx.launch, its --backend, and that its ports are free (--starting-port)."
+                f"rank {launched_rank()}: the other ranks cannot be reached ({error}). Check the "
+                "hosts of mlx.launch, its --backend, and that its ports are free (--starting-port)."
             ) from error
         return cls(group if group.size() > 1 else None)
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank writes results: rank 0 does."""
+        """Whether this rank writes results; rank 0 does."""
         return self.rank == 0
 
     def gather(self, value: object) -> list[Any]:
-        """Return what every rank gave, by rank: plain JSON values."""
+        """Return the values of all ranks, by rank, as JSON gives them back."""
         if self.group is None:
             return [json.loads(json.dumps(value))]
         import mlx.core as mx
@@ -81,14 +83,14 @@ class Ranks:
         return [json.loads(parts[i * room : i * room + n]) for i, n in enumerate(lengths)]
 
     def share(self, value: object) -> Any:
-        """Return what rank 0 gave."""
+        """Return rank 0's value."""
         return self.gather(value if self.rank == 0 else None)[0]
 
     def agree(self, sampler: "Sampler") -> "Sampler":
-        """Return ``sampler`` with rank 0's choice on every rank.
+        """Return a sampler that gives every rank the tokens that rank 0's ``sampler`` chooses.
 
-        Ranks compute the same logits, but on unlike machines not to the last bit; two ranks that go on
-        with different tokens would wait for each other for ever.
+        Logits of unlike machines differ in the last bits; two ranks with different tokens would
+        wait for each other for ever.
         """
         if self.group is None:
             return sampler
@@ -104,7 +106,7 @@ class Ranks:
         """Raise ``DistributedError`` unless every rank gives the same ``value``."""
         found = self.gather(value)
         if any(one != found[0] for one in found):
-            if isinstance(value, dict):  # of same keys
+            if isinstance(value, dict):  # show only what differs; the keys are the same
                 kept = [key for key in value if any(one[key] != found[0][key] for one in found)]
                 found = [", ".join(f"{key} {one[key]}" for key in kept) for one in found]
             listed = "; ".join(f"rank {i}: {one}" for i, one in enumerate(found))
@@ -113,11 +115,11 @@ class Ranks:
             )
 
     def wait(self) -> None:
-        """Return when every rank is here."""
+        """Wait until every rank has called this."""
         self.gather(None)
 
     def mine(self, things: list) -> list:
-        """Return this rank's share of what all ranks hold in the same order: every ``size``-th."""
+        """Return this rank's share of a list that all ranks have: every ``size``-th thing."""
         return things[self.rank :: self.size]
 
     def _all(self, array: "mx.array") -> "mx.array":

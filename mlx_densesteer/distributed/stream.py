@@ -1,4 +1,4 @@
-"""One answer over several ranks: every rank goes through the same tokens, and they are rank 0's."""
+"""One answer over several ranks: every rank computes the tokens that rank 0 chooses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,14 +32,14 @@ def stream_over_ranks(
     draft: Draft | None = None,
     brake: Brake | None = None,
 ) -> Stream:
-    """Return an iterator over the response, as ``generation.stream.stream`` does; alone it is that.
+    """Return an iterator over the response, as ``generation.stream.stream`` does.
 
     Every rank has to read it to its end, or to the same piece, and then call ``settle``.
 
     Args:
         model: what ``load_over_ranks`` returns.
         tokens: the prompt.
-        draft: only for a rank alone.
+        draft: for a single process only.
 
     Raises:
         DistributedError: the ranks have different prompts, vectors or options.
@@ -68,9 +68,9 @@ def stream_over_ranks(
 
 
 def settle(ranks: Ranks) -> None:
-    """Return when every rank is done with what it generated; call it before a rank may end.
+    """Wait until every rank has computed all of its tokens; call it before a rank may end.
 
-    mlx-lm works out one token more than it gives, which needs the other ranks.
+    mlx-lm computes one token more than it gives, which needs the other ranks.
     """
     if ranks.size > 1:
         mx.synchronize(generation_stream)
@@ -80,8 +80,8 @@ def settle(ranks: Ranks) -> None:
 class PipelinePrefix:
     """This rank's caches of one sequence, one for each of its own blocks.
 
-    ``Prefix`` sends the residual stream through the blocks itself, which needs them all. Here the
-    model's own forward pass does, with what it sends and receives. Nothing is kept between two calls.
+    ``Prefix`` needs all blocks, since it runs them one by one. This class runs the model's own
+    forward pass, which sends and receives the residual stream. It keeps nothing between two calls.
     """
 
     def __init__(self, network: nn.Module):
@@ -91,7 +91,7 @@ class PipelinePrefix:
     def fill(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> None:
-        """Make the caches those of ``chunks`` under ``steering``; as ``Prefix.fill``, from nothing.
+        """Fill new caches with ``chunks`` under ``steering``, as ``Prefix.fill``.
 
         Every rank has to call it with the same arguments.
         """

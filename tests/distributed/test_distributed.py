@@ -25,7 +25,7 @@ DENSESTEER = (sys.executable, "-m", "mlx_densesteer")
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` neighbouring ports that nobody listens on."""
+    """Return the first of ``count`` neighbouring free ports."""
     for first in range(20000 + os.getpid() % 10000, 40000, count):
         with socket.socket() as a, socket.socket() as b:
             try:
@@ -235,7 +235,7 @@ main(["generate", "-m", "demo", "--pipeline", sys.argv[2]])
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_lost_ends_the_others(rank):
-    """It dies in the middle of an answer: nobody waits for ever, and it is said which."""
+    """It dies in the middle of an answer: no rank waits for ever, and the launcher names it."""
     done = launch(2, sys.executable, "-c", LOST, rank, QUESTION)
     assert f"rank {rank} exited with code -9" in done.stderr
     assert f"rank {1 - rank} exited with code" in done.stderr or "killed" in done.stderr
