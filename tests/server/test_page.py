@@ -98,7 +98,7 @@ def ask(page, question=QUESTION):
 
 
 def until(page, condition, seconds=60):
-    """Wait for a JavaScript expression; the page's policy lets nobody evaluate strings within it."""
+    """Wait for a JavaScript expression; the page's policy forbids evaluating strings inside it."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition

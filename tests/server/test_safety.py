@@ -257,7 +257,7 @@ BODIES = {
     "1e999": (b'{"messages":[{"role":"user","content":"Hi"}],"steering":{"strength":1e999}}', 400),
     "a huge integer": (b'{"messages":[{"role":"user","content":"Hi"}],"seed":' + b"9" * 5000 + b"}", 400),
     "deep": (b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
-    "deep in a field that nobody knows": (b'{"x":' + b'{"x":' * 5000 + b"1" + b"}" * 5000 + b"}", 400),
+    "deep in an unknown field": (b'{"x":' + b'{"x":' * 5000 + b"1" + b"}" * 5000 + b"}", 400),
     "a lone surrogate": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400),
     "NUL": (b'{"max_tokens":2,"messages":[{"role":"user","content":"a\\u0000b"}]}', 200),
     "the wrong types": (b'{"messages":[{"role":"user","content":"Hi"}],"max_tokens":"2","stream":"yes"}', 400),
