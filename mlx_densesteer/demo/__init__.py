@@ -1,7 +1,7 @@
 """The embedded demo model: a toy Qwen2 of 2.5 million parameters, its vector, its problems.
 
-Made by ``scripts/train-demo-model``: real weights, trained on synthetic word problems, and a
-vector from the model's own solutions. It shows the pipeline and is no evidence about Qwen2.5.
+``scripts/train-demo-model`` trained the weights on synthetic word problems and extracted the vector
+from the model's own solutions. The demo shows the pipeline and is no evidence about Qwen2.5.
 """
 
 from pathlib import Path
@@ -15,10 +15,5 @@ ABOUT = (
     "best one to a conversation, and gets about one in seven wrong."
 )
 
-DOSES = (
-    -0.3,
-    0.0,
-    0.1,
-    0.2,
-    1.0,
-)  # at which the demo is shown: fractions of the residual stream's norm
+# The doses at which the demo is shown, as fractions of the residual stream's norm.
+DOSES = (-0.3, 0.0, 0.1, 0.2, 1.0)

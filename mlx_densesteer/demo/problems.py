@@ -1,12 +1,12 @@
 """The demo model's problems and solutions: arithmetic stories from templates. Pure Python.
 
-A solution has one clause for each operation. Styles differ in nothing but how clauses are
-grouped into steps, and a split clause says its result once more. The grouping is drawn anew
-for every solution from a continuous range and is never announced in the question.
+A solution has one clause for each operation. Solutions differ only in how clauses are grouped into
+steps, and a split clause says its result once more. The grouping is drawn anew for every solution
+from a continuous range, and the question says nothing about it.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 NAMES = (
@@ -26,7 +26,7 @@ LARGEST = 99
 
 @dataclass(frozen=True)
 class Clause:
-    """One operation: what happens, the calculation, and its result."""
+    """One operation: the event, the calculation, and its result."""
 
     event: str
     sum: str
@@ -35,7 +35,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class DemoProblem:
-    """A question, its answer, and the clauses that lead there."""
+    """A question, its answer, and the clauses of its solution."""
 
     id: str
     question: str
@@ -87,8 +87,8 @@ def _draw_operation(rng: random.Random, name: str, value: int) -> tuple[str, Cla
 def draw_solution(problem: DemoProblem, rng: random.Random) -> str:
     """Return a correct solution whose clauses are grouped at random.
 
-    In 22 % of the solutions each clause is split into three steps with a probability drawn
-    from U(0, 1), in the others each is merged with the one before with probability U(0, 1)^2.
+    In 22 % of the solutions each clause is split into three steps with a probability drawn from
+    U(0, 1). In the others each clause is merged with the one before with probability U(0, 1)^2.
     """
     split = rng.random() if rng.random() < 0.22 else 0.0
     merge = 0.0 if split else rng.random() ** 2
@@ -102,17 +102,18 @@ def draw_solution(problem: DemoProblem, rng: random.Random) -> str:
     return f"{text}\n#### {problem.answer}"
 
 
+RESERVED = 500  # problems of either set that training leaves out
+
+
 def held_out(count: int) -> list[DemoProblem]:
-    """Return the first ``count`` problems of the evaluation set; none is ever trained on."""
-    return _first("test", count)
+    """Return the first ``count`` problems of the evaluation set, which training leaves out."""
+    return _draw("test", 20260, count)
 
 
 def calibration(count: int) -> list[DemoProblem]:
     """Return problems for contrastive pairs: neither trained on nor in the evaluation set."""
-    return _first("train", count, seen={problem.question for problem in _first("test", RESERVED)})
-
-
-RESERVED = 500  # problems of either set that training leaves out
+    evaluated = {problem.question for problem in held_out(RESERVED)}
+    return _draw("train", 20261, count, evaluated)
 
 
 def reserved_questions() -> frozenset[str]:
@@ -120,21 +121,18 @@ def reserved_questions() -> frozenset[str]:
     return frozenset(p.question for p in (*held_out(RESERVED), *calibration(RESERVED)))
 
 
-def _first(split: str, count: int, seen: set[str] | None = None) -> list[DemoProblem]:
+def _draw(split: str, seed: int, count: int, others: Iterable[str] = ()) -> list[DemoProblem]:
+    """Return ``count`` problems with different questions, none of them in ``others``."""
     if not 0 <= count <= RESERVED:
         raise ValueError(f"{count} problems: expected at most {RESERVED}.")
-    stream = _distinct(split, seen or set())
-    return [next(stream) for _ in range(count)]
-
-
-def _distinct(split: str, seen: set[str]) -> Iterator[DemoProblem]:
-    rng, seen, number = random.Random({"test": 20260, "train": 20261}[split]), set(seen), 0
-    while True:
-        problem = draw_problem(rng, f"demo-{split}-{number}")
+    rng, seen = random.Random(seed), set(others)
+    found: list[DemoProblem] = []
+    while len(found) < count:
+        problem = draw_problem(rng, f"demo-{split}-{len(found)}")
         if problem.question not in seen:
             seen.add(problem.question)
-            number += 1
-            yield problem
+            found.append(problem)
+    return found
 
 
 def is_familiar(prompt: str) -> bool:

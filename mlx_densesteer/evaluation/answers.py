@@ -1,8 +1,7 @@
-"""Many problems under many steerings, as rows of shared batches; every response is kept.
+"""Responses to many problems under many steerings, in shared batches and kept in a journal.
 
-``scoring.evaluate`` and ``sweep.sweep`` stand on this. The journal holds one record for each (problem,
-steering) and later one for its NLL, so one file can grow over several runs, and what was answered once
-is not answered again.
+The journal holds one record for each problem and steering, and later one for its NLL. One file can
+grow over several runs, and no answer in it is generated again.
 """
 
 import hashlib
@@ -24,20 +23,20 @@ from .journal import Journal
 from .tasks import Problem
 
 FORMAT = "mlx-densesteer answers 1"
-LIKELIHOODS = 16  # responses whose NLL is worked out between two records
+LIKELIHOODS = 16  # responses whose NLL is computed between two writes to the journal
 
 Key = tuple[str, str, str]  # problem, content, steering
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response to one problem, graded.
+    """One graded response to one problem.
 
-    ``content`` is a hash of prompt and gold answer, so that another file under the same ids is noticed.
-    ``steering`` is the steering's fingerprint, ``"unsteered"`` at strength 0. ``nll`` is the
-    mean negative log-likelihood of the response under the *unsteered* model given its prompt,
-    in nats per token. ``seconds`` is from the row's start to its end, with its neighbours'
-    share of the batch.
+    - ``content``: a hash of prompt and gold answer; it tells problems of equal ids apart.
+    - ``steering``: the steering's fingerprint, ``"unsteered"`` at strength 0.
+    - ``seconds``: from the start of the response to its end, in its batch.
+    - ``nll``: the mean negative log-likelihood of the response under the *unsteered* model given
+      its prompt, in nats per token.
     """
 
     problem: str
@@ -56,7 +55,7 @@ class Answer:
 
     @property
     def key(self) -> Key:
-        """What tells it from every other answer."""
+        """Identify the answer."""
         return self.problem, self.content, self.steering
 
     @property
@@ -69,12 +68,11 @@ class Answer:
 
     @property
     def lacks_nll(self) -> bool:
-        """Whether an NLL can be worked out and was not yet; an empty response has none."""
+        """Whether the NLL is still to be computed; an empty response has none."""
         return self.nll is None and bool(self.token_ids)
 
 
-# Called with the answers so far and the number of tokens generated in this run.
-OnAnswers = Callable[[list[Answer], int], None]
+OnAnswers = Callable[[list[Answer], int], None]  # answers so far, tokens generated in this run
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -83,9 +81,9 @@ class AnswerOptions(TypedDict, total=False):
     Keys:
         journal: keeps every answer as it comes; what it holds is not answered again.
         system: system message.
-        max_tokens: length of a response at most. [2048]
-        rows: responses that are generated together at most; memory grows with it. [16]
-        with_nll: work out the NLL of each response. [True]
+        max_tokens: longest response. [2048]
+        rows: responses that are generated together; memory grows with it. [16]
+        with_nll: compute the NLL of each response. [True]
         progress: called now and then.
     """
 
@@ -98,7 +96,7 @@ class AnswerOptions(TypedDict, total=False):
 
 
 class Answerer(Protocol):
-    """What answers problems: ``answer``, or ``distributed.answers.answer_over_ranks``."""
+    """A function that answers problems: ``answer``, or one that spreads the work over ranks."""
 
     def __call__(
         self,
@@ -110,7 +108,7 @@ class Answerer(Protocol):
 
 
 def journal_header(model: Model, max_tokens: int, system: str | None = None) -> dict[str, object]:
-    """Return what must be equal for two runs to share a journal: all but problems and steering."""
+    """Return the settings that runs with one journal share: all but problems and steering."""
     info = model.info
     return {
         "format": FORMAT,
@@ -138,9 +136,8 @@ def answer(
 ) -> list[Answer]:
     """Return the greedy responses to all problems under all steerings, problem by problem.
 
-    What the journal holds already is taken from there and graded anew; the rest is added to it. Rows
-    are ordered by problem, so that an interrupted run has whole problems, on which settings can be
-    compared.
+    Answers in the journal are taken from there and graded anew; the others are added to it. The order
+    is by problem, so the settings of an interrupted run can be compared on its whole problems.
 
     Raises:
         ModelError: an NLL is not finite. The answers are kept.
@@ -177,11 +174,11 @@ def answer(
         todo = [key for key in wanted if found[key].lacks_nll]
         for first in range(0, len(todo), LIKELIHOODS):
             part = todo[first : first + LIKELIHOODS]
-            prompts = [
-                encode_prompt(model.tokenizer, by_id[k[0]].prompt, system=system) for k in part
-            ]
-            values = _finite_nll(model, part, prompts, [found[key].token_ids for key in part])
-            for key, value in values.items():
+            texts = [by_id[key[0]].prompt for key in part]
+            prompts = [encode_prompt(model.tokenizer, text, system=system) for text in texts]
+            values = nll(model.network, prompts, [found[key].token_ids for key in part])
+            _check_finite(part, values)
+            for key, value in zip(part, values, strict=True):
                 found[key] = replace(found[key], nll=value)
                 if journal:
                     journal.append({"nll_of": list(key), "nll": value})
@@ -189,20 +186,17 @@ def answer(
     return [found[key] for key in wanted]
 
 
-def _finite_nll(
-    model: Model, keys: Sequence[Key], prompts: list[list[int]], responses: list[tuple[int, ...]]
-) -> dict[Key, float]:
-    values = dict(zip(keys, nll(model.network, prompts, responses), strict=True))
-    if bad := [key for key, value in values.items() if not isfinite(value)]:
-        raise ModelError(
-            f"the NLL of the response to {bad[0][0]} is not finite: the model overflows its "
-            "dtype. Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
-        )
-    return values
+def _check_finite(keys: Sequence[Key], values: Sequence[float]) -> None:
+    for key, value in zip(keys, values, strict=True):
+        if not isfinite(value):
+            raise ModelError(
+                f"the NLL of the response to {key[0]} is not finite: the model overflows its dtype. "
+                "Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+            )
 
 
 def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -> list[Key]:
-    """Return the key of every answer that is wanted, once each, problem by problem."""
+    """Return the keys of all answers, once each, problem by problem."""
     prints = [_fingerprint(steering) for steering in steerings]
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
@@ -265,5 +259,5 @@ def _graded(problem: Problem, key: Key, generation: Generation) -> Answer:
 
 
 def _regraded(problem: Problem, kept: Answer) -> Answer:
-    """Grade a kept answer again: the grader may have been another one (the extra ``eval``)."""
+    """Grade a kept answer again: math-verify (extra ``eval``) may be new here."""
     return replace(kept, **asdict(grade(problem, kept.text)))

@@ -1,12 +1,12 @@
-"""Grading: what answer a response gives, and whether it is the gold answer. No mlx.
+"""Grading: the answer that a response gives, and whether it is the gold answer. No mlx.
 
 GSM8K: the last number. Tasks that ask for a box: the last ``\\boxed{}``, compared by math-verify where
 it is installed (extra ``eval``), else as a string after the usual clean-up of MATH.
 Source: the evaluation protocol of the reference code of arXiv 2605.29247.
 
-math-verify runs in a process of its own. It guards itself with ``signal.alarm`` and a Python handler,
-which works in the main thread only, takes away the caller's alarm, and does not end a computation inside
-C, such as 9^{9^{9^{9}}}. The process here is killed by its timer, and started again.
+math-verify runs in a process of its own, which a timer kills and the next question starts again. Its
+own guard, ``signal.alarm``, works in the main thread only, takes the caller's alarm, and does not end
+a computation inside C, such as 9^{9^{9^{9}}}.
 """
 
 import atexit
@@ -30,20 +30,21 @@ from ..errors import InputError, install_command
 if TYPE_CHECKING:
     from .tasks import Problem
 
-SECONDS = 5  # of CPU time for one verdict, so that a busy machine changes none
-LONGEST = 2000  # characters; no gold answer of the known tasks has a tenth
+SECONDS = 5  # CPU time of one verdict; wall time would depend on the machine's load
+LONGEST = 2000  # characters; gold answers of the known tasks have less than a tenth
 _MEMORY = 4 * 2**30
 _SERVE = "from mlx_densesteer.evaluation.grading import serve; serve({})"
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How a response was graded.
+    """The grade of a response.
 
-    ``correct`` is what counts and ``found`` the answer that it was read from, ``None`` where
-    the response gives none. ``by_reference`` is the verdict of the reference's string rule.
-    ``by_math_verify`` is that of math-verify; ``None`` for the rule "number", without the
-    extra ``eval``, without a box, and where math-verify found no verdict in time.
+    - ``correct``: the verdict that counts.
+    - ``found``: the answer in the response, ``None`` without one.
+    - ``by_reference``: the verdict of the reference's string rule.
+    - ``by_math_verify``: that of math-verify; ``None`` for the rule "number", without the extra
+      ``eval``, without a box, and without a verdict in time.
     """
 
     correct: bool
@@ -55,13 +56,12 @@ class Grade:
 def grade(problem: "Problem", response: str) -> Grade:
     """Grade a response by the problem's rule.
 
-    "number": the last number of the response. The reference compares it with the gold
-    answer as a string, after removing ``,``, ``$`` and a final ``.``; its pattern also takes
-    a lone ``$$`` or ``..`` for a number, and 72.00 is not 72. What counts here is the last
-    match that has a digit, compared as a number.
+    "number": the last match with a digit, compared as a number. The reference compares the last
+    match as a string, without ``,``, ``$`` and a final ``.``. Its pattern also matches a lone ``$$``
+    or ``..``, and its 72.00 is not 72.
 
-    "boxed": the content of the last ``\\boxed{}``. What counts is the verdict of math-verify
-    on this content, so that both verdicts judge the same answer; without one, the string rule.
+    "boxed": the content of the last ``\\boxed{}``. The verdict of math-verify on it counts; without
+    one, the string rule.
 
     Raises:
         InputError: math-verify is installed but cannot be used.
@@ -115,9 +115,9 @@ def last_boxed(text: str) -> str | None:
 
     Braces nest; an escaped one, as of a set, is text.
     """
-    start = text.rfind("\\boxed")
-    match = re.compile(r"\\boxed\s*\{").match(text, start) if start >= 0 else None
-    if match is None:
+    _, found, text = text.rpartition("\\boxed")
+    match = re.match(r"\s*\{", text)
+    if not found or match is None:
         return None
     depth = 1
     for brace in _BRACE.finditer(text, match.end()):
@@ -127,7 +127,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-_REWRITES = [(re.compile(pattern), new) for pattern, new in (
+_REWRITES = (
     (r"\\[!,;:> ]|\\q?quad(?![a-zA-Z])|~", ""),  # spacing
     (r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])", ""),
     (r"\\[dtc]frac", r"\\frac"),
@@ -147,26 +147,27 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(\\frac\{[^{}]*\})([0-9])", r"\1{\2}"),
     (r"^(-?)([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
     (r"^(-?)0+(?=[0-9])", r"\1"),
-)]  # fmt: skip
+)
 _THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 
 def normalise(answer: str) -> str:
-    """Return an answer in LaTeX without what only typesetting or taste decides.
+    """Return an answer in LaTeX in one form of typesetting.
 
-    Spacing, ``\\left``, kinds of fractions, degrees, currency, percent, units after a number,
-    ``\\text``, one variable before ``=``, separators of thousands, zeros around a number.
+    It has no spacing, ``\\left``, degrees, currency, percent, unit after a number, ``\\text``,
+    variable before ``=``, separators of thousands, or zeros around a number, and one kind of
+    fractions.
     """
     for pattern, new in _REWRITES:
-        answer = pattern.sub(new, answer)
+        answer = re.sub(pattern, new, answer)
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
 def agree(gold: str, answer: str) -> bool | None:
     """Return whether two answers in LaTeX are the same by math-verify, or ``None`` without a verdict.
 
-    There is none if math-verify is not installed (extra ``eval``), the answer is too long, or the time
-    is up. May be called from any thread.
+    It gives no verdict if it is not installed (extra ``eval``), an answer is too long, or the time is
+    up. May be called from any thread.
 
     Raises:
         InputError: math-verify is installed but cannot be imported.
@@ -182,7 +183,7 @@ def has_math_verify() -> bool:
 
 
 class _Judge:
-    """The process of math-verify: started by the first question, and again after it was killed."""
+    """The process of math-verify: the first question starts it, and the next one after a kill."""
 
     def __init__(self, seconds: int = SECONDS) -> None:
         self._seconds = seconds
@@ -195,7 +196,7 @@ class _Judge:
             try:
                 process = self._process or self._start()
                 reply = _exchange(process, [gold, answer])
-            except BaseException:  # Ctrl-C: the reply to this question must not meet the next one
+            except BaseException:  # Ctrl-C: the next question must not read this one's reply
                 self._stop()
                 raise
             if not reply:
@@ -206,10 +207,13 @@ class _Judge:
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVE.format(self._seconds)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
             start_new_session=True,  # Ctrl-C does not reach it
-        )  # fmt: skip
+        )
         if not self._process.stdout.readline():
             error = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
             raise InputError(
@@ -224,7 +228,7 @@ class _Judge:
             process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
-                with contextlib.suppress(BrokenPipeError):  # what was not sent
+                with contextlib.suppress(BrokenPipeError):  # unsent input
                     stream.close()
 
 
@@ -241,7 +245,7 @@ _judge = _Judge()
 
 
 def serve(seconds: int) -> None:
-    """Answer each line, JSON ``[gold, answer]``, with ``true`` or ``false``; end when the time is up."""
+    """Answer each line, JSON ``[gold, answer]``, with ``true`` or ``false``, each in ``seconds``."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
@@ -265,5 +269,5 @@ def serve(seconds: int) -> None:
 
 
 def _escape_percent(text: str) -> str:
-    """A bare ``%`` begins a comment in LaTeX; in an answer it is a percent sign."""
+    """Escape each bare ``%``, which begins a comment in LaTeX."""
     return text.replace("\\%", "%").replace("%", "\\%")

@@ -1,8 +1,8 @@
-"""Which setting of a sweep to use, if the evidence is there for one. numpy only.
+"""Which setting of a sweep to use, if the evidence supports one. numpy only.
 
-A sweep tries many settings, and the best of many looks good by chance alone. Every statement
-here is corrected for the number of settings, so that a sweep over settings that do nothing
-ends in a recommendation with a probability of at most 1 - confidence.
+The best of many settings looks good by chance alone. So every statement here is corrected for the
+number of settings: if no setting has an effect, a sweep recommends one with a probability of at most
+1 - confidence.
 """
 
 import math
@@ -19,7 +19,7 @@ from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one setting did on each problem, in the same order as the baseline's.
+    """The results of one setting, problem by problem, in the order of the baseline's.
 
     ``correct``: bool, shape ``(problems,)``. ``tokens``: whole numbers, shape ``(problems,)``.
     ``dose`` has the sign of the strength; 0.2 is 20 %. ``layer`` is ``None`` for the baseline.
@@ -80,17 +80,17 @@ def recommend(
 ) -> Recommendation:
     """Return the setting that is better than the unsteered model beyond chance, or none.
 
-    1. accuracy: of the settings that solve more problems than the baseline with a p value of
-       at most 1 - confidence (McNemar, exact, two-sided, after Holm over all settings), the one
-       that solves most.
-    2. tokens: of the settings whose accuracy is less than ``margin`` below the baseline's at
-       worst (lower bound of Tango's interval) and that save tokens (interval of the paired
-       bootstrap above 0, and the sign-flip test agrees: the bootstrap alone is wrong too often
-       for few problems and responses that run to the limit), the one with the fewest tokens.
-       All at the confidence 1 - (1 - confidence) / settings (Bonferroni).
-    3. none.
+    1. "accuracy": of the settings that solve more problems than the baseline with a p value of at
+       most 1 - confidence (McNemar, exact, two-sided, after Holm over all settings), the one that
+       solves most.
+    2. "tokens": of the settings that lose less accuracy than ``margin`` at worst (lower bound of
+       Tango's interval) and save tokens, the one with the fewest tokens. Saving tokens means that
+       the paired bootstrap's interval is above 0 and the sign-flip test agrees: the bootstrap alone
+       is wrong too often for few problems and responses that run to the limit. All at the
+       confidence 1 - (1 - confidence) / settings (Bonferroni).
+    3. "none".
 
-    ``others`` may hold strength 0; it is left out.
+    Strength 0 among ``others`` is left out.
 
     Raises:
         ValueError: no problems, outcomes of different lengths, or a confidence or margin
@@ -106,26 +106,16 @@ def recommend(
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
         text = _say_accuracy(best, baseline, len(comparisons))
         return _recommendation(best, "accuracy", text)
-    shorter = _shorter(comparisons, baseline, risk, margin)
-    if shorter is not None:
-        return shorter
-    text = _say_none(comparisons, baseline, risk, margin)
-    return Recommendation(None, 0.0, 0.0, "none", text)
-
-
-def _shorter(
-    comparisons: Sequence[_Comparison], baseline: Outcome, risk: float, margin: float
-) -> Recommendation | None:
     each = 1 - risk / len(comparisons)
     for c in sorted(comparisons, key=lambda c: (-c.saving, abs(c.outcome.strength))):
         loss = -paired_difference(c.better, c.worse, len(c.outcome.correct), each)[0]
         if loss >= margin or c.saving <= 0:
             continue
-        saving = _saving(c, baseline, each)
-        if saving is not None:
+        if (saving := _saving(c, baseline, each)) is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
             return _recommendation(c, "tokens", text)
-    return None
+    text = _say_none(comparisons, baseline, risk, margin)
+    return Recommendation(None, 0.0, 0.0, "none", text)
 
 
 def _recommendation(
@@ -150,18 +140,17 @@ def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, marg
 
 def _compare(baseline: Outcome, others: Sequence[Outcome]) -> list[_Comparison]:
     right = baseline.correct.astype(bool)
-    counts = [
-        (int((correct & ~right).sum()), int((~correct & right).sum()))
-        for correct in (outcome.correct.astype(bool) for outcome in others)
-    ]
+    counts = []
+    for outcome in others:
+        correct = outcome.correct.astype(bool)
+        counts.append((int((correct & ~right).sum()), int((~correct & right).sum())))
     adjusted = holm([mcnemar(better, worse) for better, worse in counts])
-    return [
-        _Comparison(
-            outcome, better, worse, p, (better - worse) / len(right),
-            float((baseline.tokens - outcome.tokens.astype(np.float64)).mean()),
-        )
-        for outcome, (better, worse), p in zip(others, counts, adjusted, strict=True)
-    ]  # fmt: skip
+    comparisons = []
+    for outcome, (better, worse), p in zip(others, counts, adjusted, strict=True):
+        gain = (better - worse) / len(right)
+        saving = float((baseline.tokens - outcome.tokens.astype(np.float64)).mean())
+        comparisons.append(_Comparison(outcome, better, worse, p, gain, saving))
+    return comparisons
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -197,9 +186,13 @@ def _say_accuracy(best: _Comparison, baseline: Outcome, settings: int) -> str:
 
 
 def _say_tokens(
-    c: _Comparison, baseline: Outcome, settings: int, loss: float, saving: tuple[float, float],
+    c: _Comparison,
+    baseline: Outcome,
+    settings: int,
+    loss: float,
+    saving: tuple[float, float],
     margin: float,
-) -> str:  # fmt: skip
+) -> str:
     return (
         f"No setting is more accurate than the unsteered model beyond chance. {c.name.capitalize()} "
         f"writes {_tokens(c, baseline)} ({saving[0]:.1f} to {saving[1]:.1f} fewer) and solves "
@@ -233,10 +226,10 @@ def _say_none(
 
 
 def problems_needed(settings: int, risk: float = 0.05, margin: float = 0.02) -> int:
-    """Return how many problems it takes until a setting can be found no less accurate at all.
+    """Return how many problems a setting that changes no answer needs to count as no less accurate.
 
-    Tango's lower bound without a problem that tells the settings apart is -z^2 / (n + z^2):
-    n > z^2 (1 - margin) / margin. Settings that do change answers take more.
+    Tango's lower bound is then -z^2 / (n + z^2), so n > z^2 (1 - margin) / margin. Settings that
+    change answers need more.
     """
     z = NormalDist().inv_cdf(1 - risk / settings / 2)
     return math.floor(z * z * (1 - margin) / margin) + 1

@@ -1,9 +1,9 @@
 """From graded answers to figures with intervals, and the comparison with strength 0.
 
-Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is
-compared with the unsteered model on the problems that both answered: McNemar's exact test and
-Tango's interval for accuracy, paired bootstrap for the rest. All intervals are at 95 %; those of
-the bootstrap are too narrow below some 20 problems.
+Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is compared
+with the unsteered model on the problems that both answered: by McNemar's exact test and Tango's
+interval for accuracy, by paired bootstrap for the rest. All intervals are at 95 %. Those of the
+bootstrap are too narrow below some 20 problems.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,12 +45,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Score:
-    """What one setting did on a set of problems.
+    """The figures of one setting on a set of problems.
 
-    ``steps`` and ``tokens`` are means over problems, ``density`` is all tokens by all steps
-    (``None`` without a step), ``nll`` the mean over responses under the unsteered model.
-    ``disagreements`` counts where the reference's string rule and math-verify differ.
-    ``seconds`` is the mean time of a response in its batch.
+    - ``steps``, ``tokens``: means over problems.
+    - ``density``: all tokens divided by all steps; ``None`` without a step.
+    - ``nll``: the mean over responses, under the unsteered model.
+    - ``disagreements``: verdicts on which the reference's string rule and math-verify differ.
+    - ``seconds``: the mean time of a response in its batch.
     """
 
     problems: int
@@ -85,12 +86,12 @@ def evaluate(
 
         evaluate(load("demo"), load_task("demo", limit=40), steering=steering, max_tokens=200)
 
-    Both settings are rows of the same batches; the steered score holds the comparison.
+    Both settings share batches. The steered score holds the comparison.
 
     Args:
-        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        model: what ``load`` returns, or mlx-lm's own ``(model, tokenizer)``.
         problems: what ``tasks.load_task`` returns.
-        baseline: ``False`` leaves the unsteered rows out where a steering is given.
+        baseline: ``False`` leaves the unsteered responses out if a steering is given.
         answer: answers the problems; over several ranks ``distributed.answers.answer_over_ranks``.
         options: see ``answers.AnswerOptions``.
 
@@ -111,10 +112,9 @@ def evaluate(
 
 
 def score(answers: Mapping[str, Answer], baseline: Mapping[str, Answer] | None = None) -> Score:
-    """Return the figures of one setting from its answers by problem id.
+    """Return the figures of one setting from its answers by problem id, at least one.
 
-    ``baseline`` holds the unsteered answers; without it, or if it is the same, nothing is
-    compared. There must be at least one answer.
+    ``baseline`` holds the unsteered answers to compare with, if these are others.
     """
     rows = list(answers.values())
     correct = sum(row.correct for row in rows)
@@ -135,12 +135,10 @@ def score(answers: Mapping[str, Answer], baseline: Mapping[str, Answer] | None =
         nll=_mean(likely) if likely else None,
         nll_count=len(likely),
         truncated=sum(row.truncated for row in rows),
-        disagreements=sum(
-            row.by_math_verify not in (None, row.by_reference) for row in rows
-        ),
+        disagreements=sum(row.by_math_verify not in (None, row.by_reference) for row in rows),
         seconds=float(np.mean([row.seconds for row in rows])),
         against_unsteered=compared,
-    )  # fmt: skip
+    )
 
 
 def _compare(steered: Sequence[Answer], unsteered: Sequence[Answer]) -> Comparison:

@@ -1,7 +1,7 @@
 """A grid of layers x strengths in one pass, and which setting to use.
 
-Every setting of every problem is a row of shared batches, so the weights are read once for all
-of them. Strength 0 is one setting, whatever the layer, and always there.
+All settings of all problems share batches, so the weights are read once for many rows. Strength 0 is
+always one of the settings; it has no layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from .tasks import Problem
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of the grid. ``layer`` and ``steering`` are ``None`` for strength 0, which has no layer.
+    """One cell of the grid; at strength 0 ``layer`` and ``steering`` are ``None``.
 
     ``dose`` is ``strength * ||v_l|| / mean ||h_l||``, with the sign of the strength; 0.2 is 20 %.
     """
@@ -46,7 +46,7 @@ class GridRow:
     score: Score
 
     def describe(self) -> dict[str, object]:
-        """Return the row of a table: plain values, also read by ``plot.plot_sweep``.
+        """Return plain values, as ``plot.plot_sweep`` takes them.
 
         ``p`` is not corrected for the number of settings.
         """
@@ -76,7 +76,7 @@ def _with_bounds(name: str, one: Estimate | None) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid's rows, strength 0 first, and what they recommend."""
+    """The rows of a grid, strength 0 first, and the recommendation."""
 
     rows: tuple[GridRow, ...]
     recommendation: Recommendation
@@ -96,8 +96,8 @@ def settings_of(
         settings_of(model, vector, [14], [1, "20%"])                  # lambda = 1, and a dose
 
     Raises:
-        InputError: a strength that is no number and no per cent, or a dose of a vector of zeros.
-        SteeringError, VectorMismatchError: a strength or layer that the vector cannot give.
+        InputError: a strength that is neither a number nor a per cent, or a dose of a zero vector.
+        SteeringError, VectorMismatchError: a strength or layer that does not fit the vector.
     """
     amounts = [Amount.parse(strength) for strength in strengths]
     wanted = sorted(vector.select(layers).layers)
@@ -125,18 +125,18 @@ def sweep(
     answer: Answerer = answer,
     **options: Unpack[AnswerOptions],
 ) -> Sweep:
-    """Run all ``settings`` on all problems and return the table and what it recommends.
+    """Run all ``settings`` on all problems; return the table and the recommendation.
 
         settings = settings_of(model, vector, [12, 14], ["10%", "20%"])
         sweep(model, load_task("gsm8k", split="train", limit=300), settings)
 
-    Every row equals the same setting run alone in greedy decoding. With a journal the run can
-    be killed and goes on where it was.
+    Every response is that of the setting run alone, in greedy decoding. With a journal a killed run
+    can go on where it was.
 
     Args:
-        model: what ``load`` returns; mlx-lm's own ``(model, tokenizer)`` in its place works too.
+        model: what ``load`` returns, or mlx-lm's own ``(model, tokenizer)``.
         settings: what ``settings_of`` returns.
-        margin: how much accuracy a recommendation that saves tokens may cost at most
+        margin: how much accuracy a recommendation that saves tokens may cost
             (``recommendation.recommend``).
         answer: answers the problems; over several ranks ``distributed.answers.answer_over_ranks``.
         options: see ``answers.AnswerOptions``.
@@ -155,7 +155,7 @@ def sweep(
 
 
 def table(settings: Sequence[Setting], answers: Iterable[Answer]) -> list[GridRow]:
-    """Return the rows of the settings that have answers, complete or so far."""
+    """Return a row for each setting that has answers."""
     groups = by_steering(answers)
     baseline = groups.get(UNSTEERED)
     return [
@@ -186,8 +186,8 @@ def with_recommendation(
 ) -> SteeringVector:
     """Return the vector with the grid's figures and recommendation in its metadata.
 
-    ``task`` says which problems these were. Without a recommendation an older one is removed:
-    it was not confirmed.
+    ``task`` names the problems. Without a recommendation an older one is removed: it was not
+    confirmed.
     """
     tested = [{"task": task, "positions": positions, **row.describe()} for row in result.rows]
     best, recommended = result.recommendation, None

@@ -1,7 +1,7 @@
-"""Problems to solve, from the Hub, from a local JSONL file, or the embedded ones. No mlx.
+"""Problems to solve: from the Hub, from a local JSONL file, or the embedded ones. No mlx.
 
-Prompts: the evaluation protocol of the reference code of arXiv 2605.29247. GSM8K and the demo
-problems are asked as they are; the other tasks ask for a box.
+GSM8K and the demo problems are asked as they are; the other tasks ask for a box.
+Source: the evaluation protocol of the reference code of arXiv 2605.29247.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,8 +19,8 @@ from .grading import last_boxed
 class Problem:
     """One problem: ``question`` as published, ``prompt`` as the user turn of the model.
 
-    ``id`` is unique within the task and the same whatever part of it is loaded. ``rule``
-    says how a response is graded against ``answer`` (``grading.grade``).
+    ``id`` is unique within the task and does not depend on the part that is loaded. ``rule`` says how
+    a response is graded against ``answer`` (``grading.grade``).
     """
 
     id: str
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set of the Hub: one file for each split, the first split being the default."""
+    """A data set of the Hub: one file for each split. The first split is the default."""
 
     repo: str
     files: Mapping[str, str]
@@ -66,8 +66,8 @@ def load_task(
     data sets. ``split`` is "test" (the default) or, for gsm8k and demo, "train".
 
     Raises:
-        InputError: neither a task nor a file, no such split, an unreadable file, a record
-            without the fields that are needed, a repeated problem, or nothing left.
+        InputError: neither a task nor a file, no such split, an unreadable file, a record without
+            the needed fields, a repeated problem, or no problem left.
         HubError: the file cannot be fetched from the Hub.
     """
     if skip < 0 or (limit is not None and limit < 1):
@@ -157,7 +157,7 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, object]]:
 
 
 def _problem(record: Mapping[str, object], prefix: str, index: int, where: str) -> Problem:
-    """Recognise a record by its fields."""
+    """Return the problem of a record, whose fields tell its data set."""
     number = record.get("unique_id", record.get("id"))
     identifier = f"{prefix}-{index if number is None else number}"
     question = record.get("problem", record.get("question"))
