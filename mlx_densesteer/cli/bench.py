@@ -8,16 +8,15 @@ from collections.abc import Callable
 import click
 
 from ..text import Live, note
-from . import completers
+from .options import json_option, model_option
 
 NAMES = ("decode", "generation", "batch")
 
 
 @click.command()
-@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", shell_complete=completers.models,
-              help="A model folder, a Hub id, or demo (embedded).")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Fewer rounds: a look, no measurement.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@model_option(required=False, default="demo", show_default=True)
+@click.option("--quick", is_flag=True, help="Fewer rounds: a first look, no measurement.")
+@json_option
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[NAME]...")
 def bench(model: str, quick: bool, as_json: bool, names: tuple[str, ...]) -> None:
     """Measure what steering costs on this machine, against stock mlx-lm.
@@ -44,9 +43,10 @@ def bench(model: str, quick: bool, as_json: bool, names: tuple[str, ...]) -> Non
         for name, one in measure(subject, names, quick=quick, tell=teller):
             found[name] = one
             live.clear()
-            why = one.details.get("reason")
-            note(f"{name} {f'not measured: {why}' if why else 'done'} in "
-                 f"{one.details['wall_seconds']:.0f} s ({len(found)} of {len(set(names) or NAMES)})")  # fmt: skip
+            reason = one.details.get("reason")
+            outcome = f"not measured: {reason}" if reason else "done"
+            seconds, number = one.details["wall_seconds"], len(set(names) or NAMES)
+            note(f"{name} {outcome} in {seconds:.0f} s ({len(found)} of {number})")
     except KeyboardInterrupt:
         missing = "interrupted"
         raise

@@ -36,8 +36,8 @@ class _Model(click.ParamType):
         return "Try -m demo, which is embedded, or a folder that `densesteer convert` wrote."
 
 
-def model_option(*, required: bool = True) -> Decorator:
-    """Make ``-m/--model``."""
+def model_option(*, required: bool = True, **settings: Any) -> Decorator:
+    """Make ``-m/--model``; ``settings`` are more arguments of ``click.option``."""
     return click.option(
         "-m",
         "--model",
@@ -46,6 +46,7 @@ def model_option(*, required: bool = True) -> Decorator:
         metavar="MODEL",
         shell_complete=completers.models,
         help="A folder that `densesteer convert` wrote, a Hub id, or demo (embedded).",
+        **settings,
     )
 
 
