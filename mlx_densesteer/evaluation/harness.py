@@ -1,9 +1,9 @@
-"""A model class for lm-evaluation-harness, so that its tasks run steered.
+"""A model class for lm-evaluation-harness, which runs its tasks steered.
 
-lm-eval finds it under the name ``densesteer``: through the entry point ``lm_eval.models``
-where its version looks for one, else with ``python -m mlx_densesteer.evaluation.harness``, which is
-lm-eval's own command with this model added (docs/lm-eval.md). No torch. Not covered: several
-processes, images, and lm-eval's cache of responses.
+Its name in lm-eval is ``densesteer``. Newer releases find it through the entry point
+``lm_eval.models``; for others ``python -m mlx_densesteer.evaluation.harness`` is lm-eval's command with
+this model added (docs/lm-eval.md). No torch. Not covered: several processes, images, and lm-eval's
+cache of responses.
 """
 
 import logging
@@ -43,26 +43,26 @@ log = logging.getLogger(__name__)
 class DenseSteerLM(TemplateLM):
     """A Qwen2 model under one steering, for lm-eval; its arguments are the ``--model_args``.
 
-    Generated text and likelihoods are both those of the steered model: a continuation is
-    read as if the model had written it after the context, under the same ``positions``.
+    Generated text and likelihoods are those of the steered model. A continuation is read as if the
+    model had written it after the context, under the same ``positions``.
 
     Args:
         pretrained: a folder that ``densesteer convert`` wrote, a Hub id, or ``demo``.
-        vector: a steering vector (``.npz``) or ``demo``; nothing is steered without it.
+        vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
         strength: lambda, or a dose such as ``20%``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
-        positions: ``"all"``, ``"prompt"`` or ``"generated"``. What is not given of strength, layer and
-            positions is chosen as by every command (``steering.request``).
+        positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults of
+            strength, layer and positions.
         revision: of a Hub id.
-        max_length: of context and continuation together, at most the model's context, which is the
-            default. A longer context loses its beginning, with a warning.
-        max_gen_toks: length of a response where the task does not say.
+        max_length: tokens of context and continuation together, by default and at most the model's
+            context. A longer text loses its beginning, with a warning.
+        max_gen_toks: length of a response if the task does not say.
         seed: for tasks that sample.
         batch_size, max_batch_size: contexts, or responses, at a time; ``"auto"`` is 16 at most.
         device: ignored; lm-eval always names one, and MLX chooses its own.
 
     Raises:
-        InputError, SteeringError, VectorFormatError, VectorMismatchError: arguments that cannot be used.
+        InputError, SteeringError, VectorFormatError, VectorMismatchError: unusable arguments.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DenseSteerLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: begin of text, else end of text."""
+        """The token before a text without context: begin of text, else end of text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -120,7 +120,7 @@ class DenseSteerLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, object]:
-        """Return what lm-eval writes beside its results: which model, steered how."""
+        """Return the model and the steering, which lm-eval writes beside its results."""
         info, steering = self.model.info, None
         if self.steering is not None:
             steering = self.steering.describe() | {"dose": self.model.dose(self.steering)}
@@ -134,14 +134,14 @@ class DenseSteerLM(TemplateLM):
 
     def set_cache_hook(self, cache_hook: object) -> None:
         raise InputError(
-            "--use_cache: lm-eval's cache knows a request by its text alone and would answer "
-            "for another steering. Leave it out."
+            "--use_cache: lm-eval's cache identifies a request by its text alone and would return "
+            "answers of another steering. Leave it out."
         )
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
-        """Return token ids; a text that begins with the begin-of-text token gets no second one."""
+        """Return token ids, with one begin-of-text token at most."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -150,7 +150,7 @@ class DenseSteerLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return the conversation as the text that the model was trained on."""
+        """Return the conversation as text in the model's chat template."""
         if not self.tokenizer.has_chat_template:
             raise InputError("the model has no chat template; leave --apply_chat_template out.")
         return self.tokenizer.apply_chat_template(
@@ -164,7 +164,7 @@ class DenseSteerLM(TemplateLM):
         """Return the steered response to each request, up to the first of its stop texts."""
         alike: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
         for i, one in enumerate(requests):
-            options = _read_options(one.args[1], self.max_gen_toks, self.max_length, self.seed)
+            options = self._read_options(one.args[1])
             alike.setdefault(options, []).append(i)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
@@ -187,7 +187,7 @@ class DenseSteerLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text, in windows of ``max_length`` tokens.
 
-        All of it counts as generated: the prompt is ``prefix_token_id``.
+        The whole text counts as generated: the prompt is ``prefix_token_id``.
         """
         windows, owners = [], []
         for i, one in enumerate(requests):
@@ -204,7 +204,7 @@ class DenseSteerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        """Score continuations: requests are ``(_, context, continuation)`` in token ids."""
+        """Return log-likelihood and greediness; requests are ``(_, context, continuation)``, token ids."""
         contexts, continuations = [], []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -231,35 +231,33 @@ class DenseSteerLM(TemplateLM):
             log.warning("a context of %d tokens loses its first %d", len(context), lost)
         return context[-room:] or [self.prefix_token_id]
 
-
-def _read_options(
-    given: dict[str, object], max_gen_toks: int, max_length: int, seed: int
-) -> tuple[int, Sampling, tuple[str, ...]]:
-    """Read a task's ``generation_kwargs``: length, how tokens are chosen, stop texts."""
-    options = dict(normalize_gen_kwargs(given, max_gen_toks))
-    max_tokens = _whole("max_gen_toks", options.pop("max_gen_toks"))
-    if max_tokens >= max_length:
-        raise InputError(
-            f"max_gen_toks {max_tokens} leaves no room for a prompt: the model takes {max_length} "
-            "tokens. Choose fewer with --gen_kwargs max_gen_toks=N."
-        )
-    stops = tuple(stop for stop in options.pop("until") if stop)
-    temp, top_p = float(options.pop("temperature", 0.0)), options.pop("top_p", 1.0)
-    sample = options.pop("do_sample") and temp > 0
-    if not sample:  # then these mean nothing
-        options = {k: v for k, v in options.items() if k not in ("top_k", "min_p")}
-    if options:
-        raise InputError(
-            f"generation_kwargs {', '.join(sorted(options))}: not supported. Expected until, "
-            "max_gen_toks, do_sample, temperature and top_p."
-        )
-    return max_tokens, Sampling(temp, float(top_p), seed) if sample else Sampling(), stops
+    def _read_options(self, given: dict[str, object]) -> tuple[int, Sampling, tuple[str, ...]]:
+        """Return length, sampling and stop texts of a task's ``generation_kwargs``."""
+        options = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        max_tokens = _whole("max_gen_toks", options.pop("max_gen_toks"))
+        if max_tokens >= self.max_length:
+            raise InputError(
+                f"max_gen_toks {max_tokens} leaves no room for a prompt: the model takes "
+                f"{self.max_length} tokens. Choose fewer with --gen_kwargs max_gen_toks=N."
+            )
+        stops = tuple(stop for stop in options.pop("until") if stop)
+        temp, top_p = float(options.pop("temperature", 0.0)), options.pop("top_p", 1.0)
+        sample = options.pop("do_sample") and temp > 0
+        if not sample:  # greedy decoding ignores them
+            options = {k: v for k, v in options.items() if k not in ("top_k", "min_p")}
+        if options:
+            raise InputError(
+                f"generation_kwargs {', '.join(sorted(options))}: not supported. Expected until, "
+                "max_gen_toks, do_sample, temperature and top_p."
+            )
+        sampling = Sampling(temp, float(top_p), self.seed) if sample else Sampling()
+        return max_tokens, sampling, stops
 
 
 def _read_request(
     vector: str | None, strength: object, layer: object, positions: Positions | None
 ) -> Request | None:
-    """Return the steering that the model_args ask for, ``None`` without a vector."""
+    """Return the steering of the model_args, ``None`` without a vector."""
     if vector is None:
         asked = {"strength": strength, "layer": layer, "positions": positions}
         if unused := [name for name, value in asked.items() if value is not None]:
@@ -281,13 +279,10 @@ def _check_fit(vector: SteeringVector, model: Model) -> None:
     model.check_fits(vector)
     meta = vector.meta
     if meta.fingerprint not in (None, model.fingerprint):
+        theirs = f"{meta.model}, fingerprint {meta.fingerprint}"
+        ours = f"{model.name}, {model.fingerprint}"
         log.warning(
-            "%s was extracted from other weights (%s, fingerprint %s; this model is %s, %s)",
-            vector.name,
-            meta.model,
-            meta.fingerprint,
-            model.name,
-            model.fingerprint,
+            "%s was extracted from other weights (%s; this model is %s)", vector.name, theirs, ours
         )
 
 
@@ -306,8 +301,8 @@ def _whole(name: str, value: object) -> int:
 
 
 def register() -> None:
-    """Make ``densesteer`` a model of lm-eval in this process. Calling it again is harmless."""
-    import lm_eval.models  # noqa: F401  (its own models; lm-eval adds them to an empty list only)
+    """Make ``densesteer`` a model of lm-eval in this process. May be called again."""
+    import lm_eval.models  # noqa: F401  (lm-eval adds its own models to an empty list only)
     from lm_eval.api.registry import model_registry
 
     if "densesteer" not in model_registry:
@@ -315,7 +310,7 @@ def register() -> None:
 
 
 def main() -> None:
-    """Run lm-eval's own command line, which then knows ``--model densesteer``."""
+    """Run lm-eval's own command line with ``--model densesteer`` added."""
     from lm_eval.__main__ import cli_evaluate
 
     register()
