@@ -31,11 +31,11 @@ class Generation:
     """A response, complete or so far.
 
     ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a stop
-    text. Times are in seconds; ``tokens_per_second`` is that of decoding alone. ``peak_memory_bytes``
-    includes the weights. ``finish_reason`` is ``"stop"`` (end of turn or a stop text), ``"length"``, or
-    ``"interrupted"``. ``steering`` is the one in force at the end. With a draft model,
-    ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the target chose too. ``brakes``
-    lists where repetition was cut off and the strength lowered.
+    text. Times are in seconds; ``tokens_per_second`` is that of decoding alone.
+    ``peak_memory_bytes`` includes the weights. ``finish_reason`` is ``"stop"`` (end of turn or a
+    stop text), ``"length"``, or ``"interrupted"``. ``steering`` is the one in force at the end.
+    With a draft model, ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the
+    target chose too. ``brakes`` lists where repetition was cut off and the strength lowered.
     """
 
     text: str
@@ -106,8 +106,8 @@ class StopTexts:
 class PartialAnswer:
     """The tokens of an answer, their text, and how much of it can be shown.
 
-    ``ids`` are the tokens without the end of turn. With a ``brake``, text is held back while it repeats
-    itself; a stop text in it ends the answer all the same.
+    ``ids`` are the tokens without the end of turn. With a ``brake``, text is held back while it
+    repeats itself; a stop text in it ends the answer all the same.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Decode many rows at once with mlx-lm's batch generator, each under its own steering.
 
 A step reads the weights once for all rows, whatever their vectors, strengths and layers. In greedy
-decoding each row gives the tokens that it gives alone, up to the rounding of matrix products of another
-shape. Rows join and leave at any time.
+decoding each row gives the tokens that it gives alone, up to the rounding of matrix products of
+another shape. Rows join and leave at any time.
 
 Use a batch on one thread only: the one that loaded the model.
 """
@@ -123,9 +123,9 @@ class _Row:
 class Batch:
     """Rows that decode together; new ones join while others run.
 
-    ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in any
-    order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step reads a part
-    of at most ``PREFILL_BESIDE`` tokens of new prompts.
+    ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in
+    any order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step
+    reads a part of at most ``PREFILL_BESIDE`` tokens of new prompts.
 
     If ``step`` raises (out of memory, Ctrl-C), the batch is closed, because half a step is done.
     ``cancel`` still returns a row's text.
@@ -298,8 +298,8 @@ def generate_batch(
 ) -> Generator[tuple[int, Generation], None, None]:
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
-    Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the whole
-    batch.
+    Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
+    whole batch.
 
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.

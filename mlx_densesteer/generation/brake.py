@@ -1,19 +1,20 @@
 """The brake: find degenerate repetition in an answer while it is generated.
 
-An overdosed model falls into a loop: one word for ever, the same clause, a list of equal items. The rule
-reads token ids only, in constant time a token:
+An overdosed model falls into a loop: one word for ever, the same clause, a list of equal items. The
+rule reads token ids only, in constant time a token:
 
-- A token is *stale* if the four tokens that end with it occurred at least three times before among the
-  last ``window`` tokens.
-- A score starts at 0. A stale token adds 1; any other subtracts 2, not below 0. At ``limit`` the answer
-  is a loop.
+- A token is *stale* if the four tokens that end with it occurred at least three times before among
+  the last ``window`` tokens.
+- A score starts at 0. A stale token adds 1; any other subtracts 2, not below 0. At ``limit`` the
+  answer is a loop.
 
-This is a one-sided cumulative sum (Page, Biometrika 41 (1954), 100-115). It also finds loops that change
-a little (a counter, two words in random order), up to a period of a third of the window. A table, a long
-formula or the same sentence three times are not loops.
+This is a one-sided cumulative sum (Page, Biometrika 41 (1954), 100-115). It also finds loops that
+change a little (a counter, two words in random order), up to a period of a third of the window. A
+table, a long formula or the same sentence three times are not loops.
 
-Text is held back from the second time that four tokens occur within the window, until a second, quicker
-score is 0 again. A loop is cut off where holding back began, so shown text is never taken back.
+Text is held back from the second time that four tokens occur within the window, until a second,
+quicker score is 0 again. A loop is cut off where holding back began, so shown text is never taken
+back.
 """
 
 import math
@@ -74,9 +75,9 @@ class Braked:
 class Repetition:
     """Find a loop in the tokens of one answer.
 
-    ``loop_start`` is ``None`` until there is a loop, then the number of tokens before it; later tokens
-    change nothing. ``safe`` is the number of leading tokens that will not be cut off: it never falls, and
-    ``loop_start`` is never below it.
+    ``loop_start`` is ``None`` until there is a loop, then the number of tokens before it; later
+    tokens change nothing. ``safe`` is the number of leading tokens that will not be cut off: it
+    never falls, and ``loop_start`` is never below it.
     """
 
     def __init__(self, brake: Brake):

@@ -46,7 +46,8 @@ class Sampling:
     def row_sampler(self) -> Sampler:
         """Return a sampler for one row of a batch; with a seed, it has its own random state.
 
-        It draws what ``sampler`` draws after ``mx.random.seed(seed)``, whatever the other rows draw.
+        It draws what ``sampler`` draws after ``mx.random.seed(seed)``, whatever the other rows
+        draw.
         """
         if not self.temp or self.seed is None:
             return self.sampler()

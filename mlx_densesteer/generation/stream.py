@@ -35,8 +35,8 @@ class Filling(Protocol):
 class Stream(Iterator[str]):
     """Iterate over the pieces of a response; ``result`` is the response so far.
 
-    The first ``next`` reads the prompt. After an early end (``break``, Ctrl-C) ``result`` has the text so
-    far and ``finish_reason="interrupted"``.
+    The first ``next`` reads the prompt. After an early end (``break``, Ctrl-C) ``result`` has the
+    text so far and ``finish_reason="interrupted"``.
 
     Args:
         prefix: the caches to use; what they hold of the prompt is not read again.

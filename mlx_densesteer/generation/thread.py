@@ -29,8 +29,8 @@ class ModelThread(ThreadPoolExecutor):
             model, tokenizer = thread.submit(load, "demo").result()
             answer = thread.submit(generate, model, tokenizer, "What is 17 * 24?")
 
-    Arrays of mlx belong to the thread that made them until they are computed, so load the model, make the
-    caches and generate on this thread.
+    Arrays of mlx belong to the thread that made them until they are computed, so load the model,
+    make the caches and generate on this thread.
 
     If you read an answer without ``iterate`` and not to its end, close it on this thread:
     ``thread.submit(pieces.close)``. mlx-lm's generator raises if another thread collects it.
@@ -51,9 +51,9 @@ class ModelThread(ThreadPoolExecutor):
                 print(piece)
             answer.result().result   # the Generation
 
-        Each piece is computed on request. Between two pieces the thread does other submitted work, so
-        several answers take turns. Leaving the loop, ``aclose`` and cancelling the task end the answer
-        after the current step (one token, or reading the prompt), with
+        Each piece is computed on request. Between two pieces the thread does other submitted work,
+        so several answers take turns. Leaving the loop, ``aclose`` and cancelling the task end the
+        answer after the current step (one token, or reading the prompt), with
         ``finish_reason="interrupted"``. Exceptions on the thread are raised here.
 
         Raises:
@@ -126,7 +126,8 @@ class _End:
     """Clean up when the thread ends, which deletes its thread-local variables.
 
     mlx keeps streams for each thread. It would free them later, when Python no longer waits for the
-    thread. They then ask for the GIL of an interpreter that may be ending, which aborts the process.
+    thread. They then ask for the GIL of an interpreter that may be ending, which aborts the
+    process.
     """
 
     def __init__(self, answers: set[Pieces]) -> None:

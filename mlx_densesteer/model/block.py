@@ -1,9 +1,9 @@
 """The steered decoder block, and its exact undo.
 
-Steering belongs to the KV cache, not to the model. ``patch`` swaps the class of each Qwen2
-``TransformerBlock``; a block then looks at its cache. Where the cache has no ``Shift``, the block is
-mlx-lm's own, bit for bit. Where it has one, the block adds ``lambda * v`` as it adds its MLP to the
-residual stream, in the same fused operation.
+Steering belongs to the KV cache, not to the model. ``patch`` changes the class of each Qwen2
+``TransformerBlock``, so that a block looks at its cache. If the cache has no ``Shift``, the block
+is mlx-lm's own, bit for bit. If it has one, the block adds ``lambda * v`` in the same fused
+operation that adds its MLP to the residual stream.
 
 Not covered: other model families.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class SteeredBlock(TransformerBlock):
-    """mlx-lm's Qwen2 block, and ``+ lambda * v`` at its output where the cache says so."""
+    """mlx-lm's Qwen2 block; it adds ``lambda * v`` to its output where the cache says so."""
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
@@ -45,15 +45,15 @@ class SteeredBlock(TransformerBlock):
 
 
 def patch(network: nn.Module) -> nn.Module:
-    """Swap the class of every Qwen2 block to ``SteeredBlock``; return ``network``.
+    """Change the class of every Qwen2 block to ``SteeredBlock``; return ``network``.
 
     No parameter, weight or output changes, and a second call changes nothing. mlx-lm's
-    ``make_prompt_cache(network)`` then makes (unsteered) ``SteeredKVCache``s, so that every row of a
-    batch can carry its own steering. It then ignores ``max_kv_size``, and mlx-lm's ``load_prompt_cache``
-    cannot read what is saved from them (KeyError). Call ``unpatch`` for either.
+    ``make_prompt_cache(network)`` then makes unsteered ``SteeredKVCache``s, so that every row of a
+    batch can have its own steering. It then ignores ``max_kv_size``, and mlx-lm's
+    ``load_prompt_cache`` cannot read them (KeyError). ``unpatch`` restores both.
 
     Raises:
-        ModelError: a block of another class, a subclass of Qwen2's too.
+        ModelError: a block of another class, even a subclass of Qwen2's.
     """
     blocks = decoder_blocks(network)
     for layer, block in blocks.items():
@@ -64,7 +64,7 @@ def patch(network: nn.Module) -> nn.Module:
             )
     for block in blocks.values():
         block.__class__ = SteeredBlock
-    # A bound method would be a cycle: the network would not be freed with its last reference.
+    # Not a bound method: the cycle would keep the network alive after its last reference.
     network.make_cache = partial(_unsteered_caches, len(blocks))
     return network
 
@@ -105,16 +105,16 @@ def make_cache(
     *,
     prompt_length: int | None = None,
 ) -> list[KVCache]:
-    """Return one empty KV cache per decoder block, filled and read under ``steering``.
+    """Return one empty KV cache per decoder block; filling and reading it steers.
 
     The caches work with mlx-lm's own ``stream_generate(..., prompt_cache=...)`` and
-    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. Do not insert caches
-    that mlx-lm made before the blocks were patched: a stock cache in the first row drops the steering
-    of the other rows.
+    ``BatchGenerator.insert(..., caches=[...])``; one batch can mix any steerings. Do not insert
+    caches that mlx-lm made before the blocks were patched: a stock cache in the first row drops the
+    steering of the other rows.
 
-    The blocks are patched if they are not yet. Without a steering, or at strength 0, they take the
-    stock path. Positions other than ``"all"`` are those of one turn: the first ``prompt_length``
-    tokens are the prompt, all that follow are generated.
+    The blocks are patched if they are not yet. Without a steering, or at strength 0, they compute
+    what mlx-lm's blocks do. For positions other than ``"all"``, the first ``prompt_length`` tokens
+    are the prompt and all others are generated.
 
     Args:
         model: what ``load`` returns, or a Qwen2 network of mlx-lm.
@@ -135,7 +135,7 @@ def make_cache(
     for layer, delta in deltas(network, steering).items():
         caches[layer].shift = Shift.of(delta, [span])
     shifts = [cache.shift for cache in caches.values() if cache.shift]
-    # mlx computes an array on the thread that made it; another one may use the caches.
+    # mlx computes an array on the thread that made it, but another thread may use the caches.
     mx.eval([(s.delta, s.start, s.stop) for s in shifts])
     return list(caches.values())
 
@@ -177,7 +177,7 @@ def _span(steering: Steering, prompt_length: int | None) -> Span:
             f"positions {steering.positions!r} need the prompt's length, found {prompt_length}: "
             "make_cache(model, steering, prompt_length=len(tokens))."
         )
-    # The last prompt token's output already chooses the first generated token.
+    # The output at the last prompt token chooses the first generated token.
     if steering.positions == "generated":
         return Span(start=prompt_length - 1)
     return Span(stop=prompt_length)

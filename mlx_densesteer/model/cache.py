@@ -1,8 +1,8 @@
-"""The KV caches that carry the steering.
+"""The KV caches that hold the steering.
 
-Keys and values are valid for one steering only, that under which they were computed. So the cache of a
-layer holds its steering: a ``Shift``, which is ``lambda * v`` for each row and the positions where it
-is added.
+Keys and values are valid only for the steering under which they were computed. So the cache of a
+layer holds its steering: a ``Shift``, which is ``lambda * v`` for each row and the positions where
+it is added.
 
 Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
 """
@@ -55,8 +55,8 @@ def _add_within(
 class Shift:
     """What one layer adds to the residual stream of each row of a batch.
 
-    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``; a row that is not steered is
-    zero. ``start`` and ``stop`` are int32 ``(rows, 1, 1)``.
+    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``, zero for an unsteered row. ``start``
+    and ``stop`` are int32 ``(rows, 1, 1)``.
     """
 
     delta: mx.array
@@ -66,7 +66,7 @@ class Shift:
 
     @cached_property
     def everywhere(self) -> bool:
-        """Whether every row is steered at every position: then no position is looked at."""
+        """Whether every row is steered at every position."""
         return all(span == EVERYWHERE for span in self.spans)
 
     @classmethod
@@ -89,9 +89,9 @@ class Shift:
     def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
         """Tell which of ``length`` tokens from position ``offset`` on are steered.
 
-        Returns ``True`` for all, ``False`` for none, else the int32 positions ``(rows, length, 1)`` to
-        compare with the bounds. ``offset`` is one number or ``(rows,)``: the cache's, before attention
-        advances it.
+        Return ``True`` for all, ``False`` for none, else the int32 positions ``(rows, length, 1)``
+        to compare with the bounds. ``offset``, one number or ``(rows,)``, is the cache's before
+        attention advances it.
         """
         if self.everywhere:
             return True
@@ -105,9 +105,9 @@ class Shift:
         return at if length == 1 else at + mx.arange(length)[None, :, None]
 
     def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
-        """Return ``h``, and ``+ delta`` at the steered positions; shapes as in ``add``.
+        """Return ``h``, plus ``delta`` at the steered positions; shapes as in ``add``.
 
-        Bit for bit what ``add`` gives for an ``h`` that is its ``h + r``.
+        For the ``h + r`` of ``add`` it returns the same, bit for bit.
         """
         if where is True:
             return _add_alone(h, self.delta)
@@ -116,10 +116,10 @@ class Shift:
         return _add_within(h, mx.zeros((), h.dtype), self.delta, where, self.start, self.stop)
 
     def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
-        """Return ``h + r``, and ``+ delta`` at the steered positions.
+        """Return ``h + r``, plus ``delta`` at the steered positions.
 
-        ``h``, ``r`` and the result are ``(rows, tokens, hidden)`` in the model's dtype. ``h + r`` is
-        rounded to that dtype first, as the stock block's output is; ``delta`` is then added in
+        ``h``, ``r`` and the result are ``(rows, tokens, hidden)`` in the model's dtype. ``h + r``
+        is first rounded to that dtype, as the stock block's output is, then ``delta`` is added in
         float32. So ``add_alone`` can steer a kept residual stream later, exactly.
         """
         if where is True:
@@ -130,7 +130,7 @@ class Shift:
 
 
 class _Carrier:
-    """What the steered caches share: the shift, and an error where a stock block would ignore it."""
+    """Base of the steered caches: holds the shift, and raises if a stock block would ignore it."""
 
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
@@ -145,7 +145,7 @@ class _Carrier:
 
 
 class SteeredKVCache(_Carrier, KVCache):
-    """mlx-lm's ``KVCache`` of one sequence at one layer, and the shift that filled it."""
+    """mlx-lm's ``KVCache`` of one sequence at one layer, with its shift."""
 
     def __init__(self, shift: Shift | None = None):
         super().__init__()
@@ -164,11 +164,11 @@ class SteeredKVCache(_Carrier, KVCache):
 
 
 class SteeredQuantizedKVCache(_Carrier, QuantizedKVCache):
-    """A ``SteeredKVCache`` whose keys and values were quantised (mlx-lm's ``kv_bits``)."""
+    """A ``SteeredKVCache`` with quantised keys and values (mlx-lm's ``kv_bits``)."""
 
 
 class SteeredBatchKVCache(_Carrier, BatchKVCache):
-    """mlx-lm's ``BatchKVCache``; every row has a shift of its own, or none."""
+    """mlx-lm's ``BatchKVCache``; every row has its own shift, or none."""
 
     def __init__(self, left_padding: list[int]):
         super().__init__(left_padding)
@@ -181,7 +181,7 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
     @classmethod
     def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
         merged = super().merge(caches)
-        merged.__class__ = cls  # BatchKVCache.merge names its own class where all caches are empty
+        merged.__class__ = cls  # if all caches are empty, BatchKVCache.merge returns a BatchKVCache
         merged._carry([getattr(cache, "shift", None) for cache in caches])
         return merged
 
@@ -191,7 +191,7 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         self._carry([self._rows[i] for i in indices])
 
     def take(self, rows: Sequence[int]) -> "SteeredBatchKVCache":
-        """Return a cache of some rows, in this order; a row may come several times."""
+        """Return a cache of some rows, in this order; a row may occur several times."""
         taken = copy.copy(self)
         taken.filter(rows)  # makes new arrays
         return taken
@@ -208,9 +208,9 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
 
 
 def twin_of(cache: KVCache) -> KVCache:
-    """Return a copy of a cache of one sequence, quantised or not: the only place that copies one.
+    """Return a copy of a cache of one sequence, quantised or not.
 
-    Both share what is computed so far; filling, trimming or steering either leaves the other as it is.
+    Both share what is computed so far; filling, trimming or steering one does not change the other.
     """
     twin = copy.copy(cache)
     if cache.keys is not None:

@@ -1,4 +1,4 @@
-"""The configuration of a model folder, read without mlx."""
+"""Read the configuration of a model folder. No mlx."""
 
 import json
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """Return the ``config.json`` of a model folder; it must be of the Qwen2 family.
+    """Return the ``config.json`` of a model folder of the Qwen2 family.
 
-    transformers 5 writes the rotary embedding as ``rope_parameters``, which mlx-lm's qwen2 does not read.
-    Here it becomes ``rope_theta`` and ``rope_scaling``, which mlx-lm reads (see ``rope``).
+    The ``rope_parameters`` of transformers 5 become ``rope_theta`` and ``rope_scaling``, which
+    mlx-lm reads (see ``rope``).
 
     Raises:
-        ModelError: no model folder.
-        UnsupportedModelError: not of the Qwen2 family; the message names what it is.
+        ModelError: not a model folder.
+        UnsupportedModelError: not of the Qwen2 family; the message names the family.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -52,26 +52,22 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
         )
     if "model_file" in config:
         raise UnsupportedModelError(
-            f"{name}: brings model code of its own ({config['model_file']!r}), which is never run. "
-            "Use the model's original folder."
+            f"{name}: has its own model code ({config['model_file']!r}), which is never run. Use the "
+            "model's original folder."
         )
     return _without_rope_parameters(config, name)
 
 
 def rope(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the settings of the rotary embedding, for mlx-lm's ``load(..., model_config=)``.
-
-    Args:
-        config: what ``read_config`` returns.
-    """
+    """Return the rotary embedding's settings in a ``read_config``, for ``mlx_lm.load(model_config=)``."""
     return {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
 
 
 def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, object]:
-    """Return the configuration with ``rope_theta`` and ``rope_scaling`` in place of ``rope_parameters``.
+    """Replace ``rope_parameters`` by ``rope_theta`` and ``rope_scaling``.
 
-    In the order of transformers 5: ``rope_scaling`` counts before ``rope_parameters``, and a ``rope_theta``
-    inside either before the one outside.
+    As in transformers 5, ``rope_scaling`` takes precedence over ``rope_parameters``, and a
+    ``rope_theta`` inside either over the one outside.
     """
     rest = {key: value for key, value in config.items() if key != "rope_parameters"}
     given = config.get("rope_scaling") or config.get("rope_parameters")
@@ -90,7 +86,7 @@ def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, 
 
 
 def recorded(folder: Path) -> dict[str, object]:
-    """Return what ``densesteer convert`` or ``bake`` wrote beside the weights; empty for other folders."""
+    """Return the record that ``densesteer convert`` or ``bake`` wrote; empty for other folders."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
@@ -99,7 +95,7 @@ def recorded(folder: Path) -> dict[str, object]:
 
 
 def origin(path_or_repo: str | Path) -> str:
-    """Return the name of the model that a folder was converted from, else the folder's name."""
+    """Return the name of the model that a folder was converted from, or else the folder's name."""
     path = Path(path_or_repo).expanduser()
     if not path.is_dir():
         return str(path_or_repo)
@@ -109,17 +105,13 @@ def origin(path_or_repo: str | Path) -> str:
 def check_target(
     folder: Path, source: str | Path, force: bool, error: type[DenseSteerError] = ConversionError
 ) -> None:
-    """Refuse to replace anything but a folder that densesteer wrote, and that only with ``force``.
-
-    Raises:
-        ConversionError, or ``error``: ``folder`` exists and may not be replaced, or holds ``source``.
-    """
+    """Raise ``error`` if ``folder`` may not be written: only ``force`` replaces a folder of densesteer's."""
     if not folder.name or folder.is_symlink():
         raise error(f"{folder}: expected the name of a folder, found none or a link. Name it (-o).")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     there = Path(source).expanduser().resolve()
-    # samefile, because a Mac's disk ignores case: two names may be one folder.
+    # samefile, because a Mac's disk ignores case: two spellings may name one folder.
     if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
         raise error(f"{folder}: holds the source itself. Choose another name (-o).")
     if not folder.is_dir() or not (folder / RECORD).is_file():

@@ -1,4 +1,4 @@
-"""Hub repository, Hugging Face folder or GGUF file -> MLX folder. mlx-lm converts."""
+"""Convert a Hub repository, a Hugging Face folder or a GGUF file to an MLX folder, with mlx-lm."""
 
 import contextlib
 import json
@@ -26,17 +26,13 @@ OUT = Path("converted")
 Progress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    return None
-
-
 def _width(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What to write."""
+    """The precision of the converted model."""
 
     bits: int | None
     group_size: int
@@ -54,7 +50,7 @@ class _Target:
         return OUT / f"{name}-{f'{self.bits}bit' if self.bits else dtype}"
 
     def bytes(self, parameters: int, dtype: str) -> int:
-        """Estimate the converted weights; a scale and a bias of 16 bits for each group."""
+        """Estimate the size of the converted weights; each group has a scale and a bias too."""
         plain = _width(dtype)
         per_weight = self.bits / 8 + 2 * plain / self.group_size if self.bits else plain
         return int(parameters * per_weight * 1.02)
@@ -64,8 +60,8 @@ class _Target:
 class _Source:
     """Where the weights come from. ``prepare`` returns a Hugging Face folder."""
 
-    name: str  # of the folder that we write
-    record: dict[str, str]  # what we write of it beside the weights
+    name: str  # for the new folder
+    record: dict[str, str]  # for the new folder's densesteer.json
     dtype: str
     config: dict[str, object]
     parameters: int
@@ -82,12 +78,12 @@ def convert(
     dtype: str | None = None,
     revision: str | None = None,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Convert a Qwen2 model for MLX and return the folder, by default in ``converted/``.
 
-    The folder is written under a temporary name, loaded again, checked with one forward
-    pass, and renamed: an interrupted run leaves no half model behind.
+    The folder is written under a temporary name, loaded, checked with one forward pass, and
+    renamed: an interrupted run leaves no incomplete model.
 
     Args:
         source: a Hub id, a Hugging Face folder, or a Qwen2 GGUF file (extra ``gguf``).
@@ -95,12 +91,12 @@ def convert(
         bits: 4 or 8 quantises the matrices; ``None`` keeps ``dtype``.
         dtype: of what is not quantised; by default the source's own, bfloat16 for GGUF.
         revision: branch, tag or commit of a Hub repository.
-        force: replace ``out`` if it exists; the old one stays until the new one is checked.
+        force: replace ``out`` if it exists, once the new folder is checked.
 
     Raises:
-        ConversionError: ``out`` exists, an option does not fit the model, or the result
-            fails its check.
-        DiskError: the disk is too small.
+        ConversionError: ``out`` exists, an option does not fit the model, or the result fails its
+            check.
+        DiskError: too little room on the disk.
         UnsupportedModelError: not of the Qwen2 family.
         ModelError, HubError: the source cannot be read.
     """
@@ -108,7 +104,7 @@ def convert(
     out = None if out is None else Path(out).expanduser()
     if revision is not None and Path(source).expanduser().exists():
         raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
-    if out is not None or bits is not None or dtype is not None:  # refuse before a download
+    if out is not None or bits is not None or dtype is not None:  # before a download
         check_target(out or target.folder(_name(source), str(dtype)), source, force)
     found = _open_source(source, target, revision, progress)
     folder = out if out is not None else target.folder(found.name, found.dtype)
@@ -172,16 +168,21 @@ def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Tar
         ) from error
     dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     return _Source(
-        name=name, record=record, dtype=str(dtype), config=config, parameters=parameters,
-        scratch_bytes=0, prepare=lambda work, progress: folder,
-    )  # fmt: skip
+        name=name,
+        record=record,
+        dtype=str(dtype),
+        config=config,
+        parameters=parameters,
+        scratch_bytes=0,
+        prepare=lambda work, progress: folder,
+    )
 
 
 def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
     progress(f"reading {path.name}", 0, 0)
     reader = gguf_model.open_gguf(path)
     dtype = target.dtype or "bfloat16"
-    parameters = gguf_model.parameter_count(reader)
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     with gguf_model.damage(path):
         config = gguf_model.read_config(reader, dtype)
 
@@ -205,7 +206,7 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
 
 
 def _check_groups(source: _Source, target: _Target) -> None:
-    """mlx-lm leaves a matrix unquantised, without a word, if the groups do not fit."""
+    """Raise if the groups do not fit: mlx-lm would silently leave such a matrix unquantised."""
     if not target.bits:
         return
     for key in ("hidden_size", "intermediate_size"):
@@ -235,7 +236,7 @@ def _run_mlx_lm(name: str, source: Path, out: Path, target: _Target, dtype: str)
 
 
 def _finish(out: Path, source: _Source, target: _Target) -> None:
-    """Load what was written, run it once, and write the record of where it came from."""
+    """Load the new folder, run it once, and write its record."""
     _set_config(out / "config.json", source)
     try:
         model, tokenizer = mlx_lm.load(str(out))[:2]
@@ -263,7 +264,7 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
 
 
 def _set_config(file: Path, source: _Source) -> None:
-    """mlx-lm keeps the source's dtype in the config, whatever it wrote, and a rope that it does not read."""
+    """Correct what mlx-lm copies from the source: the dtype, and a rope that it does not read."""
     config = json.loads(file.read_text("utf-8"))
     for key in ("dtype", "rope_parameters"):
         config.pop(key, None)

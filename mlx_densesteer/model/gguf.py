@@ -1,7 +1,6 @@
-"""A Qwen2 GGUF file -> a Hugging Face folder, which mlx-lm then converts like any other.
+"""Convert a Qwen2 GGUF file to a Hugging Face folder, which mlx-lm can convert.
 
-Tensors are dequantised one at a time. The result is the *dequantised* checkpoint: what
-llama.cpp's quantisation lost stays lost.
+Tensors are dequantised one at a time; the precision that llama.cpp's quantisation lost stays lost.
 
 Format: the GGUF specification of ggml; tensor names as llama.cpp's ``convert_hf_to_gguf``
 writes them for the architecture ``qwen2`` (no row permutation).
@@ -47,8 +46,8 @@ def open_gguf(path: Path) -> "GGUFReader":
     """Open a GGUF file of the architecture ``qwen2``.
 
     Raises:
-        ConversionError: the ``gguf`` extra is not installed; no GGUF file, or truncated.
-        UnsupportedModelError: another architecture, which is named.
+        ConversionError: the ``gguf`` extra is not installed; not a GGUF file, or truncated.
+        UnsupportedModelError: another architecture; the message names it.
     """
     gguf = gguf_package(path, ConversionError)
     check_header(path)
@@ -66,7 +65,7 @@ def open_gguf(path: Path) -> "GGUFReader":
 
 
 def _check_variant(reader: "GGUFReader", path: Path) -> None:
-    """Refuse what a Qwen2 file can hold and this module would silently leave out."""
+    """Raise for variants of Qwen2 files that this module would convert wrongly."""
     stretched = "use the model's file without a stretched context"
     foreign = "its tokenizer is not Qwen2's; convert from the Hub"
     expected = {  # the values that change nothing, the usual one first
@@ -86,20 +85,17 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
             )
 
 
-def parameter_count(reader: "GGUFReader") -> int:
-    """Return the number of weights in the file."""
-    return sum(int(tensor.n_elements) for tensor in reader.tensors)
-
-
 def write_hf_folder(
     reader: "GGUFReader",
     folder: Path,
     config: dict[str, object],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Write the file as a Hugging Face folder: tokenizer, weights, and ``config``.
+    """Write a Hugging Face folder: tokenizer, weights in the dtype of ``config``, and ``config``.
 
-    ``config`` is that of ``read_config``; its ``torch_dtype`` is that of the weights. ``progress`` receives the number of tensors done and in all.
+    Args:
+        config: what ``read_config`` returns.
+        progress: receives the number of tensors written, and of all.
 
     Raises:
         ConversionError: a tensor or a metadata field that a Qwen2 file must have is missing,
@@ -146,7 +142,7 @@ def _shards(
 
 
 def hf_name(name: str) -> str:
-    """Return the Hugging Face name of a GGUF tensor of the architecture qwen2."""
+    """Return the Hugging Face name of a Qwen2 GGUF tensor."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
@@ -154,7 +150,7 @@ def hf_name(name: str) -> str:
     if block == "blk" and number.isdecimal() and part in _BLOCK:
         return f"model.layers.{number}.{_BLOCK[part]}.{kind}"
     raise ConversionError(
-        f"tensor {name} is no part of a Qwen2 model; expected names such as blk.0.attn_q.weight."
+        f"tensor {name} is not part of a Qwen2 model; expected names such as blk.0.attn_q.weight."
     )
 
 
@@ -167,7 +163,7 @@ def gguf_name(name: str) -> str:
         return f"{tops[stem]}.{kind}"
     number, _, part = stem.removeprefix("model.layers.").partition(".")
     if not number.isdecimal() or part not in parts:
-        raise ConversionError(f"tensor {name} is no part of a Qwen2 model.")
+        raise ConversionError(f"tensor {name} is not part of a Qwen2 model.")
     return f"blk.{number}.{parts[part]}.{kind}"
 
 
@@ -182,7 +178,7 @@ def _value(reader: "GGUFReader", key: str) -> Any:
 
 
 def _end_tokens(reader: "GGUFReader") -> list[int]:
-    """Return the tokens that end a response: end of turn, and Qwen's end of text."""
+    """Return the tokens that end a response: Qwen's end of turn and end of text."""
     tokens = _value(reader, "tokenizer.ggml.tokens")
     kinds = _value(reader, "tokenizer.ggml.token_type")
     ends = [int(_value(reader, "tokenizer.ggml.eos_token_id"))]
@@ -210,7 +206,7 @@ def read_config(reader: "GGUFReader", dtype: str) -> dict[str, object]:
         "tie_word_embeddings": "output.weight" not in names,
         "eos_token_id": int(_value(reader, "tokenizer.ggml.eos_token_id")),
         "torch_dtype": dtype,
-        # transformers takes a folder without it for an old one, and warns of its tokenizer
+        # Without it, transformers takes the folder for an old one and warns of its tokenizer.
         "transformers_version": metadata.version("transformers"),
     }
 
@@ -233,15 +229,14 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     special = {i: t for i, t in enumerate(tokens) if kinds[i] in (_CONTROL, _USER_DEFINED)}
     plain = (i for i in range(len(tokens)) if i not in special and kinds[i] != _UNUSED)
     vocabulary = {tokens[i]: i for i in plain}
-    for merge in merges:  # the binding would raise a bare Exception
+    for merge in merges:  # tokenizers would raise a bare Exception
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise ValueError(f"the merge {merge!r} is not of the vocabulary")
+            raise ValueError(f"the merge {merge!r} is not in the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     for i, token in sorted(special.items()):

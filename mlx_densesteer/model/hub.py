@@ -1,4 +1,4 @@
-"""Files of models and data sets from the Hugging Face Hub, and what to do when they do not come."""
+"""Fetch files of models and data sets from the Hugging Face Hub; every failure names its remedy."""
 
 import contextlib
 import errno
@@ -37,9 +37,9 @@ _OTHERWISE = {"model": "a local folder", "dataset": "a local JSONL file with the
 
 
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
-    """Return the folder of a model's files, downloading what is not in the cache.
+    """Return the folder of a model's files; download what is not in the cache.
 
-    Without a network, a complete copy in the cache is used.
+    Without a network, a complete copy in the cache is enough.
 
     Raises:
         HubError: see ``fetch_file``.
@@ -66,11 +66,11 @@ def fetch_model(repo: str, *, revision: str | None = None) -> Path:
 
 
 def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind = "model") -> Path:
-    """Return the path of one file of a repository, downloading it if it is not in the cache.
+    """Return the path of one file of a repository; download it if it is not in the cache.
 
     Raises:
-        HubError: no such repository, revision or file; gated or private; no network and nothing in the cache; no
-            room on the disk; the download broke off.
+        HubError: no such repository, revision or file; gated or private; no network and nothing in
+            the cache; a full disk; a download that broke off.
     """
 
     def download(offline: bool) -> Path:
@@ -82,7 +82,7 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind 
 
 
 def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]:
-    """Return a model's ``config.json``: its family is known before gigabytes are fetched.
+    """Return a model's ``config.json``, to check its family before the weights are downloaded.
 
     Raises:
         HubError: see ``fetch_file``.
@@ -92,21 +92,20 @@ def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]
 
 
 class _NoBar(tqdm):
-    """For requests that show nothing; each file has a bar of its own, on a terminal."""
+    """A progress bar that shows nothing: each file has its own bar, on a terminal."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
 
 
 def _download_missing(repo: str, revision: str | None) -> None:
-    """Download one file after another in this thread.
+    """Download one file after another, so that Ctrl-C stops at once.
 
-    ``snapshot_download`` does it in threads, which an interrupt (Ctrl-C) does not stop: it waits for whole files.
+    ``snapshot_download`` uses threads, and waits for their whole files.
     """
     files = []
-    with contextlib.suppress(
-        DryRunError
-    ):  # the Hub fails: snapshot_download says why, or takes a complete copy
+    # If the Hub fails here, the caller's snapshot_download says why, or finds a complete copy.
+    with contextlib.suppress(DryRunError):
         files = snapshot_download(
             repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True, tqdm_class=_NoBar
         )
@@ -119,31 +118,32 @@ def _download_missing(repo: str, revision: str | None) -> None:
 def _fetch(
     repo: str, name: str, revision: str | None, kind: Kind, download: Callable[[bool], Path]
 ) -> Path:
-    """Call ``download(offline)``; what huggingface_hub raises becomes a ``HubError``."""
+    """Call ``download(offline)``; raise ``HubError`` for what huggingface_hub raises."""
     try:
         return download(not _answers(repo, name, revision, kind))
-    # Xet, which the Hub stores large files in, raises RuntimeError; a repository id of another form is a ValueError.
+    # Xet, the Hub's storage of large files, raises RuntimeError; a malformed repository id, ValueError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         shown = f"data set {repo}" if kind == "dataset" else repo
         raise HubError(f"{shown}: {_reason(error, name, revision, kind)}") from error
 
 
 def _answers(repo: str, name: str, revision: str | None, kind: Kind) -> bool:
-    """Ask the Hub once, for ``HF_HUB_ETAG_TIMEOUT`` seconds at most (10).
+    """Tell whether the Hub answers within ``HF_HUB_ETAG_TIMEOUT`` seconds (10).
 
-    Without this, ``hf_hub_download`` asks a Hub that stays silent for six minutes, ``snapshot_download`` for ever.
+    If it does not answer, ``hf_hub_download`` waits six minutes, and ``snapshot_download`` for
+    ever.
     """
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, repo_type=kind, revision=revision))
     except HfHubHTTPError:
-        return True  # it refuses; the download says why
+        return True  # the Hub refuses; the download says why
     except (HTTPError, OSError):
         return False
     return True
 
 
 def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> str:
-    """Say in one line what was found, what was expected, and the remedy."""
+    """Return what was found, what was expected, and the remedy, in one line."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the Hub was reached, and refused
     shown = " ".join(str(error).split())

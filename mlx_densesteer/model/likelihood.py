@@ -1,4 +1,4 @@
-"""How likely a text is under the model, steered or not: batched, and flat in memory."""
+"""The log-likelihood of texts under the model, steered or not: batched, in constant memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,8 +13,8 @@ from .cache import SteeredBatchKVCache
 
 ROWS = 16  # sequences that go through the blocks together
 BATCH_TOKENS = 4096  # tokens that go through the blocks together at most
-LOGITS = 2**24  # in memory at a time: 64 MiB, 110 positions of Qwen2.5's vocabulary
-PADDING = 256  # tokens of padding that are cheaper than a pass of its own
+LOGITS = 2**24  # logits in memory at a time: 64 MiB, 110 positions of Qwen2.5's vocabulary
+PADDING = 256  # tokens of padding that cost less than another pass
 
 
 def nll(
@@ -33,13 +33,8 @@ def nll(
     Raises:
         InputError: an empty prompt or response, or not as many prompts as responses.
     """
-    if len(prompts) != len(responses):
-        raise InputError(
-            f"{len(prompts)} prompts for {len(responses)} responses; expected as many."
-        )
-    for what, sequences in (("prompt", prompts), ("response", responses)):
-        if empty := [i for i, sequence in enumerate(sequences) if not len(sequence)]:
-            raise InputError(f"{what} {empty[0]} is empty; expected at least one token.")
+    if empty := [i for i, response in enumerate(responses) if not len(response)]:
+        raise InputError(f"response {empty[0]} is empty; expected at least one token.")
     means = [0.0] * len(responses)
     for i, score, _ in log_likelihoods(network, prompts, responses):
         means[i] = -score / len(responses[i])
@@ -54,12 +49,12 @@ def log_likelihoods(
     steering: Steering | None = None,
     rows: int = ROWS,
 ) -> Iterator[tuple[int, float, bool]]:
-    """Yield ``(i, log p, greedy)`` of each continuation, given its context, as they are done.
+    """Yield ``(i, log p, greedy)`` of each continuation, given its context, in any order.
 
         log p = sum_t log p(continuation[t] | context, continuation[:t])
 
     In nats, log-softmax in float32; 0 for an empty continuation. ``greedy`` says whether greedy
-    decoding would have written it. The context is the prompt of the steering's ``positions``.
+    decoding would write it. The steering's ``positions`` take the context for the prompt.
 
     Args:
         contexts: token ids, one context for each continuation. Equal ones are computed once.
@@ -82,9 +77,8 @@ def log_likelihoods(
     def longest(context: tuple[int, ...]) -> int:
         return len(context) + max(len(continuations[i]) for i in sharing[context])
 
-    by_length = sorted(
-        sharing, key=longest, reverse=True
-    )  # the largest first: memory ends it at once
+    # The longest come first: if memory does not suffice, it fails at once.
+    by_length = sorted(sharing, key=longest, reverse=True)
     for start in range(0, len(by_length), rows):
         group = by_length[start : start + rows]
         caches = _fill(network, group, steering)
@@ -94,13 +88,13 @@ def log_likelihoods(
             after = [(row, group[row][-1]) for row, _ in part]
             scores = _score(network, caches, after, [continuations[i] for _, i in part])
             yield from ((i, *score) for (_, i), score in zip(part, scores, strict=True))
-        mx.clear_cache()  # groups differ in shape: the buffers of one are no use to the next
+        mx.clear_cache()  # groups differ in shape, so the next one cannot use these buffers
 
 
 def _parts(
     items: Sequence[tuple[int, int]], lengths: Sequence[int], rows: int
 ) -> Iterator[Sequence[tuple[int, int]]]:
-    """Cut items of ascending lengths into parts of at most ``rows``, with little padding."""
+    """Cut items of ascending lengths into parts of at most ``rows`` items, with little padding."""
     start = 0
     for stop in range(1, len(items) + 1):
         padding = sum(lengths[stop] - n for n in lengths[start:stop]) if stop < len(items) else 0
@@ -112,7 +106,7 @@ def _parts(
 def _fill(
     network: nn.Module, contexts: Sequence[Sequence[int]], steering: Steering | None
 ) -> list[SteeredBatchKVCache]:
-    """Return steered caches, one row a context, that hold all but each context's last token."""
+    """Return steered caches, one row a context, that hold each context without its last token."""
     rows = [make_cache(network, steering, prompt_length=len(context)) for context in contexts]
     caches = [SteeredBatchKVCache.merge(layer) for layer in zip(*rows, strict=True)]
     lengths = [len(context) - 1 for context in contexts]
@@ -146,8 +140,11 @@ def _score(
     for part in _slices(_pad(inputs)):
         h = network.model(part, cache=caches)
         stop = start + part.shape[1]
-        places = [(row, t) for row, tokens in enumerate(continuations)
-                  for t in range(start, min(stop, len(tokens)))]  # fmt: skip
+        places = [
+            (row, t)
+            for row, tokens in enumerate(continuations)
+            for t in range(start, min(stop, len(tokens)))
+        ]
         if places:
             at = mx.array([(row, t - start) for row, t in places])
             targets = [continuations[row][t] for row, t in places]
@@ -167,10 +164,7 @@ def _slices(tokens: mx.array) -> Iterator[mx.array]:
 
 
 def _pad(sequences: Sequence[Sequence[int]]) -> mx.array:
-    """Return token ids padded on the right, int32 ``(sequences, tokens)``.
-
-    A causal mask keeps the padding out of the tokens before it.
-    """
+    """Return token ids padded on the right, int32 ``(sequences, tokens)``; the causal mask hides the padding."""
     width = max(len(sequence) for sequence in sequences)
     return mx.array(
         [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences], mx.int32
@@ -178,22 +172,17 @@ def _pad(sequences: Sequence[Sequence[int]]) -> mx.array:
 
 
 def head_of(network: nn.Module) -> Callable[[mx.array], mx.array]:
-    """Return what turns the normed stream ``(..., hidden)`` into logits ``(..., vocabulary)``."""
-    return (
-        network.model.embed_tokens.as_linear
-        if network.args.tie_word_embeddings
-        else network.lm_head
-    )
+    """Return the function from the normed stream ``(..., hidden)`` to logits ``(..., vocabulary)``."""
+    tied = network.args.tie_word_embeddings
+    return network.model.embed_tokens.as_linear if tied else network.lm_head
 
 
 def token_log_likelihoods(
     network: nn.Module, h: mx.array, tokens: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log p of each token, and whether greedy decoding would have chosen it.
+    """Return log p of each token, and whether greedy decoding would choose it.
 
         log p_i = z_i[tokens[i]] - log sum_v exp z_i[v],    z_i = head(h_i)
-
-    The head sees a slice of positions at a time.
 
     Args:
         h: the normed stream that predicts each token, ``(tokens, hidden)``.
@@ -217,8 +206,8 @@ def token_log_likelihoods(
 def _log_sum_exp(logits: mx.array) -> mx.array:
     """Return ``log(sum(exp(logits)))`` of each row, summed in two stages.
 
-    The CPU backend adds up in float32, one after the other: over 151,936 entries that is off by
-    1e-4 to 7e-4, and always to the same side.
+    mlx's CPU backend adds up one entry after the other in float32: over 151,936 entries the error
+    is 1e-4 to 7e-4, always of the same sign.
     """
     rows, width = logits.shape
     whole = width - width % 128

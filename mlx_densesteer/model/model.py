@@ -1,4 +1,4 @@
-"""``Model``: a loaded network with its tokenizer, and what is known of them, each worked out once."""
+"""``Model``: a loaded network with its tokenizer, and their properties, each computed once."""
 
 import contextlib
 import hashlib
@@ -23,29 +23,26 @@ from ..steering.vector import SteeringVector
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config, rope
 from .hub import fetch_config, fetch_model
+from .prompt import encode_prompt
 from .residual import residual_norms
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_FILES = {  # remedies for paths that are often taken for a model
-    ".gguf": "is a GGUF file; make an MLX folder of it with `densesteer convert {}`.",
+_FILES = {  # hints for files that users mistake for a model
+    ".gguf": "is a GGUF file. Convert it with `densesteer convert {}`.",
     ".npz": "is a steering vector's file: -v takes it. A model is a folder.",
     ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
-    ".safetensors": "is one file of a model; name its folder.",
+    ".safetensors": "is one file of a model. Name its folder.",
 }
-_TOO_LONG = (
-    "sequence-length-is-longer-than-the-specified-maximum"  # transformers warns once, by this name
-)
-_SOLUTIONS = 3  # fixed texts on which the norm of the residual stream is measured
+# The key under which transformers notes that it has given this warning.
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+_SOLUTIONS = 3  # fixed texts on which norms are measured
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the metadata of a steering vector records of a model.
-
-    ``fingerprint`` is that of the original weights: the same for every precision.
-    """
+    """What the metadata of a steering vector records of its model; see ``Model.fingerprint``."""
 
     name: str
     layer_count: int
@@ -56,15 +53,15 @@ class ModelInfo:
 
 
 class Model:
-    """A network of mlx-lm whose decoder blocks steer, with its tokenizer and what is known of both.
+    """A network of mlx-lm whose decoder blocks can steer, with its tokenizer.
 
-    It unpacks as mlx-lm's pair: ``network, tokenizer = load("demo")``. Until a cache carries a steering
-    (``block.make_cache``), the network computes what the stock network computes.
+    It unpacks as mlx-lm's pair: ``network, tokenizer = load("demo")``. With caches that hold no
+    steering (``block.make_cache``), the network computes what the stock network computes.
 
     Args:
         network: a Qwen2 model as ``mlx_lm.load`` returns it. Its blocks are patched.
         tokenizer: its tokenizer.
-        name: the name that metadata records; by default where the tokenizer was loaded from.
+        name: the name for metadata; by default that of the tokenizer's folder.
 
     Raises:
         ModelError: a network of another family.
@@ -77,11 +74,7 @@ class Model:
 
     @classmethod
     def of(cls, model: "Model | tuple[nn.Module, TokenizerWrapper]") -> "Model":
-        """Return ``model``, or the ``Model`` of mlx-lm's pair.
-
-        Raises:
-            InputError: neither of them.
-        """
+        """Return ``model``, or the ``Model`` of mlx-lm's pair; raise ``InputError`` for anything else."""
         if isinstance(model, Model):
             return model
         if isinstance(model, tuple) and len(model) >= 2 and isinstance(model[0], nn.Module):
@@ -107,15 +100,14 @@ class Model:
 
     @property
     def context(self) -> int:
-        """How many tokens prompt and response may have together."""
+        """How many tokens a prompt and its response may have together."""
         return self.network.args.max_position_embeddings
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the weights: SHA-256 (first 16 digits) over every RMSNorm weight as bfloat16.
+        """Identify the weights: the first 16 digits of the SHA-256 of every RMSNorm weight as bfloat16.
 
-        Norm weights are never quantised and survive a change of dtype, so each precision of one
-        checkpoint has one fingerprint; checkpoints that were trained apart differ.
+        Norm weights are not quantised, so all precisions of a checkpoint have one fingerprint.
         """
         digest = hashlib.sha256()
         for block in decoder_blocks(self.network).values():
@@ -126,7 +118,7 @@ class Model:
 
     @cached_property
     def info(self) -> ModelInfo:
-        """Return what a vector's metadata records of this model."""
+        """What a vector's metadata records of this model."""
         last = self.network.model.layers[-1].mlp.down_proj
         bits, mode = getattr(last, "bits", None), getattr(last, "mode", "affine")
         kind = "" if mode == "affine" else f"{mode}, "
@@ -141,16 +133,16 @@ class Model:
 
     @cached_property
     def chat_template_sha256(self) -> str | None:
-        """The SHA-256 of the chat template, ``None`` if there is none."""
+        """The SHA-256 of the chat template; ``None`` without one."""
         template = self.tokenizer.chat_template
         return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
     @cached_property
     def measured_norms(self) -> dict[int, float]:
-        """The mean ``||h_l||`` of every layer over the tokens of three fixed solutions, unsteered.
+        """The mean unsteered ``||h_l||`` of every layer over the response tokens of ``solutions``.
 
-        The prompts' tokens are left out: the norms of a chat template's tokens are several times those
-        of text. The same in every run, so a dose always means the same.
+        The prompts are left out: the norms of a chat template's tokens are several times those of
+        text.
         """
         layers = list(decoder_blocks(self.network))
         totals = dict.fromkeys(layers, 0.0)
@@ -160,10 +152,10 @@ class Model:
         return totals
 
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> dict[int, float]:
-        """Return the mean ``||h_l||`` of the residual stream at some layers: what a dose is measured against.
+        """Return the mean ``||h_l||`` at some layers, to which doses refer.
 
-        As the vector's file recorded it from the responses of its pairs, if they were read from these
-        weights; else ``measured_norms``.
+        The norms come from the vector's file, if they were recorded with these weights; else they
+        are ``measured_norms``.
         """
         wanted = sorted(set(layers))
         recorded = vector.residual_norms or {}
@@ -172,7 +164,7 @@ class Model:
         return {layer: found[layer] for layer in wanted}
 
     def dose(self, steering: Steering | None) -> float:
-        """Return the dose of a steering in this model; 0.2 is 20 % of the residual stream."""
+        """Return the dose of a steering in this model; 0.2 is 20 %."""
         if steering is None or not steering.strength:
             return 0.0
         return steering.dose(self.norms(steering.vector, steering.layers))
@@ -180,16 +172,16 @@ class Model:
     def room(
         self, tokens: int, wanted: int, *, limit: int | None = None, what: str = "the prompt"
     ) -> int:
-        """Return how many of ``wanted`` tokens may follow ``tokens`` that are there.
+        """Return how many of ``wanted`` tokens fit in the context after the first ``tokens``.
 
-        The only place that knows the context. ``wanted=0`` asks whether the tokens can be read at all.
+        ``wanted=0`` only checks that the ``tokens`` themselves fit.
 
         Args:
             limit: a narrower context, in tokens.
             what: names the tokens in the error.
 
         Raises:
-            ContextError: no room for one token, or for the ``tokens`` themselves.
+            ContextError: not even one wanted token fits, or the ``tokens`` do not.
         """
         context = min(self.context, limit or self.context)
         room = context - tokens
@@ -209,9 +201,7 @@ class Model:
         )
 
     def solutions(self) -> list[tuple[list[int], int]]:
-        """Return three fixed solutions of arithmetic stories: token ids, and where the response begins."""
-        from .prompt import encode_prompt
-
+        """Return fixed solutions of three arithmetic stories: token ids, and where the response begins."""
         made = []
         for problem in calibration(_SOLUTIONS):
             raw = not self.tokenizer.has_chat_template
@@ -225,8 +215,8 @@ class Model:
 def takes_model(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function or method whose first argument is a ``Model`` also take mlx-lm's pair.
 
-    ``function(model, ...)``, ``function(network, tokenizer, ...)`` and ``function((network, tokenizer),
-    ...)`` are then the same.
+    ``function(model, ...)``, ``function(network, tokenizer, ...)`` and ``function((network,
+    tokenizer), ...)`` then do the same.
     """
     bound = next(iter(signature(function).parameters)) in ("self", "cls")
 
@@ -250,15 +240,15 @@ def takes_model(function: Callable[P, R]) -> Callable[P, R]:
 def load(
     path_or_repo: str | Path, *, revision: str | None = None, adapter_path: str | None = None
 ) -> Model:
-    """Return a model, from a folder or a Hub id. It unpacks as ``network, tokenizer = load(...)``.
+    """Load a model from a folder or a Hub id. It unpacks as ``network, tokenizer = load(...)``.
 
-    ``"demo"`` is the embedded demo model; it comes in bfloat16, which mlx's CPU backend computes
-    slowly, so there it is computed in float32.
+    ``"demo"`` is the embedded demo model, in bfloat16; on a CPU, where mlx computes bfloat16
+    slowly, it is in float32.
 
     Raises:
         UnsupportedModelError: not of the Qwen2 family.
-        ModelError: no model there, or its files are damaged.
-        HubError: the Hub did not give us the files.
+        ModelError: not a model folder, or its files are damaged.
+        HubError: the Hub did not deliver the files.
     """
     path = find(path_or_repo, revision=revision)
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
@@ -267,30 +257,29 @@ def load(
 
 
 def set_dtype(network: nn.Module, path: Path) -> None:
-    """Give the demo model the dtype that it is computed in; every other keeps that of its file."""
+    """Set the demo model's dtype; other models keep that of their file."""
     if path == demo.MODEL and mx.default_device() == mx.Device(mx.cpu):
         network.set_dtype(mx.float32)
 
 
 def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None = None) -> Model:
-    """Return the model of a folder, in the dtype of its file; raises as ``load`` does."""
-    told = rope(read_config(path))
+    """Load the model of a folder in the dtype of its file; raises as ``load`` does."""
+    settings = rope(read_config(path))
     with loading(path):
-        network, tokenizer = mlx_lm.load(str(path), model_config=told, adapter_path=adapter_path)[
-            :2
-        ]
+        loaded = mlx_lm.load(str(path), model_config=settings, adapter_path=adapter_path)
+    network, tokenizer = loaded[:2]
     return Model(network, quiet(tokenizer), origin(path) if name is None else name)
 
 
 def quiet(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
-    """Return the tokenizer, which no longer warns of long texts: ``Model.room`` refuses them."""
+    """Return the tokenizer without its warning of long texts; ``Model.room`` refuses them."""
     tokenizer.deprecation_warnings[_TOO_LONG] = True
     return tokenizer
 
 
 @contextlib.contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """What mlx-lm raises for a folder that it cannot load becomes a ``ModelError``."""
+    """Raise ``ModelError`` for what mlx-lm raises if it cannot load a folder."""
     try:
         yield
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
@@ -300,7 +289,7 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local folder of a model, from the Hub if it is no folder here.
+    """Return the local folder of a model; download it if it is a Hub id.
 
     ``demo`` is the embedded model; a folder of that name is ``./demo``.
     """

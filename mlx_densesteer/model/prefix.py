@@ -1,12 +1,11 @@
-"""The KV caches of one sequence under one steering; either can change.
+"""The KV caches of one sequence under one steering; both can change.
 
 When the steering of layer l changes, the keys and values of the layers up to l stay valid: block l
-computes them from its input, and the vector is added at its output. So ``Prefix`` keeps the residual
-stream at the lowest steered layer, before anything is added to it, and computes only the layers above
-that one again.
+computes them from its input, and the vector is added at its output. So ``Prefix`` keeps the
+unsteered residual stream at the lowest steered layer, and computes only the layers above it again.
 
-Tokens are read in chunks, and a chunk is always read as a whole. So the caches depend on the chunks and
-the steering alone: bit for bit those of a new ``Prefix``, whatever happened before.
+A chunk of tokens is always read as a whole. So the caches depend only on the chunks and the
+steering: bit for bit, they are those of a new ``Prefix``.
 
 Not covered: rotating caches, which cannot be cut back, and pipeline parallelism.
 """
@@ -37,10 +36,10 @@ STEP = 2048  # tokens that go through the blocks together at most
 
 
 class Chunk(NamedTuple):
-    """Tokens that are read together.
+    """Tokens that are read together: part of a prompt, or an ``answer``.
 
-    With ``answer`` the output at every position chose a token of an answer: the chunk begins with the
-    last token of the question. Other chunks are prompt.
+    An answer's chunk begins with the last token of the question, whose output chose the first token
+    of the answer.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +49,7 @@ class Chunk(NamedTuple):
 def steered_span(positions: str, answer: bool, start: int) -> Span:
     """Return the steered positions of a chunk that begins at ``start``.
 
-    The first token of an ``answer`` chunk is the last of the prompt: it is ``"prompt"`` and
+    The first token of an ``answer`` chunk, the last of the prompt, is ``"prompt"`` and
     ``"generated"``.
     """
     if positions == "all":
@@ -61,7 +60,7 @@ def steered_span(positions: str, answer: bool, start: int) -> Span:
 
 
 def common_beginning(a: Sequence[Chunk], b: Sequence[Chunk]) -> int:
-    """Return how many leading chunks are the same."""
+    """Return how many leading chunks are equal."""
     same = 0
     while same < min(len(a), len(b)) and a[same] == b[same]:
         same += 1
@@ -77,8 +76,8 @@ def pieces(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
 class Work(NamedTuple):
     """What a ``fill`` computed.
 
-    ``block_tokens`` is the sum over decoder blocks of the tokens that went through each. ``resteered``
-    tokens went through the upper blocks only.
+    ``block_tokens`` is the sum over decoder blocks of the tokens that went through each.
+    ``resteered`` counts the tokens that went through the upper blocks only.
     """
 
     block_tokens: int
@@ -95,7 +94,7 @@ class Prefix:
         kv_bits: quantise keys and values to 4 or 8 bits.
 
     Raises:
-        SteeringError: keys and values of this model cannot be quantised like that.
+        SteeringError: keys and values of this model cannot be quantised so.
     """
 
     def __init__(self, network: nn.Module, *, keep_bytes: int = 0, kv_bits: int | None = None):
@@ -107,12 +106,12 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Tokens that were read."""
+        """The number of tokens that were read."""
         return self._ends[-1] if self._ends else 0
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of the residual stream that are kept."""
+        """Bytes of the kept residual stream."""
         return sum(h.nbytes for kept in self._residual for h in kept)
 
     @property
@@ -122,7 +121,7 @@ class Prefix:
 
     @property
     def captured(self) -> int | None:
-        """The layer whose output is kept, before anything is added to it."""
+        """The layer whose unsteered output is kept."""
         return self._captured if self._residual else None
 
     @property
@@ -134,11 +133,11 @@ class Prefix:
         self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
         self._chunks: list[Chunk] = []
         self._ends: list[int] = []
-        self._plan: dict[int, tuple[str, bytes]] = {}  # what is added at each layer, and where
+        self._plan: dict[int, tuple[str, bytes]] = {}  # positions and delta of each steered layer
         self._deltas: dict[int, mx.array] = {}
         self._positions = "all"
-        self._captured: int | None = None  # the layer whose output is kept
-        # of the first chunks, each as its pieces (1, tokens, hidden)
+        self._captured: int | None = None
+        # The unsteered output of layer _captured, by chunk, as pieces (1, tokens, hidden).
         self._residual: list[list[mx.array]] = []
 
     def fill(
@@ -146,10 +145,10 @@ class Prefix:
     ) -> Work:
         """Make the caches those of ``chunks`` under ``steering``, and reuse what is still valid.
 
-        The tokens that are added to the caches next are an answer. Its first one is the last of the
-        prompt: leave that token out of ``chunks``. With ``answering`` the last chunk is already the
-        beginning of that answer. The next call cuts off what was added since. An exception, Ctrl-C
-        too, leaves the prefix empty.
+        Leave the last token of the prompt out of ``chunks``: the caller feeds it to the caches, and
+        then the answer. With ``answering`` the last chunk is already the beginning of that answer.
+        The next call cuts off what the caller added. An exception, also Ctrl-C, leaves the prefix
+        empty.
 
         Raises:
             VectorMismatchError, SteeringError: before anything is changed.
@@ -164,10 +163,7 @@ class Prefix:
     def filling(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> Generator[None, None, Work]:
-        """Do what ``fill`` does, one chunk a step, so that the caller can do other work in between.
-
-        Closing the iterator leaves the prefix empty.
-        """
+        """Do what ``fill`` does, one chunk a step. Closing the iterator leaves the prefix empty."""
         made = deltas(self.network, steering)
         positions = steering.positions if steering else "all"
         plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
@@ -196,11 +192,11 @@ class Prefix:
         return Work(work, sum(len(chunk.tokens) for chunk in again))
 
     def cut(self, chunks: Sequence[Chunk]) -> None:
-        """Forget all chunks but those with which ``chunks`` begins."""
+        """Keep the chunks with which ``chunks`` begins, and forget the others."""
         self._cut(common_beginning(self._chunks, [chunk for chunk in chunks if chunk.tokens]))
 
     def fork(self) -> "Prefix":
-        """Return a copy that shares what is computed; filling either leaves the other as it is."""
+        """Return a copy that shares what is computed; filling one does not change the other."""
         twin = copy.copy(self)
         twin.caches = [twin_of(cache) for cache in self.caches]
         twin._chunks, twin._ends = list(self._chunks), list(self._ends)
@@ -208,15 +204,15 @@ class Prefix:
         return twin
 
     def _cut(self, count: int) -> None:
-        """Keep the first ``count`` chunks, and cut off all that comes after them."""
+        """Keep the first ``count`` chunks, and cut off everything after them."""
         del self._chunks[count:], self._ends[count:], self._residual[count:]
         for cache in self.caches:
             cache.trim(cache.offset - self.length)
 
     def _keep_below(self, changed: int) -> list[Chunk]:
-        """Forget all that depends on the steering at layer ``changed`` and above.
+        """Forget what depends on the steering at layer ``changed`` and above.
 
-        Return the chunks that must go through the blocks above the kept residual stream.
+        Return the chunks to send through the blocks above the kept residual stream.
         """
         if self._captured is None or self._captured > changed or not self._residual:
             self.reset()
@@ -243,7 +239,7 @@ class Prefix:
             yield len(chunk.tokens) * (len(self._blocks) - first)
 
     def _read(self, chunk: Chunk) -> int:
-        """Send a chunk through all blocks, and keep the residual stream if there is room."""
+        """Send a chunk through all blocks, and keep its residual stream if ``keep_bytes`` allows it."""
         self._steer(answer=chunk.answer, start=self.length)
         keep = self._captured is not None and len(self._residual) == len(self._chunks)
         kept = []
@@ -258,8 +254,8 @@ class Prefix:
     def _blocks_from(self, first: int, h: mx.array, *, capture: bool = False) -> mx.array | None:
         """Fill the caches from block ``first`` on; return the unsteered output of layer ``_captured``.
 
-        ``h`` is the input of block ``first``, ``(1, tokens, hidden)``. mlx is lazy and evaluates the
-        caches only, so the last block's MLP is not computed.
+        ``h`` is the input of block ``first``, ``(1, tokens, hidden)``. Only the caches are
+        evaluated, so mlx does not compute the last block's MLP.
         """
         if first == len(self._blocks):
             return None
@@ -288,12 +284,12 @@ class Prefix:
         self._chunks.append(chunk)
 
     def _steer(self, *, answer: bool, start: int) -> None:
-        """Give every cache its shift, at the steered positions of a chunk that begins at ``start``."""
+        """Set the shift of every cache for a chunk that begins at ``start``."""
         span = steered_span(self._positions, answer, start)
         for layer, cache in enumerate(self.caches):
             cache.shift = Shift.of(self._deltas[layer], [span]) if layer in self._deltas else None
         shifts = [cache.shift for cache in self.caches if cache.shift]
-        mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # on the thread that made them
+        mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here, on the thread that made them
 
     def _new_cache(self) -> KVCache:
         if self._quantization is None:

@@ -1,4 +1,4 @@
-"""From what a person typed to the token ids that the model reads."""
+"""Encode a user's text as the token ids that the model reads."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ def encode_prompt(
     system: str | None = None,
     raw: bool = False,
 ) -> list[int]:
-    """Return the token ids of one user turn in the chat template, or of the text as it is.
+    """Return the token ids of one user turn in the chat template, or with ``raw`` of the text alone.
 
-    ``raw`` leaves the template out; otherwise ``system`` is the system message (Qwen2.5 has a default
-    of its own). Token ids stay as they are.
+    ``system`` is the system message; without one, Qwen2.5's template adds its own. Token ids are
+    returned unchanged.
 
     Raises:
-        InputError: an empty prompt, a system message without a template, or a tokenizer that has no
+        InputError: an empty prompt, ``system`` with ``raw``, or a tokenizer without a chat
             template.
     """
     if not isinstance(prompt, str):
@@ -39,7 +39,7 @@ def encode_prompt(
 def check_prompt(
     tokenizer: TokenizerWrapper, prompt: str, *, system: str | None = None, raw: bool = False
 ) -> None:
-    """Raise ``InputError`` for what ``encode_prompt`` cannot encode."""
+    """Raise ``InputError`` for text that ``encode_prompt`` cannot encode."""
     for text in (prompt, system or ""):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first.")

@@ -1,7 +1,7 @@
-"""Reading the residual stream: batched, flat in memory, shared beginnings computed once.
+"""Read the residual stream: batched, in constant memory, shared beginnings computed once.
 
-Each part of a ``TokenTree`` goes through the blocks once. The parts behind it attend to its keys and
-values, block by block.
+Each part of a ``TokenTree`` goes through the blocks once. The parts that follow attend to its keys
+and values, block by block.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +23,9 @@ Weigh = Callable[[int], np.ndarray]
 class PairStates(NamedTuple):
     """The residual stream of some pairs at the output of one block.
 
-    ``pairs`` are their numbers. ``rows``, float32 ``(pairs, 2, hidden)``, is the weighted sum of ``h_l``
-    over each response, the positive one first; ``norms``, float64 ``(pairs, 2)``, is the mean of
-    ``||h_l||`` over its tokens.
+    ``pairs`` are their numbers. ``rows``, float32 ``(pairs, 2, hidden)``, is the weighted sum of
+    ``h_l`` over each response, the positive one first; ``norms``, float64 ``(pairs, 2)``, is the
+    mean of ``||h_l||`` over its tokens.
     """
 
     layer: int
@@ -41,13 +41,13 @@ def record_pairs(
 
         row = sum_t w_t h_l[t]      over the tokens t of the response
 
-    Equal to reading each sequence alone, up to the rounding of the model's dtype. In memory are one
-    block's activations of one batch, and the keys and values of the root.
+    The same as reading each sequence alone, up to the rounding of the model's dtype. In memory are
+    one block's activations of one batch, and the keys and values of the root.
 
     Args:
         layers: layer numbers; ``h_l`` is the output of that block. Hugging Face calls it
             ``hidden_states[l + 1]``; of the last block it is the output before the final norm.
-        weigh: from the number of a response's tokens to their weights w, float32 ``(tokens,)``.
+        weigh: maps the number of a response's tokens to their weights w, float32 ``(tokens,)``.
 
     Raises:
         InputError: a layer that the model does not have.
@@ -58,7 +58,7 @@ def record_pairs(
         root = {layer: own for layer, _, own in _stream(network, tree.root, layers[-1])}
     for batch in tree.batches:
         yield from _read(network, batch, len(tree.root), root, layers, weigh)
-        mx.clear_cache()  # batches differ in shape: the buffers of one are no use to the next
+        mx.clear_cache()  # batches differ in shape, so the next one cannot use these buffers
 
 
 def residual_norms(
@@ -66,14 +66,14 @@ def residual_norms(
 ) -> dict[int, float]:
     """Return the mean of ``||h_l||`` over the tokens from ``first`` on, at each layer, unsteered.
 
-    Leave out the first token of the sequence: it is the attention sink, and its norm is orders of
-    magnitude above the others. The norms of a chat template's tokens are large too.
+    The first token of a sequence is the attention sink: its norm is orders of magnitude larger than
+    the others. The norms of a chat template's tokens are large too.
 
     Raises:
-        InputError: ``first`` is outside the tokens, or a layer that the model does not have.
+        InputError: ``first`` is outside the tokens, or the model does not have a layer.
     """
     if not 0 <= first < len(tokens):
-        raise InputError(f"first token {first} of {len(tokens)}: expected one that is there.")
+        raise InputError(f"first token {first} of {len(tokens)}: expected 0 to {len(tokens) - 1}.")
     layers = _check_layers(network, layers)
     norms = {}
     for layer, h, _ in _stream(network, tokens, layers[-1]):
@@ -84,10 +84,7 @@ def residual_norms(
 
 
 class _Following:
-    """A block's cache for tokens behind others: it returns the earlier keys and values with the new ones.
-
-    ``own`` is what was computed for the new tokens alone.
-    """
+    """A block's cache that joins ``earlier`` keys and values with those of the new tokens, ``own``."""
 
     def __init__(self, offset: int | mx.array, *earlier: KeysValues):
         self.offset, self._earlier = offset, earlier
@@ -104,10 +101,7 @@ class _Following:
 
 
 class _Part:
-    """Rows of tokens that go through the blocks together, right-padded.
-
-    The padding lies behind every real token, and the causal mask keeps it out of them.
-    """
+    """Rows of tokens that go through the blocks together, right-padded; the causal mask hides the padding."""
 
     def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]]):
         width = max(map(len, rows))
@@ -129,7 +123,7 @@ def _read(
     layers: Sequence[int],
     weigh: Weigh,
 ) -> Iterator[PairStates]:
-    """Take one batch through the blocks, behind ``offset`` tokens of root: stems first, then tails."""
+    """Send one batch through the blocks after ``offset`` tokens of root: in each block stems, then tails."""
     stem = _Part(network, [pair.whole[0][offset : pair.stop] for pair in batch.stems])
     tails = [
         _Part(network, [batch.stems[t.row].whole[t.side][t.start : t.stop] for t in group])
@@ -158,10 +152,7 @@ def _read(
 
 
 class _Share(NamedTuple):
-    """What the tokens of ``part`` add to the responses ``at`` (rows, sides).
-
-    ``weight`` is float32 ``(rows, tokens, 1)``.
-    """
+    """The tokens of ``part`` add to the responses ``at`` (rows, sides) with ``weight`` (rows, tokens, 1)."""
 
     part: _Part
     at: tuple[list[int], list[int]]
@@ -169,7 +160,7 @@ class _Share(NamedTuple):
 
 
 class _Sums:
-    """The weighted sums over each response of a batch, added up from the parts that it lies in."""
+    """The weighted sums over each response of a batch, added up over the parts that hold its tokens."""
 
     def __init__(
         self, batch: Batch, offset: int, stem: _Part, tails: Sequence[_Part], weigh: Weigh
@@ -196,10 +187,10 @@ class _Sums:
                     shares.append(_Share(part, at, weight))
 
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``rows`` and ``norms`` of ``PairStates`` for the layer that the parts have reached."""
+        """Return ``rows`` and ``norms`` of ``PairStates`` at the parts' current layer."""
         rows = np.zeros((*self._shape, self._streams[0].part.h.shape[-1]), np.float32)
         norms = np.zeros(self._shape)
-        for part, at, weight in self._streams:  # where: infinity * 0 is not 0
+        for part, at, weight in self._streams:  # mx.where, because infinity * 0 is not 0
             share = mx.where(weight == 0, 0, part.h.astype(mx.float32) * weight)
             rows[at] += np.array(share.sum(axis=1))
         for part, at, weight in self._norms:
@@ -209,7 +200,7 @@ class _Sums:
 
 
 def _weights(batch: Batch, place: Tail, weigh: Weigh) -> np.ndarray:
-    """Return the weights of the tokens at ``place``: those of the prompt are zero."""
+    """Return the weights of the tokens at ``place``; prompt tokens have weight 0."""
     pair = batch.stems[place.row]
     response = weigh(len(pair.whole[place.side]) - pair.prompt)
     return np.concatenate([np.zeros(pair.prompt), response])[place.start : place.stop]

@@ -1,7 +1,7 @@
-"""The sequences of contrastive pairs as a tree, so that what they share is computed once. No mlx.
+"""Arrange the sequences of contrastive pairs as a tree, to compute shared beginnings once. No mlx.
 
-All prompts begin with the *root* (the chat template). The two sequences of a pair then share a *stem*:
-the rest of the prompt, and the tokens with which both responses begin. Their two *tails* differ.
+All prompts begin with the *root* (the chat template). The two sequences of a pair then share a
+*stem*: the rest of the prompt and the common beginning of both responses. Their two *tails* differ.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from ..errors import InputError
 
-BATCH_TOKENS = 4096  # that go through the blocks together, about
-PADDING = 0.9  # rows that are padded to one length have at least this part of it
+BATCH_TOKENS = 4096  # about as many tokens go through the blocks together
+PADDING = 0.9  # rows padded to one length have at least this share of it
 
 Tokens = Sequence[int]
 
 
 class TokenPair(NamedTuple):
-    """Token ids of a prompt and of its two responses; none of them empty."""
+    """Token ids of a prompt and of its two responses; none is empty."""
 
     prompt: Tokens
     positive: Tokens
@@ -27,7 +27,7 @@ class TokenPair(NamedTuple):
 class Tail(NamedTuple):
     """The tokens ``start`` to ``stop`` of one sequence.
 
-    ``row`` is the number of its pair in the batch; ``side`` is 0 for positive, 1 for negative.
+    ``row`` is its pair's number in the batch; ``side`` is 0 for positive, 1 for negative.
     """
 
     row: int
@@ -38,9 +38,9 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class Stem:
-    """Pair ``number``: its two ``whole`` sequences; the first ``stop`` tokens of both are the same.
+    """Pair ``number``: the first ``stop`` tokens of its two ``whole`` sequences are the same.
 
-    ``prompt`` is the length of the prompt. ``stop`` leaves each tail at least one token.
+    ``prompt`` is the length of the prompt. Each tail has at least one token.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Stem:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs that are read together: stems of similar length, and the tails in groups of similar length."""
+    """Pairs that are read together: stems of similar length, and groups of tails of similar length."""
 
     stems: tuple[Stem, ...]
     groups: tuple[tuple[Tail, ...], ...]
@@ -67,17 +67,17 @@ class Batch:
         return cls(tuple(stems), tuple(map(tuple, _groups(stems))))
 
     def tokens(self, offset: int) -> int:
-        """Return how many positions the batch has behind ``offset`` tokens of root, padding included."""
+        """Return how many positions the batch has after ``offset`` tokens of root, padding included."""
         stems = len(self.stems) * (max(stem.stop for stem in self.stems) - offset)
         return stems + sum(len(group) * (group[0].stop - group[0].start) for group in self.groups)
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """The tokens of the root, and the pairs behind it in batches.
+    """The tokens of the root, and the pairs after it in batches.
 
-    ``tokens`` counts the positions that go through the blocks, padding included. ``tokens_apart`` counts
-    those of the same sequences read one by one.
+    ``tokens`` counts the positions that go through the blocks, padding included; ``tokens_apart``
+    counts those of the sequences without sharing.
     """
 
     root: tuple[int, ...]
@@ -108,7 +108,7 @@ class TokenTree:
 
 
 def _common(one: Tokens, other: Tokens) -> int:
-    """Return how many tokens both begin with."""
+    """Return the length of the common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -154,7 +154,7 @@ def test_a_model_that_brings_code_is_refused_and_the_code_not_run(source, out, t
     (source / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
     (source / "evil.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w').close()")
     for action in (lambda: convert(source, out), lambda: load(source)):
-        with pytest.raises(UnsupportedModelError, match="brings model code of its own"):
+        with pytest.raises(UnsupportedModelError, match="has its own model code"):
             action()
     assert not (tmp_path / "witness").exists()
 

@@ -201,7 +201,7 @@ def test_a_merge_of_one_part(model, tmp_path):
         writer.add_token_merges(["h e", "unknown"])
 
     path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=["merges"], also=also)
-    with pytest.raises(ConversionError, match="the merge .* is not of the vocabulary"):
+    with pytest.raises(ConversionError, match="the merge .* is not in the vocabulary"):
         convert(path, tmp_path / "out")
 
 
@@ -252,7 +252,7 @@ def test_names():
         "blk",
         "",
     ):
-        with pytest.raises(ConversionError, match="is no part of a Qwen2 model"):
+        with pytest.raises(ConversionError, match="is not part of a Qwen2 model"):
             hf_name(name)
 
 

@@ -109,8 +109,8 @@ def test_memory_does_not_grow_with_the_number_of_responses(tiny):
 def test_what_has_no_nll(tiny):
     assert nll(tiny, [], []) == []
     for prompts, responses, message in [
-        ([[1]], [], "1 prompts for 0 responses"),
-        ([[1], []], [[1], [2]], "prompt 1 is empty"),
+        ([[1]], [], "1 contexts for 0 continuations"),
+        ([[1], []], [[1], [2]], "context 1 is empty"),
         ([[1]], [[]], "response 0 is empty"),
     ]:
         with pytest.raises(InputError, match=message):
