@@ -136,8 +136,8 @@ def answer(
 ) -> list[Answer]:
     """Return the greedy responses to all problems under all steerings, problem by problem.
 
-    Answers in the journal are taken from there and graded anew; the others are added to it. The order
-    is by problem, so the settings of an interrupted run can be compared on its whole problems.
+    Answers in the journal are taken from there and graded anew; the others are added to it. The
+    order is by problem, so the settings of an interrupted run can be compared on its whole problems.
 
     Raises:
         ModelError: an NLL is not finite. The answers are kept.

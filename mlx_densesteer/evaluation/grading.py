@@ -1,12 +1,12 @@
 """Grading: the answer that a response gives, and whether it is the gold answer. No mlx.
 
-GSM8K: the last number. Tasks that ask for a box: the last ``\\boxed{}``, compared by math-verify where
-it is installed (extra ``eval``), else as a string after the usual clean-up of MATH.
+GSM8K: the last number. Tasks that ask for a box: the last ``\\boxed{}``, compared by math-verify
+where it is installed (extra ``eval``), else as a string after the usual clean-up of MATH.
 Source: the evaluation protocol of the reference code of arXiv 2605.29247.
 
-math-verify runs in a process of its own, which a timer kills and the next question starts again. Its
-own guard, ``signal.alarm``, works in the main thread only, takes the caller's alarm, and does not end
-a computation inside C, such as 9^{9^{9^{9}}}.
+math-verify runs in a process of its own, which a timer kills and the next question starts again.
+Its own guard, ``signal.alarm``, works in the main thread only, takes the caller's alarm, and does
+not end a computation inside C, such as 9^{9^{9^{9}}}.
 """
 
 import atexit
@@ -57,8 +57,8 @@ def grade(problem: "Problem", response: str) -> Grade:
     """Grade a response by the problem's rule.
 
     "number": the last match with a digit, compared as a number. The reference compares the last
-    match as a string, without ``,``, ``$`` and a final ``.``. Its pattern also matches a lone ``$$``
-    or ``..``, and its 72.00 is not 72.
+    match as a string, without ``,``, ``$`` and a final ``.``. Its pattern also matches a lone
+    ``$$`` or ``..``, and its 72.00 is not 72.
 
     "boxed": the content of the last ``\\boxed{}``. The verdict of math-verify on it counts; without
     one, the string rule.
@@ -164,10 +164,10 @@ def normalise(answer: str) -> str:
 
 
 def agree(gold: str, answer: str) -> bool | None:
-    """Return whether two answers in LaTeX are the same by math-verify, or ``None`` without a verdict.
+    """Return whether two answers in LaTeX are the same by math-verify; ``None`` is no verdict.
 
-    It gives no verdict if it is not installed (extra ``eval``), an answer is too long, or the time is
-    up. May be called from any thread.
+    It gives no verdict if it is not installed (extra ``eval``), an answer is too long, or the time
+    is up. May be called from any thread.
 
     Raises:
         InputError: math-verify is installed but cannot be imported.
@@ -245,7 +245,7 @@ _judge = _Judge()
 
 
 def serve(seconds: int) -> None:
-    """Answer each line, JSON ``[gold, answer]``, with ``true`` or ``false``, each in ``seconds``."""
+    """Answer each line, JSON ``[gold, answer]``, with ``true`` or ``false``."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify

@@ -1,9 +1,9 @@
 """A model class for lm-evaluation-harness, which runs its tasks steered.
 
 Its name in lm-eval is ``densesteer``. Newer releases find it through the entry point
-``lm_eval.models``; for others ``python -m mlx_densesteer.evaluation.harness`` is lm-eval's command with
-this model added (docs/lm-eval.md). No torch. Not covered: several processes, images, and lm-eval's
-cache of responses.
+``lm_eval.models``; for others ``python -m mlx_densesteer.evaluation.harness`` is lm-eval's command
+with this model added (docs/lm-eval.md). No torch. Not covered: several processes, images, and
+lm-eval's cache of responses.
 """
 
 import logging
@@ -51,8 +51,8 @@ class DenseSteerLM(TemplateLM):
         vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
         strength: lambda, or a dose such as ``20%``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
-        positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults of
-            strength, layer and positions.
+        positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
+            of strength, layer and positions.
         revision: of a Hub id.
         max_length: tokens of context and continuation together, by default and at most the model's
             context. A longer text loses its beginning, with a warning.
@@ -204,7 +204,7 @@ class DenseSteerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        """Return log-likelihood and greediness; requests are ``(_, context, continuation)``, token ids."""
+        """Return ``(log p, greedy)`` of requests ``(_, context, continuation)``, token ids."""
         contexts, continuations = [], []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:

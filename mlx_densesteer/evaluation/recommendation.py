@@ -1,8 +1,8 @@
 """Which setting of a sweep to use, if the evidence supports one. numpy only.
 
 The best of many settings looks good by chance alone. So every statement here is corrected for the
-number of settings: if no setting has an effect, a sweep recommends one with a probability of at most
-1 - confidence.
+number of settings: if no setting has an effect, a sweep recommends one with a probability of at
+most 1 - confidence.
 """
 
 import math

@@ -1,9 +1,9 @@
 """From graded answers to figures with intervals, and the comparison with strength 0.
 
-Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is compared
-with the unsteered model on the problems that both answered: by McNemar's exact test and Tango's
-interval for accuracy, by paired bootstrap for the rest. All intervals are at 95 %. Those of the
-bootstrap are too narrow below some 20 problems.
+Accuracy has a Wilson interval, means have a bootstrap interval over problems. A steering is
+compared with the unsteered model on the problems that both answered: by McNemar's exact test and
+Tango's interval for accuracy, by paired bootstrap for the rest. All intervals are at 95 %. Those of
+the bootstrap are too narrow below some 20 problems.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """A grid of layers x strengths in one pass, and which setting to use.
 
-All settings of all problems share batches, so the weights are read once for many rows. Strength 0 is
-always one of the settings; it has no layer.
+All settings of all problems share batches, so the weights are read once for many rows. Strength 0
+is always one of the settings; it has no layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -19,8 +19,8 @@ from .grading import last_boxed
 class Problem:
     """One problem: ``question`` as published, ``prompt`` as the user turn of the model.
 
-    ``id`` is unique within the task and does not depend on the part that is loaded. ``rule`` says how
-    a response is graded against ``answer`` (``grading.grade``).
+    ``id`` is unique within the task and does not depend on the part that is loaded. ``rule`` says
+    how a response is graded against ``answer`` (``grading.grade``).
     """
 
     id: str

@@ -1,7 +1,7 @@
 """A steering baked into an ordinary checkpoint, which stock programs run.
 
-The source's weights are written bit for bit, with the biases of ``llama.py``. Stock mlx-lm then runs
-the result, and its logits must be those of run-time steering before the folder gets its name.
+The source's weights are written bit for bit, with the biases of ``llama.py``. Stock mlx-lm then
+runs the result, and its logits must be those of run-time steering before the folder gets its name.
 """
 
 import json
@@ -122,8 +122,8 @@ def bake(
         source: a Hub id, an MLX folder (quantised or not), or ``"demo"``.
         steering: at positions ``"all"``; a bias is added everywhere.
         out: the folder to write; for ``"gguf"`` the file.
-        format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised to
-            the source's dtype; ``"gguf"``, a file for llama.cpp, also dequantised (extra ``gguf``).
+        format: ``"mlx"``, quantised as the source is; ``"hf"``, a Hugging Face folder, dequantised
+            to the source's dtype; ``"gguf"``, a file for llama.cpp, also dequantised (extra ``gguf``).
         force: replace ``out``.
 
     Raises:

@@ -84,7 +84,7 @@ def reference(network: nn.Module, tokens: list[int], steering: Steering) -> Refe
 
 
 def compare(expected: Reference, network: nn.Module) -> Closeness:
-    """Measure how far a stock ``llama`` network is from run-time steering, and remove its vector."""
+    """Compare a stock ``llama`` network with run-time steering, and remove its vector."""
     tokens = mx.array(expected.tokens)[None]
     logits = network(tokens)[0].astype(mx.float32)
     mx.eval(logits)

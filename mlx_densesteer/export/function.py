@@ -3,9 +3,9 @@
     f()                                      metadata, empty cache
     f(tokens, position, strength, *cache)    logits, cache
 
-The strength is an array and the KV cache is input and output, so mlx can trace the decoding step into a
-file. The blocks are those of ``model.block``, steered by a cache whose shift is made from the traced
-strength.
+The strength is an array and the KV cache is input and output, so mlx can trace the decoding step
+into a file. The blocks are those of ``model.block``, steered by a cache whose shift is made from the
+traced strength.
 
 Not covered: more than one sequence, several vectors with a strength each, sampling.
 """
@@ -36,8 +36,8 @@ SUFFIX = ".mlxfn"
 CAPACITY = 2048
 CHUNKS = (128, 32, 8)  # lengths of prompt chunks; 1 is always there
 
-# Largest difference of logits that is rounding, as a share of the largest logit. The file attends over
-# the whole cache, so sums are in another order; docs/export-function.md has measurements.
+# Largest difference of logits that is rounding, as a share of the largest logit. The file attends
+# over the whole cache, so sums are in another order; docs/export-function.md has measurements.
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 _BLOCK_BYTES = 2**14  # of one decoder block in one trace; 11.5 to 14.4 kB were measured
@@ -74,9 +74,9 @@ def export_function(
 ) -> FunctionFile:
     """Write the steered decoding step as ``path``, a ``.mlxfn`` file, and check it.
 
-    The strength is an input of the function. The file names the strength and positions of ``steering``
-    as its defaults. It is written under a temporary name, imported again and compared with run-time
-    steering before it gets its name.
+    The strength is an input of the function. The file names the strength and positions of
+    ``steering`` as its defaults. It is written under a temporary name, imported again and compared
+    with run-time steering before it gets its name.
 
     Args:
         capacity: tokens that the KV cache holds, prompt and answer together; by default 2048,
@@ -160,7 +160,7 @@ def _lengths(capacity: int, chunks: Iterable[int] | None) -> tuple[int, ...]:
 def _metadata(
     model: Model, steering: Steering, capacity: int, lengths: tuple[int, ...]
 ) -> dict[str, object]:
-    """Return what a program needs to know, as a flat object of numbers, texts and lists of numbers."""
+    """Return what a program needs to know: numbers, texts and lists of numbers."""
     info, network = model.info, model.network
     cache = empty_cache(network, capacity)
     dtype = cache[0].dtype
@@ -197,8 +197,8 @@ def _metadata(
 class FixedCache:
     """Keys and values of one layer in arrays of a fixed length.
 
-    mlx-lm's ``KVCache`` counts its tokens in a Python number, which cannot be traced. Here the write
-    position is an array, and the mask hides what is not written yet.
+    mlx-lm's ``KVCache`` counts its tokens in a Python number, which cannot be traced. Here the
+    write position is an array, and the mask hides what is not written yet.
 
     Args:
         keys, values: ``(1, kv_heads, capacity, head_dim)``.
@@ -226,9 +226,9 @@ class FixedCache:
 def steered_step(network: nn.Module, vectors: Mapping[int, mx.array], capacity: int) -> Step:
     """Return ``step(tokens, position, strength, *cache) -> (logits, *cache)``.
 
-    ``tokens`` is int32 ``(1, count)``, ``position`` int32 ``()``, ``strength`` float32 ``()``. ``cache``
-    is keys and values of layer 0, of layer 1, ... (see ``FixedCache``). Without room for the tokens at
-    ``position`` all logits are NaN, and nothing is written outside the cache.
+    ``tokens`` is int32 ``(1, count)``, ``position`` int32 ``()``, ``strength`` float32 ``()``.
+    ``cache`` is keys and values of layer 0, of layer 1, ... (see ``FixedCache``). Without room for
+    the tokens at ``position`` all logits are NaN, and nothing is written outside the cache.
 
     Args:
         network: its blocks are patched (``model.block.patch``).
@@ -342,7 +342,7 @@ def _side_by_side(
 
 @contextlib.contextmanager
 def _mlx_errors(path: Path) -> Iterator[None]:
-    """Raise ``ExportError`` for mlx's errors, such as a full disk or a graph that it cannot write."""
+    """Raise ``ExportError`` for errors of mlx, such as a full disk."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

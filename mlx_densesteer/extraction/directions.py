@@ -65,7 +65,7 @@ class MeanDifference:
         self._sums: np.ndarray | float = 0.0  # (2, SPLITS * 2, hidden) float64
 
     def add(self, pairs: list[int], differences: np.ndarray) -> None:
-        """Take positive minus negative of the ``pairs``, float32 ``(pairs, hidden)``, in any order."""
+        """Take positive minus negative of ``pairs``, float32 ``(pairs, hidden)``."""
         weights = self._halves.weights[..., pairs]
         self._sums = self._sums + weights @ differences.astype(np.float64)
 

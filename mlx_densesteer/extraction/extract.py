@@ -66,7 +66,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """The tokens of a response that are averaged: ``response[start:stop]``, of ``needs`` at least."""
+    """The tokens that are averaged: ``response[start:stop]``, of ``needs`` tokens at least."""
 
     start: int | None
     stop: int | None
@@ -216,7 +216,7 @@ def _read_layers(
     count: int,
     progress: Progress,
 ) -> tuple[dict[int, Direction], dict[int, np.ndarray], dict[int, float]]:
-    """Return by layer: the direction of all pairs, the vector without the held-out ones, ``||h_l||``."""
+    """Return by layer: direction of all pairs, vector without the held-out ones, ``||h_l||``."""
     halves, others = Halves(count), Halves(count - len(held_out))
     place = {pair: i for i, pair in enumerate(sorted(set(range(count)) - set(held_out)))}
     found = {layer: (kind(halves), kind(others)) for layer in layers}

@@ -32,7 +32,7 @@ PAIR_FORMAT = "mlx-densesteer pair 1"
 
 @dataclass(frozen=True)
 class Case:
-    """A problem that the target solved, its rewrite, and why that was rejected (empty: accepted)."""
+    """A solved problem, its rewrite, and the reasons of its rejection; none if accepted."""
 
     problem: Problem
     original: Response
@@ -173,7 +173,7 @@ def make_pairs(
 def _waves(
     problems: Sequence[Problem], count: int | None, rows: int, cases: list[Case]
 ) -> Iterator[Sequence[Problem]]:
-    """Yield problems until ``cases`` holds ``count`` accepted pairs; all at once without ``count``."""
+    """Yield problems until ``cases`` holds ``count`` pairs; all at once without ``count``."""
     if count is None:
         yield problems
         return

@@ -1,4 +1,4 @@
-"""How much steering at each layer favours dense responses: this chooses a vector's default layer."""
+"""How much steering at a layer favours dense responses; this chooses the default layer."""
 
 from collections.abc import Mapping, Sequence
 

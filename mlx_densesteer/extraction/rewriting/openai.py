@@ -87,7 +87,7 @@ class OpenAIRewriter:
             max_retries=attempts - 1,
             timeout=timeout,
             default_query=dict(parse_qsl(query, keep_blank_values=True)),
-            # A redirect would send the problems and the query elsewhere. A proxy cannot reach loopback.
+            # A redirect would send problems and query elsewhere. No proxy reaches loopback.
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False, trust_env=self._host not in _LOOPBACK
             ),

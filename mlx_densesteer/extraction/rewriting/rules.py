@@ -106,7 +106,7 @@ def _is_list(lines: Block) -> bool:
 
 
 def _may_go(text: str, others: str, later: str) -> bool:
-    """Tell whether ``text`` has no calculation and no number of its own, and a calculation follows."""
+    """Tell whether nothing is lost with ``text``: no calculation, no number of its own."""
     return (
         not _CALCULATION.search(text)
         and not _ANSWER.search(text)
@@ -127,7 +127,7 @@ def _without_announcement(block: Block) -> Block:
 
 
 def _without_labels(block: Block, numbered: bool) -> Block:
-    """Drop headings and "Step 1:"; numbers of a list too, unless the text refers to them (``numbered``)."""
+    """Drop headings and "Step 1:"; numbers of a list too, unless ``numbered``."""
     if _is_code(block):
         return block
     kept = []
