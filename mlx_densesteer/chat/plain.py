@@ -18,7 +18,7 @@ from .status import Status
 Now = Callable[[], Status]  # the settings in force, read again for every picture
 
 
-class Answer:
+class ShownAnswer:
     """Show one answer piece by piece."""
 
     def __init__(self, echo: Callable[[str], None]):
@@ -60,9 +60,9 @@ class Screen:
         for line in lines:
             self._echo(f"{line}\n")
 
-    def answer(self, now: Now) -> Answer:
+    def answer(self, now: Now) -> ShownAnswer:
         """Begin to show an answer."""
-        return Answer(self._echo)
+        return ShownAnswer(self._echo)
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
         """Show two answers, one after the other; they are generated at the same time."""

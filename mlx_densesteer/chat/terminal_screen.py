@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..text import printable
-from .plain import Answer, Now, Screen
+from .plain import Now, Screen, ShownAnswer
 from .rows import Rows
 
 OFTEN = 0.05  # least number of seconds between two paintings
@@ -49,7 +49,7 @@ class TerminalScreen(Screen):
     def warn(self, text: str) -> None:
         self._remarks.print(printable(text), style="bold")
 
-    def answer(self, now: Now) -> Answer:
+    def answer(self, now: Now) -> ShownAnswer:
         return _Streaming(self._console, now)
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
@@ -79,7 +79,7 @@ class TerminalScreen(Screen):
                 foot.keep(content())
 
 
-class _Streaming(Answer):
+class _Streaming(ShownAnswer):
     """An answer as Markdown, block by block."""
 
     def __init__(self, console: Console, now: Now):

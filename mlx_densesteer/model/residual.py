@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..steering.vector import format_layers
 from .block import decoder_blocks
-from .token_tree import Batch, Tail, TokenTree
+from .token_tree import PairBatch, Tail, TokenTree
 
 KeysValues = tuple[mx.array, mx.array]
 Weigh = Callable[[int], np.ndarray]
@@ -117,7 +117,7 @@ class _Part:
 
 def _read(
     network: nn.Module,
-    batch: Batch,
+    batch: PairBatch,
     offset: int,
     root: dict[int, KeysValues],
     layers: Sequence[int],
@@ -163,7 +163,7 @@ class _Sums:
     """The weighted sums over each response of a batch, added up over the parts that hold its tokens."""
 
     def __init__(
-        self, batch: Batch, offset: int, stem: _Part, tails: Sequence[_Part], weigh: Weigh
+        self, batch: PairBatch, offset: int, stem: _Part, tails: Sequence[_Part], weigh: Weigh
     ):
         self._shape = (len(batch.stems), 2)
         self._streams: list[_Share] = []
@@ -199,7 +199,7 @@ class _Sums:
         return rows, norms
 
 
-def _weights(batch: Batch, place: Tail, weigh: Weigh) -> np.ndarray:
+def _weights(batch: PairBatch, place: Tail, weigh: Weigh) -> np.ndarray:
     """Return the weights of the tokens at ``place``; prompt tokens have weight 0."""
     pair = batch.stems[place.row]
     response = weigh(len(pair.whole[place.side]) - pair.prompt)

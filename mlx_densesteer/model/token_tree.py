@@ -56,14 +56,14 @@ class Stem:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PairBatch:
     """Pairs that are read together: stems of similar length, and groups of tails of similar length."""
 
     stems: tuple[Stem, ...]
     groups: tuple[tuple[Tail, ...], ...]
 
     @classmethod
-    def of(cls, stems: Sequence[Stem]) -> "Batch":
+    def of(cls, stems: Sequence[Stem]) -> "PairBatch":
         return cls(tuple(stems), tuple(map(tuple, _groups(stems))))
 
     def tokens(self, offset: int) -> int:
@@ -81,7 +81,7 @@ class TokenTree:
     """
 
     root: tuple[int, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[PairBatch, ...]
     tokens: int
     tokens_apart: int
 
@@ -101,7 +101,7 @@ class TokenTree:
         first = pairs[0].prompt
         root = min(_common(first, pair.prompt) for pair in pairs)
         root = min(root, min(len(pair.prompt) for pair in pairs) - 1)  # no stem without a token
-        batches = tuple(Batch.of(batch) for batch in _batches(stems, root))
+        batches = tuple(PairBatch.of(batch) for batch in _batches(stems, root))
         tokens = root + sum(batch.tokens(root) for batch in batches)
         apart = sum(len(sequence) for stem in stems for sequence in stem.whole)
         return cls(tuple(first[:root]), batches, tokens, apart)
