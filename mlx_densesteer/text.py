@@ -1,4 +1,4 @@
-"""Text for terminals: notes, figures, tables, receipts of answers, warnings, progress.
+"""Text for terminals: notes, figures, tables, progress.
 
 Notes and progress go to standard error; standard output is for results.
 """
@@ -8,19 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import click
-
-if TYPE_CHECKING:
-    from .generation.answer import Generation
-    from .model.model import Model
-    from .steering.vector import SteeringVector
-
-LARGE_DOSE_WARNING = (
-    "warning: a large dose. The 0.5B test model collapsed at about 100%, others' models at about 190%: "
-    "the same words over and over, text without sense, or no text at all. Try a smaller strength."
-)
 
 _silent = False  # of several ranks only rank 0 writes notes
 
@@ -91,47 +81,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def receipt(result: "Generation", context: int) -> str:
-    """Return one line on an answer: its length, density and speed, and why it was cut off.
-
-    ``context`` is the most tokens that prompt and answer may have together.
-    """
-    parts = [count(result.tokens, "token"), count(result.steps, "step")]
-    if result.density:
-        parts.append(f"density {result.density:.1f}")
-    parts.append(f"first token after {result.time_to_first_token:.2f} s")
-    parts.append(f"then {result.tokens_per_second:.1f} tokens/s")
-    if result.draft_proposed:
-        accepted, proposed = result.draft_accepted, result.draft_proposed
-        parts.append(f"{accepted} of {proposed} draft tokens accepted ({accepted / proposed:.0%})")
-    if result.finish_reason == "length":
-        full = result.prompt_tokens + result.tokens >= context
-        parts.append(f"cut off at {f'the context of {context} tokens' if full else '--max-tokens'}")
-    if result.finish_reason == "interrupted":
-        parts.append("interrupted")
-    return ", ".join(parts)
-
-
-def brake_lines(result: "Generation") -> list[str]:
-    """Return a line for each time that the brake cut repetition off."""
-    return [
-        f"the answer began to repeat itself: {count(one.dropped, 'token')} cut off after token "
-        f"{one.at_token}, strength {signed(one.strength_before)} -> {signed(one.strength_after)} "
-        "(--no-brake lets it repeat)"
-        for one in result.brakes
-    ]
-
-
-def other_weights_warning(vector: "SteeringVector", model: "Model") -> str | None:
-    """Return a warning if the vector was extracted from other weights than the model's."""
-    if vector.meta.fingerprint in (None, model.fingerprint):
-        return None
-    return (
-        f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
-        f"fingerprint {vector.meta.fingerprint}; this model is {model.name}, {model.fingerprint})"
-    )
 
 
 class Live:

@@ -12,13 +12,13 @@ PACKAGE = Path(mlx_densesteer.__file__).parent
 # From the ground up: a file imports from its own room and from the rooms before it.
 ROOMS = [
     "_version",
+    "text",
     "errors",
     "files",
     "demo",
     "steering",
     "model",
     "generation",
-    "text",
     "evaluation",
     "extraction",
     "export",

@@ -7,27 +7,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ContextError, DenseSteerError, InputError, SessionError
-from ..text import (
-    LARGE_DOSE_WARNING,
-    brake_lines,
-    count,
-    one_line,
-    other_weights_warning,
-    receipt,
-)
+from ..generation.answer import Generation, brake_lines, receipt
+from ..generation.conversation import Turn
+from ..generation.session import Reply, Session
+from ..steering.request import parse_layers, request
+from ..steering.steering import LARGE_DOSE, LARGE_DOSE_WARNING, Steering
+from ..steering.vector import SteeringVector
+from ..text import count, one_line
 from .commands import Call, parse
 from .plain import Keyboard, Screen
 from .rows import Rows, last_question
 from .status import Status, stats_lines, strength_of, sweep_lines
-
-if TYPE_CHECKING:
-    from ..generation.answer import Generation
-    from ..generation.conversation import Turn
-    from ..generation.session import Reply, Session
-    from ..steering.steering import Steering
 
 SWEEP_MOST = 16  # strengths at once
 SWEEP_FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the strength in force
@@ -43,7 +35,7 @@ class Chat:
         session: the conversation; ``/load`` replaces it.
     """
 
-    def __init__(self, session: "Session", keyboard: Keyboard, screen: Screen):
+    def __init__(self, session: Session, keyboard: Keyboard, screen: Screen):
         self.session, self.keyboard, self.screen = session, keyboard, screen
         self.failures = 0
         self._unsteered: tuple[Turn, Generation] | None = None  # of the last ``/stats``
@@ -77,7 +69,7 @@ class Chat:
             context=session.context,
         )
 
-    def answer(self, reply: "Reply") -> None:
+    def answer(self, reply: Reply) -> None:
         """Show an answer as it comes. Ctrl-C ends it and keeps the text so far.
 
         If there is no text yet, the question goes back to the keyboard for editing.
@@ -118,8 +110,6 @@ class Chat:
         self._tell_steering()
 
     def do_layer(self, argument: str) -> None:
-        from ..steering.request import parse_layers
-
         steering = self._steering()
         if argument:
             layers = parse_layers(argument.replace(",", " ").split(), steering.vector.layers)
@@ -133,14 +123,12 @@ class Chat:
         self._tell_steering()
 
     def do_vector(self, argument: str) -> None:
-        from ..steering.vector import SteeringVector
-
         if argument == "off":
             self.session.set_vector(None)
         elif argument:
             vector = SteeringVector.load(str(Path(argument).expanduser()))
             self.session.set_vector(vector)
-            if warning := other_weights_warning(vector, self.session.model):
+            if warning := self.session.model.other_weights(vector):
                 self.screen.warn(warning)
         self._tell_steering()
 
@@ -172,8 +160,6 @@ class Chat:
         self.screen.note(f"saved {count(len(self.session.turns), 'turn')} in {path}")
 
     def do_load(self, argument: str) -> None:
-        from ..generation.session import Session
-
         now, path = self.session, _path(argument, "/load")
         if not path.is_file():
             raise InputError(f"{path}: no such file. Expected one that /save wrote.")
@@ -251,8 +237,6 @@ class Chat:
 
     def _sweep_steerings(self, argument: str) -> "list[Steering]":
         """Return the steerings to sweep, each strength once, the lowest first."""
-        from ..steering.request import request
-
         now = self._steering()
         words = argument.replace(",", " ").split() or SWEEP_DOSES
         if not argument and now.strength:
@@ -265,14 +249,12 @@ class Chat:
         ]
         return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)
 
-    def _dose(self, steering: "Steering | None") -> float:
+    def _dose(self, steering: Steering | None) -> float:
         """Return the dose of a steering, negative where the strength is."""
         return math.copysign(self.session.model.dose(steering), strength_of(steering))
 
     def _tell_steering(self) -> None:
         """Show what is steered now, and warn of an overdose."""
-        from ..steering.steering import LARGE_DOSE
-
         now = self.status()
         self.screen.note(", ".join(now.settings))
         if abs(now.dose) >= LARGE_DOSE:
@@ -281,7 +263,7 @@ class Chat:
     def _tell_question(self) -> None:
         self.screen.note(f"the last question again: {one_line(last_question(self.session), 60)}")
 
-    def _tell_result(self, reply: "Reply") -> None:
+    def _tell_result(self, reply: Reply) -> None:
         result = reply.result
         if result.finish_reason == "interrupted" and not result.token_ids:
             self.screen.note("stopped before the first token: the question does not count")

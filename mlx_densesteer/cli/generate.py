@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..distributed.ranks import launched_rank
-from ..text import brake_lines, note, receipt
+from ..text import note
 from .options import answer_options, load_draft, model_option, steering_options
 from .steering import described, read_steering, steering_for
 
@@ -69,6 +69,7 @@ def generate(
     request = read_steering(vector, strength, layers, positions)
 
     from ..distributed.stream import settle, stream_over_ranks
+    from ..generation.answer import brake_lines, receipt
     from ..generation.brake import Brake
     from ..generation.sampling import Sampling
     from ..model.prompt import encode_prompt

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import LARGE_DOSE_WARNING, note, other_weights_warning
+from ..text import note
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -63,7 +63,7 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
 def tell_fit(vector: "SteeringVector", model: "Model") -> None:
     """Raise if the vector does not fit the model; warn if it was made for other weights."""
     model.check_fits(vector)
-    if warning := other_weights_warning(vector, model):
+    if warning := model.other_weights(vector):
         note(warning)
 
 
@@ -73,7 +73,7 @@ def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
     ``why`` is the reason for the default layer, empty if the user chose one.
     """
     from ..steering.request import format_dose
-    from ..steering.steering import LARGE_DOSE
+    from ..steering.steering import LARGE_DOSE, LARGE_DOSE_WARNING
     from ..steering.vector import format_layers
 
     where = "" if steering.positions == "all" else f", positions {steering.positions}"

@@ -8,6 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
 from ..steering.steering import Steering
+from ..text import count, signed
 from .brake import Brake, Braked, Repetition
 
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
@@ -61,6 +62,37 @@ class Generation:
     @property
     def density(self) -> float | None:
         return density(self.tokens, self.steps)
+
+
+def receipt(result: Generation, context: int) -> str:
+    """Return one line on an answer: its length, density and speed, and why it was cut off.
+
+    ``context`` is the most tokens that prompt and answer may have together.
+    """
+    parts = [count(result.tokens, "token"), count(result.steps, "step")]
+    if result.density:
+        parts.append(f"density {result.density:.1f}")
+    parts.append(f"first token after {result.time_to_first_token:.2f} s")
+    parts.append(f"then {result.tokens_per_second:.1f} tokens/s")
+    if result.draft_proposed:
+        accepted, proposed = result.draft_accepted, result.draft_proposed
+        parts.append(f"{accepted} of {proposed} draft tokens accepted ({accepted / proposed:.0%})")
+    if result.finish_reason == "length":
+        full = result.prompt_tokens + result.tokens >= context
+        parts.append(f"cut off at {f'the context of {context} tokens' if full else '--max-tokens'}")
+    if result.finish_reason == "interrupted":
+        parts.append("interrupted")
+    return ", ".join(parts)
+
+
+def brake_lines(result: Generation) -> list[str]:
+    """Return a line for each time that the brake cut repetition off."""
+    return [
+        f"the answer began to repeat itself: {count(one.dropped, 'token')} cut off after token "
+        f"{one.at_token}, strength {signed(one.strength_before)} -> {signed(one.strength_after)} "
+        "(--no-brake lets it repeat)"
+        for one in result.brakes
+    ]
 
 
 def check_limits(max_tokens: int, stop: Sequence[str]) -> None:

@@ -200,6 +200,15 @@ class Model:
             model=self.name or "the model",
         )
 
+    def other_weights(self, vector: SteeringVector) -> str | None:
+        """Return a warning if the vector was extracted from other weights than these."""
+        if vector.meta.fingerprint in (None, self.fingerprint):
+            return None
+        return (
+            f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
+            f"fingerprint {vector.meta.fingerprint}; this model is {self.name}, {self.fingerprint})"
+        )
+
     def solutions(self) -> list[tuple[list[int], int]]:
         """Return fixed solutions of three arithmetic stories: token ids, and where the response begins."""
         made = []

@@ -17,6 +17,10 @@ Positions = Literal["all", "generated", "prompt"]
 # Users are warned from this dose on. At about 1 the 0.5B test checkpoint repeats itself without end
 # (benchmarks/dose.py); other projects report collapse from about 1.9 on (docs/steering.md).
 LARGE_DOSE = 0.8
+LARGE_DOSE_WARNING = (
+    "warning: a large dose. The 0.5B test model collapsed at about 100%, others' models at about 190%: "
+    "the same words over and over, text without sense, or no text at all. Try a smaller strength."
+)
 
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 
