@@ -127,7 +127,7 @@ def test_generate_steered_and_unsteered(checkpoint, vector_file):
     assert steered["text"] != plain["text"]
     assert steered["steering"]["layers"] == [16] and steered["steering"]["strength"] == 2
     assert 0.1 < steered["steering"]["dose"] < 1
-    assert "dose" in told
+    assert "% of the residual stream (strength 2)" in told
 
 
 def test_an_overdose_collapses_and_is_warned_of(checkpoint, vector_file):

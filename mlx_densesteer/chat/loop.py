@@ -15,7 +15,7 @@ from ..generation.session import Reply, Session
 from ..steering.request import parse_layers, request
 from ..steering.steering import LARGE_DOSE, LARGE_DOSE_WARNING, Steering
 from ..steering.vector import SteeringVector
-from ..text import count, one_line
+from ..text import count, one_line, signed_dose
 from .commands import Call, parse
 from .plain import Keyboard, Screen
 from .rows import Rows, last_question
@@ -177,7 +177,7 @@ class Chat:
         if not argument:
             self._tell_question()
         rows = Rows(self.session, [None, steering], argument or None)
-        titles, interrupt = ["unsteered", now.amount], None
+        titles, interrupt = ["unsteered", signed_dose(now.dose)], None
         try:
             self.screen.compare(titles, rows, lambda: now)
         except KeyboardInterrupt as error:
