@@ -8,6 +8,10 @@ from pathlib import Path
 # Newer GPUs round float32 products to TF32 unless told not to; exactness is what is tested here.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+# pytest-xdist gives its workers the size of a terminal that the chat's tests do not have.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 # A job in a shell's background ignores Ctrl-C, and all its children would.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

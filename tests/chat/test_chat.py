@@ -371,7 +371,7 @@ def test_a_pipe_is_a_conversation(tmp_path):
         "Kim buys 5: 12+5=17. The number doubles: 17*2=34.\n#### 34\n"
         "Kim buys 5: 12+5=17.\n\nThe number doubles: 17*2=34.\n#### 34\n"
     )
-    assert "--- unsteered\n" in out and "\n--- 0% (strength 0)\n" in out
+    assert "--- unsteered\n" in out and "\n--- 0%\n" in out
     assert f"+20%> {COINS}\n(31 tokens, 1 step, density 31.0" in err
     assert "0%> Kim has \\\n  . 3 coins.\n" in err
     assert "/nothing: no such command" in err and "not UTF-8" in err
