@@ -79,9 +79,9 @@ def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
     reason = f" ({why}; choose with -l and -s)" if why and len(steering.vector.layers) > 1 else ""
     note(
-        f"steering with {steering.vector.name}: layer {format_layers(steering.layers)}, "
+        f"steering with {steering.vector.name}: layer {format_layers(steering.layers)}{reason}, "
         f"{'-' if steering.strength < 0 else ''}{format_dose(dose)} of the residual stream "
-        f"(strength {steering.strength:.3g}){where}{reason}"
+        f"(strength {steering.strength:.3g}){where}"
     )
     if dose >= LARGE_DOSE:
         note(LARGE_DOSE_WARNING)
