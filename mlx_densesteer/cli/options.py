@@ -89,7 +89,7 @@ strength_option = click.option(
     "is towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
 )
 
-_BEST_LAYER = "[default: what a sweep recommended, else the best that extraction measured]"
+_BEST_LAYER = "[default: what a sweep recommended, else one of the best that extraction measured]"
 
 
 def layers_option(remark: str = _BEST_LAYER) -> Decorator:
@@ -110,7 +110,7 @@ positions_option = click.option(
     help="At which tokens to steer. [default: all]",
 )
 
-# Read by ``steering.read_steering``.
+# Read by ``read_steering`` in ``cli/steering.py``.
 steering_options = _options(
     vector_option("Without it nothing is steered."),
     strength_option,

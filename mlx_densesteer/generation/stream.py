@@ -142,7 +142,9 @@ class Stream(Iterator[str]):
     def _tokens(self) -> Generator[int, None, None]:
         """Read the prompt, and yield the tokens that follow it."""
         read, ids = [*self._chunks], self._answer.ids
-        if ids:  # after a brake: read the kept beginning of the answer too
+        # After a brake also read the kept answer, from the last prompt token, whose output chose ids[0].
+        # The loop below feeds ids[-1].
+        if ids:
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         self._prefix.fill(read, self._steering, answering=bool(ids))
         begin = mx.array([ids[-1] if ids else self._last], mx.uint32)

@@ -49,8 +49,9 @@ def patch(network: nn.Module) -> nn.Module:
 
     No parameter, weight or output changes, and a second call changes nothing. mlx-lm's
     ``make_prompt_cache(network)`` then makes unsteered ``SteeredKVCache``s, so that every row of a
-    batch can have its own steering. It then ignores ``max_kv_size``, and mlx-lm's
-    ``load_prompt_cache`` cannot read them (KeyError). ``unpatch`` restores both.
+    batch can have its own steering. While patched, ``make_prompt_cache`` ignores ``max_kv_size``, and
+    ``load_prompt_cache`` raises ``KeyError`` for a file that was saved from these caches. After
+    ``unpatch`` new caches are stock again.
 
     Raises:
         ModelError: a block of another class, even a subclass of Qwen2's.

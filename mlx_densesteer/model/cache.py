@@ -90,8 +90,8 @@ class Shift:
         """Tell which of ``length`` tokens from position ``offset`` on are steered.
 
         Return ``True`` for all, ``False`` for none, else the int32 positions ``(rows, length, 1)``
-        to compare with the bounds. ``offset``, one number or ``(rows,)``, is the cache's before
-        attention advances it.
+        to compare with the bounds. ``offset``, one number or ``(rows,)``, counts the tokens that the
+        cache holds already: call this before attention, which advances it.
         """
         if self.everywhere:
             return True
@@ -107,7 +107,8 @@ class Shift:
     def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h``, plus ``delta`` at the steered positions; shapes as in ``add``.
 
-        For the ``h + r`` of ``add`` it returns the same, bit for bit.
+        ``add_alone(h + r, where)`` is ``add(h, r, where)``, bit for bit. ``h`` is a block's unsteered
+        output; ``Prefix`` steers one that it kept again with this.
         """
         if where is True:
             return _add_alone(h, self.delta)

@@ -132,7 +132,8 @@ def request(
     else:
         amount = Amount(DEFAULT_DOSE, is_dose=True)
     where = positions or (best.get("positions") if swept else None) or "all"
-    # Raises for what can never be applied.
+    # Made only for its checks: what can never be applied fails before a model is loaded.
+    # A dose has no lambda yet; 0 stands in.
     Steering(vector, 0.0 if amount.is_dose else amount.number, chosen, where)
     return Request(vector, amount, chosen, where, why)
 
@@ -176,7 +177,7 @@ def default_layer(vector: SteeringVector) -> tuple[int, str]:
     if measured:
         best = max(measured.values())
         lowest = min(k for k, v in measured.items() if v >= best - NEAR * abs(best))
-        return lowest, "there it favours dense answers most"
+        return lowest, "among the best that extraction measured"
     if len(vector.layers) == 1:
         return min(vector.layers), "it is the vector's only one"
     middle = vector.meta.layer_count // 2
