@@ -14,6 +14,8 @@ from serving import serving
 
 from mlx_densesteer.demo.problems import held_out
 
+pytestmark = pytest.mark.slow
+
 QUESTION = held_out(1)[0].question
 KEY = "a-key-of-many-letters"
 

@@ -26,6 +26,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = [
     ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/v1/steering"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
