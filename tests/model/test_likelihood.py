@@ -1,3 +1,5 @@
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -98,12 +100,14 @@ def test_memory_does_not_grow_with_the_number_of_responses(tiny):
     def peak(count):
         prompts = [[1 + i % 7] * 40 for i in range(count)]
         responses = [[i % 100] * 60 for i in range(count)]
+        gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
+        before = mx.get_active_memory()  # earlier tests' arrays
         nll(tiny, prompts, responses)
-        return mx.get_peak_memory()
+        return mx.get_peak_memory() - before
 
-    assert peak(200) < 1.1 * peak(50)
+    assert peak(200) < 2 * peak(50)  # it would be 4 times; a busy machine frees memory later
 
 
 def test_what_has_no_nll(tiny):
