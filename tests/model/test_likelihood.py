@@ -107,7 +107,8 @@ def test_memory_does_not_grow_with_the_number_of_responses(tiny):
         nll(tiny, prompts, responses)
         return mx.get_peak_memory() - before
 
-    assert peak(200) < 2 * peak(50)  # it would be 4 times; a busy machine frees memory later
+    # the least of three: a busy machine now and then frees memory later
+    assert min(peak(200) for _ in range(3)) < 1.1 * min(peak(50) for _ in range(3))
 
 
 def test_what_has_no_nll(tiny):
