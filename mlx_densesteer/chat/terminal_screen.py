@@ -8,10 +8,13 @@ import contextlib
 import io
 import itertools
 import re
+import signal
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, emphasis, escape
@@ -119,14 +122,16 @@ class _Foot:
     def paint(self, content: RenderableType) -> None:
         began = time.monotonic()
         self._content = content
-        self.live.refresh()
+        with _uninterrupted():
+            self.live.refresh()
         ended = time.monotonic()
         self._next = ended + max(OFTEN, SHARE * (ended - began))
 
     def keep(self, content: RenderableType) -> None:
         """Print ``content`` permanently, in place of what is painted."""
         self._content = Text()
-        self._console.print(Group(content))  # print would take ``no_wrap`` from a bare Text
+        with _uninterrupted():
+            self._console.print(Group(content))  # print would take ``no_wrap`` from a bare Text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         settings = self._now().lines(options.max_width, "Ctrl-C stops")
@@ -141,8 +146,33 @@ class _Foot:
 def _painting(console: Console, now: Now) -> Iterator[_Foot]:
     """Paint at the foot of the screen until the block ends; typed keys are not echoed meanwhile."""
     foot = _Foot(console, now)
-    with _no_echo(), foot.live:
-        yield foot
+    with _no_echo():
+        try:
+            with _uninterrupted():
+                foot.live.start()
+            yield foot
+        finally:
+            with _uninterrupted():
+                foot.live.stop()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block ends.
+
+    Half a painting would not know where it stands, and leave the settings among the answers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,54 @@ def test_an_answer_on_a_terminal_holds_no_escape_codes_of_the_model():
     assert "a\u241b]0;title\u2407".encode() in shown
     assert b"\x1b]" not in shown and b"\x1b[2J" not in shown and b"\x07" not in shown
     assert shown.endswith(b"\r\n") and b"\x1b[?25h" in shown, "the cursor is back"
+
+
+def test_ctrl_c_in_the_middle_of_a_painting_leaves_nothing_behind(monkeypatch):
+    pytest.importorskip("rich")
+    pyte = pytest.importorskip("pyte")
+    from mlx_densesteer.chat.terminal_screen import TerminalScreen
+
+    class Terminal(io.StringIO):
+        """Ctrl-C comes in the middle of the write that is numbered ``at``."""
+
+        def __init__(self, at: int):
+            super().__init__()
+            self.at, self.picture = at, pyte.Screen(80, 24)
+            self.stream = pyte.Stream(self.picture)
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            self.stream.feed(text[: len(text) // 2].replace("\n", "\r\n"))
+            self.at -= 1
+            if self.at == 0:
+                signal.raise_signal(signal.SIGINT)
+            self.stream.feed(text[len(text) // 2 :].replace("\n", "\r\n"))
+            return len(text)
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("mlx_densesteer.chat.terminal_screen.OFTEN", 0)
+    monkeypatch.setattr("mlx_densesteer.chat.terminal_screen.SHARE", 0)
+    for at in range(1, 20):
+        terminal = Terminal(at)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        view, said, interrupted = None, "", False
+        try:
+            view = TerminalScreen().answer(lambda: Status("m", None, 0.0, 1, 2))
+            for piece in ("one\n\n", "two", " words\n\n", "three"):
+                said += piece
+                view.feed(piece)
+        except KeyboardInterrupt:
+            interrupted = True
+        terminal.at = 0
+        if view is not None:
+            view.finish()
+        shown = [line.rstrip() for line in terminal.picture.display]
+        assert [line for line in shown if line] == [line for line in said.split("\n") if line], at
+        if not interrupted:
+            break
+    assert at > 5, "hardly a painting was hit"
 
 
 # Files
