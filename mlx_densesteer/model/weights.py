@@ -94,7 +94,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"folder. {_AGAIN}."
             )
         if not (folder / name).is_file():
-            raise ModelError(f"{folder}: lacks {name[:80]}, which {INDEX} names. {_AGAIN}.")
+            raise ModelError(
+                f"{folder}: lacks {name[:80]}, which {INDEX} names. {_AGAIN}, or remove the index if it is "
+                "another model's."
+            )
     return places
 
 

@@ -266,7 +266,7 @@ def test_what_changes_nothing_is_accepted(model, tmp_path, name):
 
 
 def test_the_end_of_a_turn_that_is_no_end_of_text(model, tmp_path):
-    tokens, kinds, merges = vocabulary()
+    tokens, *_ = vocabulary()
     tokens[tokens.index("<|im_end|>")] = "<|my_turn_ends|>"
 
     def also(writer):
@@ -283,7 +283,7 @@ def test_the_end_of_a_turn_that_is_no_end_of_text(model, tmp_path):
 
 def test_special_tokens_anywhere_in_the_vocabulary(model, tmp_path, capfd):
     """First, in the middle, part of a merge; unused ones between. Every token keeps its number."""
-    plain, _, merges = vocabulary()
+    plain, *_ = vocabulary()
     words = [token for token in plain if token in ("he", "hel") or len(token) == 1]
     middle = [*words[:100], "<|im_start|>", "[PAD102]", "<tool_call>", *words[100:]]
     tokens = ["<|endoftext|>", *middle, "<|im_end|>", "[PAD263]"]
