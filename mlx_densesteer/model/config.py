@@ -295,7 +295,7 @@ def recorded(folder: Path) -> dict[str, object]:
     """Return the record that ``densesteer convert`` or ``bake`` wrote; empty for other folders."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

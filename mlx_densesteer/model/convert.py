@@ -17,7 +17,7 @@ from ..files import check_disk, file_sha256, move_into_place, scratch_folder
 from . import gguf as gguf_model
 from .config import RECORD, check_target, is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
-from .model import cause, load_folder, mlx_lm_folder
+from .model import cause, load_folder, local_path, mlx_lm_folder
 from .weights import read_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -104,7 +104,7 @@ def convert(
     """
     target = _Target(bits, group_size, dtype)
     out = None if out is None else Path(out).expanduser()
-    if revision is not None and Path(source).expanduser().exists():
+    if local_path(source).exists() and revision is not None:
         raise ConversionError(f"{source}: is local, so it has no revision {revision!r}.")
     if out is not None or bits is not None or dtype is not None:  # before a download
         check_target(out or target.folder(_name(source), str(dtype)), source, force)

@@ -345,18 +345,21 @@ def check_finite(network: nn.Module, name: str) -> None:
     The logits of one token depend on every weight but the other rows of untied embeddings, whose
     sums are looked at. The cost is that of one generated token.
     """
-    finite = mx.isfinite(network(mx.array([[0]]))).all()
+    logits = mx.isfinite(network(mx.array([[0]]))).all()
+    sums = mx.array(True)
     if not network.args.tie_word_embeddings:
         for array in network.model.embed_tokens.parameters().values():
             if mx.issubdtype(array.dtype, mx.floating):
-                finite &= mx.isfinite(array.sum(axis=-1)).all()
-    if finite.item():
+                sums &= mx.isfinite(array.sum(axis=-1)).all()
+    if (logits & sums).item():
         return
     wrong = [
         weight
         for weight, array in tree_flatten(network.parameters())
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item()
     ]
+    if logits.item() and not wrong:  # a sum may overflow where no number does
+        return
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(
         f"{name}: its logits are not finite: {found} (dtype {dtype_name(network.model.norm.weight.dtype)}). "
@@ -391,7 +394,7 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
     """
     if str(path_or_repo) == demo.NAME:
         return demo.MODEL
-    path = Path(path_or_repo).expanduser()
+    path = local_path(path_or_repo)
     if path.is_dir():
         return path
     if path.is_file():
@@ -405,6 +408,17 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
         )
     fetch_config(repo, revision=revision)
     return fetch_model(repo, revision=revision)
+
+
+def local_path(path_or_repo: str | Path) -> Path:
+    """Return a path that can be looked up; raise ``ModelError`` for a name that the system refuses."""
+    try:
+        path = Path(path_or_repo).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or the home folder of no user
+        shown = str(path_or_repo)[:100]
+        raise ModelError(f"{shown}: is no path ({cause(error)}). Name a model's folder.") from error
+    return path
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

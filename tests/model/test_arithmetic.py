@@ -19,7 +19,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_densesteer.cli.doctor import tiny_model
-from mlx_densesteer.errors import ModelError, UnsupportedModelError
+from mlx_densesteer.errors import (
+    ConversionError,
+    ExportError,
+    ModelError,
+    UnsupportedModelError,
+)
+from mlx_densesteer.export.llama import llama_config
 from mlx_densesteer.model.config import check_config, read_config
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.model import load
@@ -249,6 +255,54 @@ def test_converted_it_computes_the_same_here_and_in_stock_mlx_lm(models, tmp_pat
     assert np.array_equal(logits(folder), expected)
     stock = np.array(mlx_lm.load(str(folder))[0](mx.arange(48)[None])[0])
     assert np.abs(stock - expected).max() < 1e-3
+
+
+def pack(nibbles):
+    """Pack columns of 4-bit numbers as AutoAWQ's GEMM layout does: eight a word, in its order."""
+    words = np.zeros((nibbles.shape[0], nibbles.shape[1] // 8), np.uint32)
+    for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        words |= nibbles[:, column::8].astype(np.uint32) << np.uint32(4 * place)
+    return mx.array(words.view(np.int32))
+
+
+def test_awq_is_read_as_autoawq_writes_it(write, models, tmp_path):
+    rng = np.random.default_rng(0)
+    plain = mx.load(str(models["as it is"] / "model.safetensors"))
+    packed, dense = {}, {}
+    for name, array in plain.items():
+        stem, _, kind = name.rpartition(".")
+        if not stem.endswith("_proj") or kind != "weight":
+            packed[name] = dense[name] = array.astype(mx.float16)
+            continue
+        rows, columns = array.shape[1], array.shape[0]  # AutoAWQ keeps (in, out)
+        numbers = rng.integers(0, 16, (rows, columns))
+        zeros = rng.integers(0, 16, (rows // 32, columns))
+        scales = rng.uniform(0.01, 0.03, zeros.shape).astype(np.float16)
+        values = (numbers - zeros.repeat(32, 0)) * scales.repeat(32, 0).astype(np.float32)
+        dense[name] = mx.array(values.T).astype(mx.float16)
+        packed |= {
+            f"{stem}.qweight": pack(numbers),
+            f"{stem}.qzeros": pack(zeros),
+            f"{stem}.scales": mx.array(scales),
+        }
+    method = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "version": "gemm",
+        "zero_point": True,
+    }
+    folder = write(tmp_path / "awq", {"quantization_config": method})
+    mx.save_safetensors(str(folder / "model.safetensors"), packed, metadata={"format": "pt"})
+    network, _ = load(folder)
+    for name, module in network.named_modules():
+        if name.endswith("_proj"):
+            made = mx.dequantize(module.weight, module.scales, module.biases, group_size=32, bits=4)
+            assert mx.allclose(made, dense[f"{name}.weight"], atol=2e-3), name
+    with pytest.raises(ConversionError, match="is quantised already"):
+        convert(tmp_path / "awq", tmp_path / "out")
+    with pytest.raises(ExportError, match="is quantised, but not by mlx-lm"):
+        llama_config(read_config(tmp_path / "awq"), "x")
 
 
 DAMAGED = {

@@ -294,3 +294,25 @@ def test_a_model_too_large_for_its_dtype(folder, arrays):
         ModelError, match=r"some value overflows \(dtype float16\).*--dtype bfloat16"
     ):
         load(folder)
+
+
+def test_large_numbers_are_no_infinity(folder, arrays):
+    """The sum of an embedding's row overflows in float16; no logit and no weight does."""
+    changed = {name: array.astype(mx.float16) for name, array in arrays.items()}
+    embedding = changed["model.embed_tokens.weight"]
+    changed |= {
+        "lm_head.weight": embedding,
+        "model.embed_tokens.weight": mx.full(embedding.shape, 2000, mx.float16),
+    }
+    save(folder / "model.safetensors", changed)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert not np.isfinite(np.array(changed["model.embed_tokens.weight"].sum(axis=-1))).any()
+    assert np.isfinite(logits(folder)).all()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x"])
+def test_a_name_that_the_system_refuses(name):
+    for action in (load, convert):
+        with pytest.raises(ModelError, match="is no path"):
+            action(name)

@@ -160,10 +160,9 @@ def damage(path: Path, kind: type[DenseSteerError] = ConversionError) -> Iterato
     """Raise ``kind`` for the exceptions of the gguf package, which has no error class of its own."""
     try:
         yield
-    except (
-        ValueError, KeyError, IndexError, TypeError, OverflowError, ZeroDivisionError,
-        RecursionError, MemoryError, struct.error,
-    ) as error:  # fmt: skip
+    except DenseSteerError:
+        raise
+    except Exception as error:
         raise kind(f"{path}: not a complete GGUF file ({error}). Download it again.") from error
 
 
