@@ -162,6 +162,11 @@ def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> st
             "the Hub cannot be reached, and there is no complete copy in its cache. Check the network (and "
             f"HF_ENDPOINT, HF_HUB_OFFLINE), or name {_OTHERWISE[kind]}."
         )
+    if isinstance(error, EntryNotFoundError) and name == CONFIG:
+        return (
+            "has no config.json, so no model's folder. A LoRA adapter must be merged into its model first; of "
+            "a repository of GGUF files, download one and convert it."
+        )
     if isinstance(error, EntryNotFoundError):
         return f"has no file {name}. Check the name, or name {_OTHERWISE[kind]}."
     if isinstance(error, HfHubHTTPError):

@@ -19,6 +19,7 @@ from helpers import ROOT
 from hub_server import HubServer
 
 REPO, BIG, LLAMA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Llama"
+ADAPTER = "Org/Tiny-Adapter"
 CHUNK = 10 * 2**20  # huggingface_hub writes pieces of this size
 CUT = CHUNK + 2**20
 
@@ -88,8 +89,11 @@ def llama_folder(hf_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folders(hf_folder, big_folder, llama_folder) -> dict[str, Path]:
-    return {REPO: hf_folder, BIG: big_folder, LLAMA: llama_folder}
+def folders(hf_folder, big_folder, llama_folder, tmp_path) -> dict[str, Path]:
+    adapter = tmp_path / "Tiny-Adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    return {REPO: hf_folder, BIG: big_folder, LLAMA: llama_folder, ADAPTER: adapter}
 
 
 @pytest.fixture
@@ -210,6 +214,7 @@ def test_refusals(user, hub):
             "v9",
         ): rf"{REPO}: has no revision 'v9'\. Expected a branch",
         ("fetch_file", REPO, "none.json", None): rf"{REPO}: has no file none\.json",
+        ("fetch_config", ADAPTER, None): rf"{ADAPTER}: has no config\.json.*adapter must be merged",
         ("fetch_file", "Org/Token", "config.json", None): r"answered with 401. Check your token",
         ("fetch_model", "Org/bad name", None): r"Org/bad name: neither a folder here nor a Hub id",
     }

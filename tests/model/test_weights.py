@@ -185,6 +185,11 @@ def test_tensors_that_do_not_fit_the_configuration(folder, arrays):
     save(file, {name: array for name, array in arrays.items() if name != "model.norm.weight"})
     with pytest.raises(ModelError, match=r"cannot be loaded \(ValueError: Missing 1 .*model.norm"):
         load(folder)
+    save(file, arrays)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"cannot be loaded \(ValueError: Missing 1 .*lm_head"):
+        load(folder)
     save(file, arrays | {"model.norm.weight": norm.view(mx.uint16)})
     with pytest.raises(
         UnsupportedModelError, match="model.norm.weight is U16, expected one of BF16"
