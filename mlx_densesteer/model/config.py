@@ -155,13 +155,11 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     check("rms_norm_eps", _is_number(config["rms_norm_eps"]), "a number")
     for key in ("tie_word_embeddings", "use_sliding_window"):
         check(key, type(config.get(key, False)) is bool, "true or false")
-    for key, kind, expected in (
-        ("architectures", str, "names"),
-        ("eos_token_id", int, "token ids"),
-    ):
-        value = config.get(key)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        check(key, all(type(v) is kind for v in values), expected)
+    check("architectures", all(type(v) is str for v in _list(config.get("architectures"))), "names")
+    ends, count = _list(config.get("eos_token_id")), config["vocab_size"]
+    check(
+        "eos_token_id", all(type(v) is int and 0 <= v < count for v in ends), f"ids below {count}"
+    )
     for key in ("torch_dtype", "dtype"):
         check(key, isinstance(config.get(key), str | None), "a name such as bfloat16")
     _check_arithmetic(config, where)
@@ -173,6 +171,10 @@ def _unsupported(where: str, key: str, value: object, expected: str) -> Unsuppor
         f"{where} has {key} {_shown.repr(value)}, which mlx-lm's Qwen2 does not compute; "
         f"expected {expected}."
     )
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _is_number(value: object) -> bool:

@@ -78,10 +78,10 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Return the index: tensor name to file name; ``None`` without one."""
+    if not (folder / INDEX).is_file():
+        return None
     try:
         index = json.loads((folder / INDEX).read_bytes())
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}: {INDEX} cannot be read ({error}). {_AGAIN}.") from error
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -131,6 +131,8 @@ def _check_complete(folder: Path, names: list[str]) -> None:
 def _read_header(file: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
+    if not file.is_file():
+        raise ModelError(f"{file}: is no file, or a link to none. {_AGAIN}.")
     try:
         with file.open("rb") as opened:
             if opened.read(11) == b"version htt":

@@ -318,7 +318,7 @@ DAMAGED = {
     "tie_word_embeddings": ("yes", 1, None),
     "use_sliding_window": ("yes", 1),
     "architectures": (10**1000, {}, [1], True),
-    "eos_token_id": ("2", [1.5], {}, [[1]], True),
+    "eos_token_id": ("2", [1.5], {}, [[1]], True, 260, -1, [1, 2**64]),
     "torch_dtype": (5, ["float32"]),
 }
 ROPES = (
