@@ -293,7 +293,8 @@ def open_folder(
     with loading(path), mlx_lm_folder(path) as place:
         network, config = load_model(place, lazy=lazy)
         if adapter_path is not None:
-            network = load_adapters(network, adapter_path)
+            with loading(Path(adapter_path)):
+                network = load_adapters(network, adapter_path)
             network.eval()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     # Model.room refuses what transformers only warns of.
