@@ -5,7 +5,10 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
 import stat
 import struct
@@ -13,10 +16,11 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from .errors import DiskError, InputError, VectorFormatError
+from .errors import DenseSteerError, DiskError, InputError, VectorFormatError
 
 
 @contextlib.contextmanager
@@ -140,6 +144,108 @@ def _umask() -> int:
     return mask
 
 
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 64
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(
+    data: bytes | str,
+    where: str,
+    *,
+    error: type[DenseSteerError] = InputError,
+    limit: int = MAX_JSON_BYTES,
+    bits: int = 64,
+    remedy: str = "Repair or replace it.",
+) -> object:
+    """Return the JSON value in ``data``, text or UTF-8 with or without a byte order mark.
+
+    Stricter than ``json.loads``: at most ``limit`` bytes and ``MAX_JSON_DEPTH`` levels, finite numbers,
+    integers of ``bits`` bits, no key twice in one object, and no half of a surrogate pair, so that the
+    value can be computed with, written and shown.
+
+    Args:
+        where: what ``data`` is, for the message.
+        bits: of the largest integer; a tokenizer's ``model_max_length`` has 100.
+
+    Raises:
+        error: any of this; the message quotes no more than 30 characters of ``data``.
+    """
+    try:
+        data = data.encode() if isinstance(data, str) else data
+        if len(data) > limit:
+            raise ValueError(f"{len(data):,} bytes, expected at most {limit:,}")
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16, expected UTF-8")
+        value = json.loads(
+            data.removeprefix(codecs.BOM_UTF8).decode(),
+            object_pairs_hook=_object,
+            parse_int=partial(_integer, bits),
+            parse_float=_number,
+            parse_constant=_number,
+        )
+        _check_depth(value)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as cause:
+        if isinstance(cause, UnicodeDecodeError):
+            found = f"UTF-8 (byte 0x{cause.object[cause.start]:02x} at {cause.start})"
+        elif isinstance(cause, UnicodeEncodeError):
+            found = "JSON that can be written again (it has half of a surrogate pair)"
+        elif isinstance(cause, RecursionError):
+            found = f"JSON of at most {MAX_JSON_DEPTH} levels (it is nested too deeply)"
+        else:
+            found = f"JSON that can be read ({cause})"
+        raise error(f"{where}: is not {found}. {remedy}") from cause
+    return value
+
+
+def parse_object(data: bytes | str, where: str, **settings: Any) -> dict[str, object]:
+    """Return the JSON object in ``data``; takes and raises what ``parse_json`` does."""
+    value = parse_json(data, where, **settings)
+    if not isinstance(value, dict):
+        raise settings.get("error", InputError)(
+            f"{where}: is {type(value).__name__}, expected a JSON object with named fields."
+        )
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
+    return made
+
+
+def _integer(bits: int, text: str) -> int:
+    if len(text) > bits or not -(2 ** (bits - 1)) <= int(text) < 2**bits:
+        raise ValueError(f"the integer {text[:20]}... has more than {bits} bits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
+
+
+def _check_depth(value: object) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
     """Return the objects of a JSONL file with their line numbers, counted from 1.
 
@@ -158,33 +264,16 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
         raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it first.")
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = [
-        (number, _parse(f"{path}: line {number}", line))
+        (
+            number,
+            parse_object(line, f"{path}: line {number}", remedy="Repair or remove the line."),
+        )
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not records:
         raise InputError(f"{path}: is empty, expected one JSON object a line.")
     return records
-
-
-def _parse(where: str, line: bytes) -> dict[str, object]:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}); "
-            "convert the file to UTF-8 first."
-        ) from error
-    try:
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON ({error}). Repair or remove the line.") from error
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: is {type(record).__name__}, expected a JSON object with named fields."
-        )
-    return record
 
 
 MAX_BYTES = 64 * 2**20  # of a vector's file; 80 layers x 8192 float32 (Qwen2-72B) are 2.5 MiB
