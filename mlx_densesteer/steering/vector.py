@@ -1,6 +1,7 @@
 """``SteeringVector`` and its ``.npz`` file (docs/vector-format.md). numpy only, no mlx."""
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import numpy as np
 from .. import demo
 from .._version import __version__
 from ..errors import VectorFormatError, VectorMismatchError
-from ..files import atomic_file, parse_object, read_archive
+from ..files import atomic_file, brief, parse_object, read_archive, read_file
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
@@ -160,7 +161,7 @@ class SteeringVector:
             )
         if problems:
             raise VectorMismatchError(
-                f"{self.name}: {'; '.join(problems)}. It was made for {self.meta.model[:80]}. "
+                f"{self.name}: {'; '.join(problems)}. It was made for {brief(self.meta.model)}. "
                 "Use a vector that was extracted from this model."
             )
 
@@ -173,12 +174,18 @@ class SteeringVector:
             DiskError: the folder is missing, or cannot be written.
         """
         path = Path(path)
+        with atomic_file(path) as file:
+            file.write(self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the ``.npz`` file."""
         document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
         arrays = {"meta": np.frombuffer(document, dtype=np.uint8)}
         arrays |= {_entry(layer): array.astype("<f4") for layer, array in self.layers.items()}
-        with atomic_file(path) as file:
-            np.savez(file, **arrays)
-        return path
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -194,7 +201,12 @@ class SteeringVector:
         if path == demo.NAME:
             path, name = demo.VECTOR, demo.NAME
         path = Path(path)
-        members = read_archive(path)
+        return cls.from_bytes(read_file(path), path, name=name or path.name)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path, *, name: str) -> "SteeringVector":
+        """Do what ``load`` does with the content of a file; errors name ``path``."""
+        members = read_archive(path, data)
         if "meta.npy" not in members:
             raise VectorFormatError(
                 f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
@@ -209,12 +221,12 @@ class SteeringVector:
                 "no such array. The file is incomplete; make or download it again."
             )
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
-            raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
+            raise VectorFormatError(f"{path}: {brief(unknown[0])} is not part of the format.")
         layers = {
             layer: _parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
         }
-        return cls(layers, meta, name=name or path.name)
+        return cls(layers, meta, name=name)
 
 
 def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
