@@ -1,9 +1,7 @@
 """Files: the JSON reader and the atomic writers that every room uses."""
 
-import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import disk_of
 
 from mlx_densesteer.errors import DiskError, InputError, SessionError, VectorFormatError
 from mlx_densesteer.evaluation.journal import Journal
@@ -89,17 +88,6 @@ def vector():
     rng = np.random.default_rng(0)
     meta = VectorMeta(model="Qwen/Tiny", hidden_size=512, layer_count=16)
     return SteeringVector({k: rng.normal(size=512) for k in range(1, 16)}, meta)
-
-
-@contextlib.contextmanager
-def disk_of(size):
-    """Let no file grow beyond ``size`` bytes, as on a disk that is full by then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(path, content=b"new"):
