@@ -1,6 +1,8 @@
 """Constants and functions that tests of several rooms share."""
 
+import contextlib
 import os
+import resource
 import zipfile
 from pathlib import Path
 
@@ -76,3 +78,14 @@ def opcodes(
 
 
 VALUES = np.arange(8, dtype="<f2")
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Let no file grow beyond ``size`` bytes, as on a disk that is full by then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

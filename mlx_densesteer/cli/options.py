@@ -228,11 +228,12 @@ def load_draft(name: str | None, tokens: int, model: "Model") -> "Draft | None":
 
 def output_file(text: str, force: bool, *, ending: str = "") -> Path:
     """Return the path of a file to write; refuse it before work begins that could not be saved."""
+    from ..files import file_to_replace
+
     path = Path(text).expanduser()
     if ending and path.suffix != ending:
         raise click.UsageError(f"--out {text}: expected a name that ends in {ending}.")
     if path.exists() and not force:
         raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
-    if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
+    file_to_replace(path)
     return path

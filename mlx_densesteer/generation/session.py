@@ -266,10 +266,10 @@ class Session:
         """Return a saved conversation. ``options`` are those of a new session that ``save`` leaves out.
 
         Raises:
-            SessionError: not a session file, or one of another model.
+            SessionError: not a session file, damaged, or of another model.
         """
         model = Model.of(model)
-        saved = read_session(Path(path))
+        saved = read_session(Path(path), model.network.args.vocab_size)
         ours = model.fingerprint, model.chat_template_sha256
         if ours != (saved.fingerprint, saved.chat_template_sha256):
             raise SessionError(

@@ -60,7 +60,7 @@ def meta_of(
             lists other layers.
     """
     if document is not None:
-        meta, listed = parse_document(path, document.encode())
+        meta, listed = parse_document(path, document)
         if sorted(listed) != sorted(layers):
             raise VectorFormatError(
                 f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
