@@ -457,12 +457,14 @@ def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
 
     Raises:
         VectorFormatError: no such file, not a zip file, truncated, damaged (CRC), encrypted, a
-            duplicate name, or more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked.
+            duplicate name, more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked, or packed
+            more tightly than a vector can be.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(read_file(path) if data is None else data)) as archive:
+        data = read_file(path) if data is None else data
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
-            _check_directory(path, members)
+            _check_directory(path, members, len(data))
             return {member.filename: _read(archive, member) for member in members}
     except (
         zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError,
@@ -482,7 +484,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     return data
 
 
-def _check_directory(path: Path, members: list[zipfile.ZipInfo]) -> None:
+def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
     if len(members) > MAX_MEMBERS:
         raise VectorFormatError(
             f"{path}: {len(members)} members, but a vector file has at most {MAX_MEMBERS}."
@@ -492,10 +494,11 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo]) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise VectorFormatError(f"{path}: {brief(twice[0])} is in the archive more than once.")
     total = sum(member.file_size for member in members)
-    if total > MAX_BYTES:
+    most = min(MAX_BYTES, 4 * size + 2**18)  # floats hardly become smaller
+    if total > most:
         raise VectorFormatError(
-            f"{path}: would unpack to {total:,} bytes, but a vector file has at most "
-            f"{MAX_BYTES:,}. It is a zip bomb or no vector; it was not unpacked."
+            f"{path}: would unpack to {total:,} bytes, but a vector file of {size:,} bytes has at most "
+            f"{most:,}. It is a zip bomb or no vector; it was not unpacked."
         )
     if encrypted := [member.filename for member in members if member.flag_bits & 0x1]:
         raise VectorFormatError(f"{path}: {brief(encrypted[0])} is encrypted; vectors never are.")
