@@ -16,13 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
 
 from .._version import __version__
 from ..errors import DistributedError
 from ..model.block import decoder_blocks, patch
-from ..model.config import origin, read_config, rope
-from ..model.model import Model, find, load, loading, quiet, set_dtype
+from ..model.config import origin, read_config
+from ..model.model import Model, check_finite, find, load, open_folder, set_dtype
 from ..steering.vector import SteeringVector
 from .ranks import Ranks
 
@@ -80,9 +79,7 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
     folder = find(name)
     config = read_config(folder)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
-    with loading(folder):
-        network, config = load_model(folder, lazy=True, model_config=rope(config))
-        tokenizer = quiet(load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")))
+    network, tokenizer, config = open_folder(folder, lazy=True)
     set_dtype(network, folder)
     model = RankModel(network, tokenizer, origin(name), ranks)
     # before the cut: the fingerprint is that of all blocks, and the model keeps it
@@ -96,6 +93,7 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
         mx.eval(block.parameters())
     mx.eval(network.parameters())
     ranks.wait()
+    check_finite(network, str(folder))
     return model
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import ExportError, ModelError
+from ..model.weights import weight_files
 
 _DOWN = ".mlp.down_proj.weight"
 _LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -31,8 +32,10 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
             f"{name}: uses sliding-window attention (use_sliding_window), which `llama` models do "
             "not have. Expected a model with full attention, as Qwen2.5's instruct models."
         )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ExportError(f"{name}: hidden_act is {config['hidden_act']!r}, expected silu.")
+    if config.get("quantization_config") and not config.get("quantization"):
+        raise ExportError(
+            f"{name}: is quantised, but not by mlx-lm. Expected a folder that `densesteer convert` wrote."
+        )
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     return kept | {
         "architectures": ["LlamaForCausalLM"],
@@ -41,9 +44,6 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
         "mlp_bias": True,
         "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
         "hidden_act": "silu",
-        # mlx-lm's defaults for qwen2; its defaults for llama differ
-        "rope_theta": config.get("rope_theta", 1000000.0),
-        "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
@@ -81,14 +81,6 @@ def llama_shards(
         for name in [name for name in arrays if name.endswith(_DOWN)]:
             arrays |= _biases(name.removesuffix(_DOWN), config, deltas, dtype)
         yield arrays
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a model folder, in the order of their names."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no model*.safetensors. Convert or download it again.")
-    return files
 
 
 def weights_dtype(folder: Path) -> mx.Dtype:

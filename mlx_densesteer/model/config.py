@@ -1,39 +1,100 @@
-"""Read the configuration of a model folder. No mlx."""
+"""Read the configuration of a model folder as transformers does. No mlx.
+
+transformers is the reference: what a key means, and what its absence means, is what its
+``Qwen2Config`` and ``modeling_qwen2`` make of it. mlx-lm reads fewer keys and has other defaults, so
+``read_config`` returns a form that both read alike, and refuses what mlx-lm cannot compute.
+"""
 
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConversionError, DenseSteerError, ModelError, UnsupportedModelError
+from .weights import read_tensors, same_bytes
 
 FAMILY = "qwen2"
 RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 
+_COUNTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+# The defaults of transformers' Qwen2Config; the other counts it lacks are refused.
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_IGNORED = ("rope_parameters", "rope_traditional", "partial_rotary_factor")
+_FLOATS = ("BF16", "F16", "F32")
+_shown = reprlib.Repr()
+_shown.maxstring = 60
+
 
 def read_config(folder: Path) -> dict[str, object]:
-    """Return the ``config.json`` of a model folder of the Qwen2 family.
+    """Return the ``config.json`` of a model folder of the Qwen2 family, as mlx-lm has to read it.
 
-    The ``rope_parameters`` of transformers 5 become ``rope_theta`` and ``rope_scaling``, which
-    mlx-lm reads (see ``rope``).
+    Every key that changes what a Qwen2 model computes has the value that transformers uses:
+    defaults are filled in, the ``rope_parameters`` of transformers 5 become ``rope_theta`` and
+    ``rope_scaling``, and ``tie_word_embeddings`` says what the weight files say.
 
     Raises:
-        ModelError: not a model folder.
-        UnsupportedModelError: not of the Qwen2 family; the message names the family.
+        ModelError: not a model folder, or its configuration or weight files are damaged.
+        UnsupportedModelError: not of the Qwen2 family, or it computes something that mlx-lm cannot;
+            the message names the key.
     """
-    file = folder / "config.json"
-    if not file.is_file():
+    try:
+        config = parse_config(_read(folder), str(folder))
+        tensors = read_tensors(folder)
+        head = tensors.get("lm_head.weight")
+        embedding = tensors.get("model.embed_tokens.weight")
+        tied = config.get("tie_word_embeddings", head is None)
+        if tied and head is not None and embedding is not None:
+            tied = same_bytes(head, embedding)  # transformers ties no matrices that differ
+    except OSError as error:
         raise ModelError(
-            f"{folder}: no config.json, so no model folder. Expected one that "
-            "`densesteer convert` or `hf download` wrote."
+            f"{folder}: cannot be read ({error.strerror}). Check the folder's permissions."
+        ) from error
+    if not config.get("quantization") and not config.get("quantization_config"):
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _FLOATS:
+                raise UnsupportedModelError(
+                    f"{folder}: {name[:80]} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}. "
+                    "Get the model's original weights."
+                )
+    return config | {"tie_word_embeddings": tied}
+
+
+def _read(folder: Path) -> bytes:
+    file = folder / "config.json"
+    if file.is_file():
+        return file.read_bytes()
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        try:
+            base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+        except (ValueError, RecursionError, AttributeError):
+            base = None
+        raise ModelError(
+            f"{folder}: is a LoRA adapter (adapter_config.json), no model. Merge it into its model"
+            f"{f' {_shown.repr(base)}' if isinstance(base, str) else ''} (PEFT: merge_and_unload and "
+            "save_pretrained; mlx-lm: mlx_lm.fuse) and name the merged folder."
         )
-    return parse_config(file.read_bytes(), str(folder))
+    raise ModelError(
+        f"{folder}: no config.json, so no model folder. Expected one that "
+        "`densesteer convert` or `hf download` wrote."
+    )
 
 
 def parse_config(content: bytes, name: str) -> dict[str, object]:
-    """Return a parsed ``config.json``; raises as ``read_config`` does."""
+    """Return a parsed ``config.json``, as ``read_config`` but for what only the weight files say."""
     try:
         config = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{name}: config.json is no JSON ({error}). Download it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
@@ -45,44 +106,189 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             f"`mlx_lm.generate --model {name}`, or steer the model that it was made from."
         )
     if config["model_type"] != FAMILY:
-        architectures = config.get("architectures") or ["unknown architecture"]
+        architectures = config.get("architectures")
+        listed = isinstance(architectures, list) and architectures
+        shown = (
+            ", ".join(str(a)[:60] for a in architectures[:3]) if listed else "unknown architecture"
+        )
         raise UnsupportedModelError(
-            f"{name}: is a {config['model_type']} model ({', '.join(map(str, architectures))}), but "
+            f"{name}: is a {config['model_type'][:60]} model ({shown}), but "
             "only the Qwen2 family (Qwen2, Qwen2.5; model_type qwen2) can be steered."
         )
     if "model_file" in config:
         raise UnsupportedModelError(
-            f"{name}: has its own model code ({config['model_file']!r}), which is never run. Use the "
-            "model's original folder."
+            f"{name}: has its own model code ({_shown.repr(config['model_file'])}), which is never run. "
+            "Use the model's original folder."
         )
-    return _without_rope_parameters(config, name)
+    return check_config(config, f"{name}: config.json")
 
 
-def rope(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the rotary embedding's settings in a ``read_config``, for ``mlx_lm.load(model_config=)``."""
-    return {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
+def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
+    """Return a configuration of a Qwen2 model in the form that ``read_config`` describes.
 
+    Args:
+        where: names the file in errors.
 
-def _without_rope_parameters(config: dict[str, object], name: str) -> dict[str, object]:
-    """Replace ``rope_parameters`` by ``rope_theta`` and ``rope_scaling``.
-
-    As in transformers 5, ``rope_scaling`` takes precedence over ``rope_parameters``, and a
-    ``rope_theta`` inside either over the one outside.
+    Raises:
+        ModelError: a value of a wrong type or size.
+        UnsupportedModelError: a value that mlx-lm's Qwen2 does not compute with.
     """
-    rest = {key: value for key, value in config.items() if key != "rope_parameters"}
-    given = config.get("rope_scaling") or config.get("rope_parameters")
-    if not given:
-        return rest
+    config = {**_DEFAULTS, **given}
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
+
+    def check(key: str, right: bool, expected: str) -> None:
+        if not right:
+            found = f"{key} {_shown.repr(config[key])}" if key in config else f"no {key}"
+            raise ModelError(
+                f"{where} has {found}, expected {expected}. Download it again, or correct it."
+            )
+
+    for key in _COUNTS:
+        value = config.get(key)
+        check(key, type(value) is int and 0 < value < 2**31, "a whole number above 0")
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    check("num_hidden_layers", config["num_hidden_layers"] <= 10_000, "at most 10000")
+    check("num_key_value_heads", heads % kv_heads == 0, f"a divisor of the {heads} attention heads")
+    size = config["hidden_size"] // heads
+    check("num_attention_heads", size > 0 and size % 2 == 0, "heads of an even size")
+    check("rms_norm_eps", _is_number(config["rms_norm_eps"]), "a number")
+    for key in ("tie_word_embeddings", "use_sliding_window"):
+        check(key, type(config.get(key, False)) is bool, "true or false")
+    for key, kind, expected in (
+        ("architectures", str, "names"),
+        ("eos_token_id", int, "token ids"),
+    ):
+        value = config.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        check(key, all(type(v) is kind for v in values), expected)
+    for key in ("torch_dtype", "dtype"):
+        check(key, isinstance(config.get(key), str | None), "a name such as bfloat16")
+    _check_arithmetic(config, where)
+    return {k: v for k, v in config.items() if k not in _IGNORED} | _rope(config, where)
+
+
+def _unsupported(where: str, key: str, value: object, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where} has {key} {_shown.repr(value)}, which mlx-lm's Qwen2 does not compute; "
+        f"expected {expected}."
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _check_arithmetic(config: Mapping[str, object], where: str) -> None:
+    """Raise ``UnsupportedModelError`` for a key that transformers honours and mlx-lm ignores."""
+    size = config["hidden_size"] // config["num_attention_heads"]
+    for key, values, expected in (
+        ("hidden_act", ("silu", "swish"), "silu"),
+        ("head_dim", (None, size), f"hidden_size / num_attention_heads, which is {size}"),
+        ("is_causal", (None, True), "true: every token sees only those before it"),
+        ("per_layer_config", (None, {}), "one configuration for all layers"),
+    ):
+        if config.get(key) not in values:
+            raise _unsupported(where, key, config[key], expected)
+    method = config.get("quantization_config")
+    if method and config.get("quantization") is None:
+        kind = method.get("quant_method") if isinstance(method, dict) else method
+        if kind != "awq" or str(method.get("version", "gemm")).lower() != "gemm":
+            raise UnsupportedModelError(
+                f"{where} has weights quantised with {_shown.repr(kind)}, which mlx-lm's Qwen2 does not read. Convert "
+                "the model's original weights (densesteer convert)."
+            )
+    _check_window(config, where)
+
+
+def _check_window(config: Mapping[str, object], where: str) -> None:
+    """Raise ``UnsupportedModelError`` if a layer attends to less than the whole context."""
+    layers, context = config["num_hidden_layers"], config["max_position_embeddings"]
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
+    if kinds is None:
+        windowed = window is not None and not (type(first) is int and first >= layers)
+    else:
+        known = isinstance(kinds, list) and len(kinds) == layers
+        if not known or any(k not in ("full_attention", "sliding_attention") for k in kinds):
+            raise _unsupported(where, "layer_types", kinds, f"full_attention {layers} times")
+        windowed = "sliding_attention" in kinds
+    if windowed and not (type(window) is int and window >= context):
+        raise UnsupportedModelError(
+            f"{where} has sliding-window attention (sliding_window {_shown.repr(window)}), but "
+            "mlx-lm's Qwen2 has full attention only, so it would compute something else. Use a model "
+            "without it, or set max_position_embeddings to at most sliding_window: in so short a "
+            "context the window hides nothing."
+        )
+
+
+def _rope(config: Mapping[str, object], where: str) -> dict[str, object]:
+    """Return ``rope_theta`` and ``rope_scaling`` in a form that transformers and mlx-lm read alike.
+
+    As in transformers 5, ``rope_scaling`` takes precedence over ``rope_parameters``, a ``rope_theta``
+    inside either over the one outside, and ``original_max_position_embeddings`` outside over one
+    inside.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedModelError(
-            f"{name}: its config.json has rope_parameters {given!r}; expected one rotary embedding for all "
-            "layers, as the Qwen2 family has."
+            f"{where} has rope_parameters {_shown.repr(given)}; expected one rotary embedding "
+            "for all layers, as the Qwen2 family has."
         )
-    scaling = {key: value for key, value in given.items() if key != "rope_theta"}
-    if "rope_theta" in given:
-        rest["rope_theta"] = given["rope_theta"]
-    default = scaling.get("type", scaling.get("rope_type", "default")) == "default"
-    return rest | {"rope_scaling": None if default else scaling}
+    kind = given.get("rope_type", given.get("type", "default"))
+
+    def number(key: str, otherwise: float | None = None) -> float:
+        value = given.get(key)
+        value = otherwise if value is None else value
+        if not _is_number(value) or not value:
+            raise ModelError(
+                f"{where} has a rotary embedding of type {_shown.repr(kind)} with {key} "
+                f"{_shown.repr(value)}, expected a number above 0. Download it again, or correct it."
+            )
+        return value
+
+    theta = number("rope_theta", config["rope_theta"])
+    for place in (given, config):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            found = place["partial_rotary_factor"]
+            raise _unsupported(where, "partial_rotary_factor", found, "1: whole heads are rotated")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in ("linear", "dynamic", "llama3", "yarn"):
+        expected = "default, linear, dynamic, llama3 or yarn"
+        raise _unsupported(where, "a rotary embedding of type", kind, expected)
+    scaling = {"type": kind, "rope_type": kind, "factor": number("factor")}
+    if kind in ("llama3", "yarn"):
+        outside = config.get("original_max_position_embeddings")
+        given = given if outside is None else given | {"original_max_position_embeddings": outside}
+        scaling["original_max_position_embeddings"] = number(
+            "original_max_position_embeddings", config["max_position_embeddings"]
+        )
+    if kind == "llama3":
+        scaling |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        scaling |= {key: number(key, n) for key, n in (("beta_fast", 32), ("beta_slow", 1))}
+        if given.get("truncate", True) is not True:
+            raise _unsupported(where, "truncate of yarn", given["truncate"], "true")
+        factor = scaling["factor"]
+        attention = number("attention_factor", _yarn_attention(given, factor))
+        if factor <= 1 and attention != 1:
+            raise _unsupported(where, "attention_factor of yarn", attention, "1 at factor 1")
+        # mlx-lm takes the attention factor from mscale alone; transformers takes it as it is.
+        scaling["attention_factor"] = attention
+        scaling["mscale"] = (attention - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn_attention(given: Mapping[str, object], factor: float) -> float | None:
+    """Return the attention factor that transformers derives, ``None`` if the numbers are none."""
+    own, shared = given.get("mscale") or 0, given.get("mscale_all_dim") or 0
+    if not _is_number(own) or not _is_number(shared):
+        return None
+    if not (own and shared):
+        own, shared = 1, 0
+    scale = 0.1 * math.log(max(factor, 1))
+    return (scale * own + 1) / (scale * shared + 1)
 
 
 def recorded(folder: Path) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import mlx.core as mx
 import mlx_lm
 
 from .._version import __version__
-from ..errors import ConversionError
+from ..errors import ConversionError, DenseSteerError, ModelError
 from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
 from . import gguf as gguf_model
-from .config import RECORD, check_target, is_hub_id, origin, read_config, rope
+from .config import RECORD, check_target, is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
-from .model import Model
+from .model import cause, load_folder, mlx_lm_folder
+from .weights import read_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -157,15 +159,7 @@ def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Tar
             f"{folder}: is quantised already. Convert from the original weights "
             "(quantising twice would lose more), or use it as it is."
         )
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights:
-        raise ConversionError(f"{folder}: no model*.safetensors. Get the safetensors version.")
-    try:
-        parameters = sum(array.size for file in weights for array in mx.load(str(file)).values())
-    except (RuntimeError, ValueError) as error:
-        raise ConversionError(
-            f"{folder}: its weights are damaged or incomplete ({error}). Copy or download them again."
-        ) from error
+    parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(folder).values())
     dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     return _Source(
         name=name,
@@ -184,7 +178,7 @@ def _gguf_source(path: Path, target: _Target, progress: Progress) -> _Source:
     dtype = target.dtype or "bfloat16"
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     with gguf_model.damage(path):
-        config = gguf_model.read_config(reader, dtype)
+        config = gguf_model.read_config(reader, dtype, f"{path}: its metadata")
 
     def prepare(work: Path, progress: Progress) -> Path:
         label = f"dequantising {path.name}"
@@ -222,53 +216,55 @@ def _run_mlx_lm(
     name: str, source: Path, out: Path, target: _Target, dtype: str, folder: Path
 ) -> None:
     try:
-        with full_disk(folder), contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        with (
+            full_disk(folder),
+            mlx_lm_folder(source) as place,
+            contextlib.redirect_stdout(sys.stderr),  # standard output is for results
+        ):
             mlx_lm.convert(
-                str(source),
+                str(place),
                 str(out),
                 quantize=target.bits is not None,
                 q_bits=target.bits,
                 q_group_size=target.group_size if target.bits else None,
                 dtype=dtype,
             )
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError, OSError) as error:
-        raise ConversionError(
-            f"{name}: mlx-lm cannot convert it ({type(error).__name__}: {error})."
-        ) from error
+    except DenseSteerError:
+        raise
+    except Exception as error:  # of mlx-lm, transformers or mlx
+        raise ConversionError(f"{name}: mlx-lm cannot convert it ({cause(error)}).") from error
 
 
 def _finish(out: Path, source: _Source, target: _Target) -> None:
     """Load the new folder, run it once, and write its record."""
     _set_config(out / "config.json", source)
     try:
-        model, tokenizer = mlx_lm.load(str(out))[:2]
-        tokens = tokenizer.encode("What is 12 + 30?")
-        logits = model(mx.array([tokens]))
-        finite = mx.isfinite(logits).all().item()
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        model = load_folder(out, name=source.name)
+        tokens = model.tokenizer.encode("What is 12 + 30?")
+        finite = mx.isfinite(model.network(mx.array([tokens]))).all().item()
+    except ModelError as error:
         raise ConversionError(
-            f"{source.name}: the converted model does not load ({error})."
+            f"{source.name}: the converted model does not load: {str(error).replace(f'{out}: ', '')}"
         ) from error
-    if logits.shape != (1, len(tokens), model.args.vocab_size) or not finite:
+    if not finite:
         raise ConversionError(
-            f"{source.name}: the converted model gives logits of shape {logits.shape}, "
-            f"{'finite' if finite else 'not finite'}. Try --dtype bfloat16 or float32."
+            f"{source.name}: the converted model gives logits that are not finite. Try --dtype "
+            "bfloat16 or float32."
         )
     record = {
         **source.record,
         "bits": target.bits,
         "group_size": target.group_size if target.bits else None,
         "dtype": source.dtype,
-        "fingerprint": Model(model, tokenizer).fingerprint,
+        "fingerprint": model.fingerprint,
         "created_by": f"mlx-densesteer {__version__}, mlx-lm {mlx_lm.__version__}",
     }
     (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _set_config(file: Path, source: _Source) -> None:
-    """Correct what mlx-lm copies from the source: the dtype, and a rope that it does not read."""
+    """Correct what mlx-lm writes: the dtype, and a rope that it was not given (``mlx_lm_folder``)."""
     config = json.loads(file.read_text("utf-8"))
-    for key in ("dtype", "rope_parameters"):
-        config.pop(key, None)
-    config |= {"torch_dtype": source.dtype, **rope(source.config)}
+    config.pop("dtype", None)
+    config |= {"torch_dtype": source.dtype, "rope_scaling": source.config["rope_scaling"]}
     file.write_text(json.dumps(config, indent=4, sort_keys=True), "utf-8")

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import ConversionError, UnsupportedModelError
 from ..steering.formats.gguf import check_header, damage, gguf_package
+from .config import check_config
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -68,6 +69,8 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
     """Raise for variants of Qwen2 files that this module would convert wrongly."""
     stretched = "use the model's file without a stretched context"
     foreign = "its tokenizer is not Qwen2's; convert from the Hub"
+    text_only = "use a model that generates text"
+    changed = "mlx-lm's Qwen2 does not compute this; use a Qwen2 or Qwen2.5 file"
     expected = {  # the values that change nothing, the usual one first
         "split.count": ((1, 0), "the parts must be joined first: gguf-split --merge"),
         "qwen2.rope.scaling.type": (("none",), stretched),
@@ -76,6 +79,13 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
         "tokenizer.ggml.model": (("gpt2",), "use a Qwen2 or Qwen2.5 file"),
         "tokenizer.ggml.pre": (("qwen2",), foreign),
         "tokenizer.ggml.add_bos_token": ((False,), foreign),
+        "tokenizer.ggml.add_eos_token": ((False,), foreign),
+        "qwen2.rope.scaling.attn_factor": ((1, 0), stretched),
+        "qwen2.rope.dimension_sections": (([0, 0, 0, 0],), text_only),
+        "qwen2.attention.causal": ((True,), text_only),
+        "qwen2.attention.scale": ((0,), changed),
+        "qwen2.attention.clamp_kqv": ((0,), changed),
+        "qwen2.expert_count": ((0,), changed),
     }
     for key, (values, remedy) in expected.items():
         field = reader.get_field(key)
@@ -177,38 +187,93 @@ def _value(reader: "GGUFReader", key: str) -> Any:
     return field.contents()
 
 
+def _optional(reader: "GGUFReader", key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _count(reader: "GGUFReader", key: str) -> int:
+    """Return a number that some files have once, and others for every layer."""
+    value = _value(reader, key)
+    values = sorted(set(value)) if isinstance(value, list) else [value]
+    if len(values) != 1 or type(values[0]) is not int:
+        raise ConversionError(
+            f"{key} is {', '.join(str(v)[:20] for v in values[:4])}, expected one whole number: mlx-lm's "
+            "Qwen2 has the same for all layers. Use a Qwen2 or Qwen2.5 file."
+        )
+    return values[0]
+
+
+def _token(reader: "GGUFReader", name: str, tokens: list[str]) -> int | None:
+    """Return the number of a token of the metadata, such as ``eos``; ``None`` if it has none."""
+    number = _optional(reader, f"tokenizer.ggml.{name}_token_id")
+    if number is not None and not (type(number) is int and 0 <= number < len(tokens)):
+        raise ConversionError(
+            f"tokenizer.ggml.{name}_token_id is {str(number)[:20]}, but the vocabulary has {len(tokens)} "
+            "tokens. Download the file again, or get a newer one."
+        )
+    return number
+
+
 def _end_tokens(reader: "GGUFReader") -> list[int]:
-    """Return the tokens that end a response: Qwen's end of turn and end of text."""
+    """Return the tokens that end a response, as llama.cpp finds them: by number, and Qwen's by name."""
     tokens = _value(reader, "tokenizer.ggml.tokens")
     kinds = _value(reader, "tokenizer.ggml.token_type")
-    ends = [int(_value(reader, "tokenizer.ggml.eos_token_id"))]
-    ends += [i for i, t in enumerate(tokens) if t == "<|endoftext|>" and kinds[i] == _CONTROL]
-    return sorted(set(ends), reverse=True)
+    ends = {_token(reader, name, tokens) for name in ("eos", "eot", "eom")} - {None}
+    named = ("<|endoftext|>", "<|im_end|>")
+    ends |= {i for i, t in enumerate(tokens) if t in named and kinds[i] == _CONTROL}
+    return sorted(ends, reverse=True)
 
 
-def read_config(reader: "GGUFReader", dtype: str) -> dict[str, object]:
-    """Return the Hugging Face ``config.json`` of the file."""
+def read_config(reader: "GGUFReader", dtype: str, where: str) -> dict[str, object]:
+    """Return the ``config.json`` of the file, as ``config.read_config`` returns that of a folder.
+
+    Args:
+        where: names the file in errors.
+
+    Raises:
+        ConversionError, ModelError, UnsupportedModelError: a value is missing, wrong, or one that
+            mlx-lm's Qwen2 does not compute with.
+    """
     names = {tensor.name for tensor in reader.tensors}
-    heads = int(_value(reader, "qwen2.attention.head_count"))
-    return {
+    tokens = _value(reader, "tokenizer.ggml.tokens")
+    _value(reader, "tokenizer.ggml.eos_token_id")
+    window = _optional(reader, "qwen2.attention.sliding_window") or None
+    pattern = _optional(reader, "qwen2.attention.sliding_window_pattern")
+    config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_act": "silu",
-        "hidden_size": int(_value(reader, "qwen2.embedding_length")),
-        "intermediate_size": int(_value(reader, "qwen2.feed_forward_length")),
-        "num_hidden_layers": int(_value(reader, "qwen2.block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(_value(reader, "qwen2.attention.head_count_kv")),
-        "max_position_embeddings": int(_value(reader, "qwen2.context_length")),
+        "hidden_size": _count(reader, "qwen2.embedding_length"),
+        "intermediate_size": _count(reader, "qwen2.feed_forward_length"),
+        "num_hidden_layers": _count(reader, "qwen2.block_count"),
+        "num_attention_heads": _count(reader, "qwen2.attention.head_count"),
+        "num_key_value_heads": _count(reader, "qwen2.attention.head_count_kv"),
+        "max_position_embeddings": _count(reader, "qwen2.context_length"),
         "rms_norm_eps": round(float(_value(reader, "qwen2.attention.layer_norm_rms_epsilon")), 12),
         "rope_theta": float(_value(reader, "qwen2.rope.freq_base")),
-        "vocab_size": len(_value(reader, "tokenizer.ggml.tokens")),
+        "vocab_size": len(tokens),
         "tie_word_embeddings": "output.weight" not in names,
-        "eos_token_id": int(_value(reader, "tokenizer.ggml.eos_token_id")),
+        "eos_token_id": _end_tokens(reader),
         "torch_dtype": dtype,
         # Without it, transformers takes the folder for an old one and warns of its tokenizer.
         "transformers_version": metadata.version("transformers"),
     }
+    if window is not None:
+        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+        if isinstance(pattern, list):
+            kinds = ("full_attention", "sliding_attention")
+            config["layer_types"] = [kinds[bool(windowed)] for windowed in pattern]
+    config = check_config(config, where)
+    size = config["hidden_size"] // config["num_attention_heads"]
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        found = _optional(reader, f"qwen2.{key}")
+        if found not in (None, size):
+            raise ConversionError(
+                f"qwen2.{key} is {str(found)[:20]}, expected {size}, the width of a head: mlx-lm's Qwen2 "
+                "has no other. Use a Qwen2 or Qwen2.5 file."
+            )
+    return config
 
 
 def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
@@ -227,8 +292,12 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     kinds = _value(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in _value(reader, "tokenizer.ggml.merges")]
     special = {i: t for i, t in enumerate(tokens) if kinds[i] in (_CONTROL, _USER_DEFINED)}
-    plain = (i for i in range(len(tokens)) if i not in special and kinds[i] != _UNUSED)
-    vocabulary = {tokens[i]: i for i in plain}
+    # The padding at the end is left out. Anything between has to keep its number.
+    count = 1 + max(i for i in range(len(tokens)) if kinds[i] != _UNUSED)
+    vocabulary = {token: i for i, token in enumerate(tokens[:count])}
+    if len(vocabulary) < count:
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise ConversionError(f"token {twice[:60]!r} is in the vocabulary twice. Get a newer file.")
     for merge in merges:  # tokenizers would raise a bare Exception
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             raise ValueError(f"the merge {merge!r} is not in the vocabulary")
@@ -239,21 +308,19 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for i, token in sorted(special.items()):
-        added = AddedToken(token, special=kinds[i] == _CONTROL, normalized=False)
-        if tokenizer.add_tokens([added]) != 1 or tokenizer.token_to_id(token) != i:
-            raise ConversionError(f"token {token!r} should be number {i}; the vocabulary has gaps.")
+    for i, token in special.items():
+        tokenizer.add_tokens([AddedToken(token, special=kinds[i] == _CONTROL, normalized=False)])
     config: dict[str, object] = {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
         "bos_token": None,
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
-        "eos_token": tokens[int(_value(reader, "tokenizer.ggml.eos_token_id"))],
+        "eos_token": tokens[_token(reader, "eos", tokens)],
         "model_max_length": int(_value(reader, "qwen2.context_length")),
     }
-    if padding := reader.get_field("tokenizer.ggml.padding_token_id"):
-        config["pad_token"] = tokens[int(padding.contents())]
+    if (padding := _token(reader, "padding", tokens)) is not None:
+        config["pad_token"] = tokens[padding]
     if template := reader.get_field("tokenizer.chat_template"):
         config["chat_template"] = template.contents()
     return tokenizer, config

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import random
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -12,19 +14,21 @@ from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .. import demo
 from ..demo.problems import calibration, draw_solution
-from ..errors import ContextError, InputError, ModelError
+from ..errors import ContextError, DenseSteerError, InputError, ModelError
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from .block import decoder_blocks, patch
-from .config import is_hub_id, origin, read_config, rope
+from .config import is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
 from .prompt import encode_prompt
 from .residual import residual_norms
+from .weights import INDEX, weight_files
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -273,28 +277,111 @@ def set_dtype(network: nn.Module, path: Path) -> None:
 
 def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None = None) -> Model:
     """Load the model of a folder in the dtype of its file; raises as ``load`` does."""
-    settings = rope(read_config(path))
-    with loading(path):
-        loaded = mlx_lm.load(str(path), model_config=settings, adapter_path=adapter_path)
-    network, tokenizer = loaded[:2]
-    return Model(network, quiet(tokenizer), origin(path) if name is None else name)
+    network, tokenizer, _ = open_folder(path, adapter_path=adapter_path)
+    check_finite(network, str(path))
+    return Model(network, tokenizer, origin(path) if name is None else name)
 
 
-def quiet(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
-    """Return the tokenizer without its warning of long texts; ``Model.room`` refuses them."""
+def open_folder(
+    path: Path, *, adapter_path: str | None = None, lazy: bool = False
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, object]]:
+    """Return a folder's network with stock blocks, its tokenizer, and the configuration of both.
+
+    Args:
+        lazy: leave the weights on the disk until they are used.
+    """
+    with loading(path), mlx_lm_folder(path) as place:
+        network, config = load_model(place, lazy=lazy)
+        if adapter_path is not None:
+            network = load_adapters(network, adapter_path)
+            network.eval()
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    # Model.room refuses what transformers only warns of.
     tokenizer.deprecation_warnings[_TOO_LONG] = True
-    return tokenizer
+    return network, tokenizer, config
+
+
+@contextlib.contextmanager
+def mlx_lm_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary folder of links in which mlx-lm finds what ``path`` holds, and nothing else.
+
+    mlx-lm would load every ``model*.safetensors``, and none if the folder's name has brackets; and
+    it reads ``config.json`` otherwise than transformers (see ``read_config``).
+    """
+    config = read_config(path)
+    check_tokenizer(path)
+    if (config["rope_scaling"] or {}).get("type") == "dynamic":
+        # Changes nothing within max_position_embeddings; mlx-lm's cannot serve a batch.
+        config["rope_scaling"] = None
+    with tempfile.TemporaryDirectory(prefix="densesteer-") as made:
+        place = Path(made)
+        for number, file in enumerate(weight_files(path)):
+            (place / f"model-{number:05d}.safetensors").symlink_to(file.absolute())
+        for file in path.iterdir():
+            if file.suffix not in (".safetensors", ".py") and file.name not in (
+                "config.json",
+                INDEX,
+            ):
+                (place / file.name).symlink_to(file.absolute())
+        (place / "config.json").write_text(json.dumps(config), "utf-8")
+        yield place
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raise ``ModelError`` unless the folder has a tokenizer: transformers would make an empty one."""
+    has = {
+        name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (path / name).is_file()
+    }
+    if "tokenizer.json" not in has and has != {"vocab.json", "merges.txt"}:
+        raise ModelError(
+            f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt. Copy them, and "
+            "tokenizer_config.json, from the model's original folder."
+        )
+
+
+def check_finite(network: nn.Module, name: str) -> None:
+    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
+
+    The logits of one token depend on every weight but the other rows of untied embeddings, whose
+    sums are looked at. The cost is that of one generated token.
+    """
+    finite = mx.isfinite(network(mx.array([[0]]))).all()
+    if not network.args.tie_word_embeddings:
+        for array in network.model.embed_tokens.parameters().values():
+            if mx.issubdtype(array.dtype, mx.floating):
+                finite &= mx.isfinite(array.sum(axis=-1)).all()
+    if finite.item():
+        return
+    wrong = [
+        weight
+        for weight, array in tree_flatten(network.parameters())
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item()
+    ]
+    found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
+    raise ModelError(
+        f"{name}: its logits are not finite: {found} (dtype {dtype_name(network.model.norm.weight.dtype)}). "
+        "Download or convert it again, with --dtype bfloat16 or float32."
+    )
 
 
 @contextlib.contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Raise ``ModelError`` for what mlx-lm raises if it cannot load a folder."""
+    """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+    except DenseSteerError:
+        raise
+    except Exception as error:
         raise ModelError(
-            f"{path}: cannot be loaded ({error}). Convert or download it again."
+            f"{path}: cannot be loaded ({cause(error)}). Convert or download it again."
         ) from error
+
+
+def cause(error: Exception) -> str:
+    """Return the kind of an exception and what it says, in one line of at most 300 characters."""
+    said = " ".join(str(error).split())
+    shown = said if len(said) <= 300 else f"{said[:300]} ..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:

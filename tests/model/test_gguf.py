@@ -7,7 +7,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_densesteer.cli.doctor import tiny_model
-from mlx_densesteer.errors import ConversionError, UnsupportedModelError, install_command
+from mlx_densesteer.errors import (
+    ConversionError,
+    ModelError,
+    UnsupportedModelError,
+    install_command,
+)
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.gguf import hf_name, open_gguf
 from mlx_densesteer.model.model import load
@@ -180,20 +185,140 @@ def test_what_would_be_left_out_is_refused(model, tmp_path, key):
 
 
 UNTRUE = {
-    "eos": lambda w: w.add_eos_token_id(99999),
-    "pad": lambda w: w.add_pad_token_id(99999),
-    "kinds": lambda w: w.add_token_types([1, 1]),
-    "merges": lambda w: w.add_token_merges(["h e", "hz zz"]),
-    "heads": lambda w: w.add_head_count(0),
+    "eos": (
+        lambda w: w.add_eos_token_id(99999),
+        "eos_token_id is 99999, but the vocabulary has 263",
+    ),
+    "pad": (
+        lambda w: w.add_pad_token_id(99999),
+        "padding_token_id is 99999, but the vocabulary has",
+    ),
+    "kinds": (lambda w: w.add_token_types([1, 1]), "not a complete GGUF file"),
+    "merges": (lambda w: w.add_token_merges(["h e", "hz zz"]), "is not in the vocabulary"),
+    "heads": (
+        lambda w: w.add_head_count(0),
+        "num_attention_heads 0, expected a whole number above 0",
+    ),
+    "hidden": (
+        lambda w: w.add_string("qwen2.embedding_length", "64"),
+        "embedding_length is 64, expected one whole",
+    ),
 }
 
 
 @pytest.mark.parametrize("field", UNTRUE)
 def test_fields_that_cannot_be_true(model, tmp_path, field):
-    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[field], also=UNTRUE[field])
-    with pytest.raises(ConversionError, match="not a complete GGUF file|cannot convert it"):
+    also, message = UNTRUE[field]
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=[field], also=also)
+    with pytest.raises((ConversionError, ModelError), match=message):
         convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+ARITHMETIC = {  # keys that change what is computed: what to leave out, what to write, and what is told
+    "a window": ([], lambda w: w.add_sliding_window(16), "sliding_window 16"),
+    "a window in some layers": (
+        [],
+        lambda w: (w.add_sliding_window(16), w.add_sliding_window_pattern([True, False, False, False])),
+        "sliding_window 16",
+    ),
+    "heads by layer": (["heads"], lambda w: w.add_head_count([4, 4, 2, 4]), "head_count is 2, 4, expected one"),
+    "key heads by layer": (
+        ["kv heads"], lambda w: w.add_head_count_kv([2, 2, 1, 2]), "head_count_kv is 1, 2, expected one",
+    ),
+    "mlp by layer": (["mlp"], lambda w: w.add_feed_forward_length([128, 64, 128, 128]), "feed_forward_length is 64, 128"),
+    "width of keys": ([], lambda w: w.add_key_length(32), "key_length is 32, expected 16"),
+    "width of values": ([], lambda w: w.add_value_length(8), "value_length is 8, expected 16"),
+    "rotated part": ([], lambda w: w.add_rope_dimension_count(8), "dimension_count is 8, expected 16"),
+    "not causal": ([], lambda w: w.add_causal_attention(False), "attention.causal is False"),
+    "attention scale": ([], lambda w: w.add_attention_scale(0.5), "attention.scale is 0.5"),
+    "stretched attention": ([], lambda w: w.add_rope_scaling_attn_factors(1.5), "attn_factor is 1.5"),
+    "experts": ([], lambda w: w.add_expert_count(4), "expert_count is 4"),
+    "end added": ([], lambda w: w.add_add_eos_token(True), "add_eos_token is True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_what_would_be_computed_otherwise_is_refused(model, tmp_path, name):
+    leave_out, also, message = ARITHMETIC[name]
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=leave_out, also=also)
+    with pytest.raises((ConversionError, UnsupportedModelError), match=message):
+        convert(path, tmp_path / "out")
+
+
+HARMLESS = {
+    "a window as wide as the context": ([], lambda w: w.add_sliding_window(512)),
+    "a window in no layer": ([], lambda w: (w.add_sliding_window(16), w.add_sliding_window_pattern([False] * 4))),
+    "no window": ([], lambda w: w.add_sliding_window(0)),
+    "heads by layer, all the same": (["heads", "kv heads"], lambda w: (w.add_head_count([4] * 4), w.add_head_count_kv([2] * 4))),
+    "the usual widths": ([], lambda w: (w.add_key_length(16), w.add_value_length(16), w.add_rope_dimension_count(16))),
+    "causal": ([], lambda w: w.add_causal_attention(True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_changes_nothing_is_accepted(model, tmp_path, name):
+    leave_out, also = HARMLESS[name]
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=leave_out, also=also)
+    loaded, _ = load(convert(path, tmp_path / "out", bits=None, dtype="float32"))
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert mx.array_equal(loaded(tokens), model(tokens))
+
+
+def test_the_end_of_a_turn_that_is_no_end_of_text(model, tmp_path):
+    tokens, kinds, merges = vocabulary()
+    tokens[tokens.index("<|im_end|>")] = "<|my_turn_ends|>"
+
+    def also(writer):
+        writer.add_token_list(tokens)
+        writer.add_eos_token_id(tokens.index("<|endoftext|>"))
+        writer.add_eot_token_id(tokens.index("<|my_turn_ends|>"))
+        writer.add_eom_token_id(tokens.index("<tool_call>"))
+
+    path = write_gguf(tmp_path / "tiny.gguf", model, leave_out=["tokens", "eos"], also=also)
+    _, tokenizer = load(convert(path, tmp_path / "out"))
+    ends = {"<|endoftext|>", "<|my_turn_ends|>", "<tool_call>"}
+    assert tokenizer.eos_token_ids == {tokens.index(token) for token in ends}
+
+
+def test_special_tokens_anywhere_in_the_vocabulary(model, tmp_path, capfd):
+    """First, in the middle, part of a merge; unused ones between. Every token keeps its number."""
+    plain, _, merges = vocabulary()
+    words = [token for token in plain if token in ("he", "hel") or len(token) == 1]
+    middle = [*words[:100], "<|im_start|>", "[PAD102]", "<tool_call>", *words[100:]]
+    tokens = ["<|endoftext|>", *middle, "<|im_end|>", "[PAD263]"]
+    own = {"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3, "<tool_call>": 4, "he": 4}
+    kinds = [own.get(token, 5 if "PAD" in token else 1) for token in tokens]
+
+    def also(writer):
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_eos_token_id(tokens.index("<|im_end|>"))
+        writer.add_pad_token_id(0)
+
+    left = ["tokens", "kinds", "eos", "pad"]
+    network = tiny_model(vocabulary=len(tokens))
+    path = write_gguf(tmp_path / "tiny.gguf", network, leave_out=left, also=also)
+    _, tokenizer = load(convert(path, tmp_path / "out"))
+    assert "hole" not in "".join(capfd.readouterr())
+    text = "<|im_start|>hello<tool_call> 12<|endoftext|>h\u00e9<|im_end|>"
+    ids = tokenizer.encode(text)
+    shown = [tokens[i] for i in ids]
+    assert shown == ["<|im_start|>", "he", "l", "l", "o", "<tool_call>", "\u0120", "1", "2", "<|endoftext|>",
+                     "h", "\u00c3", "\u00a9", "<|im_end|>"]  # fmt: skip
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello<tool_call> 12h\u00e9"
+    assert tokenizer.eos_token_ids == {0, tokens.index("<|im_end|>")}
+
+
+def test_a_token_that_is_there_twice(model, tmp_path):
+    tokens, *_ = vocabulary()
+    tokens[5] = tokens[4]
+    path = write_gguf(
+        tmp_path / "tiny.gguf", model, leave_out=["tokens"], also=lambda w: w.add_token_list(tokens)
+    )
+    with pytest.raises(ConversionError, match="is in the vocabulary twice"):
+        convert(path, tmp_path / "out")
 
 
 def test_a_merge_of_one_part(model, tmp_path):
