@@ -30,7 +30,7 @@ from ...errors import (
 )
 from ...files import atomic_path
 from ..vector import SteeringVector, format_layers
-from .base import check_numbers, check_size, layer_of, meta_of
+from .base import check_numbers, check_size, check_total, layer_of, meta_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -110,6 +110,7 @@ def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.n
     from gguf.quants import dequantize
 
     layers = {}
+    check_total(path, (int(tensor.n_elements) for tensor in reader.tensors))
     for tensor in reader.tensors:
         match = _DIRECTION.fullmatch(tensor.name)
         kind = tensor.tensor_type.name
