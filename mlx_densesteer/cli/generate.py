@@ -77,6 +77,7 @@ def generate(
     _tell_demo(model, text)
     loaded, ranks = _load_over_ranks(model, pipeline)
     steering = steering_for(request, loaded)
+    loaded.check_length(text, system)
     pieces = stream_over_ranks(
         loaded,
         ranks,

@@ -30,10 +30,11 @@ from ..generation.batch import generate_batch
 from ..generation.sampling import Sampling
 from ..model.block import make_cache
 from ..model.likelihood import log_likelihoods
-from ..model.model import Model, load
+from ..model.model import load
 from ..steering.request import Request, parse_layers, request
 from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
+from ..text import printable
 
 ROWS = 16  # of --batch_size auto
 
@@ -53,6 +54,7 @@ class DenseSteerLM(TemplateLM):
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
         positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
             of strength, layer and positions.
+        strict: refuse a vector that was made for another model, instead of warning of it.
         revision: of a Hub id.
         max_length: tokens of context and continuation together, by default and at most the model's
             context. A longer text loses its beginning, with a warning.
@@ -72,6 +74,7 @@ class DenseSteerLM(TemplateLM):
         strength: float | str | None = None,
         layer: int | str | Sequence[int] | None = None,
         positions: Positions | None = None,
+        strict: bool = False,
         revision: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -85,7 +88,7 @@ class DenseSteerLM(TemplateLM):
         if unknown:
             raise InputError(
                 f"model_args {', '.join(sorted(unknown))}: unknown. Expected some of pretrained, "
-                "vector, strength, layer, positions, revision, max_length, max_gen_toks, seed."
+                "vector, strength, layer, positions, strict, revision, max_length, max_gen_toks, seed."
             )
         if pretrained is None:
             raise InputError("no model: expected --model_args pretrained=FOLDER_OR_HUB_ID.")
@@ -97,7 +100,9 @@ class DenseSteerLM(TemplateLM):
         self.max_length = min(length or self.model.context, self.model.context)
         self.steering = None
         if asked is not None:
-            _check_fit(asked.vector, self.model)
+            self.model.check_fits(asked.vector)
+            if warning := self.model.other_weights(asked.vector, strict=_yes("strict", strict)):
+                log.warning("%s", printable(warning.removeprefix("warning: ")))
             self.steering = asked.steering(self.model)
             make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
 
@@ -274,18 +279,6 @@ def _read_request(
     return made
 
 
-def _check_fit(vector: SteeringVector, model: Model) -> None:
-    """Raise if the vector does not fit the model; warn if it was made for other weights."""
-    model.check_fits(vector)
-    meta = vector.meta
-    if meta.fingerprint not in (None, model.fingerprint):
-        theirs = f"{meta.model}, fingerprint {meta.fingerprint}"
-        ours = f"{model.name}, {model.fingerprint}"
-        log.warning(
-            "%s was extracted from other weights (%s; this model is %s)", vector.name, theirs, ours
-        )
-
-
 def _read_rows(batch_size: int | str | None, max_batch_size: int | None) -> int:
     if batch_size is None or str(batch_size).startswith("auto"):
         return min(ROWS, max_batch_size or ROWS)
@@ -298,6 +291,14 @@ def _whole(name: str, value: object) -> int:
     if not (number.isascii() and number.isdecimal() and int(number)):
         raise InputError(f"{name} {value!r}: expected a whole number of at least 1.")
     return int(number)
+
+
+def _yes(name: str, value: object) -> bool:
+    """Read a truth value, which lm-eval's ``--model_args`` give as one or as text."""
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise InputError(f"{name} {value!r}: expected true or false.")
+    return known[str(value).lower()]
 
 
 def register() -> None:
@@ -317,7 +318,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except DenseSteerError as error:
-        sys.exit(f"densesteer: {error}")
+        sys.exit(printable(f"densesteer: {error}"))
 
 
 if __name__ == "__main__":

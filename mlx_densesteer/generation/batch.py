@@ -192,6 +192,7 @@ class Batch:
             ContextError: the prompt fills the model's context.
         """
         check_limits(max_tokens, stop)
+        self._model.check_length(prompt)
         tokens = encode_prompt(self._model.tokenizer, prompt)
         if self._generator is None:
             raise InputError("the batch is closed. Make a new Batch.")
@@ -319,6 +320,8 @@ def generate_batch(
     if rows < 1:
         raise InputError(f"{rows} rows at once: expected at least 1.")
     steerings = _for_each("steerings", steering, len(prompts))
+    for number, prompt in enumerate(prompts):
+        model.check_length(prompt, system, what=f"prompt {number}")
     jobs = [
         _Prompt(encode_prompt(model.tokenizer, prompt, system=system, raw=raw), how, limit)
         for prompt, how, limit in zip(prompts, steerings, limits, strict=True)

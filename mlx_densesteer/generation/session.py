@@ -284,6 +284,7 @@ class Session:
         return session
 
     def _lay_out(self, turns: Sequence[Turn], text: str) -> tuple[list[Chunk], int]:
+        self.model.check_length(text, self.system, limit=self.context, what="the question")
         exchanges = [(turn.user, turn.reply.token_ids) for turn in turns]
         return lay_out(self.model.tokenizer, exchanges, text, self.system)
 

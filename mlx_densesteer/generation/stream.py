@@ -214,6 +214,7 @@ def stream(
         ContextError: the prompt fills the model's context.
         VectorMismatchError, SteeringError: the steering cannot be applied.
     """
+    model.check_length(prompt, system)
     tokens = encode_prompt(model.tokenizer, prompt, system=system, raw=raw)
     *rest, last = tokens
     return Stream(

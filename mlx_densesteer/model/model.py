@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,9 +21,16 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .. import demo
 from ..demo.problems import calibration, draw_solution
-from ..errors import ContextError, DenseSteerError, InputError, ModelError
+from ..errors import (
+    ContextError,
+    DenseSteerError,
+    InputError,
+    ModelError,
+    VectorMismatchError,
+)
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
+from ..text import count
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
@@ -41,6 +49,12 @@ _FILES = {  # hints for files that users mistake for a model
 }
 # The key under which transformers notes that it has given this warning.
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+# For ``Model.check_length``: text of this many characters a token at most is encoded at once. Longer text
+# is counted in pieces; a cut adds fewer tokens than this (measured: 5).
+_LIKELY, _PIECE, _AT_CUTS = 4, 2**14, 64
+_PRECISION = re.compile(
+    r"[-_.](mlx|gguf|\d+-?bits?|int\d+|b?f(p|loat)?(16|32)|i?q\d\w*|dwq|awq|gptq)$"
+)
 _SOLUTIONS = 3  # fixed texts on which norms are measured
 
 
@@ -190,10 +204,7 @@ class Model:
         context = min(self.context, limit or self.context)
         room = context - tokens
         if room < min(wanted, 1):
-            raise ContextError(
-                f"{what} has {tokens} tokens, and the model's context is {context}"
-                f"{' with the response' if wanted else ''}. Shorten it."
-            )
+            raise ContextError(_too_long(what, tokens, context, with_response=bool(wanted)))
         return min(wanted, room)
 
     def check_fits(self, vector: SteeringVector) -> None:
@@ -204,14 +215,65 @@ class Model:
             model=self.name or "the model",
         )
 
-    def other_weights(self, vector: SteeringVector) -> str | None:
-        """Return a warning if the vector was extracted from other weights than these."""
-        if vector.meta.fingerprint in (None, self.fingerprint):
+    def other_weights(self, vector: SteeringVector, *, strict: bool = False) -> str | None:
+        """Return a warning if the vector was made for other weights than these, or ``None``.
+
+        For a vector without a fingerprint, as other programs' files have none, the names of the
+        models and their layer counts are compared; precision and organisation in a name do not count.
+
+        Raises:
+            VectorMismatchError: the same, with ``strict``.
+        """
+        meta = vector.meta
+        if meta.fingerprint == self.fingerprint:
             return None
-        return (
-            f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
-            f"fingerprint {vector.meta.fingerprint}; this model is {self.name}, {self.fingerprint})"
-        )
+        if meta.fingerprint is not None:
+            found = (
+                f"was extracted from other weights ({meta.model}, fingerprint {meta.fingerprint}; "
+                f"this model is {self.name}, {self.fingerprint})"
+            )
+        elif (_base_name(meta.model), meta.layer_count) != (
+            _base_name(self.name),
+            self.layer_count,
+        ):
+            found = (
+                f"seems to be made for another model ({meta.model}, {count(meta.layer_count, 'layer')}; "
+                f"this model is {self.name}, {count(self.layer_count, 'layer')}). Its file has no "
+                "fingerprint of the weights"
+            )
+        else:
+            return None
+        if strict:
+            raise VectorMismatchError(
+                f"{vector.name} {found}. Use a vector that was extracted from this model, or leave "
+                "strict (--strict) out."
+            )
+        return f"warning: {vector.name} {found}"
+
+    def check_length(
+        self, *texts: object, limit: int | None = None, what: str = "the prompt"
+    ) -> None:
+        """Raise ``ContextError`` for text that is too long for the context, without encoding all of it.
+
+        A MiB takes seconds to encode. Text that may fit passes; ``room`` then counts all tokens.
+
+        Args:
+            texts: what else a prompt may be (token ids, ``None``) is left out.
+            limit, what: as for ``room``.
+        """
+        context = min(self.context, limit or self.context)
+        given = [text for text in texts if isinstance(text, str)]
+        if sum(map(len, given)) <= _LIKELY * context:
+            return
+        least = 0  # tokens that the texts have for certain
+        for text in given:
+            for start in range(0, len(text), _PIECE):
+                # replaced: lone surrogates, which cannot be encoded and are refused elsewhere
+                piece = text[start : start + _PIECE].encode(errors="replace").decode()
+                tokens = self.tokenizer.encode(piece, add_special_tokens=False)
+                least += max(0, len(tokens) - _AT_CUTS)
+                if least > context:
+                    raise ContextError(_too_long(what, f"more than {context}", context))
 
     def solutions(self) -> list[tuple[list[int], int]]:
         """Return fixed solutions of three arithmetic stories: token ids, and where the response begins."""
@@ -410,6 +472,21 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return ``bfloat16`` for ``mx.bfloat16``."""
     return str(dtype).removeprefix("mlx.core.")
+
+
+def _too_long(what: str, tokens: int | str, context: int, *, with_response: bool = True) -> str:
+    return (
+        f"{what} has {tokens} tokens, and the model's context is {context}"
+        f"{' with the response' if with_response else ''}. Shorten it."
+    )
+
+
+def _base_name(model: str) -> str:
+    """Return the name of a checkpoint without its folder or organisation, and without its precision."""
+    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+    while (shorter := _PRECISION.sub("", name)) != name:
+        name = shorter
+    return name
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:

@@ -45,26 +45,30 @@ class Encoder:
         if isinstance(request, ChatRequest):
             return [self._check(self._chat(request.messages), "messages")]
         prompt = request.prompt
-        if isinstance(prompt, str):
-            prompts = [self._text(prompt)]
-        elif isinstance(prompt[0], str):
-            prompts = [self._text(one) for one in prompt]
-        else:
-            if max(prompt) >= self._vocabulary:
-                raise bad(
-                    f"a token id is too large: expected less than {self._vocabulary}.", "prompt"
-                )
-            prompts = [list(prompt)]
-        return [self._check(tokens, "prompt") for tokens in prompts]
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        return [self._prompt(one) for one in (prompt if several else [prompt])]
 
-    def _text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text) if text else []
+    def _prompt(self, prompt: str | list[int]) -> list[int]:
+        """Return the token ids of one text or of one list of token ids."""
+        if isinstance(prompt, str):
+            self._check_length([prompt], "prompt")
+            return self._check(self._tokenizer.encode(prompt) if prompt else [], "prompt")
+        if max(prompt) >= self._vocabulary:
+            raise bad(f"a token id is too large: expected less than {self._vocabulary}.", "prompt")
+        return self._check(list(prompt), "prompt")
+
+    def _check_length(self, texts: Sequence[str], param: str) -> None:
+        try:
+            self._model.check_length(*texts)
+        except ContextError as error:
+            raise bad(str(error), param, "context_length_exceeded") from error
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise bad("this model has no chat template: use /v1/completions.", "messages")
         if not any(one.role == "user" and one.text.strip() for one in messages):
             raise bad("no message of the user has text: expected at least one.", "messages")
+        self._check_length([one.text for one in messages], "messages")
         plain = [
             {"role": "system" if one.role == "developer" else one.role, "content": one.text}
             for one in messages
