@@ -31,12 +31,16 @@ from ..generation.sampling import Sampling
 from ..model.block import make_cache
 from ..model.likelihood import log_likelihoods
 from ..model.model import load
+from ..model.prompt import TEXT, encode_chat, render_chat
 from ..steering.request import Request, parse_layers, request
 from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
 from ..text import printable
 
 ROWS = 16  # of --batch_size auto
+# Stands for ``TEXT`` in what lm-eval hands on: a noncharacter of Unicode, which it can hash and write
+# to its log. No valid text holds one.
+_TEXT = "\ufdd0"
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +150,17 @@ class DenseSteerLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
-        """Return token ids, with one begin-of-text token at most."""
+        """Return token ids, with one begin-of-text token at most.
+
+        What a message of ``apply_chat_template`` says stays text; elsewhere the text of a control token is
+        that token.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
+        if _TEXT in string:
+            begin = self.tokenizer.encode("", add_special_tokens=add_special_tokens)
+            return [*begin, *encode_chat(self.tokenizer, string.replace(_TEXT, TEXT))]
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
@@ -158,12 +169,13 @@ class DenseSteerLM(TemplateLM):
         """Return the conversation as text in the model's chat template."""
         if not self.tokenizer.has_chat_template:
             raise InputError("the model has no chat template; leave --apply_chat_template out.")
-        return self.tokenizer.apply_chat_template(
+        text = render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return text.replace(TEXT, _TEXT)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Return the steered response to each request, up to the first of its stop texts."""

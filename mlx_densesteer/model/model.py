@@ -30,11 +30,11 @@ from ..errors import (
 )
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
-from ..text import count
+from ..text import count, note
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
-from .prompt import encode_prompt
+from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX, weight_files
 
@@ -60,7 +60,10 @@ _SOLUTIONS = 3  # fixed texts on which norms are measured
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the metadata of a steering vector records of its model; see ``Model.fingerprint``."""
+    """What the metadata of a steering vector records of its model; see ``Model.fingerprint``.
+
+    ``end_of_turn`` is the chat template's, where the checkpoint does not name it (``Model.end_of_turn``).
+    """
 
     name: str
     layer_count: int
@@ -68,6 +71,7 @@ class ModelInfo:
     dtype: str
     quantization: str
     fingerprint: str
+    end_of_turn: str | None = None
 
 
 class Model:
@@ -117,6 +121,11 @@ class Model:
         return self.network.args.hidden_size
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows: numbers from 0 to below it. The tokenizer's may be fewer."""
+        return self.network.args.vocab_size
+
+    @property
     def context(self) -> int:
         """How many tokens a prompt and its response may have together."""
         return self.network.args.max_position_embeddings
@@ -147,7 +156,38 @@ class Model:
             dtype=dtype_name(self.network.model.norm.weight.dtype),
             quantization=f"{kind}{bits}-bit, group {last.group_size}" if bits else "none",
             fingerprint=self.fingerprint,
+            end_of_turn=self.end_of_turn and self.tokenizer.convert_ids_to_tokens(self.end_of_turn),
         )
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that ends a turn in the chat template, if the checkpoint's end tokens do not.
+
+        A base model with a chat template would write it and run on. It is told once, in a note.
+        """
+        token = end_of_turn(self.tokenizer)
+        if token is not None:
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            note(
+                f"{self.name}: the chat template ends a turn with {name}, which is not among the model's end "
+                f"tokens. Answers in the chat template end there too."
+            )
+        return token
+
+    def ends(self, prompt: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that end the answer to a prompt.
+
+        These are the tokenizer's ``eos_token_ids``, and ``end_of_turn`` if the prompt has a control token of
+        the chat template.
+        """
+        ends = frozenset(self.tokenizer.eos_token_ids)
+        if self.end_of_turn is None or self._turn_tokens.isdisjoint(prompt):
+            return ends
+        return ends | {self.end_of_turn}
+
+    @cached_property
+    def _turn_tokens(self) -> frozenset[int]:
+        return turn_tokens(self.tokenizer)
 
     @cached_property
     def chat_template_sha256(self) -> str | None:
@@ -282,7 +322,7 @@ class Model:
             raw = not self.tokenizer.has_chat_template
             prompt = encode_prompt(self.tokenizer, problem.question, raw=raw)
             text = draw_solution(problem, random.Random(problem.id))
-            response = self.tokenizer.encode(text, add_special_tokens=False)
+            response = encode_text(self.tokenizer, text)
             made.append(([*prompt, *response], len(prompt)))
         return made
 
@@ -328,6 +368,7 @@ def load(
     path = find(path_or_repo, revision=revision)
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
+    _ = model.end_of_turn  # told now, not within an answer
     return model
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import ContextError
+from ..errors import ContextError, InputError
 from ..model.model import Model
+from ..model.prompt import encode_chat, encode_prompt, render_chat
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message
 
@@ -19,7 +19,7 @@ class Encoder:
 
     def __init__(self, model: Model):
         self._model, self._tokenizer = model, model.tokenizer
-        self._vocabulary = model.network.args.vocab_size
+        self._vocabulary = model.vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
     async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
@@ -74,11 +74,9 @@ class Encoder:
             for one in messages
         ]
         try:
-            return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True))
-        except TemplateError as error:
-            raise bad(
-                "the model's chat template refuses this order of roles.", "messages"
-            ) from error
+            return encode_chat(self._tokenizer, render_chat(self._tokenizer, plain))
+        except InputError as error:
+            raise bad(str(error), "messages") from error
 
     def _check(self, tokens: list[int], param: str) -> list[int]:
         if not tokens:
@@ -101,10 +99,12 @@ class Encoder:
 
 
 def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the special token that begins a message, if the chat template has one."""
+    """Return the special token that begins a message, if the chat template has one.
+
+    Raises:
+        ModelError: the chat template cannot be used.
+    """
     if not tokenizer.has_chat_template:
         return frozenset()
-    first = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], add_generation_prompt=True
-    )[0]
+    first = encode_prompt(tokenizer, "?")[0]
     return frozenset([first]) & frozenset(tokenizer.get_added_vocab().values())
