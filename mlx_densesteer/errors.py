@@ -26,9 +26,20 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+_LONGEST = 1200  # characters of a message
+
 
 class DenseSteerError(Exception):
-    """Base class: what a user can do something about."""
+    """Base class: what a user can do something about.
+
+    A message that quotes more than can be read loses its middle; its end, the remedy, stays.
+    """
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if len(message) <= _LONGEST:
+            return message
+        return f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 3 :]}"
 
 
 class VectorError(DenseSteerError):

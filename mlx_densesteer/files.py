@@ -2,42 +2,98 @@
 
 import codecs
 import contextlib
+import errno
+import fcntl
 import glob
 import hashlib
+import io
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
 import stat
 import struct
+import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from types import UnionType
+from typing import IO, Any
 
-from .errors import DiskError, InputError, VectorFormatError
+from .errors import DenseSteerError, DiskError, InputError, VectorFormatError
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path``; it replaces ``path`` if the block ends without an error.
+    """Open a file that replaces ``path`` as ``atomic_path`` does.
 
     Raises:
-        DiskError: the folder is missing, or cannot be written.
+        DiskError: as ``atomic_path``.
     """
-    check_parent(path)
-    with _refusals(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as made, made.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield the name of a file to write; it replaces ``path`` if the block ends without an error.
+
+    The new file is on the disk before it gets the name, and has the mode of the file that it replaces.
+    A symbolic link stays one: the file that it points to is replaced. What killed writes left is removed.
+
+    Args:
+        replace: otherwise a file that another process has made meanwhile is kept.
+
+    Raises:
+        DiskError: the folder is missing, ``path`` is read-only or no regular file, or anything that the
+            system raises in the block.
+    """
+    with disk_errors(path):
+        target, mode = file_to_replace(path)
+        with scratch_folder(target) as work:
+            made = work / target.name
+            yield made
+            _sync(made)
+            if mode is not None:
+                made.chmod(mode)
+            if not replace and target.exists():
+                raise _made_meanwhile(path)
+            made.replace(target)
+            _sync(target.parent)
+
+
+def file_to_replace(path: Path) -> tuple[Path, int | None]:
+    """Return the file that a write to ``path`` makes or replaces, and its mode if it is there.
+
+    Raises:
+        DiskError: as ``atomic_path``.
+    """
+    with disk_errors(path):
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        if not target.parent.is_dir():
+            raise DiskError(f"{path}: there is no folder {target.parent}. Make it first.")
+        try:
+            mode = target.stat().st_mode
+        except FileNotFoundError:
+            return target, None
+    if stat.S_ISDIR(mode):
+        raise DiskError(f"{path}: is a folder. Name a file in it (-o).")
+    if not stat.S_ISREG(mode):
+        raise DiskError(f"{path}: is not a regular file, so it is not replaced. Name a file (-o).")
+    if not mode & 0o222 or not os.access(target, os.W_OK):
+        raise DiskError(
+            f"{path}: is read-only. Make it writable (chmod u+w), or choose another name (-o)."
+        )
+    return target, stat.S_IMODE(mode)
+
+
+def _made_meanwhile(path: Path) -> DiskError:
+    return DiskError(f"{path}: another process has made it meanwhile. Choose another name (-o).")
 
 
 @contextlib.contextmanager
@@ -45,14 +101,16 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     """Make a scratch folder beside ``folder``, on the same file system; remove it at the end.
 
     Scratch folders that a killed process left there are removed too.
+
+    Raises:
+        DiskError: there cannot be one.
     """
-    with _refusals(folder):
+    prefix = f".{folder.name[:40]}.partial-"  # with it, a name of the longest length has room too
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.partial-"
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_running(left.name.removeprefix(prefix).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    with _refusals(folder):
+        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _is_running(left.name.removeprefix(prefix).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
     try:
         yield work
@@ -61,30 +119,50 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
-    """Rename ``made``, inside a scratch folder, to ``folder``; an older ``folder`` is removed.
+    """Rename the folder ``made``, inside a scratch folder, to ``folder``; an older one is removed.
 
     Raises:
-        DiskError: another process has made ``folder`` meanwhile, and ``replace`` is not set.
+        DiskError: another process has made ``folder`` meanwhile, and ``replace`` is not set; or it
+            cannot be renamed.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        made.rename(folder)
-        return
-    if not replace:
-        raise DiskError(
-            f"{folder}: another process has made it meanwhile. Choose another name (-o)."
-        )
-    old = made.parent / "old"  # removed with the scratch folder
-    folder.rename(old)
+    with disk_errors(folder):
+        for one in (made, *made.rglob("*")):
+            _sync(one)
+        old = None
+        while True:  # at once, unless other processes replace the same folder
+            try:
+                made.rename(folder)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    if old is not None:
+                        old.rename(folder)
+                    raise
+            if not replace:
+                raise _made_meanwhile(folder)
+            with contextlib.suppress(FileNotFoundError):  # removed with the scratch folder
+                old = folder.rename(Path(tempfile.mkdtemp(dir=made.parent)) / "old")
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        made.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
+        if sys.platform == "darwin":  # its fsync leaves the data in the drive's cache
+            with contextlib.suppress(OSError):  # not on every file system
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # not every file system can sync a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_parent(path: Path) -> None:
     """Raise ``DiskError`` unless the folder of ``path`` exists."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112  (no error for a name that is too long)
         raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
 
 
@@ -115,13 +193,37 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise ``DiskError`` for what the system raises while ``path`` is written."""
     try:
         yield
     except OSError as error:
-        raise DiskError(
-            f"{path}: cannot be written ({error.strerror}). Choose another place (-o)."
-        ) from error
+        raise _refused(path, error) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# mlx and numpy say in their own words that a write came to nothing
+_FULL_TEXTS = (*map(os.strerror, _FULL), "[write]", "requested and", "Not enough free space")
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full."""
+    try:
+        yield
+    except DenseSteerError:
+        raise
+    except Exception as error:
+        if not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> DiskError:
+    full = any(text in str(error) for text in _FULL_TEXTS)
+    remedy = "Make room on the disk, or choose another place" if full else "Choose another place"
+    reason = getattr(error, "strerror", None) or error
+    return DiskError(f"{path}: cannot be written ({reason}). {remedy} (-o).")
 
 
 def _is_running(pid: str) -> bool:
@@ -134,10 +236,151 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def brief(value: object, length: int = 80) -> str:
+    """Return the beginning of a text from a file, for a message."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 64
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(
+    data: bytes | str,
+    where: str,
+    *,
+    error: type[DenseSteerError] = InputError,
+    limit: int = MAX_JSON_BYTES,
+    bits: int = 64,
+    remedy: str = "Repair or replace it.",
+    repair: bool = False,
+) -> object:
+    """Return the JSON value in ``data``, text or UTF-8 with or without a byte order mark.
+
+    Stricter than ``json.loads``: at most ``limit`` bytes and ``MAX_JSON_DEPTH`` levels, finite numbers,
+    integers of ``bits`` bits, no key twice in one object, and no half of a surrogate pair, so that the
+    value can be computed with, written and shown.
+
+    Args:
+        where: what ``data`` is, for the message.
+        bits: of the largest integer; a tokenizer's ``model_max_length`` has 100.
+        repair: put U+FFFD in place of half of a surrogate pair.
+
+    Raises:
+        error: any of this; the message quotes no more than 30 characters of ``data``.
+    """
+    try:
+        data = data.encode() if isinstance(data, str) else data
+        if len(data) > limit:
+            raise ValueError(f"{len(data):,} bytes, expected at most {limit:,}")
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16, expected UTF-8")
+        value = json.loads(
+            data.removeprefix(codecs.BOM_UTF8).decode(),
+            object_pairs_hook=_object,
+            parse_int=partial(_integer, bits),
+            parse_float=_number,
+            parse_constant=_number,
+        )
+        _check_depth(value)
+        if _SURROGATE.search(data):
+            text = json.dumps(value, ensure_ascii=False)
+            if repair:
+                value = json.loads(whole_characters(text))
+            else:
+                text.encode()
+    except (ValueError, RecursionError) as cause:
+        if isinstance(cause, UnicodeDecodeError):
+            found = f"UTF-8 (byte 0x{cause.object[cause.start]:02x} at {cause.start})"
+        elif isinstance(cause, UnicodeEncodeError):
+            found = "JSON that can be written again (it has half of a surrogate pair)"
+        elif isinstance(cause, RecursionError):
+            found = f"JSON of at most {MAX_JSON_DEPTH} levels (it is nested too deeply)"
+        else:
+            found = f"JSON that can be read ({cause})"
+        raise error(f"{where}: is not {found}. {remedy}") from cause
+    return value
+
+
+def parse_object(data: bytes | str, where: str, **settings: Any) -> dict[str, object]:
+    """Return the JSON object in ``data``; takes and raises what ``parse_json`` does."""
+    value = parse_json(data, where, **settings)
+    if not isinstance(value, dict):
+        raise settings.get("error", InputError)(
+            f"{where}: is {type(value).__name__}, expected a JSON object with named fields."
+        )
+    return value
+
+
+def whole_characters(text: str) -> str:
+    """Return ``text`` with U+FFFD for each lone surrogate; two that make a pair are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_fields(record: Mapping[str, object], **kinds: type | UnionType) -> None:
+    """Raise unless every named field of a JSON object has its type; a truth value is no number.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field is something else.
+    """
+    for name, kind in kinds.items():
+        value = record[name]
+        allowed = getattr(kind, "__args__", (kind,))
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in allowed):
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
+
+
+def token_ids(value: object, vocabulary: int) -> tuple[int, ...]:
+    """Return a JSON list as token ids: mlx reads foreign memory at an id outside the vocabulary.
+
+    Raises:
+        TypeError: not a list of integers.
+        ValueError: a number below 0, or not below ``vocabulary``.
+    """
+    if not isinstance(value, list | tuple) or not all(type(one) is int for one in value):
+        raise TypeError(f"{reprlib.repr(value)} is no list of token ids")
+    if outside := [one for one in value if not 0 <= one < vocabulary]:
+        raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocabulary}")
+    return tuple(value)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
+    return made
+
+
+def _integer(bits: int, text: str) -> int:
+    if len(text) > bits or not -(2 ** (bits - 1)) <= int(text) < 2**bits:
+        raise ValueError(f"the integer {text[:20]}... has more than {bits} bits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
+
+
+def _check_depth(value: object) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
@@ -158,7 +401,10 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
         raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it first.")
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = [
-        (number, _parse(f"{path}: line {number}", line))
+        (
+            number,
+            parse_object(line, f"{path}: line {number}", remedy="Repair or remove the line."),
+        )
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -167,69 +413,67 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
     return records
 
 
-def _parse(where: str, line: bytes) -> dict[str, object]:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}); "
-            "convert the file to UTF-8 first."
-        ) from error
-    try:
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON ({error}). Repair or remove the line.") from error
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: is {type(record).__name__}, expected a JSON object with named fields."
-        )
-    return record
-
-
 MAX_BYTES = 64 * 2**20  # of a vector's file; 80 layers x 8192 float32 (Qwen2-72B) are 2.5 MiB
 MAX_MEMBERS = 4096
 
 
-def read_archive(path: Path) -> dict[str, bytes]:
+def read_file(
+    path: Path,
+    what: str = "a vector's file (.npz)",
+    *,
+    error: type[DenseSteerError] = VectorFormatError,
+    limit: int = MAX_BYTES + 2**20,
+    make: str = "Make one with `densesteer extract`, or import one with `densesteer vector import`.",
+) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        what: what it is, and ``make``, how to get one, for the message.
+
+    Raises:
+        error: no such file, a folder, a device or a pipe, unreadable, or more than ``limit`` bytes.
+    """
+    try:
+        state = path.stat()
+        if stat.S_ISDIR(state.st_mode):
+            raise error(f"{path}: is a folder; expected {what}.")
+        if not stat.S_ISREG(state.st_mode):
+            raise error(f"{path}: is not a regular file; expected {what}.")
+        if state.st_size > limit:
+            raise error(f"{path}: has {state.st_size:,} bytes; {what} has at most {limit:,}.")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise error(f"{path}: no such file. {make}") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
+        reason = getattr(cause, "strerror", None) or cause
+        raise error(f"{path}: cannot be read ({reason}). Name {what}.") from cause
+
+
+def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
     """Return every member of a vector's zip file by name, uncompressed.
+
+    Args:
+        data: the file's content, if it has been read already.
 
     Raises:
         VectorFormatError: no such file, not a zip file, truncated, damaged (CRC), encrypted, a
-            duplicate name, or more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked.
+            duplicate name, more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked, or packed
+            more tightly than a vector can be.
     """
-    with _open(path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-                _check_directory(path, members)
-                return {member.filename: _read(archive, member) for member in members}
-        except (
-            zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError,
-            OverflowError, OSError,
-        ) as error:  # fmt: skip
-            raise VectorFormatError(
-                f"{path}: not a complete zip archive ({error}). The file is truncated, damaged or "
-                "of another kind; copy or download it again."
-            ) from error
-
-
-def _open(path: Path) -> BinaryIO:
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.open("rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
+        data = read_file(path) if data is None else data
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            _check_directory(path, members, len(data))
+            return {member.filename: _read(archive, member) for member in members}
+    except (
+        zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError,
+        OverflowError, OSError,
+    ) as error:  # fmt: skip
         raise VectorFormatError(
-            f"{path}: no such file. Make one with `densesteer extract`, or import one with "
-            "`densesteer vector import`."
+            f"{path}: not a complete zip archive ({brief(error)}). The file is truncated, damaged or "
+            "of another kind; copy or download it again."
         ) from error
-    except OSError as error:
-        raise VectorFormatError(
-            f"{path}: cannot be read ({error.strerror}). Name a vector's file."
-        ) from error
-    kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-    raise VectorFormatError(f"{path}: is {kind}; expected a vector's file (.npz).")
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -240,7 +484,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     return data
 
 
-def _check_directory(path: Path, members: list[zipfile.ZipInfo]) -> None:
+def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
     if len(members) > MAX_MEMBERS:
         raise VectorFormatError(
             f"{path}: {len(members)} members, but a vector file has at most {MAX_MEMBERS}."
@@ -248,15 +492,18 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo]) -> None:
     names = [member.filename for member in members]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise VectorFormatError(f"{path}: {twice[0]} is in the archive more than once.")
+        raise VectorFormatError(f"{path}: {brief(twice[0])} is in the archive more than once.")
     total = sum(member.file_size for member in members)
-    if total > MAX_BYTES:
+    most = min(MAX_BYTES, 4 * size + 2**18)  # floats hardly become smaller
+    if total > most:
         raise VectorFormatError(
-            f"{path}: would unpack to {total:,} bytes, but a vector file has at most "
-            f"{MAX_BYTES:,}. It is a zip bomb or no vector; it was not unpacked."
+            f"{path}: would unpack to {total:,} bytes, but a vector file of {size:,} bytes has at most "
+            f"{most:,}. It is a zip bomb or no vector; it was not unpacked."
         )
     if encrypted := [member.filename for member in members if member.flag_bits & 0x1]:
-        raise VectorFormatError(f"{path}: {encrypted[0]} is encrypted; vectors never are.")
+        raise VectorFormatError(f"{path}: {brief(encrypted[0])} is encrypted; vectors never are.")
     plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if odd := [member.filename for member in members if member.compress_type not in plain]:
-        raise VectorFormatError(f"{path}: {odd[0]} is neither stored nor deflated; save it again.")
+        raise VectorFormatError(
+            f"{path}: {brief(odd[0])} is neither stored nor deflated; save it again."
+        )

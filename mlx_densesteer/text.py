@@ -4,11 +4,13 @@ Notes and progress go to standard error; standard output is for results.
 """
 
 import contextlib
+import io
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import click
 
@@ -24,6 +26,41 @@ def silence() -> Iterator[None]:
         yield
     finally:
         _silent = before
+
+
+class _Terminal(io.TextIOWrapper):
+    """A stream to a terminal that shows control characters as visible signs."""
+
+    def __init__(self, beneath: io.TextIOWrapper):
+        known = beneath.encoding.lower().replace("-", "") != "ascii"  # click would go around ours
+        encoding = beneath.encoding if known else "utf-8"
+        super().__init__(beneath.buffer, encoding, "replace", None, True, True)
+        self.beneath = beneath
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+def guard_terminals() -> None:
+    """From now on let only printable text reach a terminal, whoever writes it.
+
+    Names, metadata, text of a model and messages of other libraries could otherwise move the cursor,
+    change the title or reorder a line. Files and pipes get everything as it is.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, _Terminal):
+            if stream.isatty():
+                setattr(sys, name, _Terminal(stream))
+            elif name == "stdout":
+                stream.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
+    os.environ.setdefault("PYTHON_COLORS", "0")  # Python's tracebacks, without escape sequences
+
+
+def unguarded(stream: TextIO) -> TextIO:
+    """Return the stream to which escape sequences of our own can be written."""
+    return getattr(stream, "beneath", stream)
 
 
 def note(message: str) -> None:
@@ -118,20 +155,22 @@ class Live:
     def clear(self) -> None:
         """Erase the lines on the terminal."""
         if self._lines:
-            click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False, err=True)
+            click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False, file=unguarded(sys.stderr))
             self._lines = 0
 
 
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _SHOWN = {code: chr(0x2400 + code) for code in range(0x20)}  # Unicode's control pictures
 _SHOWN |= {0x7F: "\u2421", ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-_SHOWN |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+_SHOWN |= dict.fromkeys([*range(0x80, 0xA0), *_BIDI, *range(0xD800, 0xE000)], "\ufffd")
 
 
 def printable(text: str) -> str:
     """Return ``text`` with a visible sign for every control character but newline and tab.
 
-    Text from a model could otherwise move the cursor or change the terminal's title. Carriage returns
-    are removed. The pieces of a text may be converted one by one.
+    So it cannot move the cursor, change the terminal's title, or show letters in another order than they
+    stand (bidirectional controls). Carriage returns are removed. The pieces of a text may be converted
+    one by one.
     """
     return text.translate(_SHOWN)
 

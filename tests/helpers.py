@@ -1,6 +1,8 @@
 """Constants and functions that tests of several rooms share."""
 
+import contextlib
 import os
+import resource
 import zipfile
 from pathlib import Path
 
@@ -54,21 +56,27 @@ def pt_file(
 
 def opcodes(
     *, cls=b"csteering_vectors.steering_vector\nSteeringVector\n", rebuild=b"ctorch._utils\n_rebuild_tensor_v2\n",
-    storage=b"ctorch\nHalfStorage\n", count=8, offset=0, size=8, stride=1, layer_type=b"decoder_block",
+    storage=b"ctorch\nHalfStorage\n", count=8, offset=0, size=8, stride=1, layer=None, layer_type=b"decoder_block",
 ) -> bytes:  # fmt: skip
-    """Return the pickle of a vector with one layer, as torch.save writes it."""
+    """Return the pickle of a vector with one layer, as torch.save writes it; ``layer``: of a dict."""
 
     def number(n: int) -> bytes:
         return b"J" + n.to_bytes(4, "little", signed=True)
+
+    def numbers(of: int | tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, of if isinstance(of, tuple) else (of,))) + b"t"
 
     def text(t: bytes) -> bytes:
         return b"X" + len(t).to_bytes(4, "little") + t
 
     tensor = (
         rebuild + b"((" + text(b"storage") + storage + text(b"0") + text(b"cpu") + number(count)
-        + b"tQ" + number(offset) + number(size) + b"\x85" + number(stride) + b"\x85\x89"
+        + b"tQ" + number(offset) + numbers(size) + numbers(stride) + b"\x89"
         + b"ccollections\nOrderedDict\n)RtR"
     )  # fmt: skip
+    if layer is not None:  # {layer: tensor}
+        name = number(layer) if isinstance(layer, int) else text(layer)
+        return b"\x80\x02}" + name + tensor + b"s."
     return (
         b"\x80\x02" + cls + b")\x81}(" + text(b"layer_activations") + b"}" + number(0) + tensor + b"s"
         + text(b"layer_type") + text(layer_type) + b"ub."
@@ -76,3 +84,14 @@ def opcodes(
 
 
 VALUES = np.arange(8, dtype="<f2")
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Let no file grow beyond ``size`` bytes, as on a disk that is full by then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

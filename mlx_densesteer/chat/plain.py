@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 
 from ..errors import InputError
-from ..text import printable
 from .rows import Rows
 from .status import Status
 
@@ -45,7 +44,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Show a remark."""
-        click.echo(printable(text), err=True)
+        click.echo(text, err=True)
 
     def receipt(self, text: str) -> None:
         """Show the receipt of an answer."""
@@ -89,8 +88,8 @@ class Screen:
             self.show(lines())
 
     def _echo(self, text: str) -> None:
-        """Write to standard output; a terminal gets control characters as visible signs."""
-        click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+        """Write to standard output."""
+        click.echo(text, nl=False)
 
 
 class Keyboard:
@@ -112,7 +111,7 @@ class Keyboard:
         prompt = status().prompt
         lines = []
         while True:
-            click.echo(printable(prompt), nl=False, err=True)
+            click.echo(prompt, nl=False, err=True)
             try:
                 line = sys.stdin.buffer.readline()
             except KeyboardInterrupt:
@@ -123,7 +122,7 @@ class Keyboard:
                 raise EOFError
             text = _decoded(line).removesuffix("\n").removesuffix("\r")
             if not self.interactive:
-                click.echo(printable(text), err=True)
+                click.echo(text, err=True)
             goes_on = text.endswith("\\") and line
             lines.append(text[:-1] if goes_on else text)
             if not goes_on:

@@ -12,6 +12,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.styles import Style
 
 from ..text import printable
@@ -32,6 +33,7 @@ class TerminalKeyboard(Keyboard):
             multiline=True,
             key_bindings=_bindings(),
             history=_history(),
+            input_processors=[_Printable()],
             completer=_Commands(),
             complete_while_typing=Condition(_is_command),
             reserve_space_for_menu=MENU,
@@ -85,7 +87,17 @@ class _Commands(Completer):
                 yield Completion(word, start_position=-len(argument))
         if kind in ("file", "vector"):
             inner = Document(argument, len(argument))
-            yield from PathCompleter(expanduser=True).get_completions(inner, event)
+            for path in PathCompleter(expanduser=True).get_completions(inner, event):
+                shown = printable(path.display_text)
+                yield Completion(path.text, path.start_position, display=shown)
+
+
+class _Printable(Processor):
+    """Show control characters in a line as visible signs; a file's name or a saved question has them."""
+
+    def apply_transformation(self, line: TransformationInput) -> Transformation:
+        parts = [(style, text.replace("\r", "\u240d")) for style, text, *_ in line.fragments]
+        return Transformation([(style, printable(text)) for style, text in parts])
 
 
 class _History(FileHistory):

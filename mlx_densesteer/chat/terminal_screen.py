@@ -27,7 +27,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from ..text import printable
+from ..text import printable, unguarded
 from .plain import Now, Screen, ShownAnswer
 from .rows import Rows
 
@@ -40,8 +40,9 @@ class TerminalScreen(Screen):
     """Show answers as Markdown, receipts dim, and the settings in force while text comes."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False, markup=False, emoji=False)
-        self._remarks = Console(highlight=False, markup=False, emoji=False, stderr=True)
+        plain = {"highlight": False, "markup": False, "emoji": False}
+        self._console = Console(file=unguarded(sys.stdout), **plain)
+        self._remarks = Console(file=unguarded(sys.stderr), **plain)
 
     def note(self, text: str) -> None:
         self._remarks.print(printable(text))
@@ -112,7 +113,9 @@ class _Foot:
         self._console, self._now = console, now
         self._content: RenderableType = Text()
         self._next = 0.0
-        self.live = Live(self, console=console, auto_refresh=False, transient=True)
+        # not redirected: what others write must pass the guard of terminals (text.py)
+        self.live = Live(self, console=console, auto_refresh=False, transient=True,
+                         redirect_stdout=False, redirect_stderr=False)  # fmt: skip
 
     @property
     def due(self) -> bool:

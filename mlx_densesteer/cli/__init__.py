@@ -14,7 +14,7 @@ import click
 from .._version import __version__
 from ..distributed.ranks import launched_rank
 from ..errors import DenseSteerError
-from ..text import silence
+from ..text import guard_terminals, silence
 from .bake import bake
 from .bench import bench
 from .chat import chat
@@ -47,6 +47,7 @@ class _Commands(click.Group):
 
     def main(self, *args: object, **kwargs: object) -> object:
         _open_closed_streams()
+        guard_terminals()
         return super().main(*args, **kwargs)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
@@ -131,7 +132,8 @@ def _signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+# color: click would take escape sequences out of what goes to files and pipes
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "color": True})
 @click.version_option(__version__, prog_name="densesteer")
 def main() -> None:
     """Run steered small language models on a Mac.

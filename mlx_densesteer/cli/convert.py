@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from ..text import note
+from ..text import note, printable, unguarded
 from . import completers
 from .options import force_option
 
@@ -78,6 +78,7 @@ def _show(what: str, done: int, total: int) -> None:
     if not total:
         note(what)
     elif sys.stderr.isatty():
-        click.echo(f"\rdensesteer: {what}: {done}/{total}", nl=done == total, err=True)
+        line = f"\rdensesteer: {printable(what)}: {done}/{total}"
+        click.echo(line, nl=done == total, file=unguarded(sys.stderr))
     elif done == total:
         note(f"{what}: {total} tensors")

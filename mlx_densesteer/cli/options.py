@@ -110,12 +110,22 @@ positions_option = click.option(
     help="At which tokens to steer. [default: all]",
 )
 
+STRICT = f"{__name__}.strict"  # its key in the context's ``meta``, where ``tell_fit`` finds it
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, option, value: ctx.meta.__setitem__(STRICT, value),
+    help="Refuse a vector that was made for another model, instead of warning of it.",
+)
+
 # Read by ``read_steering`` in ``cli/steering.py``.
 steering_options = _options(
     vector_option("Without it nothing is steered."),
     strength_option,
     layers_option(),
     positions_option,
+    strict_option,
 )
 
 max_tokens_option = click.option(
@@ -228,11 +238,12 @@ def load_draft(name: str | None, tokens: int, model: "Model") -> "Draft | None":
 
 def output_file(text: str, force: bool, *, ending: str = "") -> Path:
     """Return the path of a file to write; refuse it before work begins that could not be saved."""
+    from ..files import file_to_replace
+
     path = Path(text).expanduser()
     if ending and path.suffix != ending:
         raise click.UsageError(f"--out {text}: expected a name that ends in {ending}.")
     if path.exists() and not force:
         raise click.ClickException(f"{path}: exists already. Choose another name or use --force.")
-    if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: there is no folder {path.parent}. Make it first.")
+    file_to_replace(path)
     return path

@@ -15,6 +15,7 @@ from .options import (
     no_nll_option,
     positions_option,
     run_options,
+    strict_option,
     task_options,
     vector_option,
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     "--strengths=-10%,10%,20%. 0 is always added.",
 )
 @positions_option
+@strict_option
 @task_options
 @run_options
 @click.option(
@@ -107,12 +109,14 @@ def sweep(
     from dataclasses import asdict
 
     from .. import demo
-    from ..files import atomic_file
+    from ..files import atomic_file, disk_errors, file_to_replace
     from ..steering.request import Amount
 
     steering_vector = read_vector(vector)
     if write and vector == demo.NAME:
         raise click.UsageError("--write: the embedded vector cannot be changed; extract your own.")
+    if write:
+        file_to_replace(Path(vector))
     chosen = _layers(layers, steering_vector)
     amounts = [Amount.parse(part) for part in strengths.split(",")]
     if not any(amount.number for amount in amounts):
@@ -140,7 +144,8 @@ def sweep(
             "taken for theirs. Leave --write out, or extract a vector from this model."
         )
     settings = settings_of(loaded, steering_vector, chosen, amounts, positions=where)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     note(
         f"{count(len(settings), 'setting')} x {count(len(problems), 'problem')}; results in {folder}"
     )

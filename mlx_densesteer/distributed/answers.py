@@ -84,7 +84,8 @@ def _answer(
     journal, progress = options["journal"], options.get("progress", lambda answers, tokens: None)
     ranks.same(_digest(problems, steerings, options), "problems, vectors, settings or versions")
     _exchange(ranks, journal)
-    done, todo = _split(problems, steerings, journal, options.get("with_nll", True))
+    with_nll, vocabulary = options.get("with_nll", True), model.network.args.vocab_size
+    done, todo = _split(problems, steerings, journal, with_nll, vocabulary)
     known = answer(model, done, steerings, **options | {"progress": lambda answers, tokens: None})
     mine = options | {
         "progress": lambda answers, tokens: progress([*known, *answers], tokens),
@@ -99,9 +100,10 @@ def _split(
     steerings: Sequence[Steering | None],
     journal: Journal,
     with_nll: bool,
+    vocabulary: int,
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems whose answers the journal holds in full, and the other problems."""
-    known = read_answers(journal)
+    known = read_answers(journal, vocabulary)
 
     def is_done(problem: Problem) -> bool:
         found = [known.get(key) for key in keys_of([problem], steerings)]
@@ -139,10 +141,8 @@ def _new(journal: Journal, records: Iterable[dict]) -> list[dict]:
     return [record for record in records if _identity(record) not in known]
 
 
-def _identity(record: dict) -> tuple:
-    if "nll_of" in record:
-        return ("nll", *record["nll_of"])
-    return tuple(record.get(name) for name in ("problem", "content", "steering"))
+def _identity(record: dict) -> str:
+    return json.dumps([record.get(name) for name in ("nll_of", "problem", "content", "steering")])
 
 
 def _digest(

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Protocol, TypedDict, Unpack
 
-from ..errors import InputError, ModelError
+from ..errors import ModelError
+from ..files import check_fields, token_ids
 from ..generation.answer import Generation
 from ..generation.batch import ROWS, generate_batch
 from ..model.likelihood import nll
@@ -19,7 +20,7 @@ from ..model.model import Model
 from ..model.prompt import encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .grading import grade
-from .journal import Journal
+from .journal import Journal, not_a_record
 from .tasks import Problem
 
 FORMAT = "mlx-densesteer answers 1"
@@ -145,7 +146,7 @@ def answer(
     wanted = keys_of(problems, steerings)
     by_print = {_fingerprint(steering): steering for steering in steerings}
     by_id = {problem.id: problem for problem in problems}
-    there = read_answers(journal) if journal else {}
+    there = read_answers(journal, model.network.args.vocab_size) if journal else {}
     found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
     missing = [key for key in wanted if key not in found]
     generated = 0
@@ -201,27 +202,38 @@ def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-def read_answers(journal: Journal) -> dict[Key, Answer]:
+_KINDS = {
+    **dict.fromkeys(("problem", "content", "steering", "text", "finish_reason"), str),
+    **dict.fromkeys(("correct", "by_reference"), bool),
+    "steps": int,
+    "seconds": int | float,
+    "found": str | None,
+    "by_math_verify": bool | None,
+    "nll": int | float | None,
+}
+
+
+def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
     """Return the answers that a journal holds, each with its NLL.
 
     Raises:
-        InputError: a record is no answer.
+        InputError: a record is no answer of a model with ``vocabulary`` tokens.
     """
     answers: dict[Key, Answer] = {}
     for number, record in enumerate(journal.records, 2):
         try:
             if "nll_of" in record:
+                check_fields(record, nll_of=list, nll=int | float)
                 key = tuple(record["nll_of"])
                 if key in answers:
-                    answers[key] = replace(answers[key], nll=float(record["nll"]))
+                    answers[key] = replace(answers[key], nll=record["nll"])
             else:
-                made = Answer(**(record | {"token_ids": tuple(record["token_ids"])}))
+                check_fields({"nll": None} | record, **_KINDS)
+                ids = token_ids(record["token_ids"], vocabulary)
+                made = Answer(**(record | {"token_ids": ids}))
                 answers[made.key] = made
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{journal.path}: line {number} is no answer ({error!r}): damaged. Remove the line, "
-                "or move the file away and start again."
-            ) from error
+            raise not_a_record(journal, number, "answer", error) from error
     return answers
 
 

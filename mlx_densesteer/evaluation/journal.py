@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ..errors import DiskError, InputError
+from ..files import brief, check_parent, disk_errors, parse_object
 
 
 class Journal:
@@ -31,12 +32,9 @@ class Journal:
 
     def __init__(self, path: str | Path, header: dict):
         self.path = Path(path)
-        if not self.path.absolute().parent.is_dir():
-            raise DiskError(f"{self.path}: there is no folder {self.path.parent}. Make it first.")
-        try:
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise DiskError(f"{self.path}: cannot be written ({error.strerror}).") from error
+        check_parent(self.path)
+        with disk_errors(self.path):
+            self._file = self.path.open("a+b", buffering=0)  # a full disk is noticed at once
         try:
             self._lock()
             self.records = self._read(json.loads(json.dumps(header)))
@@ -59,16 +57,24 @@ class Journal:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DiskError(
-                f"{self.path}: another process is writing it. Wait for it, or name another file (-o)."
-            ) from error
+        with disk_errors(self.path):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DiskError(
+                    f"{self.path}: another process is writing it. Wait for it, or name another file (-o)."
+                ) from error
 
     def _write(self, record: dict) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        with disk_errors(self.path):
+            end = self._file.seek(0, os.SEEK_END)
+            line = _line(record)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(end)  # the next line must not follow half of one
+                raise
 
     def _read(self, header: dict) -> list[dict]:
         self._file.seek(0)
@@ -80,7 +86,7 @@ class Journal:
                 raise InputError(
                     f"{self.path}: is not a journal of this program. Name another file (-o)."
                 )
-            self._file.truncate(0)
+            self._cut(0)
             self._write(header)
             return []
         if lines[0].get("format") != header.get("format"):
@@ -97,22 +103,24 @@ class Journal:
                 f"{_brief(wanted)}. Use the same settings to go on, or name another place (-o)."
             )
         if whole < len(data):
-            os.truncate(self.path, whole)
+            self._cut(whole)
         return lines[1:]
 
+    def _cut(self, size: int) -> None:
+        with disk_errors(self.path):
+            self._file.truncate(size)
+
     def _parse(self, number: int, line: bytes) -> dict:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{self.path}: line {number} is not JSON ({error}): damaged, or not a journal "
-                "of this program. Move it away and start again."
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{self.path}: line {number} is no JSON object. Name another file (-o)."
-            )
-        return record
+        remedy = "Damaged, or not a journal of this program: move it away and start again."
+        return parse_object(line, f"{self.path}: line {number}", remedy=remedy, repair=True)
+
+
+def not_a_record(journal: Journal, number: int, what: str, error: Exception) -> InputError:
+    """Return the error for line ``number`` of a journal, which is no ``what``."""
+    return InputError(
+        f"{journal.path}: line {number} is no {what} ({brief(repr(error))}): damaged. Remove the line, "
+        "or move the file away and start again."
+    )
 
 
 def _line(record: dict) -> bytes:
@@ -121,5 +129,4 @@ def _line(record: dict) -> bytes:
 
 
 def _brief(values: dict) -> str:
-    text = json.dumps(values, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:197] + "..."
+    return brief(json.dumps(values, ensure_ascii=False), 200)

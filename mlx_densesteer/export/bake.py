@@ -17,7 +17,7 @@ import mlx_lm
 
 from .._version import __version__
 from ..errors import ExportError
-from ..files import check_disk, move_into_place, scratch_folder
+from ..files import check_disk, full_disk, move_into_place, scratch_folder
 from ..model.block import deltas
 from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
 from ..model.model import ModelInfo, cause, find, load_folder
@@ -151,7 +151,7 @@ def bake(
         name = plan.baked.source.name
         llama_gguf.write(plan.folder, plan.target, plan.shards, out, name, setting)
         return plan.baked
-    with scratch_folder(out) as work:
+    with scratch_folder(out) as work, full_disk(out):
         made = work / "baked"
         _write_folder(plan, made)
         progress("comparing every tensor, and running it with stock mlx-lm")

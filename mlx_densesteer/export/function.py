@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from .._version import __version__
 from ..errors import ExportError
-from ..files import check_disk, check_parent, move_into_place, scratch_folder
+from ..files import atomic_path, check_disk, file_to_replace, full_disk
 from ..model.block import deltas, make_cache
 from ..model.cache import EVERYWHERE, Shift
 from ..model.likelihood import head_of
@@ -99,14 +99,11 @@ def export_function(
     metadata = _metadata(model, steering, capacity, lengths)
     size = file_size(network, len(lengths))
     check_disk(path.parent, size, "the function file")
-    with scratch_folder(path) as work:
-        made = work / path.name
-        with _mlx_errors(path):
-            progress(f"writing {path.name}, about {size / 1e6:.0f} MB")
-            _write(made, network, steering, metadata)
-            progress("checking it against run-time steering")
-            found = _check(made, network, steering, metadata)
-        move_into_place(made, path, replace=force)
+    with atomic_path(path, replace=force) as made, _mlx_errors(path), full_disk(path):
+        progress(f"writing {path.name}, about {size / 1e6:.0f} MB")
+        _write(made, network, steering, metadata)
+        progress("checking it against run-time steering")
+        found = _check(made, network, steering, metadata)
     return replace(found, path=path)
 
 
@@ -132,7 +129,7 @@ def check_path(path: Path, force: bool) -> None:
             f"{path}: exists already. Choose another name (-o), or replace it (--force; in Python "
             "force=True)."
         )
-    check_parent(path)
+    file_to_replace(path)
 
 
 def _capacity(model: Model, wanted: int | None) -> int:
@@ -182,7 +179,7 @@ def _metadata(
         "largest_strength": min(float32, limit / float(largest)) if largest else float32,
         "positions": steering.positions,
         "vocab_size": network.args.vocab_size,
-        "eos": sorted(int(token) for token in model.tokenizer.eos_token_ids),
+        "eos": sorted({*model.tokenizer.eos_token_ids, model.end_of_turn} - {None}),
         "capacity": capacity,
         "chunks": list(lengths),
         "layer_count": info.layer_count,

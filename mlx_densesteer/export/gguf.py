@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ExportError
-from ..files import scratch_folder
+from ..files import atomic_path
 from ..model.gguf import SPLIT, gguf_name
-from ..steering.formats.gguf import check_header, damage, gguf_package
+from ..steering.formats.gguf import check_header, complete, damage, gguf_package
 from .closeness import differing
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def write(
     """
     gguf = gguf_package(out, ExportError)
     vocabulary = _vocabulary(folder, int(config["vocab_size"]))
-    with scratch_folder(out) as work:
-        writer = gguf.GGUFWriter(work / out.name, ARCHITECTURE)
+    with atomic_path(out) as made:
+        writer = gguf.GGUFWriter(made, ARCHITECTURE)
         writer.add_name(f"{name}, steered")
         writer.add_string(RECORD_KEY, record)
         _add_shape(writer, config)
@@ -64,7 +64,9 @@ def write(
         for _, array in _tensors(shards, config):  # again, so that one at a time is in memory
             writer.write_tensor_data(_numpy(array))
         writer.close()
-        (work / out.name).replace(out)
+        with complete(made, out):
+            check_header(made, ExportError)
+            gguf.GGUFReader(made)  # refuses a file without all its tensors
 
 
 def differences(

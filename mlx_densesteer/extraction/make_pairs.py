@@ -16,13 +16,13 @@ import numpy as np
 
 from ..errors import InputError
 from ..evaluation.answers import Answer, answer, journal_header
-from ..evaluation.journal import Journal
+from ..evaluation.journal import Journal, not_a_record
 from ..evaluation.tasks import Problem
-from ..files import atomic_file
+from ..files import atomic_file, check_fields, file_to_replace
 from ..generation.batch import ROWS
 from ..model.likelihood import nll
 from ..model.model import Model, ModelInfo, takes_model
-from ..model.prompt import encode_prompt
+from ..model.prompt import encode_prompt, encode_text
 from .rewriting import Original, Rewrite, Rewriter
 from .verification import NLL_MARGIN, Response, is_unlikely, most_tokens, new_numbers, verify
 
@@ -81,7 +81,8 @@ class Files:
         return self.pairs.with_name(f"{self.pairs.name}.rewrites.jsonl")
 
     def check(self) -> None:
-        """Raise ``InputError`` if ``pairs`` exists and no run made it."""
+        """Raise ``InputError`` if ``pairs`` exists and no run made it, ``DiskError`` if it cannot be written."""
+        file_to_replace(self.pairs)
         if self.pairs.exists() and not self.solved.exists():
             raise InputError(
                 f"{self.pairs}: is there already, without the journal of a run that could go on "
@@ -267,7 +268,7 @@ class _Run:
         self.solved, self.rewrites = solved, rewrites
         self.system, self.margin = system, nll_margin
         self.state, self.progress = PairsProgress(problems), progress
-        self._losses = {r["nll_of"]: r["nll"] for r in rewrites.records if "nll_of" in r}
+        self._made, self._losses = _read_rewrites(rewrites)
         self._widest = max(map(len, model.tokenizer.get_vocab()))  # characters of one token
 
     def solve(self, problems: Sequence[Problem], max_tokens: int, rows: int) -> list[Answer]:
@@ -302,11 +303,7 @@ class _Run:
             if _is_usable(one)
         ]
         keys = [_digest(p.prompt, original.text, self.rewriter.name) for p, original in todo]
-        made = {
-            record["key"]: Rewrite(record["text"], record["truncated"])
-            for record in self.rewrites.records
-            if "key" in record
-        }
+        made = self._made
         missing = [
             (key, problem, original)
             for key, (problem, original) in zip(keys, todo, strict=True)
@@ -359,7 +356,7 @@ class _Run:
         return Response(text, len(self._encode(text)), truncated=truncated)
 
     def _encode(self, text: str) -> list[int]:
-        return self.model.tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(self.model.tokenizer, text)
 
     def _likelihoods(self, problem: Problem, prompt: list[int], *texts: str) -> list[float]:
         """Return both NLLs, from the journal if they are there.
@@ -376,6 +373,28 @@ class _Run:
             self._losses[key] = values
             self.rewrites.append({"nll_of": key, "nll": values})
         return values
+
+
+def _read_rewrites(journal: Journal) -> tuple[dict[str, Rewrite], dict[str, list[float]]]:
+    """Return the rewrites that a journal holds by key, and the NLLs of both texts.
+
+    Raises:
+        InputError: a record is neither.
+    """
+    made: dict[str, Rewrite] = {}
+    losses: dict[str, list[float]] = {}
+    for number, record in enumerate(journal.records, 2):
+        try:
+            if "nll_of" in record:
+                check_fields(record, nll_of=str, nll=list)
+                before, after = map(float, record["nll"])
+                losses[record["nll_of"]] = [before, after]
+            else:
+                check_fields(record, key=str, text=str, truncated=bool)
+                made[record["key"]] = Rewrite(record["text"], record["truncated"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise not_a_record(journal, number, "rewrite", error) from error
+    return made, losses
 
 
 def _is_usable(one: Answer) -> bool:

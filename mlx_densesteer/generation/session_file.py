@@ -2,14 +2,21 @@
 
 import base64
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .._version import __version__
 from ..errors import DenseSteerError, SessionError
-from ..files import atomic_file
+from ..files import (
+    atomic_file,
+    brief,
+    check_fields,
+    file_to_replace,
+    parse_object,
+    read_file,
+    token_ids,
+)
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from .answer import Generation
@@ -21,14 +28,15 @@ FORMAT = "mlx-densesteer session"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**28
 
-_FIGURES = (
-    "prompt_tokens",
-    "tokens_per_second",
-    "time_to_first_token",
-    "peak_memory_bytes",
-    "draft_accepted",
-    "draft_proposed",
-)
+_NUMBER = int | float
+_FIGURES = {
+    "prompt_tokens": int,
+    "tokens_per_second": _NUMBER,
+    "time_to_first_token": _NUMBER,
+    "peak_memory_bytes": int,
+    "draft_accepted": int | None,
+    "draft_proposed": int | None,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def write_session(path: Path, saved: SavedSession) -> None:
         SessionError: another kind of file has this name; it is kept.
         DiskError: it cannot be written.
     """
-    if path.exists():
+    if file_to_replace(path)[1] is not None:
         _parse(path)
     vectors: dict[str, dict[str, str]] = {}
     document = {
@@ -73,43 +81,51 @@ def write_session(path: Path, saved: SavedSession) -> None:
         file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
 
 
-def read_session(path: Path) -> SavedSession:
-    """Read a session file.
+def read_session(path: Path, vocabulary: int) -> SavedSession:
+    """Read a session file of a model with ``vocabulary`` tokens.
 
     Raises:
-        SessionError: not a session file, damaged, or of a later version.
+        SessionError: not a session file, damaged, of a later version, or with other tokens.
     """
     document = _parse(path)
     try:
+        check_fields(
+            document,
+            fingerprint=str,
+            chat_template_sha256=str | None,
+            system=str | None,
+            max_tokens=int,
+            stop=list,
+        )
+        check_fields(document["sampling"], temp=_NUMBER, top_p=_NUMBER, seed=int | None)
         vectors = {k: _unpack(entry) for k, entry in document["vectors"].items()}
         return SavedSession(
-            fingerprint=_text(document["fingerprint"]),
+            fingerprint=document["fingerprint"],
             chat_template_sha256=document["chat_template_sha256"],
-            system=None if document["system"] is None else _text(document["system"]),
+            system=document["system"],
             sampling=Sampling(**document["sampling"]),
-            max_tokens=int(document["max_tokens"]),
+            max_tokens=document["max_tokens"],
             stop=tuple(_text(one) for one in document["stop"]),
             steering=_steering(document["steering"], vectors),
-            turns=tuple(_turn(one, vectors) for one in document["turns"]),
+            turns=tuple(_turn(one, vectors, vocabulary) for one in document["turns"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, DenseSteerError) as error:
         raise SessionError(
-            f"{path}: is a damaged session ({type(error).__name__}: {error}). Save it again."
+            f"{path}: is a damaged session ({type(error).__name__}: {brief(error)}). Save it again."
         ) from error
 
 
 def _parse(path: Path) -> Mapping[str, object]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SessionError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no session file is.")
-        document = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise SessionError(f"{path}: not a session file. Name a saved conversation.")
+    what, remedy = "a session file", "Name a saved conversation."
+    data = read_file(path, what, error=SessionError, limit=MAX_BYTES, make=remedy)
+    document = parse_object(
+        data, f"{path}: not a session file", error=SessionError, limit=MAX_BYTES, remedy=remedy
+    )
+    if document.get("format") != FORMAT:
+        raise SessionError(f"{path}: not a session file. {remedy}")
     if document.get("version") != FORMAT_VERSION:
         raise SessionError(
-            f"{path}: session version {document.get('version')}, expected {FORMAT_VERSION}. Update "
+            f"{path}: session version {brief(document.get('version'))}, expected {FORMAT_VERSION}. Update "
             "mlx-densesteer."
         )
     return document
@@ -128,16 +144,20 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
     }
 
 
-def _turn(entry: Mapping[str, object], vectors: Mapping[str, SteeringVector]) -> Turn:
-    ids = tuple(int(token) for token in entry["token_ids"])
-    if any(token < 0 for token in ids):
-        raise ValueError("a negative token")
+def _turn(
+    entry: Mapping[str, object], vectors: Mapping[str, SteeringVector], vocabulary: int
+) -> Turn:
+    check_fields(entry, user=str, answer=str, finish_reason=str, brakes=list, **_FIGURES)
+    for one in entry["brakes"]:
+        check_fields(
+            one, at_token=int, dropped=int, strength_before=_NUMBER, strength_after=_NUMBER
+        )
     return Turn(
-        _text(entry["user"]),
+        entry["user"],
         Generation(
-            text=_text(entry["answer"]),
-            token_ids=ids,
-            finish_reason=_text(entry["finish_reason"]),
+            text=entry["answer"],
+            token_ids=token_ids(entry["token_ids"], vocabulary),
+            finish_reason=entry["finish_reason"],
             steering=_steering(entry["steering"], vectors),
             brakes=tuple(Braked(**one) for one in entry["brakes"]),
             **{name: entry[name] for name in _FIGURES},
@@ -153,7 +173,10 @@ def _plain_steering(
         return None
     key = steering.vector.sha256()
     if key not in vectors:
-        vectors[key] = {"name": steering.vector.name, "npz": _pack(steering.vector)}
+        vectors[key] = {
+            "name": steering.vector.name,
+            "npz": base64.b64encode(steering.vector.to_bytes()).decode(),
+        }
     return {
         "vector": key,
         "strength": steering.strength,
@@ -167,23 +190,18 @@ def _steering(
 ) -> Steering | None:
     if entry is None:
         return None
+    check_fields(entry, vector=str, strength=_NUMBER, layers=list, positions=str)
+    if not all(type(layer) is int for layer in entry["layers"]):
+        raise TypeError("layers that are no numbers")
     return Steering(
         vectors[entry["vector"]], entry["strength"], tuple(entry["layers"]), entry["positions"]
     )
 
 
-def _pack(vector: SteeringVector) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        return base64.b64encode(vector.save(Path(folder) / "v.npz").read_bytes()).decode()
-
-
 def _unpack(entry: Mapping[str, str]) -> SteeringVector:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "v.npz"
-        path.write_bytes(base64.b64decode(entry["npz"], validate=True))
-        vector = SteeringVector.load(path)
-    vector.name = _text(entry["name"])
-    return vector
+    check_fields(entry, name=str, npz=str)
+    data = base64.b64decode(entry["npz"], validate=True)
+    return SteeringVector.from_bytes(data, Path("its vector"), name=entry["name"])
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,7 @@ import mlx_lm
 
 from .._version import __version__
 from ..errors import ConversionError, DenseSteerError, ModelError
-from ..files import check_disk, file_sha256, move_into_place, scratch_folder
+from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
 from . import gguf as gguf_model
 from .config import RECORD, check_target, is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
@@ -114,10 +114,10 @@ def convert(
     _check_groups(found, target)
     need = target.bytes(found.parameters, found.dtype) + found.scratch_bytes
     check_disk(folder.parent, need, "the conversion")
-    with scratch_folder(folder) as work:
+    with scratch_folder(folder) as work, full_disk(folder):
         hf_folder = found.prepare(work / "hf", progress)
         progress(f"converting to {folder.name}", 0, 0)
-        _run_mlx_lm(found.name, hf_folder, work / "mlx", target, found.dtype)
+        _run_mlx_lm(found.name, hf_folder, work / "mlx", target, found.dtype, folder)
         progress("checking with one forward pass", 0, 0)
         _finish(work / "mlx", found, target)
         move_into_place(work / "mlx", folder, replace=force)
@@ -212,9 +212,15 @@ def _check_groups(source: _Source, target: _Target) -> None:
             )
 
 
-def _run_mlx_lm(name: str, source: Path, out: Path, target: _Target, dtype: str) -> None:
+def _run_mlx_lm(
+    name: str, source: Path, out: Path, target: _Target, dtype: str, folder: Path
+) -> None:
     try:
-        with mlx_lm_folder(source) as place, contextlib.redirect_stdout(sys.stderr):
+        with (
+            full_disk(folder),
+            mlx_lm_folder(source) as place,
+            contextlib.redirect_stdout(sys.stderr),  # standard output is for results
+        ):
             mlx_lm.convert(
                 str(place),
                 str(out),

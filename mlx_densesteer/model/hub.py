@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from huggingface_hub.utils import tqdm
 
 from ..errors import HubError
 from ..files import check_disk
+from ..text import printable, unguarded
 from .config import parse_config
 
 CONFIG = "config.json"
@@ -74,9 +76,8 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind 
     """
 
     def download(offline: bool) -> Path:
-        return Path(
-            hf_hub_download(repo, name, repo_type=kind, revision=revision, local_files_only=offline)
-        )
+        options = {"repo_type": kind, "revision": revision, "local_files_only": offline}
+        return Path(hf_hub_download(repo, name, tqdm_class=_Bar, **options))
 
     return _fetch(repo, name, revision, kind, download)
 
@@ -89,6 +90,14 @@ def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]
         ModelError, UnsupportedModelError: see ``config.read_config``.
     """
     return parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
+
+
+class _Bar(tqdm):
+    """A file's progress bar. It is drawn with escape sequences; the Hub's name for the file has none."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        options |= {"desc": printable(str(options.get("desc", ""))), "file": unguarded(sys.stderr)}
+        super().__init__(*arguments, **options)
 
 
 class _NoBar(tqdm):
@@ -112,7 +121,7 @@ def _download_missing(repo: str, revision: str | None) -> None:
     missing = [file for file in files if file.will_download]
     check_disk(Path(HF_HUB_CACHE), sum(file.file_size for file in missing), "the download")
     for file in missing:
-        hf_hub_download(repo, file.filename, revision=file.commit_hash)
+        hf_hub_download(repo, file.filename, revision=file.commit_hash, tqdm_class=_Bar)
 
 
 def _fetch(

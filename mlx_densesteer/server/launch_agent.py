@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.parsers.expat import ExpatError
 
 from ..errors import DenseSteerError, InputError
-from ..files import atomic_file
+from ..files import atomic_file, disk_errors
 
 LABEL = "com.mlx-densesteer.serve"
 LOG = "serve.log"
@@ -97,11 +97,13 @@ def install(made: bytes, *, home: Path) -> Path:
     """Write the agent and start it, in place of an older one; return its file.
 
     Raises:
+        DiskError: it cannot be written.
         DenseSteerError: launchd refused it.
     """
     file = path(home)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    log(home).parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log(home).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as out:
         out.write(made)
     file.chmod(0o644)  # launchd refuses files that others may write

@@ -111,7 +111,7 @@ def request(
 ) -> Request:
     """Fill in what is not given; no other function has defaults of its own.
 
-    - ``layers``: the layer that a sweep recommended; else ``default_layer``.
+    - ``layers``: the layer that a sweep recommended, if the vector holds it; else ``default_layer``.
     - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
     - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as in the paper.
 
@@ -121,7 +121,7 @@ def request(
     """
     best = vector.meta.recommended or {}
     chosen, why = (None if layers is None else tuple(sorted(set(layers)))), ""
-    swept = bool(best) and chosen in (None, (best["layer"],))
+    swept = best.get("layer") in vector.layers and chosen in (None, (best["layer"],))
     if chosen is None:
         layer, why = (best["layer"], "a sweep recommends it") if swept else default_layer(vector)
         chosen = (layer,)

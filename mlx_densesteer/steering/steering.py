@@ -5,14 +5,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from ..errors import SteeringError
-from .vector import SteeringVector, format_layers
-
-Positions = Literal["all", "generated", "prompt"]
+from .vector import Positions, SteeringVector, format_layers
 
 # Users are warned from this dose on. At about 1 the 0.5B test checkpoint repeats itself without end
 # (benchmarks/dose.py); other projects report collapse from about 1.9 on (docs/steering.md).

@@ -1,25 +1,31 @@
 """``SteeringVector`` and its ``.npz`` file (docs/vector-format.md). numpy only, no mlx."""
 
 import hashlib
+import io
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from .. import demo
 from .._version import __version__
 from ..errors import VectorFormatError, VectorMismatchError
-from ..files import atomic_file, read_archive
+from ..files import atomic_file, brief, parse_object, read_archive, read_file
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
 HOOK_POINT = "output of decoder block, before the next block"
 OPERATOR = "add"
+Positions = Literal["all", "generated", "prompt"]  # what they mean: ``Steering``
 MAX_META_BYTES = 2**20
+MAX_TEXT = 4096  # characters of a text in the metadata
+SHOWN_RUNS = 64  # of layers; no known model has more blocks of every second one
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class SteeringVector:
             )
         if problems:
             raise VectorMismatchError(
-                f"{self.name}: {'; '.join(problems)}. It was made for {self.meta.model}. "
+                f"{self.name}: {'; '.join(problems)}. It was made for {brief(self.meta.model)}. "
                 "Use a vector that was extracted from this model."
             )
 
@@ -168,12 +174,18 @@ class SteeringVector:
             DiskError: the folder is missing, or cannot be written.
         """
         path = Path(path)
+        with atomic_file(path) as file:
+            file.write(self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the ``.npz`` file."""
         document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
         arrays = {"meta": np.frombuffer(document, dtype=np.uint8)}
         arrays |= {_entry(layer): array.astype("<f4") for layer, array in self.layers.items()}
-        with atomic_file(path) as file:
-            np.savez(file, **arrays)
-        return path
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -189,7 +201,12 @@ class SteeringVector:
         if path == demo.NAME:
             path, name = demo.VECTOR, demo.NAME
         path = Path(path)
-        members = read_archive(path)
+        return cls.from_bytes(read_file(path), path, name=name or path.name)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path, *, name: str) -> "SteeringVector":
+        """Do what ``load`` does with the content of a file; errors name ``path``."""
+        members = read_archive(path, data)
         if "meta.npy" not in members:
             raise VectorFormatError(
                 f"{path}: has no `meta` entry, so it is not a steering vector of this project. "
@@ -204,12 +221,12 @@ class SteeringVector:
                 "no such array. The file is incomplete; make or download it again."
             )
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
-            raise VectorFormatError(f"{path}: {unknown[0]} is not part of the format.")
+            raise VectorFormatError(f"{path}: {brief(unknown[0])} is not part of the format.")
         layers = {
             layer: _parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
         }
-        return cls(layers, meta, name=name or path.name)
+        return cls(layers, meta, name=name)
 
 
 def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
@@ -260,14 +277,15 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """Return layer numbers as text: ``0-3, 7``."""
+    """Return layer numbers as text: ``0-3, 7``; of more than ``SHOWN_RUNS`` runs, the first."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs[:SHOWN_RUNS]]
+    return ", ".join([*shown, "..."] if len(runs) > SHOWN_RUNS else shown)
 
 
 def _entry(layer: int) -> str:
@@ -282,49 +300,60 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
             f"{reprlib.repr(meta.layer_count)}"
         )
     if meta.hook_point != HOOK_POINT:
-        problems.append(f"hook point {meta.hook_point!r}, but this version reads {HOOK_POINT!r}")
+        problems.append(
+            f"hook point {reprlib.repr(meta.hook_point)}, but this version reads {HOOK_POINT!r}"
+        )
     if meta.operator != OPERATOR:
-        problems.append(f"operator {meta.operator!r}, but this version knows only {OPERATOR!r}")
-    if not all(
-        key.isdecimal() and _is_number(value) and value > 0
-        for key, value in (meta.residual_norms or {}).items()
-    ):
+        problems.append(
+            f"operator {reprlib.repr(meta.operator)}, but this version knows only {OPERATOR!r}"
+        )
+    norms, gains = meta.residual_norms or {}, meta.margin_gain or {}
+    if not all(_LAYER.fullmatch(key) and _is_number(norms[key], above=0) for key in norms):
         problems.append("`residual_norms` does not give a positive number for each layer")
-    if not all(
-        key.isdecimal() and _is_number(value) for key, value in (meta.margin_gain or {}).items()
-    ):
+    if not all(_LAYER.fullmatch(key) and _is_number(gains[key]) for key in gains):
         problems.append("`margin_gain` does not give a number for each layer")
     best = meta.recommended
     if best is not None and not (
-        type(best.get("layer")) is int and _is_number(best.get("strength"))
+        type(best.get("layer")) is int
+        and _is_number(best.get("strength"))
+        and best.get("positions") in (None, *get_args(Positions))
+        and isinstance(best.get("text", ""), str)
     ):
-        problems.append("`recommended` has no layer and strength")
+        problems.append("`recommended` has no layer, strength and positions that can be applied")
+    if not all(isinstance(setting, Mapping) for setting in meta.tested):
+        problems.append("`tested` is not a list of settings")
     return problems
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and bool(np.isfinite(value))
+_LAYER = re.compile(r"\d{1,5}", re.ASCII)  # the key of a layer's figure
 
 
-def parse_document(path: Path, data: bytes) -> tuple[VectorMeta, list[int]]:
+def _is_number(value: object, *, above: float = -math.inf) -> bool:
+    """Tell whether a figure can be computed with: not so large or small that a ratio overflows."""
+    return (
+        type(value) in (int, float)
+        and above < value  # type: ignore[operator]
+        and (value == 0 or 1e-30 < abs(value) < 1e30)  # type: ignore[arg-type]
+    )
+
+
+def parse_document(path: Path, data: bytes | str) -> tuple[VectorMeta, list[int]]:
     """Read the JSON document of ``SteeringVector.describe``; return the metadata and the layers it lists.
 
     Raises:
         VectorFormatError: too long, not such a document, or of another version.
     """
-    if len(data) > MAX_META_BYTES:
-        raise VectorFormatError(f"{path}: `meta` has more than {MAX_META_BYTES} bytes.")
-    try:
-        document = json.loads(data.decode("utf-8"))
-        json.dumps(document, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise VectorFormatError(f"{path}: `meta` is not UTF-8 JSON ({error}).") from error
-    if not isinstance(document, dict):
-        raise VectorFormatError(f"{path}: `meta` holds no JSON object.")
+    document = parse_object(
+        data,
+        f"{path}: `meta`",
+        error=VectorFormatError,
+        limit=MAX_META_BYTES,
+        remedy="Make or download the file again.",
+    )
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise VectorFormatError(
-            f"{path}: format version {version!r}, but this is mlx-densesteer {__version__}, which "
+            f"{path}: format version {reprlib.repr(version)}, but this is mlx-densesteer {__version__}, which "
             f"reads version {FORMAT_VERSION}. Install a newer mlx-densesteer."
         )
     return _from_document(path, document)
@@ -357,7 +386,11 @@ def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta,
         optional = value is None and key not in ("model", "hidden_size", "layer_count")
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise VectorFormatError(
-                f"{path}: `{key}` in its metadata is {value!r}, expected {kind.__name__}."
+                f"{path}: `{key}` in its metadata is {reprlib.repr(value)}, expected {kind.__name__}."
+            )
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise VectorFormatError(
+                f"{path}: `{key}` in its metadata has {len(value)} characters, expected at most {MAX_TEXT}."
             )
     known["tested"] = tuple(known.get("tested") or ())
     return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, disk_of
 
 from mlx_densesteer.errors import DiskError, InputError, install_command
 from mlx_densesteer.evaluation.plot import plot_sweep
@@ -52,6 +52,12 @@ def pixels(path: Path) -> np.ndarray:
     assert image.shape == (*size, 4)
     assert len(zlib.decompress(body)) == size[0] * (4 * size[1] + 1)  # complete
     return image
+
+
+def test_a_full_disk_leaves_no_picture(matplotlib, tmp_path):
+    with disk_of(4096), pytest.raises(DiskError, match=r"heatmap\.png.*Make room"):
+        plot_sweep(TABLE, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_pictures(matplotlib, tmp_path):

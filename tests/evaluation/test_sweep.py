@@ -199,6 +199,22 @@ def test_damaged_records_and_margins_that_mean_nothing_are_refused(model, vector
         journal.append({"problem": "p-0"})
         with pytest.raises(InputError, match=r"a\.jsonl: line 2 is no answer"):
             answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    path.unlink()
+    with keep(model, path) as journal:
+        answer(model, PROBLEMS[:1], [None], journal, max_tokens=TOKENS)
+    size = model.network.args.vocab_size
+    header, record, loss = path.read_text().splitlines()
+    for changes in (
+        {"token_ids": [size]}, {"token_ids": [-5, -5]}, {"token_ids": [1.0]}, {"token_ids": {"0": 1}},
+        {"text": 5}, {"steps": "3"}, {"correct": 1}, {"steps": True}, {"nll": [1]}, {"new": 1},
+    ):  # fmt: skip
+        path.write_text(f"{header}\n{json.dumps(json.loads(record) | changes)}\n{loss}\n")
+        with keep(model, path) as journal, pytest.raises(InputError, match="line 2 is no answer"):
+            answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS)
+    for broken in ({"nll": "x"}, {"nll": None}, {"nll_of": "key"}):
+        path.write_text(f"{header}\n{record}\n{json.dumps(json.loads(loss) | broken)}\n")
+        with keep(model, path) as journal, pytest.raises(InputError, match="line 3 is no answer"):
+            answer(model, PROBLEMS, [None], journal, max_tokens=TOKENS)
     for margin in (0, 1, float("nan")):
         with pytest.raises(InputError, match="margin"):
             sweep(model, PROBLEMS, settings_of(NORMS, vector, [1], [1.0]), margin=margin)

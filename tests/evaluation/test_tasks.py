@@ -115,7 +115,7 @@ BROKEN = {
     b'{"question": 3, "answer": 1}': r"line 1: fields question, answer; expected",
     b'{"question": "Q", "answer": null}': r"line 1: fields question, answer; expected",
     b'{"question": "Q", "answer": true}': r"line 1: fields question, answer; expected",
-    b'{"question": "Q", "answer": NaN}': r"line 1: fields question, answer; expected",
+    b'{"question": "Q", "answer": NaN}': r"line 1: is not JSON",
     b'{"question": "Q", "final_answer": []}': r"line 1: fields question, final_answer; expected",
     b'{"problem": "Q", "solution": "no box"}': r"line 1: fields problem, solution; expected",
     b'{"question": "Q", "answer": "So it is 4."}': r"line 1: its `answer` ends in 'So it is 4.', exp",

@@ -336,7 +336,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "f.mlxfn")], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "mlx cannot write or read it back" in done.stderr
+    assert f"Error: {tmp_path / 'f.mlxfn'}: cannot be written" in done.stderr
+    assert "Make room on the disk" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -400,6 +400,20 @@ def test_half_a_surrogate_pair_in_a_rewrite_or_in_the_journal_is_repaired(
         assert len(server.bodies) == 5
 
 
+def test_a_damaged_record_of_the_rewrites_is_named(solver, problems, tmp_path):
+    out, journal = tmp_path / "p.jsonl", tmp_path / "p.jsonl.rewrites.jsonl"
+    run(solver, problems, out)
+    header, *_ = journal.read_text().splitlines()
+    for record in (
+        {"nll_of": "x"}, {"nll_of": ["x"], "nll": [1, 2]}, {"nll_of": "x", "nll": [1]}, {},
+        {"nll_of": "x", "nll": [None, 1]}, {"key": "x", "text": "y"}, {"key": ["x"], "text": "y", "truncated": False},
+        {"key": "x", "text": 5, "truncated": False}, {"key": "x", "text": "y", "truncated": 0},
+    ):  # fmt: skip
+        journal.write_text(f"{header}\n{json.dumps(record)}\n")
+        with pytest.raises(InputError, match=r"rewrites\.jsonl: line 2 is no rewrite"):
+            run(solver, problems, out)
+
+
 def test_what_endpoint_fields_hold_is_in_no_file(solver, problems, tmp_path):
     with ChatServer(dense_reply) as server:
         result = call(

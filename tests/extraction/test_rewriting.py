@@ -177,7 +177,7 @@ def test_a_files_name_is_that_of_its_rewrites(tmp_path):
 
 def test_half_a_surrogate_pair_in_a_file_is_refused(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"id": "t-1", "rewrite": "abc \ud83d"}))
-    with pytest.raises(InputError, match="line 1: is not JSON .*surrogates"):
+    with pytest.raises(InputError, match="line 1: is not JSON .*surrogate pair"):
         FileRewriter(tmp_path / "r.jsonl")
 
 

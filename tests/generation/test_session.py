@@ -410,13 +410,27 @@ def test_files_that_are_no_sessions(loaded, tmp_path):
     path = session.save(tmp_path / "talk.json")
     session.save(path)  # one of ours is replaced
     whole = json.loads(path.read_text())
+
+    def turn(**changes):
+        return {"turns": [whole["turns"][0] | changes]}
+
     for damage in (
         {"turns": [{"user": 3}]}, {"vectors": {"x": {"name": "v", "npz": "!!"}}}, {"stop": [1]},
         {"steering": {"vector": "none", "strength": 1, "layers": [1], "positions": "all"}},
-        {"sampling": {"temp": -1}},
+        {"sampling": {"temp": -1}}, {"sampling": {"temp": 0, "top_p": 1, "seed": 1.5}},
+        {"max_tokens": True}, {"turns": {"0": 1}}, {"vectors": []}, {"system": 5},
+        turn(token_ids=[2**32]), turn(token_ids=[-1]), turn(token_ids=[1.0]), turn(token_ids=["1"]),
+        turn(token_ids=[loaded[0].args.vocab_size]), turn(answer=None), turn(peak_memory_bytes="x"),
+        turn(brakes=[{"at_token": 1}]), turn(time_to_first_token=None),
+        {"steering": {"vector": "x", "strength": 1, "layers": [1.5], "positions": "all"}},
     ):  # fmt: skip
         path.write_text(json.dumps(whole | damage))
-        with pytest.raises(SessionError, match="damaged"):
+        with pytest.raises(SessionError, match="damaged") as caught:
+            Session.load(path, loaded)
+        assert len(str(caught.value)) < 250 + len(str(path))
+    for text in ('"max_tokens": 1e999', '"max_tokens": NaN', '"max_tokens": 3, "max_tokens": 4'):
+        path.write_text(json.dumps(whole).replace('"max_tokens": 3', text))
+        with pytest.raises(SessionError, match="not a session file: is not JSON"):
             Session.load(path, loaded)
     path.write_text(json.dumps(whole | {"version": 2}))
     with pytest.raises(SessionError, match="version 2"):

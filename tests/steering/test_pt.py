@@ -3,12 +3,13 @@ import io
 import json
 import pickle
 import pickletools
+import subprocess
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SHARED, VALUES, opcodes, pt_file
+from helpers import ROOT, SHARED, VALUES, opcodes, pt_file
 
 from mlx_densesteer.errors import VectorFormatError
 from mlx_densesteer.steering.formats import import_vector
@@ -92,19 +93,34 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protoco
     [
         ({"cls": b"cos\nsystem\n"}, "the global os.system"),
         ({"cls": b"csteering_vectors.steering_vector\nSteeringVector.__init__\n"}, "the global"),
-        ({"cls": b"ccollections\nOrderedDict\n"}, "does not hold a SteeringVector"),
+        ({"cls": b"ccollections\nOrderedDict\n"}, "holds no vectors by layer"),
         (
             {"rebuild": b"ctorch._utils\n_rebuild_tensor\n"},
             "the global torch._utils._rebuild_tensor",
         ),
-        ({"storage": b"ctorch\nFloatStorage\n"}, "the global torch.FloatStorage"),
+        (
+            {"storage": b"ctorch\nLongStorage\n"},
+            "holds a tensor of 'LongStorage'; expected float16",
+        ),
+        ({"storage": b"ctorch\nUntypedStorage.x\n"}, "the global torch.UntypedStorage.x"),
         ({"storage": b"ccollections\nOrderedDict\n"}, "the persistent id"),
         ({"count": 9}, "a storage '0' of 9 values that is not in the file"),
-        ({"size": 9}, "a tensor of 9 values at 0 in a storage of 8"),
-        ({"size": -1}, "a tensor of -1 values"),
-        ({"offset": 4}, "a tensor of 8 values at 4"),
-        ({"offset": -4}, "a tensor of 8 values at -4"),
-        ({"stride": 0}, "stride"),
+        ({"size": 9}, r"a tensor of size \(9,\) and stride \(1,\) at 0 in a storage of 8"),
+        ({"size": -1}, r"a tensor of size \(-1,\)"),
+        ({"offset": 4}, "at 4 in a storage of 8"),
+        ({"offset": -4}, "at -4 in a storage of 8"),
+        ({"stride": 0}, r"and stride \(0,\) at 0"),
+        ({"stride": -1}, r"and stride \(-1,\) at 0"),
+        ({"size": 5, "stride": 2}, r"stride \(2,\) at 0 in a storage of 8"),
+        ({"size": 2**31 - 1, "stride": 2**31 - 1}, "in a storage of 8"),
+        (
+            {"size": (2, 4), "stride": (4, 1)},
+            r"holds a tensor of size \(2, 4\) .*; expected one vector",
+        ),
+        ({"size": (1, 8), "stride": 1}, r"a tensor of size \(1, 8\) and stride \(1,\)"),
+        ({"size": (), "stride": ()}, "expected one vector"),
+        ({"layer": -1}, "would be layer -1"),
+        ({"layer": b"direction"}, "layer 'direction' is not a tensor"),
         ({"layer_type": b"self_attn"}, "layer type 'self_attn', expected 'decoder_block'"),
     ],
 )
@@ -112,6 +128,86 @@ def test_whatever_is_not_such_a_vector_is_refused(tmp_path, changes, message):
     path = pt_file(tmp_path / "v.pt", opcodes(**changes), {"0": VALUES.tobytes()})
     with pytest.raises(VectorFormatError, match=message):
         import_vector(path, model="x")
+
+
+@pytest.mark.parametrize("values", [VALUES, VALUES.astype("<f4") / 3, VALUES.astype("<f8") / 3])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {}, {"size": (1, 8), "stride": (8, 1)}, {"size": (8, 1), "stride": (1, 1)}, {"size": 1},
+        {"size": 4, "stride": 2, "offset": 1}, {"size": (1, 1, 3), "stride": (5, 7, 3)},
+        {"size": (1,), "stride": (9,), "offset": 7},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layer", [None, 0, b"0", b"layer_0", b"model.layers.0"])
+def test_float_tensors_of_any_layout_are_read(tmp_path, values, shape, layer):
+    kind = {2: b"Half", 4: b"Float", 8: b"Double"}[values.dtype.itemsize]
+    body = opcodes(storage=b"ctorch\n" + kind + b"Storage\n", layer=layer, **shape)
+    path = pt_file(tmp_path / "v.pt", body, {"0": values.tobytes()})
+    vector = import_vector(path, model="x")
+    size, stride = (
+        np.ravel(shape.get(key, default)) for key, default in (("size", 8), ("stride", 1))
+    )
+    at = shape.get("offset", 0) + np.arange(size.max()) * stride[size.argmax()]
+    assert list(vector.layers) == [0]
+    assert np.array_equal(vector.layers[0], values[at].astype(np.float32))
+
+
+def test_bfloat16_is_the_upper_half_of_float32(tmp_path):
+    values = np.array([1.5, -0.0, 3e38, 1e-40, -2.0, 0.5, 7.0, 8.0], "<f4")
+    halves = (values.view(np.uint32) >> 16).astype("<u2")
+    body = opcodes(storage=b"ctorch\nBFloat16Storage\n")
+    vector = import_vector(pt_file(tmp_path / "v.pt", body, {"0": halves.tobytes()}), model="x")
+    expected = (halves.astype(np.uint32) << 16).view(np.float32)
+    assert vector.layers[0].tobytes() == expected.tobytes()
+
+
+def test_layers_that_share_their_bytes_do_not_fill_the_memory(tmp_path):
+    """100 layers of 1 MiB each are one storage: the file has 1 MiB, as float32 they were 200."""
+    one = opcodes(layer=1, count=2**20, size=2**20)
+    tensor = one[one.index(b"ctorch._utils") : -2]
+    items = b"".join(b"J" + n.to_bytes(4, "little") + tensor + b"s" for n in range(100))
+    path = pt_file(tmp_path / "v.pt", b"\x80\x02}" + items + b".", {"0": bytes(2**21)})
+    with pytest.raises(VectorFormatError, match="its layers have 419,430,400 bytes as float32"):
+        import_vector(path, model="x")
+
+
+TORCH_FILES = """
+import sys, torch
+v, base, folder = torch.arange(8) / 3, torch.randn(4, 16), sys.argv[1]
+cases = {
+    "float32": v, "float16": v.half(), "bfloat16": v.bfloat16(), "float64": v.double(),
+    "row": v[None], "column": v[:, None], "strided": base[1, ::2], "transposed": base.T.contiguous().T[2],
+    "parameter": torch.nn.Parameter(v), "gradient": v.clone().requires_grad_(),
+}
+for name, tensor in cases.items():
+    for protocol in (2, 3, 4, 5):
+        torch.save({3: tensor, "layer_1": tensor}, f"{folder}/{name}{protocol}.pt", pickle_protocol=protocol)
+    print(name, tensor.detach().float().flatten().tolist())
+torch.save(torch.nn.ParameterDict({"3": v, "1": v}).state_dict(), f"{folder}/state2.pt")
+print("state", v.tolist())
+torch.save({3: v, 1: v}, f"{folder}/older.pt", _use_new_zipfile_serialization=False)
+"""
+
+
+@pytest.mark.slow
+def test_what_torch_itself_writes(tmp_path):
+    python = ROOT / ".venv-torch" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("scripts/make-torch-env makes the environment that this test needs")
+    done = subprocess.run(
+        [python, "-c", TORCH_FILES, tmp_path], capture_output=True, text=True, check=True
+    )
+    lines = (line.partition(" ") for line in done.stdout.splitlines())
+    expected = {name: json.loads(values) for name, _, values in lines}
+    assert len(expected) == 11
+    for path in sorted(tmp_path.glob("*[2-5].pt")):
+        vector = import_vector(path, model="x")
+        assert list(vector.layers) == [1, 3], path
+        for array in vector.layers.values():
+            assert np.array_equal(array, np.array(expected[path.stem[:-1]], np.float32)), path
+    with pytest.raises(VectorFormatError, match="format from before 1.6"):
+        import_vector(tmp_path / "older.pt", model="x")
 
 
 def test_infinity_is_refused(tmp_path):
@@ -190,7 +286,7 @@ def test_one_damaged_byte_is_a_vector_format_error_or_harmless(tmp_path):
 def test_files_of_other_kinds(tmp_path):
     legacy = tmp_path / "old.pt"
     legacy.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C))  # how torch.save began before 1.6
-    with pytest.raises(VectorFormatError, match="not a complete zip"):
+    with pytest.raises(VectorFormatError, match="format from before 1.6. Load it with torch, and"):
         import_vector(legacy, model="x")
     with pytest.raises(VectorFormatError, match="no data.pkl"):
         np.savez(tmp_path / "v.npz", a=np.zeros(1))

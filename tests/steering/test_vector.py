@@ -1,6 +1,7 @@
 import io
 import json
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -308,7 +309,7 @@ class TestHostileFiles:
             members["meta.npy"] = npy(np.frombuffer(document, dtype=np.uint8))
 
         rewrite(file, change)
-        with pytest.raises(VectorFormatError, match="not UTF-8 JSON"):
+        with pytest.raises(VectorFormatError, match="`meta`: is not"):
             SteeringVector.load(file)
 
     def test_zip_bomb_is_not_unpacked(self, tmp_path):
@@ -382,8 +383,9 @@ class TestHostileFiles:
             ({"layer_count": 3}, r"layer 3 is outside 0\.\.2"),
             ({"layer_count": 0}, "layer count 0"),
             ({"layer_count": 10**9}, "no model has hidden size 8 and layer count 1000000000"),
-            ({"hidden_size": 10**400}, "no model has hidden size"),
-            ({"model": "\ud800"}, "not UTF-8 JSON"),
+            ({"hidden_size": 10**400}, "more than 64 bits"),
+            ({"hidden_size": 2**60}, "no model has hidden size"),
+            ({"model": "\ud800"}, "half of a surrogate"),
             ({"format_version": True}, "format version True"),
             ({"layers": [0, 0]}, "not a list of layer numbers"),
             ({"layers": "all"}, "not a list of layer numbers"),
@@ -391,6 +393,19 @@ class TestHostileFiles:
             ({"model": "DELETE"}, "lacks `model`"),
             ({"model": None}, "`model` .* expected str"),
             ({"tested": 3}, "`tested` .* expected list"),
+            ({"tested": [3]}, "`tested` is not a list of settings"),
+            ({"model": "x" * 5000}, "`model` .* has 5000 characters"),
+            ({"residual_norms": {"0": 1e-320}}, "`residual_norms` does not give"),
+            ({"residual_norms": {"0": "x" * 9999}}, "`residual_norms` does not give"),
+            ({"residual_norms": {"9" * 5000: 1.0}}, "`residual_norms` does not give"),
+            ({"margin_gain": {"\u0663": 1.0}}, "`margin_gain` does not give"),
+            ({"margin_gain": {"0": [1]}}, "`margin_gain` does not give"),
+            ({"recommended": {}}, "`recommended` has no layer"),
+            ({"recommended": {"layer": 0, "strength": 1, "positions": []}}, "`recommended` has no"),
+            ({"recommended": {"layer": 0, "strength": 1, "text": 5}}, "`recommended` has no"),
+            ({"later_key": {"a": 2**80}}, "more than 64 bits"),
+            ({"later_key": json.loads("[" * 500 + "]" * 500)}, "nested too deeply"),
+            ({"layers": list(range(0, 9999, 2))}, r"lists layer 4, .*, \.\.\., but the file holds"),
         ],
     )
     def test_metadata_that_cannot_be_true(self, file, changes, message):
@@ -401,13 +416,41 @@ class TestHostileFiles:
     def test_metadata_that_is_no_json(self, file):
         junk = npy(np.frombuffer(b"\xff{", dtype=np.uint8))
         rewrite(file, lambda members: members.update({"meta.npy": junk}))
-        with pytest.raises(VectorFormatError, match="not UTF-8 JSON"):
+        with pytest.raises(VectorFormatError, match="`meta`: is not"):
             SteeringVector.load(file)
 
     def test_somebody_elses_npz(self, tmp_path):
         np.savez(tmp_path / "other.npz", weights=np.zeros(3))
         with pytest.raises(VectorFormatError, match="no `meta` entry.*vector import"):
             SteeringVector.load(tmp_path / "other.npz")
+
+
+ODD = (
+    None, True, 0, -1, 2**63, 1e300, "", "x", "\x1b[2J", [], [[]], [None], [{"layer": 0}], ["x"], {},
+    {"0": 1}, {"0": None}, {"x": {}}, {"layer": 0, "strength": 1}, {"layer": 9, "strength": 1e9},
+    {"layer": None, "strength": None}, {"0": {"agreement": "x"}}, {"0": {"agreement": 0.5, "noise": 1}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key", sorted({one.name for one in fields(VectorMeta)} | {"layers", "format", "stability"})
+)
+def test_metadata_of_any_shape_is_refused_or_can_be_shown(file, tmp_path, key):
+    from mlx_densesteer.cli.vector import _recommended, default_setting, layer_table
+
+    whole = file.read_bytes()
+    for value in ODD:
+        file.write_bytes(whole)
+        edit_meta(file, **{key: value})
+        try:
+            vector = SteeringVector.load(file)
+        except VectorFormatError as error:
+            assert len(str(error)) < 400 + len(str(file))
+            continue
+        json.dumps(vector.describe(), allow_nan=False)
+        assert layer_table(vector) and default_setting(vector)
+        _recommended(vector.meta.recommended)
+        assert SteeringVector.load(vector.save(tmp_path / "again.npz")).meta == vector.meta
 
 
 def test_unknown_metadata_keys_are_kept(file, tmp_path):

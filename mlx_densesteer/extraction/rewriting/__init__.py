@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...files import whole_characters
 from ...generation.answer import split_steps
 
 INSTRUCTION = 1  # version of the wording below; rewrites of another version are made anew
@@ -65,11 +66,6 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", whole_characters(self.text))
-
-
-def whole_characters(text: str) -> str:
-    """Return ``text`` with U+FFFD for each lone surrogate; two that make a pair are joined."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Rewriter(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ...files import read_jsonl
+from ...files import read_jsonl, whole_characters
 from ..pairs import text_of
-from . import Original, Rewrite, whole_characters
+from . import Original, Rewrite
 
 _REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from ...errors import ContextError
+from ...files import whole_characters
 from ...generation.batch import ROWS, generate_batch
 from ...model.config import origin
 from ...model.model import Model, takes_model
 from ...model.prompt import encode_prompt
 from ..verification import most_tokens
-from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request, whole_characters
+from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
 
 
 class ModelRewriter:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...errors import InputError, install_command
-from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request, whole_characters
+from ...files import whole_characters
+from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
 
 try:
     import openai

@@ -1,6 +1,7 @@
 """Shared by the readers and writers of other programs' vector files."""
 
 import hashlib
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from ...errors import VectorFormatError
 from ...files import MAX_BYTES
 from ..vector import VectorMeta, format_layers, parse_document
 
+# the name of a layer's tensor: layer.14, layer_14, direction.14, 14
+LAYER_NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})", re.ASCII)
 LARGEST_NUMBER = 9999  # of a layer in a file
 
 
@@ -26,6 +29,22 @@ def check_numbers(path: Path, numbers: Iterable[int]) -> None:
         raise VectorFormatError(
             f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
         )
+
+
+def check_total(path: Path, counts: Iterable[int]) -> None:
+    """Raise ``VectorFormatError`` for layers of so many values that they cannot all be in the file.
+
+    Layers may share bytes of a file, so a small one could fill the memory.
+    """
+    if (total := 4 * sum(counts)) > MAX_BYTES:
+        raise VectorFormatError(
+            f"{path}: its layers have {total:,} bytes as float32; a vector has at most {MAX_BYTES:,}."
+        )
+
+
+def upper_halves(array: np.ndarray) -> np.ndarray:
+    """Return bfloat16 as float32: ``array`` holds the upper halves, as uint16."""
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[int]) -> int:
@@ -60,7 +79,7 @@ def meta_of(
             lists other layers.
     """
     if document is not None:
-        meta, listed = parse_document(path, document.encode())
+        meta, listed = parse_document(path, document)
         if sorted(listed) != sorted(layers):
             raise VectorFormatError(
                 f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "

@@ -21,10 +21,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ConversionError, DenseSteerError, VectorFormatError, install_command
-from ...files import check_parent, scratch_folder
+from ...errors import (
+    ConversionError,
+    DenseSteerError,
+    DiskError,
+    VectorFormatError,
+    install_command,
+)
+from ...files import atomic_path
 from ..vector import SteeringVector, format_layers
-from .base import check_numbers, check_size, layer_of, meta_of
+from .base import check_numbers, check_size, check_total, layer_of, meta_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -44,7 +50,6 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
         VectorFormatError: the extra ``gguf`` is missing, or llama.cpp can steer no layer of the vector.
     """
     gguf = gguf_package(path, VectorFormatError)
-    check_parent(path)
     numbers = {layer: layer + layer_offset for layer in vector.layers}
     check_numbers(path, numbers.values())
     kept = [layer for layer, number in numbers.items() if number < 1]
@@ -53,8 +58,8 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
             f"{path}: llama.cpp steers no layer below 1, and {vector.name} holds only layer "
             f"{format_layers(kept)}. Choose other layers, or write safetensors."
         )
-    with scratch_folder(path) as work:
-        writer = gguf.GGUFWriter(work / path.name, ARCHITECTURE)
+    with atomic_path(path) as made:
+        writer = gguf.GGUFWriter(made, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", "qwen2")
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(numbers) - len(kept))
         writer.add_string(_META, json.dumps(vector.describe(), ensure_ascii=False))
@@ -67,7 +72,10 @@ def save_control_vector(vector: SteeringVector, path: Path, *, layer_offset: int
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        (work / path.name).replace(path)
+        with complete(made, path):
+            found = load_control_vector(made, model=vector.meta.model)
+            if found.sha256() != vector.sha256():
+                raise ValueError("other values came back")
     return _not_expressed(vector, numbers, kept)
 
 
@@ -102,6 +110,7 @@ def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.n
     from gguf.quants import dequantize
 
     layers = {}
+    check_total(path, (int(tensor.n_elements) for tensor in reader.tensors))
     for tensor in reader.tensors:
         match = _DIRECTION.fullmatch(tensor.name)
         kind = tensor.tensor_type.name
@@ -164,6 +173,20 @@ def damage(path: Path, kind: type[DenseSteerError] = ConversionError) -> Iterato
         raise
     except Exception as error:
         raise kind(f"{path}: not a complete GGUF file ({error}). Download it again.") from error
+
+
+@contextlib.contextmanager
+def complete(made: Path, path: Path) -> Iterator[None]:
+    """Raise ``DiskError`` for a file just ``made`` that cannot be read: the package does not notice
+    a full disk when it closes a file."""
+    try:
+        with damage(made, DiskError):
+            yield
+    except DenseSteerError as error:
+        raise DiskError(
+            f"{path}: what was written did not arrive on the disk ({error.__cause__ or error}). Make "
+            "room on the disk, or choose another place (-o)."
+        ) from error
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value

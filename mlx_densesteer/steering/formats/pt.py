@@ -1,8 +1,12 @@
-"""Steering vectors of the reference implementation: a ``.pt`` file of ``steering-vectors``.
+"""Steering vectors that torch saved: a ``SteeringVector`` of ``steering-vectors``, or ``{layer: tensor}``.
 
 A ``.pt`` file is a zip archive with a pickle (``data.pkl``) and one raw file per storage. An ordinary
-unpickler imports and calls whatever the pickle names. This one knows four names, gives each a harmless
+unpickler imports and calls whatever the pickle names. This one knows a few names, gives each a harmless
 stand-in, and refuses a pickle with any other name.
+
+A tensor is float16, bfloat16, float32 or float64, of shape ``(hidden,)`` or with further dimensions of 1,
+contiguous or not, and may be an ``nn.Parameter``. A layer is an integer, or a name that ends in one
+(``layer_14``). Files in torch's older format (before 1.6) are refused: they are no zip archives.
 
 Format: torch.save with the zip serialisation, ``torch/serialization.py``.
 """
@@ -19,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import read_archive
+from ...files import brief, read_archive, read_file
 from ..vector import SteeringVector
-from .base import meta_of
+from .base import LAYER_NAME, check_total, layer_of, meta_of, upper_halves
 
 
 class _SteeringVectorState:
@@ -33,39 +37,74 @@ class _SteeringVectorState:
         self.state = state
 
 
-class _HalfStorage:
-    """Stands in for ``torch.HalfStorage``: the marker of a float16 storage."""
+class _Storage:
+    """Stands in for a storage class of torch: the marker of its dtype."""
+
+    dtype: str
+
+
+class _HalfStorage(_Storage):
+    dtype = "<f2"
+
+
+class _BFloat16Storage(_Storage):
+    dtype = "<u2"  # the upper half of a float32
+
+
+class _FloatStorage(_Storage):
+    dtype = "<f4"
+
+
+class _DoubleStorage(_Storage):
+    dtype = "<f8"
 
 
 class _Refused(Exception):
-    """The pickle uses another name than the four, or uses one in another way than torch does."""
+    """The pickle uses another name than these, or uses one in another way than torch does."""
+
+
+class _Unsuitable(Exception):
+    """The pickle is harmless, but holds something else than vectors."""
 
 
 def _rebuild_tensor(
     storage: object, offset: object, size: object, stride: object, *_: object
 ) -> np.ndarray:
-    """Stand in for ``torch._utils._rebuild_tensor_v2``, for contiguous vectors."""
-    if not (isinstance(storage, np.ndarray) and isinstance(offset, int)):
-        raise _Refused("a tensor without a float16 storage")
-    if not (isinstance(size, tuple) and len(size) == 1 and stride == (1,)):
-        raise _Refused(
-            f"a tensor of size {reprlib.repr(size)} and stride {reprlib.repr(stride)}, "
-            "expected a plain vector"
-        )
-    width = size[0]
-    if not (isinstance(width, int) and 0 <= offset <= offset + width <= len(storage)):
-        raise _Refused(
-            f"a tensor of {reprlib.repr(width)} values at {offset} in a storage of {len(storage)}"
-        )
-    return storage[offset : offset + width]
+    """Stand in for ``torch._utils._rebuild_tensor_v2``, for vectors; other dimensions are 1."""
+    if not (isinstance(storage, np.ndarray) and type(offset) is int):
+        raise _Refused("a tensor without a storage of floats")
+    shape = f"a tensor of size {reprlib.repr(size)} and stride {reprlib.repr(stride)}"
+    if not (_are_numbers(size) and _are_numbers(stride) and len(size) == len(stride)):
+        raise _Refused(shape)
+    long = [(count, step) for count, step in zip(size, stride, strict=True) if count != 1]
+    if not size or len(long) > 1:
+        raise _Unsuitable(f"{shape}; expected one vector for each layer")
+    width, step = long[0] if long else (1, 1)
+    if width < 0 or step < 1 or not 0 <= offset <= offset + (width - 1) * step < len(storage):
+        raise _Refused(f"{shape} at {reprlib.repr(offset)} in a storage of {len(storage)}")
+    return storage[offset : offset + (width - 1) * step + 1 : step]
 
 
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(one) is int for one in value)
+
+
+def _rebuild_parameter(data: object, *_: object) -> object:
+    """Stand in for ``torch._utils._rebuild_parameter``: the parameter's tensor."""
+    return data
+
+
+_OLDER = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # the first object of such a file
 MAX_PICKLE_BYTES = 2**20  # real pickles have 2,000 to 3,000
 
 _GLOBALS = {
     ("steering_vectors.steering_vector", "SteeringVector"): _SteeringVectorState,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "HalfStorage"): _HalfStorage,
+    ("torch", "BFloat16Storage"): _BFloat16Storage,
+    ("torch", "FloatStorage"): _FloatStorage,
+    ("torch", "DoubleStorage"): _DoubleStorage,
     ("collections", "OrderedDict"): OrderedDict,
 }
 
@@ -78,7 +117,7 @@ _OPCODES = {
     "EMPTY_TUPLE", "TUPLE", "TUPLE1", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE",
     "BININT", "BININT1", "BININT2", "NEWFALSE", "NEWTRUE", "NEWOBJ", "BUILD", "REDUCE", "BINPERSID",
     "PUT", "GET", "UNICODE", "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "TUPLE2",
-    "TUPLE3",
+    "TUPLE3", "NONE", "INT", "LONG1", "BINFLOAT", "EMPTY_LIST", "APPEND", "APPENDS",
 }  # fmt: skip
 
 
@@ -101,23 +140,36 @@ class _Unpickler(pickle.Unpickler):
         try:
             return self._globals[module, name]
         except KeyError:
+            if module == "torch" and name.endswith("Storage"):
+                raise _Unsuitable(
+                    f"a tensor of {reprlib.repr(name)}; expected float16, bfloat16, float32 or float64"
+                ) from None
             raise _Refused(f"the global {module}.{name}") from None
 
     def persistent_load(self, pid: object) -> np.ndarray:
         match pid:
-            case ("storage", type() as kind, str(key), str(), int(count)) if issubclass(
-                kind, _HalfStorage
+            case ("storage", type() as kind, str(key), str(), int(count)) if (
+                issubclass(kind, _Storage) and kind is not _Storage
             ):
-                data = self._storages.get(key)
-                if data is None or len(data) != 2 * count:
-                    raise _Refused(f"a storage {key!r} of {count} values that is not in the file")
-                return np.frombuffer(data, dtype="<f2")
+                data, dtype = self._storages.get(key), np.dtype(kind.__base__.dtype)
+                if data is None or len(data) != dtype.itemsize * count:
+                    raise _Refused(
+                        f"a storage {reprlib.repr(key)} of {reprlib.repr(count)} values that is not in "
+                        "the file"
+                    )
+                return np.frombuffer(data, dtype)
         raise _Refused(f"the persistent id {reprlib.repr(pid)}")
 
 
 def load_pt(path: Path, *, model: str) -> SteeringVector:
-    """Do what ``import_vector`` does for a file of ``steering-vectors``; float16 becomes float32 exactly."""
-    members = read_archive(path)
+    """Do what ``import_vector`` does for a file of torch; float16 and bfloat16 become float32 exactly."""
+    data = read_file(path, "a vector's file (.pt)")
+    if _OLDER in data[:32]:
+        raise VectorFormatError(
+            f"{path}: is in torch's format from before 1.6. Load it with torch, and save it again "
+            "with torch.save."
+        )
+    members = read_archive(path, data)
     root, pickled, storages = _parts(path, members)
     if members.get(f"{root}byteorder", b"little").strip() != b"little":
         raise VectorFormatError(f"{path}: was saved on a big-endian machine; save it again.")
@@ -131,7 +183,7 @@ def _parts(path: Path, members: dict[str, bytes]) -> tuple[str, bytes, dict[str,
     if len(pickles) != 1:
         raise VectorFormatError(
             f"{path}: not a file of torch.save (no data.pkl). "
-            "Expected a .pt file written by steering-vectors."
+            "Expected a .pt file of steering-vectors, or of torch.save({layer: tensor})."
         )
     root = pickles[0].removesuffix("data.pkl")
     prefix = f"{root}data/"
@@ -144,16 +196,18 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
         _check_opcodes(data)
         return _Unpickler(data, storages).load()
     except _Refused as error:
-        names = ", ".join(f"{module}.{name}" for module, name in _GLOBALS)
         raise VectorFormatError(
-            f"{path}: refused, its pickle asks for {error}. Nothing was executed. "
-            f"Only {names} are read. Take the vector from a source that you trust."
+            f"{path}: refused, its pickle asks for {error}. Nothing was executed. Only tensors and "
+            "SteeringVector are read. Take the vector from a source that you trust, or save it as "
+            "torch.save({layer: tensor})."
         ) from error
+    except _Unsuitable as error:
+        raise VectorFormatError(f"{path}: holds {error}.") from error
     except (  # what a damaged or hostile pickle raises
         pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError,
         ValueError, OverflowError, ImportError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
-        raise VectorFormatError(f"{path}: its pickle is damaged ({error}).") from error
+        raise VectorFormatError(f"{path}: its pickle is damaged ({brief(error)}).") from error
 
 
 def _check_opcodes(data: bytes) -> None:
@@ -178,17 +232,30 @@ def _check_opcodes(data: bytes) -> None:
 
 
 def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
-    state = found.state if isinstance(found, _SteeringVectorState) else None
-    layers = state.get("layer_activations") if isinstance(state, dict) else None
-    if not isinstance(layers, dict) or not layers:
-        raise VectorFormatError(f"{path}: does not hold a SteeringVector of steering_vectors.")
-    kind = state.get("layer_type")
-    if kind != "decoder_block":
-        raise VectorFormatError(
-            f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block'. Only vectors that were read at "
-            "the output of a decoder block can be used."
+    named = found
+    if isinstance(found, _SteeringVectorState):
+        state = found.state if isinstance(found.state, dict) else {}
+        named, kind = state.get("layer_activations"), state.get("layer_type")
+        if kind != "decoder_block":
+            raise VectorFormatError(
+                f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block'. Only vectors that were read "
+                "at the output of a decoder block can be used."
+            )
+    if not isinstance(named, dict) or not named:
+        what = (
+            "one tensor without a layer" if isinstance(found, np.ndarray) else "no vectors by layer"
         )
-    for layer, array in layers.items():
-        if type(layer) is not int or not isinstance(array, np.ndarray):
-            raise VectorFormatError(f"{path}: layer {reprlib.repr(layer)} is not a tensor.")
+        raise VectorFormatError(
+            f"{path}: holds {what}. Expected a SteeringVector of steering_vectors, or "
+            "torch.save({layer: tensor})."
+        )
+    check_total(path, (array.size for array in named.values() if isinstance(array, np.ndarray)))
+    layers: dict[int, np.ndarray] = {}
+    for name, array in named.items():
+        match = LAYER_NAME.fullmatch(name) if isinstance(name, str) else None
+        number = int(match[1]) if match else name
+        if type(number) is not int or not isinstance(array, np.ndarray):
+            raise VectorFormatError(f"{path}: layer {reprlib.repr(name)} is not a tensor.")
+        layer = layer_of(path, reprlib.repr(name), number, 0, layers)
+        layers[layer] = upper_halves(array) if array.dtype == "<u2" else array
     return layers

@@ -17,10 +17,9 @@ import numpy as np
 from ...errors import VectorFormatError
 from ...files import atomic_file
 from ..vector import SteeringVector
-from .base import check_numbers, check_size, layer_of, meta_of
+from .base import LAYER_NAME, check_numbers, check_size, layer_of, meta_of, upper_halves
 
 _KEY = "densesteer"
-_NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -70,7 +69,7 @@ def _offset(path: Path, metadata: Mapping[str, str]) -> int:
 
 
 def _number(path: Path, name: str, tensor: Mapping[str, object]) -> int:
-    match = _NAME.fullmatch(name)
+    match = LAYER_NAME.fullmatch(name)
     shape = tensor["shape"]
     if match is None or tensor["dtype"] not in _DTYPES or len(shape) != 1:  # type: ignore[arg-type]
         raise VectorFormatError(
@@ -82,7 +81,7 @@ def _number(path: Path, name: str, tensor: Mapping[str, object]) -> int:
 
 def _array(tensor: Mapping[str, object]) -> np.ndarray:
     array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])  # type: ignore[arg-type,index]
-    if tensor["dtype"] == "BF16":  # the upper half of a float32
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+    if tensor["dtype"] == "BF16":
+        array = upper_halves(array)
     with np.errstate(over="ignore"):  # SteeringVector refuses an infinity
         return array.astype(np.float32)
