@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from helpers import VALUES, opcodes, pt_file
 from starlette.requests import Request
@@ -188,7 +187,7 @@ def journals(folder: Path) -> list[bytes]:
 @reader("jsonl", "run.jsonl", journals)
 def journal(path: Path) -> None:
     with Journal(path, HEADER) as opened:
-        read_answers(opened)
+        read_answers(opened, 576)
 
 
 def lines(*documents: object) -> Callable[[Path], list[bytes]]:
