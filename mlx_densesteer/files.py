@@ -203,12 +203,22 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # mlx and numpy say in their own words that a write came to nothing
-_FULL_TEXTS = (*map(os.strerror, _FULL), "[write]", "requested and", "Not enough free space")
+_FULL_TEXTS = (
+    *map(os.strerror, _FULL),
+    "[write]",
+    "requested and",
+    "Not enough free space",
+    "No usable temporary directory",
+)
 
 
 @contextlib.contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full."""
+def full_disk(path: Path, choice: str = "-o") -> Iterator[None]:
+    """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full.
+
+    Args:
+        choice: how to choose another place.
+    """
     try:
         yield
     except DenseSteerError:
@@ -216,14 +226,14 @@ def full_disk(path: Path) -> Iterator[None]:
     except Exception as error:
         if not any(text in str(error) for text in _FULL_TEXTS):
             raise
-        raise _refused(path, error) from error
+        raise _refused(path, error, choice) from error
 
 
-def _refused(path: Path, error: Exception) -> DiskError:
+def _refused(path: Path, error: Exception, choice: str = "-o") -> DiskError:
     full = any(text in str(error) for text in _FULL_TEXTS)
     remedy = "Make room on the disk, or choose another place" if full else "Choose another place"
     reason = getattr(error, "strerror", None) or error
-    return DiskError(f"{path}: cannot be written ({reason}). {remedy} (-o).")
+    return DiskError(f"{path}: cannot be written ({reason}). {remedy} ({choice}).")
 
 
 def _is_running(pid: str) -> bool:

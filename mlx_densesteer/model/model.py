@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from .. import demo
 from ..demo.problems import calibration, draw_solution
 from ..errors import ContextError, DenseSteerError, InputError, ModelError
+from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from .block import decoder_blocks, patch
@@ -368,7 +370,8 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        yield
+        with full_disk(Path(os.environ.get("TMPDIR", "/tmp")), "TMPDIR"):  # its tokenizer is copied
+            yield
     except DenseSteerError:
         raise
     except Exception as error:
