@@ -426,7 +426,6 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
 
 
 MAX_BYTES = 64 * 2**20  # of a vector's file; 80 layers x 8192 float32 (Qwen2-72B) are 2.5 MiB
-MAX_RATIO = 4  # unpacked to packed; float32 numbers of a vector deflate to nine tenths
 MAX_MEMBERS = 4096
 
 
@@ -470,8 +469,8 @@ def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
 
     Raises:
         VectorFormatError: no such file, not a zip file, truncated, damaged (CRC), encrypted, a
-            duplicate name, more than ``MAX_MEMBERS`` members, or more bytes unpacked than
-            ``MAX_BYTES`` and ``MAX_RATIO`` allow.
+            duplicate name, more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked, or packed
+            more tightly than a vector can be.
     """
     data = read_file(path) if data is None else data
     try:
@@ -507,7 +506,7 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> N
         twice = sorted({name for name in names if names.count(name) > 1})
         raise VectorFormatError(f"{path}: {brief(twice[0])} is in the archive more than once.")
     total = sum(member.file_size for member in members)
-    most = min(MAX_BYTES, MAX_RATIO * size + 2**19)
+    most = min(MAX_BYTES, 4 * size + 2**18)  # floats hardly become smaller
     if total > most:
         raise VectorFormatError(
             f"{path}: would unpack to {total:,} bytes, but a vector file of {size:,} bytes has at most "

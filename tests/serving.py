@@ -71,7 +71,7 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    model="demo", given=None, *, folder=None, access=None, send_buffer=None, **limits
+    model="demo", given=None, *, folder=None, access=None, strict=False, send_buffer=None, **limits
 ) -> Iterator[Serving]:
     """Serve ``model`` on a thread; ``given`` are ``NamedVector``s, by default the demo's at 20 %, layer 5.
 
@@ -82,7 +82,7 @@ def serving(
     from mlx_densesteer.server.start import model_id, start
 
     name, bounds = model_id(str(model), None), replace(ServerLimits(grace=2.0), **limits)
-    settings = Settings(name, bounds, access or Access(), folder)
+    settings = Settings(name, bounds, access or Access(), folder, strict)
     given = demo_vector() if given is None else given
     service = start(str(model), given, settings, cache_bytes=256 * 2**20)
     listener = open_socket("127.0.0.1", 0)

@@ -92,22 +92,28 @@ def by_command_line(model, path, asked):
 
 def by_server(model, path, asked):
     from mlx_densesteer.server.schema import SteeringField
+    from mlx_densesteer.server.settings import Settings
     from mlx_densesteer.server.vectors import Vectors
 
     field = {"vector": path.stem} | asked
     if "layers" in field:
         field["layers"] = list(field["layers"])
-    found = Vectors([], path.parent, model, "demo").asked(None, SteeringField.model_validate(field))
+    found = Vectors([], model, Settings("demo", folder=path.parent)).asked(
+        None, SteeringField.model_validate(field)
+    )
     return found and found.steering
 
 
 def by_model_name(model, path, asked):
+    from mlx_densesteer.server.settings import Settings
     from mlx_densesteer.server.vectors import Vectors
 
     if asked.keys() - {"strength"}:
         raise CannotSay("a model's name says the strength only")
     amount = f"={asked['strength']}" if asked else ""
-    found = Vectors([], path.parent, model, "demo").asked(f"demo@{path.stem}{amount}", None)
+    found = Vectors([], model, Settings("demo", folder=path.parent)).asked(
+        f"demo@{path.stem}{amount}", None
+    )
     return found and found.steering
 
 

@@ -227,7 +227,12 @@ def faults(writer: Writer, folder: Path, before: dict[str, str]) -> list[str]:
 
 
 def left_over(writer: Writer, folder: Path) -> list[str]:
-    return sorted(one.name for one in folder.rglob("*") if ".partial-" in one.name)
+    return sorted(name for name in names_in(folder) if ".partial-" in name)
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names of all files and folders; those that vanish meanwhile may be missing."""
+    return {name for _, folders, files in os.walk(folder) for name in (*folders, *files)}
 
 
 def ends_well(writer: Writer, folder: Path) -> list[str]:
@@ -269,13 +274,13 @@ def kill(name: str, number: int) -> Iterator[str]:
                 (shutil.copytree if one.is_dir() else shutil.copyfile)(one, folder / one.name)
         for _ in range(KILLS):
             before = {target: digest(folder / target) for target in writer.targets}
-            there = {*folder.rglob("*")}
+            there = names_in(folder)
             process = writer.start(folder)
             until = time.monotonic() + chance.uniform(0, seconds)
             if soon := chance.random() < 0.5:
                 until = time.monotonic() + 10 * seconds
             while process.poll() is None and time.monotonic() < until:
-                if soon and {*folder.rglob("*")} - there:
+                if soon and names_in(folder) - there:
                     time.sleep(chance.choice((0, 0.001, 0.01, 0.1)))
                     break
                 time.sleep(0.001)

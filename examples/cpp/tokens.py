@@ -13,7 +13,7 @@ from mlx_lm.utils import load_tokenizer
 from mlx_densesteer.errors import DenseSteerError, InputError
 from mlx_densesteer.model.config import read_config
 from mlx_densesteer.model.model import find, loading
-from mlx_densesteer.model.prompt import encode_prompt
+from mlx_densesteer.model.prompt import decode, encode_prompt
 
 
 def load(folder: Path) -> tuple[TokenizerWrapper, int]:
@@ -37,7 +37,7 @@ def main() -> None:
         case ["decode", model]:
             tokenizer, count = load(find(model))
             text = sys.stdin.buffer.read().decode(errors="replace")
-            print(tokenizer.decode(read_ids(text, count)))
+            print(decode(tokenizer, read_ids(text, count)))
         case _:
             sys.exit(__doc__)
 

@@ -115,6 +115,7 @@ class _Endless:
     """A tokenizer without an end of turn: every row goes on to its last token."""
 
     eos_token_ids = frozenset[int]()
+    has_chat_template = False  # whose end of turn would be an end, too
 
     def __init__(self, tokenizer: TokenizerWrapper):
         self._tokenizer = tokenizer

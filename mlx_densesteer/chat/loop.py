@@ -33,10 +33,14 @@ class Chat:
 
     Args:
         session: the conversation; ``/load`` replaces it.
+        strict: refuse vectors that were made for another model.
     """
 
-    def __init__(self, session: Session, keyboard: Keyboard, screen: Screen):
+    def __init__(
+        self, session: Session, keyboard: Keyboard, screen: Screen, *, strict: bool = False
+    ):
         self.session, self.keyboard, self.screen = session, keyboard, screen
+        self._strict = strict
         self.failures = 0
         self._unsteered: tuple[Turn, Generation] | None = None  # of the last ``/stats``
 
@@ -127,8 +131,9 @@ class Chat:
             self.session.set_vector(None)
         elif argument:
             vector = SteeringVector.load(str(Path(argument).expanduser()))
+            warning = self.session.model.other_weights(vector, strict=self._strict)
             self.session.set_vector(vector)
-            if warning := self.session.model.other_weights(vector):
+            if warning:
                 self.screen.warn(warning)
         self._tell_steering()
 
@@ -163,8 +168,12 @@ class Chat:
         now, path = self.session, _path(argument, "/load")
         if not path.is_file():
             raise InputError(f"{path}: no such file. Expected one that /save wrote.")
-        self.session = session = Session.load(path, now.model, draft=now.draft, brake=now.brake)
-        last = ""
+        session = Session.load(path, now.model, draft=now.draft, brake=now.brake)
+        if session.steering and (
+            warning := now.model.other_weights(session.steering.vector, strict=self._strict)
+        ):
+            self.screen.warn(warning)
+        self.session, last = session, ""
         if session.turns:
             last = f"; the last question: {one_line(session.turns[-1].user, 60)}"
         self.screen.note(f"loaded {count(len(session.turns), 'turn')}{last}")

@@ -94,4 +94,5 @@ class Rows(Iterable[tuple[int, str]]):
             max_tokens=room,
             sampling=session.sampling,
             stop=session.stop,
+            ends=session.model.ends(session.prompt(question)),
         )

@@ -75,7 +75,7 @@ def _arguments(ctx: click.Context) -> list[str]:
         given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         if not given or name in ("install_agent", "uninstall_agent"):
             continue
-        value = ctx.params[name]
+        value = ctx.params.get(name, True)  # --strict is a flag, and no parameter
         long = next(text for text in option.opts if text.startswith("--"))
         if value is True:
             found.append(long)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import note
-from .options import layers_option, model_option, strength_option, vector_option
+from .options import layers_option, model_option, strength_option, strict_option, vector_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @vector_option("", required=True)
 @strength_option
 @layers_option()
+@strict_option
 @click.option(
     "-o",
     "--out",

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from ..errors import install_command
 from ..text import count, note
 from .options import answer_options, load_draft, model_option, steering_options
-from .steering import read_steering, steering_for
+from .steering import is_strict, read_steering, steering_for, tell_fit
 
 if TYPE_CHECKING:
     from ..chat.plain import Keyboard, Screen
@@ -79,6 +79,8 @@ def chat(
         session = Session.load(saved, loaded, brake=brake, draft=draft)
         if steering is not None:
             session.steer(steering)
+        elif session.steering is not None:
+            tell_fit(session.steering.vector, loaded)
         if _given("system"):
             session.system = system
         if _given("max_tokens"):
@@ -87,7 +89,7 @@ def chat(
             session.sampling = Sampling(temp, top_p, seed)
         note(f"loaded {count(len(session.turns), 'turn')} from {saved}")
     _greet(model, keyboard.interactive)
-    failures = Chat(session, keyboard, screen).run()
+    failures = Chat(session, keyboard, screen, strict=is_strict()).run()
     if failures and not keyboard.interactive:
         sys.exit(1)
 

@@ -12,6 +12,7 @@ from .options import (
     model_option,
     positions_option,
     strength_option,
+    strict_option,
     vector_option,
 )
 from .steering import read_steering, steering_for
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @strength_option
 @layers_option()
 @positions_option
+@strict_option
 @click.option(
     "--capacity",
     type=click.IntRange(min=2),

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
 @click.option(
+    "--special-tokens",
+    is_flag=True,
+    help="Read control tokens such as <|im_end|> in the prompt as such, not as text.",
+)
+@click.option(
     "--pipeline",
     is_flag=True,
     help="Under mlx.launch: give every rank some of the blocks, not a slice of each.",
@@ -49,6 +54,7 @@ def generate(
     no_brake: bool,
     stop: tuple[str, ...],
     raw: bool,
+    special_tokens: bool,
     pipeline: bool,
     as_json: bool,
     prompt: tuple[str, ...],
@@ -77,10 +83,13 @@ def generate(
     _tell_demo(model, text)
     loaded, ranks = _load_over_ranks(model, pipeline)
     steering = steering_for(request, loaded)
+    loaded.check_length(text, system)
     pieces = stream_over_ranks(
         loaded,
         ranks,
-        encode_prompt(loaded.tokenizer, text, system=system, raw=raw),
+        encode_prompt(
+            loaded.tokenizer, text, system=system, raw=raw, special_tokens=special_tokens
+        ),
         steering=steering,
         max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed),

@@ -110,12 +110,22 @@ positions_option = click.option(
     help="At which tokens to steer. [default: all]",
 )
 
+STRICT = f"{__name__}.strict"  # its key in the context's ``meta``, where ``tell_fit`` finds it
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, option, value: ctx.meta.__setitem__(STRICT, value),
+    help="Refuse a vector that was made for another model, instead of warning of it.",
+)
+
 # Read by ``read_steering`` in ``cli/steering.py``.
 steering_options = _options(
     vector_option("Without it nothing is steered."),
     strength_option,
     layers_option(),
     positions_option,
+    strict_option,
 )
 
 max_tokens_option = click.option(

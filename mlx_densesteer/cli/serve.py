@@ -18,8 +18,9 @@ from .options import (
     model_option,
     positions_option,
     strength_option,
+    strict_option,
 )
-from .steering import read_vector, tell_fit, tell_steering
+from .steering import is_strict, read_vector, tell_fit, tell_steering
 
 if TYPE_CHECKING:
     from ..server.settings import Access
@@ -54,6 +55,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @strength_option
 @layers_option()
 @positions_option
+@strict_option
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
 )
@@ -187,7 +189,7 @@ def serve(
     from ..server.start import model_id, start
 
     limits = ServerLimits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
-    settings = Settings(model_id(model, name), limits, access, folder)
+    settings = Settings(model_id(model, name), limits, access, folder, is_strict())
     service = start(model, given, settings, cache_bytes=prompt_cache * 2**20)
     _tell_vectors(service.vectors, given)
     address = f"[{host}]" if ":" in host else host

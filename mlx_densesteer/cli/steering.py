@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import note
+from .options import STRICT
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -61,10 +62,19 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
 
 
 def tell_fit(vector: "SteeringVector", model: "Model") -> None:
-    """Raise if the vector does not fit the model; warn if it was made for other weights."""
+    """Raise if the vector does not fit the model; warn if it was made for other weights.
+
+    With ``--strict`` raise then too.
+    """
     model.check_fits(vector)
-    if warning := model.other_weights(vector):
+    if warning := model.other_weights(vector, strict=is_strict()):
         note(warning)
+
+
+def is_strict() -> bool:
+    """Tell whether the command was given ``--strict``."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and ctx.meta.get(STRICT, False)
 
 
 def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:

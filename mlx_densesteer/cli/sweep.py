@@ -15,6 +15,7 @@ from .options import (
     no_nll_option,
     positions_option,
     run_options,
+    strict_option,
     task_options,
     vector_option,
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     "--strengths=-10%,10%,20%. 0 is always added.",
 )
 @positions_option
+@strict_option
 @task_options
 @run_options
 @click.option(

@@ -30,12 +30,17 @@ from ..generation.batch import generate_batch
 from ..generation.sampling import Sampling
 from ..model.block import make_cache
 from ..model.likelihood import log_likelihoods
-from ..model.model import Model, load
+from ..model.model import load
+from ..model.prompt import TEXT, encode_chat, render_chat
 from ..steering.request import Request, parse_layers, request
 from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
+from ..text import printable
 
 ROWS = 16  # of --batch_size auto
+# Stands for ``TEXT`` in what lm-eval hands on: a noncharacter of Unicode, which it can hash and write
+# to its log. No valid text holds one.
+_TEXT = "\ufdd0"
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class DenseSteerLM(TemplateLM):
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
         positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
             of strength, layer and positions.
+        strict: refuse a vector that was made for another model, instead of warning of it.
         revision: of a Hub id.
         max_length: tokens of context and continuation together, by default and at most the model's
             context. A longer text loses its beginning, with a warning.
@@ -72,6 +78,7 @@ class DenseSteerLM(TemplateLM):
         strength: float | str | None = None,
         layer: int | str | Sequence[int] | None = None,
         positions: Positions | None = None,
+        strict: bool = False,
         revision: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -85,7 +92,7 @@ class DenseSteerLM(TemplateLM):
         if unknown:
             raise InputError(
                 f"model_args {', '.join(sorted(unknown))}: unknown. Expected some of pretrained, "
-                "vector, strength, layer, positions, revision, max_length, max_gen_toks, seed."
+                "vector, strength, layer, positions, strict, revision, max_length, max_gen_toks, seed."
             )
         if pretrained is None:
             raise InputError("no model: expected --model_args pretrained=FOLDER_OR_HUB_ID.")
@@ -97,7 +104,9 @@ class DenseSteerLM(TemplateLM):
         self.max_length = min(length or self.model.context, self.model.context)
         self.steering = None
         if asked is not None:
-            _check_fit(asked.vector, self.model)
+            self.model.check_fits(asked.vector)
+            if warning := self.model.other_weights(asked.vector, strict=_yes("strict", strict)):
+                log.warning("%s", printable(warning.removeprefix("warning: ")))
             self.steering = asked.steering(self.model)
             make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
 
@@ -141,10 +150,17 @@ class DenseSteerLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
-        """Return token ids, with one begin-of-text token at most."""
+        """Return token ids, with one begin-of-text token at most.
+
+        What a message of ``apply_chat_template`` says stays text; elsewhere the text of a control token is
+        that token.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
+        if _TEXT in string:
+            begin = self.tokenizer.encode("", add_special_tokens=add_special_tokens)
+            return [*begin, *encode_chat(self.tokenizer, string.replace(_TEXT, TEXT))]
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
@@ -153,12 +169,13 @@ class DenseSteerLM(TemplateLM):
         """Return the conversation as text in the model's chat template."""
         if not self.tokenizer.has_chat_template:
             raise InputError("the model has no chat template; leave --apply_chat_template out.")
-        return self.tokenizer.apply_chat_template(
+        text = render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return text.replace(TEXT, _TEXT)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Return the steered response to each request, up to the first of its stop texts."""
@@ -274,18 +291,6 @@ def _read_request(
     return made
 
 
-def _check_fit(vector: SteeringVector, model: Model) -> None:
-    """Raise if the vector does not fit the model; warn if it was made for other weights."""
-    model.check_fits(vector)
-    meta = vector.meta
-    if meta.fingerprint not in (None, model.fingerprint):
-        theirs = f"{meta.model}, fingerprint {meta.fingerprint}"
-        ours = f"{model.name}, {model.fingerprint}"
-        log.warning(
-            "%s was extracted from other weights (%s; this model is %s)", vector.name, theirs, ours
-        )
-
-
 def _read_rows(batch_size: int | str | None, max_batch_size: int | None) -> int:
     if batch_size is None or str(batch_size).startswith("auto"):
         return min(ROWS, max_batch_size or ROWS)
@@ -298,6 +303,14 @@ def _whole(name: str, value: object) -> int:
     if not (number.isascii() and number.isdecimal() and int(number)):
         raise InputError(f"{name} {value!r}: expected a whole number of at least 1.")
     return int(number)
+
+
+def _yes(name: str, value: object) -> bool:
+    """Read a truth value, which lm-eval's ``--model_args`` give as one or as text."""
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise InputError(f"{name} {value!r}: expected true or false.")
+    return known[str(value).lower()]
 
 
 def register() -> None:
@@ -317,7 +330,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except DenseSteerError as error:
-        sys.exit(f"densesteer: {error}")
+        sys.exit(printable(f"densesteer: {error}"))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def _metadata(
         "largest_strength": min(float32, limit / float(largest)) if largest else float32,
         "positions": steering.positions,
         "vocab_size": network.args.vocab_size,
-        "eos": sorted(int(token) for token in model.tokenizer.eos_token_ids),
+        "eos": sorted({*model.tokenizer.eos_token_ids, model.end_of_turn} - {None}),
         "capacity": capacity,
         "chunks": list(lengths),
         "layer_count": info.layer_count,

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError, InputError, ModelError
 from ..model.model import Model, takes_model
-from ..model.prompt import encode_prompt
+from ..model.prompt import encode_prompt, encode_text
 from ..model.residual import record_pairs
 from ..model.token_tree import TokenPair, TokenTree
 from ..steering.request import DEFAULT_DOSE, SMALLEST
@@ -259,7 +258,7 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
     encoded = []
     for number, pair in enumerate(pairs):
         responses = [
-            _encode_response(tokenizer, text, number) for text in (pair.positive, pair.negative)
+            _encode_response(model, text, number) for text in (pair.positive, pair.negative)
         ]
         if (shortest := min(map(len, responses))) < readout.needs:
             raise InputError(
@@ -275,20 +274,20 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
     return encoded
 
 
-def _encode_response(tokenizer: TokenizerWrapper, text: str, number: int) -> list[int]:
-    """Return the tokens of a response without the end of turn behind it."""
+def _encode_response(model: Model, text: str, number: int) -> list[int]:
+    """Return the tokens of a response without the end of turn behind it; what it says is text."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"pair {number} is not valid UTF-8 text; convert it to UTF-8 first.")
-    ends = [tokenizer.convert_ids_to_tokens(end) for end in tokenizer.eos_token_ids]
+    numbers = {*model.tokenizer.eos_token_ids, model.end_of_turn} - {None}
+    ends = [end for end in map(model.tokenizer.convert_ids_to_tokens, numbers) if end]
     text = text.strip()
-    while cut := next((end for end in ends if end and text.endswith(end)), None):
+    while cut := next((end for end in ends if text.endswith(end)), None):
         text = text.removesuffix(cut).rstrip()
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if set(tokens) & set(tokenizer.eos_token_ids):
+    if any(end in text for end in ends):
         raise InputError(
             f"pair {number} has an end-of-turn token inside a response; expected one turn's text."
         )
-    return tokens
+    return encode_text(model.tokenizer, text)
 
 
 def _stability(report: dict[int, LayerReport]) -> dict[str, dict[str, float | None]]:

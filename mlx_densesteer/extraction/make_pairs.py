@@ -22,7 +22,7 @@ from ..files import atomic_file, check_fields, file_to_replace
 from ..generation.batch import ROWS
 from ..model.likelihood import nll
 from ..model.model import Model, ModelInfo, takes_model
-from ..model.prompt import encode_prompt
+from ..model.prompt import encode_prompt, encode_text
 from .rewriting import Original, Rewrite, Rewriter
 from .verification import NLL_MARGIN, Response, is_unlikely, most_tokens, new_numbers, verify
 
@@ -356,7 +356,7 @@ class _Run:
         return Response(text, len(self._encode(text)), truncated=truncated)
 
     def _encode(self, text: str) -> list[int]:
-        return self.model.tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(self.model.tokenizer, text)
 
     def _likelihoods(self, problem: Problem, prompt: list[int], *texts: str) -> list[float]:
         """Return both NLLs, from the journal if they are there.

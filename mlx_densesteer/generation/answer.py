@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
+from ..model.prompt import decode
 from ..steering.steering import Steering
 from ..text import count, signed
 from .brake import Brake, Braked, Repetition
@@ -135,10 +136,57 @@ class StopTexts:
         return 0
 
 
+_PENDING = 32  # tokens without a whole character, of which the first half is then told
+
+
+class Detokenizer:
+    """The text of tokens as they come: the joined pieces are ``decode`` of all tokens."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        # The tokens of the last piece, told already, and those after it. The former stay, since some
+        # tokenizers decode the first token of a text differently.
+        self._tokens: list[int] = []
+        self._told_tokens = self._told = 0  # tokens, characters
+
+    def add(self, token: int) -> str:
+        """Return the text that the next token makes certain."""
+        self._tokens.append(token)
+        text = decode(self._tokenizer, self._tokens)
+        if text.endswith("\ufffd"):  # what an incomplete character decodes to
+            return self._tell_half(text)
+        piece = text[self._told :]
+        if piece:
+            del self._tokens[: self._told_tokens]
+            self._told_tokens = len(self._tokens)
+            self._told = len(decode(self._tokenizer, self._tokens))
+        else:
+            self._tokens.pop()  # a number without a token
+        return piece
+
+    def finish(self) -> str:
+        """Return the rest of the text: no token follows."""
+        return decode(self._tokenizer, self._tokens)[self._told :]
+
+    def _tell_half(self, text: str) -> str:
+        """Tell a part of many bytes that are no text, so that a token's time does not grow with them."""
+        half = len(self._tokens) - _PENDING // 2
+        if len(self._tokens) - self._told_tokens <= _PENDING:
+            return ""
+        first, second = (
+            decode(self._tokenizer, part) for part in (self._tokens[:half], self._tokens[half:])
+        )
+        if first + second != text or len(second) < 2:  # the cut is within a character
+            return ""
+        piece = first[self._told :]
+        self._tokens, self._told_tokens, self._told = self._tokens[half:], 0, 0
+        return piece
+
+
 class PartialAnswer:
     """The tokens of an answer, their text, and how much of it can be shown.
 
-    ``ids`` are the tokens without the end of turn. With a ``brake``, text is held back while it
+    ``ids`` are the tokens without the end of turn; the text is ``decode`` of them. With a ``brake``, text is held back while it
     repeats itself; a stop text in it ends the answer all the same.
     """
 
@@ -146,7 +194,7 @@ class PartialAnswer:
         self, tokenizer: TokenizerWrapper, brake: Brake | None = None, stops: Sequence[str] = ()
     ):
         self.ids: list[int] = []
-        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer)
         self._stops = tuple(stops)
         self._text = StopTexts(stops)
         self._ends: list[int] = []  # characters of text after each token
@@ -168,19 +216,21 @@ class PartialAnswer:
         """The whole text, shown or not, up to a stop text."""
         return self._text.text + self._text.held
 
-    def add(self, token: int) -> None:
-        """Add the next token, which does not end the turn."""
+    def add(self, token: int) -> str:
+        """Add the next token, which does not end the turn; return the text that it makes certain."""
         self.ids.append(token)
-        self._detokenizer.add_token(token)
-        self._text.feed(self._detokenizer.last_segment)
+        piece = self._detokenizer.add(token)
+        self._text.feed(piece)
         if self._repetition:
             self._ends.append(len(self._text.text) + len(self._text.held))
             self._repetition.feed(token)
+        return piece
 
-    def finalize(self) -> None:
-        """Add what the tokenizer held back of an incomplete character: no token follows."""
-        self._detokenizer.finalize()
-        self._text.feed(self._detokenizer.last_segment)
+    def finalize(self) -> str:
+        """Add what was held back of an incomplete character, and return it: no token follows."""
+        rest = self._detokenizer.finish()
+        self._text.feed(rest)
+        return rest
 
     def show(self) -> str:
         """Return the text that was not shown yet and will not be taken back."""

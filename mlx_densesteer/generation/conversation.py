@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import ContextError
 from ..model.model import Model
 from ..model.prefix import Chunk
-from ..model.prompt import check_prompt
+from ..model.prompt import check_prompt, decode, encode_chat, render_chat
 from .answer import Generation
 
 KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
@@ -41,21 +41,22 @@ def lay_out(
     is then one chunk, encoded from text: all of it is prompt, and it is read again in every turn.
 
     Raises:
-        InputError: an empty question, or no chat template.
+        InputError: an empty question, no chat template, or one that refuses the conversation.
+        ModelError: the chat template cannot be used.
     """
     check_prompt(tokenizer, question, system=system)
     pieces = _between(tokenizer, exchanges, question, system)
     if pieces is None:
-        texts = [tokenizer.decode(list(ids)) for _, ids in exchanges]
+        texts = [decode(tokenizer, ids) for _, ids in exchanges]
         messages = _messages([q for q, _ in exchanges], texts, question, system)
-        *rest, last = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        *rest, last = encode_chat(tokenizer, render_chat(tokenizer, messages))
         return [Chunk(tuple(rest))], last
     chunks: list[Chunk] = []
     last = None
     for number, piece in enumerate(pieces):
         if last is not None:
             chunks.append(Chunk((last, *exchanges[number - 1][1]), answer=True))
-        *rest, last = tokenizer.encode(piece, add_special_tokens=False)
+        *rest, last = encode_chat(tokenizer, piece)
         chunks.append(Chunk(tuple(rest)))
     return chunks, last
 
@@ -103,7 +104,7 @@ def fit(
 def _between(
     tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange], question: str, system: str | None
 ) -> list[str] | None:
-    """Return the rendered text before, between and after the answers.
+    """Return the text of ``render_chat`` before, between and after the answers.
 
     Return ``None`` if the template moves or changes an answer.
     """
@@ -111,7 +112,7 @@ def _between(
     everything = "".join([system or "", question, *questions])
     mark = next(m for m in (f"answer{n}mark" for n in count()) if m not in everything)
     marks = [f"{mark}{number}." for number in range(len(exchanges))]
-    rest = _render(tokenizer, _messages(questions, marks, question, system))
+    rest = render_chat(tokenizer, _messages(questions, marks, question, system))
     pieces = []
     for one in marks:
         piece, found, rest = rest.partition(one)
@@ -121,7 +122,9 @@ def _between(
     pieces.append(rest)
     for number in {0, len(exchanges) - 1} if exchanges else ():
         # the text before that answer when it was generated
-        before = _render(tokenizer, _messages(questions[:number], marks, questions[number], system))
+        before = render_chat(
+            tokenizer, _messages(questions[:number], marks, questions[number], system)
+        )
         stands = "".join(p + m for p, m in zip(pieces[:number], marks, strict=False))
         if before != stands + pieces[number]:
             return None
@@ -136,7 +139,3 @@ def _messages(
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": answered})
     return [*messages, {"role": "user", "content": question}]
-
-
-def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from mlx_lm.models.cache import KVCache
 
-from ..errors import SessionError
+from ..errors import InputError, SessionError
 from ..model.block import deltas
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
+from ..model.prompt import check_ids
 from ..steering.request import Amount, request
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
@@ -279,11 +280,17 @@ class Session:
         settings = {
             key: getattr(saved, key) for key in ("system", "sampling", "max_tokens", "stop")
         }
+        for number, turn in enumerate(saved.turns, 1):
+            try:
+                check_ids(turn.reply.token_ids, model.vocabulary, f"answer {number}")
+            except InputError as error:
+                raise SessionError(f"{path}: is a damaged session ({error}).") from error
         session = cls(model, saved.steering, **settings, **options)
         session._turns = list(saved.turns)
         return session
 
     def _lay_out(self, turns: Sequence[Turn], text: str) -> tuple[list[Chunk], int]:
+        self.model.check_length(text, self.system, limit=self.context, what="the question")
         exchanges = [(turn.user, turn.reply.token_ids) for turn in turns]
         return lay_out(self.model.tokenizer, exchanges, text, self.system)
 

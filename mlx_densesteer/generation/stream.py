@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache
 from ..model.block import deltas
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
-from ..model.prompt import encode_prompt
+from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .brake import Brake, Braked
@@ -69,6 +69,9 @@ class Stream(Iterator[str]):
             draft_prefix = draft_prefix or Prefix(draft.model.network)
         self._model, self._prefix, self._draft_prefix = model, prefix, draft_prefix
         self._chunks, self._last = list(chunks), last
+        tokens = [token for chunk in chunks for token in chunk.tokens] + [last]
+        check_ids(tokens, model.vocabulary, "the prompt")
+        self._prompt_tokens, self._ends = len(tokens), model.ends(tokens)
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
         self._sampler = sampler or sampling.sampler()
@@ -93,7 +96,7 @@ class Stream(Iterator[str]):
         return Generation(
             text=self._answer.text,
             token_ids=tuple(self._answer.ids),
-            prompt_tokens=sum(len(chunk.tokens) for chunk in self._chunks) + 1,
+            prompt_tokens=self._prompt_tokens,
             tokens_per_second=self._rate,
             time_to_first_token=self._first_after,
             peak_memory_bytes=self._peak,
@@ -110,7 +113,6 @@ class Stream(Iterator[str]):
             mx.random.seed(self._sampling.seed)
         mx.reset_peak_memory()
         began = time.perf_counter()
-        ends = self._model.tokenizer.eos_token_ids
         while self._finish == "interrupted":
             with contextlib.closing(self._tokens()) as tokens:
                 first, count = 0.0, 0
@@ -120,7 +122,7 @@ class Stream(Iterator[str]):
                     self._first_after = self._first_after or now - began
                     self._rate = (count - 1) / (now - first) if count > 1 else 0.0
                     self._peak = mx.get_peak_memory()
-                    if token in ends:
+                    if token in self._ends:
                         self._finish = "stop"
                     else:
                         self._answer.add(token)
@@ -191,6 +193,7 @@ def stream(
     steering: Steering | None = None,
     system: str | None = None,
     raw: bool = False,
+    special_tokens: bool = False,
     max_tokens: int = 2048,
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
@@ -204,17 +207,23 @@ def stream(
     Args:
         model: what ``load`` returns, or mlx-lm's pair of model and tokenizer.
         prompt: a user message (chat template), plain text (``raw``), or token ids.
+        special_tokens: let the text of control tokens in a message be control tokens.
         steering: what to add to the residual stream; ``None`` is the stock model.
         stop: texts that end the response; they are not part of it.
         draft: speculative decoding; greedy decoding gives the same text with it.
         brake: cut off degenerate repetition, lower the strength and go on; ``None`` does not.
 
     Raises:
-        InputError: an empty prompt, an empty stop text, or ``max_tokens`` below 1.
+        InputError: an empty prompt, a token that the model does not know, a conversation that the chat
+            template refuses, an empty stop text, or ``max_tokens`` below 1.
+        ModelError: the chat template cannot be used.
         ContextError: the prompt fills the model's context.
         VectorMismatchError, SteeringError: the steering cannot be applied.
     """
-    tokens = encode_prompt(model.tokenizer, prompt, system=system, raw=raw)
+    model.check_length(prompt, system)
+    tokens = encode_prompt(
+        model.tokenizer, prompt, system=system, raw=raw, special_tokens=special_tokens
+    )
     *rest, last = tokens
     return Stream(
         model, Prefix(model.network), [Chunk(tuple(rest))], last, steering=steering,

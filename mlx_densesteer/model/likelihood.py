@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..steering.steering import Steering
 from .block import make_cache
 from .cache import SteeredBatchKVCache
+from .prompt import check_ids
 
 ROWS = 16  # sequences that go through the blocks together
 BATCH_TOKENS = 4096  # tokens that go through the blocks together at most
@@ -31,7 +32,8 @@ def nll(
         responses: token ids, of any lengths.
 
     Raises:
-        InputError: an empty prompt or response, or not as many prompts as responses.
+        InputError: an empty prompt or response, not as many prompts as responses, or a token that
+            the model does not know.
     """
     if empty := [i for i, response in enumerate(responses) if not len(response)]:
         raise InputError(f"response {empty[0]} is empty; expected at least one token.")
@@ -62,7 +64,8 @@ def log_likelihoods(
         rows: contexts at a time, and continuations at a time.
 
     Raises:
-        InputError: an empty context, or not as many contexts as continuations.
+        InputError: an empty context, not as many contexts as continuations, or a token that the
+            model does not know.
     """
     if len(contexts) != len(continuations):
         raise InputError(
@@ -72,6 +75,8 @@ def log_likelihoods(
     for i, context in enumerate(contexts):
         if not len(context):
             raise InputError(f"context {i} is empty; expected at least one token.")
+        check_ids(context, network.args.vocab_size, f"context {i}")
+        check_ids(continuations[i], network.args.vocab_size, f"continuation {i}")
         sharing.setdefault(tuple(context), []).append(i)
 
     def longest(context: tuple[int, ...]) -> int:

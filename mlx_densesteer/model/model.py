@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,21 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .. import demo
 from ..demo.problems import calibration, draw_solution
-from ..errors import ContextError, DenseSteerError, InputError, ModelError
+from ..errors import (
+    ContextError,
+    DenseSteerError,
+    InputError,
+    ModelError,
+    VectorMismatchError,
+)
 from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
+from ..text import count, note
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
-from .prompt import encode_prompt
+from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX, weight_files
 
@@ -43,12 +51,21 @@ _FILES = {  # hints for files that users mistake for a model
 }
 # The key under which transformers notes that it has given this warning.
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+# For ``Model.check_length``: text of this many characters a token at most is encoded at once. Longer text
+# is counted in pieces; a cut adds fewer tokens than this (measured: 5).
+_LIKELY, _PIECE, _AT_CUTS = 4, 2**14, 64
+_PRECISION = re.compile(
+    r"[-_.](mlx|gguf|\d+-?bits?|int\d+|b?f(p|loat)?(16|32)|i?q\d\w*|dwq|awq|gptq)$"
+)
 _SOLUTIONS = 3  # fixed texts on which norms are measured
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the metadata of a steering vector records of its model; see ``Model.fingerprint``."""
+    """What the metadata of a steering vector records of its model; see ``Model.fingerprint``.
+
+    ``end_of_turn`` is the chat template's, where the checkpoint does not name it (``Model.end_of_turn``).
+    """
 
     name: str
     layer_count: int
@@ -56,6 +73,7 @@ class ModelInfo:
     dtype: str
     quantization: str
     fingerprint: str
+    end_of_turn: str | None = None
 
 
 class Model:
@@ -105,6 +123,11 @@ class Model:
         return self.network.args.hidden_size
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows: numbers from 0 to below it. The tokenizer's may be fewer."""
+        return self.network.args.vocab_size
+
+    @property
     def context(self) -> int:
         """How many tokens a prompt and its response may have together."""
         return self.network.args.max_position_embeddings
@@ -135,7 +158,38 @@ class Model:
             dtype=dtype_name(self.network.model.norm.weight.dtype),
             quantization=f"{kind}{bits}-bit, group {last.group_size}" if bits else "none",
             fingerprint=self.fingerprint,
+            end_of_turn=self.end_of_turn and self.tokenizer.convert_ids_to_tokens(self.end_of_turn),
         )
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that ends a turn in the chat template, if the checkpoint's end tokens do not.
+
+        A base model with a chat template would write it and run on. It is told once, in a note.
+        """
+        token = end_of_turn(self.tokenizer)
+        if token is not None:
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            note(
+                f"{self.name}: the chat template ends a turn with {name}, which is not among the model's end "
+                f"tokens. Answers in the chat template end there too."
+            )
+        return token
+
+    def ends(self, prompt: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that end the answer to a prompt.
+
+        These are the tokenizer's ``eos_token_ids``, and ``end_of_turn`` if the prompt has a control token of
+        the chat template.
+        """
+        ends = frozenset(self.tokenizer.eos_token_ids)
+        if self.end_of_turn is None or self._turn_tokens.isdisjoint(prompt):
+            return ends
+        return ends | {self.end_of_turn}
+
+    @cached_property
+    def _turn_tokens(self) -> frozenset[int]:
+        return turn_tokens(self.tokenizer)
 
     @cached_property
     def chat_template_sha256(self) -> str | None:
@@ -192,10 +246,7 @@ class Model:
         context = min(self.context, limit or self.context)
         room = context - tokens
         if room < min(wanted, 1):
-            raise ContextError(
-                f"{what} has {tokens} tokens, and the model's context is {context}"
-                f"{' with the response' if wanted else ''}. Shorten it."
-            )
+            raise ContextError(_too_long(what, tokens, context, with_response=bool(wanted)))
         return min(wanted, room)
 
     def check_fits(self, vector: SteeringVector) -> None:
@@ -206,14 +257,65 @@ class Model:
             model=self.name or "the model",
         )
 
-    def other_weights(self, vector: SteeringVector) -> str | None:
-        """Return a warning if the vector was extracted from other weights than these."""
-        if vector.meta.fingerprint in (None, self.fingerprint):
+    def other_weights(self, vector: SteeringVector, *, strict: bool = False) -> str | None:
+        """Return a warning if the vector was made for other weights than these, or ``None``.
+
+        For a vector without a fingerprint, as other programs' files have none, the names of the
+        models and their layer counts are compared; precision and organisation in a name do not count.
+
+        Raises:
+            VectorMismatchError: the same, with ``strict``.
+        """
+        meta = vector.meta
+        if meta.fingerprint == self.fingerprint:
             return None
-        return (
-            f"warning: {vector.name} was extracted from other weights ({vector.meta.model}, "
-            f"fingerprint {vector.meta.fingerprint}; this model is {self.name}, {self.fingerprint})"
-        )
+        if meta.fingerprint is not None:
+            found = (
+                f"was extracted from other weights ({meta.model}, fingerprint {meta.fingerprint}; "
+                f"this model is {self.name}, {self.fingerprint})"
+            )
+        elif (_base_name(meta.model), meta.layer_count) != (
+            _base_name(self.name),
+            self.layer_count,
+        ):
+            found = (
+                f"seems to be made for another model ({meta.model}, {count(meta.layer_count, 'layer')}; "
+                f"this model is {self.name}, {count(self.layer_count, 'layer')}). Its file has no "
+                "fingerprint of the weights"
+            )
+        else:
+            return None
+        if strict:
+            raise VectorMismatchError(
+                f"{vector.name} {found}. Use a vector that was extracted from this model, or leave "
+                "strict (--strict) out."
+            )
+        return f"warning: {vector.name} {found}"
+
+    def check_length(
+        self, *texts: object, limit: int | None = None, what: str = "the prompt"
+    ) -> None:
+        """Raise ``ContextError`` for text that is too long for the context, without encoding all of it.
+
+        A MiB takes seconds to encode. Text that may fit passes; ``room`` then counts all tokens.
+
+        Args:
+            texts: what else a prompt may be (token ids, ``None``) is left out.
+            limit, what: as for ``room``.
+        """
+        context = min(self.context, limit or self.context)
+        given = [text for text in texts if isinstance(text, str)]
+        if sum(map(len, given)) <= _LIKELY * context:
+            return
+        least = 0  # tokens that the texts have for certain
+        for text in given:
+            for start in range(0, len(text), _PIECE):
+                # replaced: lone surrogates, which cannot be encoded and are refused elsewhere
+                piece = text[start : start + _PIECE].encode(errors="replace").decode()
+                tokens = self.tokenizer.encode(piece, add_special_tokens=False)
+                least += max(0, len(tokens) - _AT_CUTS)
+                if least > context:
+                    raise ContextError(_too_long(what, f"more than {context}", context))
 
     def solutions(self) -> list[tuple[list[int], int]]:
         """Return fixed solutions of three arithmetic stories: token ids, and where the response begins."""
@@ -222,7 +324,7 @@ class Model:
             raw = not self.tokenizer.has_chat_template
             prompt = encode_prompt(self.tokenizer, problem.question, raw=raw)
             text = draw_solution(problem, random.Random(problem.id))
-            response = self.tokenizer.encode(text, add_special_tokens=False)
+            response = encode_text(self.tokenizer, text)
             made.append(([*prompt, *response], len(prompt)))
         return made
 
@@ -268,6 +370,7 @@ def load(
     path = find(path_or_repo, revision=revision)
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
+    _ = model.end_of_turn  # told now, not within an answer
     return model
 
 
@@ -413,6 +516,21 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return ``bfloat16`` for ``mx.bfloat16``."""
     return str(dtype).removeprefix("mlx.core.")
+
+
+def _too_long(what: str, tokens: int | str, context: int, *, with_response: bool = True) -> str:
+    return (
+        f"{what} has {tokens} tokens, and the model's context is {context}"
+        f"{' with the response' if with_response else ''}. Shorten it."
+    )
+
+
+def _base_name(model: str) -> str:
+    """Return the name of a checkpoint without its folder or organisation, and without its precision."""
+    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+    while (shorter := _PRECISION.sub("", name)) != name:
+        name = shorter
+    return name
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:

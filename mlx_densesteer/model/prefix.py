@@ -31,6 +31,7 @@ from .cache import (
     SteeredQuantizedKVCache,
     twin_of,
 )
+from .prompt import check_ids
 
 STEP = 2048  # tokens that go through the blocks together at most
 
@@ -151,6 +152,7 @@ class Prefix:
         empty.
 
         Raises:
+            InputError: a token that the model does not know; before anything is changed.
             VectorMismatchError, SteeringError: before anything is changed.
         """
         filling = self.filling(chunks, steering, answering=answering)
@@ -165,6 +167,8 @@ class Prefix:
     ) -> Generator[None, None, Work]:
         """Do what ``fill`` does, one chunk a step. Closing the iterator leaves the prefix empty."""
         made = deltas(self.network, steering)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        check_ids(tokens, self.network.args.vocab_size, "the prompt")
         positions = steering.positions if steering else "all"
         plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
         wanted = [chunk for chunk in chunks if chunk.tokens]

@@ -1,10 +1,27 @@
-"""Encode a user's text as the token ids that the model reads."""
+"""Text to token ids and back: prompts, conversations in the chat template, answers.
 
-from collections.abc import Sequence
+A user's text is not control. What a message says is encoded without control tokens: ``<|im_end|>`` in a
+message becomes the tokens of these ten characters. Only the chat template writes control tokens.
+"""
 
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import InputError
+from ..errors import InputError, ModelError
+
+Message = Mapping[str, str]  # role and content
+
+# Lone surrogates: no valid text holds one, so no message can forge them.
+TEXT = "\udc00"  # the control token that follows is text
+_MASK, _OPEN, _CLOSE = "\udc01", "\udc02", "\udc03"
+
+_QUESTION = {"role": "user", "content": "?"}
+_ANSWER = "answer0mark0."
 
 
 def encode_prompt(
@@ -13,39 +30,293 @@ def encode_prompt(
     *,
     system: str | None = None,
     raw: bool = False,
+    special_tokens: bool = False,
 ) -> list[int]:
     """Return the token ids of one user turn in the chat template, or with ``raw`` of the text alone.
 
     ``system`` is the system message; without one, Qwen2.5's template adds its own. Token ids are
-    returned unchanged.
+    returned unchanged. With ``special_tokens`` the text of a control token, such as ``<|im_end|>``, becomes
+    that token; with ``raw`` it always does.
 
     Raises:
-        InputError: an empty prompt, ``system`` with ``raw``, or a tokenizer without a chat
-            template.
+        InputError: an empty prompt, ``system`` with ``raw``, a tokenizer without a chat template, or
+            a conversation that the template refuses.
+        ModelError: the chat template cannot be used.
     """
     if not isinstance(prompt, str):
         if not len(prompt):
             raise InputError("a prompt has no tokens; expected at least one.")
-        return [int(token) for token in prompt]
+        return whole_numbers(prompt, "the prompt")
     check_prompt(tokenizer, prompt, system=system, raw=raw)
     if raw:
         return tokenizer.encode(prompt)
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    if special_tokens:
+        return tokenizer.encode(_render(tokenizer, messages), add_special_tokens=False)
+    return encode_chat(tokenizer, render_chat(tokenizer, messages))
 
 
 def check_prompt(
     tokenizer: TokenizerWrapper, prompt: str, *, system: str | None = None, raw: bool = False
 ) -> None:
     """Raise ``InputError`` for text that ``encode_prompt`` cannot encode."""
-    for text in (prompt, system or ""):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first.")
+    _check_unicode((prompt, system or ""))
     if not prompt.strip():
         raise InputError("the prompt is empty; give it as an argument or on standard input.")
     if raw and system is not None:
         raise InputError("a system message needs the chat template; it cannot go with raw.")
     if not raw and not tokenizer.has_chat_template:
         raise InputError("the model has no chat template; use --raw (raw=True) for plain text.")
+
+
+def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **options: object) -> str:
+    """Return a conversation as text in the chat template, for ``encode_chat``.
+
+    ``TEXT`` precedes what would be read as a control token and is not the template's alone. For this the
+    conversation is rendered a second time with its messages masked: a place that then differs is a
+    message's, wherever the template puts it and whatever else it does to it.
+
+    Args:
+        messages: each with ``role`` and ``content``.
+        options: of the tokenizer's ``apply_chat_template``, by default ``add_generation_prompt=True``.
+
+    Raises:
+        InputError: the template refuses this conversation, or reads the text of control tokens in
+            a way that leaves their origin open.
+        ModelError: the chat template cannot be used.
+    """
+    contents = [message["content"] for message in messages]
+    _check_unicode(contents)
+    control = _control(tokenizer)
+    # A template may look for a token in a message (a reasoning model's drops all before </think>). The
+    # second attempt leaves the tokens as they are, between marks.
+    for guard in (str, control.guard):
+        guarded = [guard(content) for content in contents]
+        text = _render(tokenizer, messages, guarded, **options)
+        masked = _render(tokenizer, messages, map(_mask, guarded), **options)
+        if _is_masked(text, masked):
+            return control.mark(text, masked)
+    if any(map(control.token.search, contents)):
+        raise InputError(
+            "a message has the text of a control token, such as <|im_end|>, and the model's chat template "
+            "changes the message by what it says. Leave the token out of the message."
+        )
+    return _render(tokenizer, messages, contents, **options)
+
+
+def encode_chat(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of what ``render_chat`` returned, or of a part of it.
+
+    Text without ``TEXT`` is encoded as the stock tokenizer does it. Else the text between two control
+    tokens that holds one as text is encoded as if the tokenizer had no such tokens.
+
+    Raises:
+        InputError: the tokenizer makes a control token of text that does not look like one.
+    """
+    control = _control(tokenizer)
+    ids: list[int] = []
+    as_ever = ""
+    for part in control.token.split(text):  # text, token, text, token, ..., text
+        if TEXT in part:
+            ids += _encode(tokenizer, as_ever) + _encode_text(tokenizer, part.replace(TEXT, ""))
+            as_ever = ""
+        else:
+            as_ever += part
+    ids += _encode(tokenizer, as_ever)
+    if sum(map(control.ids.__contains__, ids)) > len(control.token.findall(text)):
+        raise InputError(
+            "the tokenizer makes a control token of text in a message. Leave the text of control tokens, "
+            "such as <|im_end|>, out of the message."
+        )
+    return ids
+
+
+def encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of a message's text alone, without control tokens."""
+    control = _control(tokenizer)
+    return encode_chat(tokenizer, control.token.sub(rf"{TEXT}\1", text))
+
+
+def decode(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
+    """Return the text of token ids, control tokens included, exactly as the model wrote it."""
+    return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+
+
+def end_of_turn(tokenizer: TokenizerWrapper) -> int | None:
+    """Return the control token with which the chat template ends an answer, if generation goes on after it.
+
+    A base model's checkpoint often has a chat template, and an end token that the template does not use.
+    ``None`` if one of ``eos_token_ids`` ends the template's answers, or it has no end.
+    """
+    if not tokenizer.has_chat_template:
+        return None
+    messages = [_QUESTION, {"role": "assistant", "content": _ANSWER}, _QUESTION]
+    try:
+        text = _render(tokenizer, messages, add_generation_prompt=False)
+    except (InputError, ModelError):
+        return None  # told when the template is needed
+    _, found, rest = text.partition(_ANSWER)
+    control = _control(tokenizer)
+    ids = [control.ids[token] for token in control.token.findall(rest.partition("?")[0])]
+    return None if not found or tokenizer.eos_token_ids & {*ids} else next(iter(ids), None)
+
+
+def turn_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Return the control tokens with which the chat template surrounds a question.
+
+    Raises:
+        ModelError: the chat template cannot be used.
+    """
+    if not tokenizer.has_chat_template:
+        return frozenset()
+    control = _control(tokenizer)
+    return frozenset(control.ids[t] for t in control.token.findall(_render(tokenizer, [_QUESTION])))
+
+
+def whole_numbers(tokens: Iterable[int], what: str) -> list[int]:
+    """Return token ids as Python's numbers; raise ``InputError`` for anything else."""
+    try:
+        return list(map(operator.index, getattr(tokens, "tolist", lambda: tokens)()))
+    except TypeError:
+        raise InputError(
+            f"{what} has a token that is no whole number; expected token ids."
+        ) from None
+
+
+def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:
+    """Raise ``InputError`` unless the model knows every token: mlx would read memory beyond its rows.
+
+    Args:
+        tokens: Python's whole numbers.
+        vocabulary: how many tokens the model knows.
+    """
+    if not len(tokens) or (min(tokens) >= 0 and max(tokens) < vocabulary):
+        return
+    strange = next(token for token in tokens if not 0 <= token < vocabulary)
+    raise InputError(
+        f"{what} has the token {strange}: the model knows 0 to {vocabulary - 1}. Use the ids of this "
+        "model's tokenizer."
+    )
+
+
+class _Control:
+    """The control tokens of a tokenizer: special ones, and added ones that are not a mere word.
+
+    ``ids`` are their numbers, by their text. ``token`` finds them, except after ``TEXT``.
+    """
+
+    def __init__(self, ids: Mapping[str, int]):
+        self.ids = ids
+        longest_first = sorted(ids, key=len, reverse=True)
+        one = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self.token = re.compile(f"(?<!{TEXT})({one})")
+        # With the blanks beside them, unless a message begins or ends there: templates strip those.
+        self._beside = re.compile(rf"(?:(?<=\S)\s+)?(?:{one})(?:\s+(?=\S))?")
+        self._guarded = re.compile(f"{_OPEN}(\\s*(?:{one})\\s*){_CLOSE}")
+
+    def guard(self, content: str) -> str:
+        """Return a message with its control tokens between marks."""
+        return self._beside.sub(rf"{_OPEN}\g<0>{_CLOSE}", content)
+
+    def mark(self, text: str, masked: str) -> str:
+        """Return ``text`` with ``TEXT`` before each control token that is not the template's alone.
+
+        ``masked`` is as long as ``text``, and has ``_MASK`` where a message stands.
+        """
+        masked = self._guarded.sub(lambda found: _MASK * len(found[1]), masked)
+        text, masked = (re.sub(f"[{_OPEN}{_CLOSE}]", "", one) for one in (text, masked))
+        marked, done, at = [], 0, 0
+        while found := self.token.search(text, at):
+            start, at = found.span()
+            if _MASK in masked[start:at]:
+                marked += [text[done:start], TEXT]
+                done, at = start, start + 1
+        return "".join([*marked, text[done:]])
+
+
+@lru_cache(maxsize=8)
+def _control_of(ids: tuple[tuple[str, int], ...]) -> _Control:
+    return _Control(dict(ids))
+
+
+def _control(tokenizer: TokenizerWrapper) -> _Control:
+    added = tokenizer.added_tokens_decoder.items()
+    return _control_of(
+        tuple(
+            (token.content, number)
+            for number, token in added
+            if token.content and (token.special or re.search(r"[^\w\s]", token.content))
+        )
+    )
+
+
+def _render(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Message],
+    contents: Iterable[str] | None = None,
+    **options: object,
+) -> str:
+    """Return messages, with other ``contents`` if given, in the chat template."""
+    if contents is not None:
+        pairs = zip(messages, contents, strict=True)
+        messages = [{**message, "content": content} for message, content in pairs]
+    options = {"add_generation_prompt": True} | options
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = "".join(c if c.isprintable() else " " for c in str(error))[:200]
+        if messages != [_QUESTION]:
+            _render(tokenizer, [_QUESTION])  # raises if the template does not even take this
+            raise InputError(
+                f"the model's chat template refuses this conversation ({reason})."
+            ) from error
+        raise ModelError(
+            f"the model's chat template cannot be used ({type(error).__name__}: {reason}). Correct it, or use "
+            "--raw (raw=True) for plain text."
+        ) from error
+
+
+def _mask(content: str) -> str:
+    """Return a message with ``_MASK`` for what is neither blank, nor escaped in JSON, nor between marks."""
+    return re.sub(
+        rf"({_OPEN}[^{_CLOSE}]*{_CLOSE})|[^\s\x00-\x1f\"\\{_OPEN}]+",
+        lambda found: found[1] or _MASK * len(found[0]),
+        content,
+    )
+
+
+def _is_masked(text: str, masked: str) -> bool:
+    """Whether ``masked`` is ``text`` but for its masks."""
+    if len(text) != len(masked):
+        return False
+    a, b = (
+        np.frombuffer(one.encode("utf-32-le", "surrogatepass"), np.uint32) for one in (text, masked)
+    )
+    return bool(((a == b) | (b == ord(_MASK))).all())
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def _encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of text as if the tokenizer had no added tokens."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            "a message has the text of a control token, such as <|im_end|>, which this model's tokenizer "
+            "cannot encode as text. Leave it out of the message."
+        )
+    steps = tokenizer.backend_tokenizer
+    if steps.normalizer is not None:
+        text = steps.normalizer.normalize_str(text)
+    words = [text]
+    if steps.pre_tokenizer is not None:
+        words = [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in steps.model.tokenize(word)]
+
+
+def _check_unicode(texts: Iterable[str]) -> None:
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first.")

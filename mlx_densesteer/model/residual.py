@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..steering.vector import format_layers
 from .block import decoder_blocks
+from .prompt import check_ids
 from .token_tree import PairBatch, Tail, TokenTree
 
 KeysValues = tuple[mx.array, mx.array]
@@ -50,9 +51,12 @@ def record_pairs(
         weigh: maps the number of a response's tokens to their weights w, float32 ``(tokens,)``.
 
     Raises:
-        InputError: a layer that the model does not have.
+        InputError: a layer that the model does not have, or a token that it does not know.
     """
     layers = _check_layers(network, layers)
+    for pair in (pair for batch in tree.batches for pair in batch.stems):
+        for tokens in pair.whole:
+            check_ids(tokens, network.args.vocab_size, f"pair {pair.number}")
     root: dict[int, KeysValues] = {}
     if tree.root:
         root = {layer: own for layer, _, own in _stream(network, tree.root, layers[-1])}
@@ -70,11 +74,12 @@ def residual_norms(
     the others. The norms of a chat template's tokens are large too.
 
     Raises:
-        InputError: ``first`` is outside the tokens, or the model does not have a layer.
+        InputError: ``first`` is outside the tokens, or the model does not have a layer or know a token.
     """
     if not 0 <= first < len(tokens):
         raise InputError(f"first token {first} of {len(tokens)}: expected 0 to {len(tokens) - 1}.")
     layers = _check_layers(network, layers)
+    check_ids(tokens, network.args.vocab_size, "the text")
     norms = {}
     for layer, h, _ in _stream(network, tokens, layers[-1]):
         if layer in layers:

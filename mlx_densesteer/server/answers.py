@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .._version import __version__
-from ..generation.sampling import Sampling
 from .encoding import Encoder
 from .engine import Engine
 from .faults import Fault
@@ -74,11 +73,6 @@ class Completions:
     async def _jobs(
         self, asked: ChatRequest | CompletionRequest, steering: Asked | None
     ) -> list[Job]:
-        sampling = Sampling(
-            temp=asked.temperature or 0.0,
-            top_p=asked.top_p or 1.0,
-            seed=None if asked.seed is None else asked.seed % 2**64,
-        )
         most = self.settings.limits.max_tokens
         n = asked.n or 1
         return [
@@ -86,7 +80,7 @@ class Completions:
                 tokens=tokens,
                 steering=steering.steering if steering else None,
                 max_tokens=min(asked.limit or most, most),
-                sampling=sampling,
+                sampling=asked.sampling,
                 stop=asked.stops,
                 n=n,
                 logprobs=asked.alternatives,

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import ContextError
+from ..errors import ContextError, InputError
 from ..model.model import Model
+from ..model.prompt import encode_chat, encode_prompt, render_chat
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message
 
@@ -19,7 +19,7 @@ class Encoder:
 
     def __init__(self, model: Model):
         self._model, self._tokenizer = model, model.tokenizer
-        self._vocabulary = model.network.args.vocab_size
+        self._vocabulary = model.vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
     async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
@@ -45,36 +45,38 @@ class Encoder:
         if isinstance(request, ChatRequest):
             return [self._check(self._chat(request.messages), "messages")]
         prompt = request.prompt
-        if isinstance(prompt, str):
-            prompts = [self._text(prompt)]
-        elif isinstance(prompt[0], str):
-            prompts = [self._text(one) for one in prompt]
-        else:
-            if max(prompt) >= self._vocabulary:
-                raise bad(
-                    f"a token id is too large: expected less than {self._vocabulary}.", "prompt"
-                )
-            prompts = [list(prompt)]
-        return [self._check(tokens, "prompt") for tokens in prompts]
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        return [self._prompt(one) for one in (prompt if several else [prompt])]
 
-    def _text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text) if text else []
+    def _prompt(self, prompt: str | list[int]) -> list[int]:
+        """Return the token ids of one text or of one list of token ids."""
+        if isinstance(prompt, str):
+            self._check_length([prompt], "prompt")
+            return self._check(self._tokenizer.encode(prompt) if prompt else [], "prompt")
+        if max(prompt) >= self._vocabulary:
+            raise bad(f"a token id is too large: expected less than {self._vocabulary}.", "prompt")
+        return self._check(list(prompt), "prompt")
+
+    def _check_length(self, texts: Sequence[str], param: str) -> None:
+        try:
+            self._model.check_length(*texts)
+        except ContextError as error:
+            raise bad(str(error), param, "context_length_exceeded") from error
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise bad("this model has no chat template: use /v1/completions.", "messages")
         if not any(one.role == "user" and one.text.strip() for one in messages):
             raise bad("no message of the user has text: expected at least one.", "messages")
+        self._check_length([one.text for one in messages], "messages")
         plain = [
             {"role": "system" if one.role == "developer" else one.role, "content": one.text}
             for one in messages
         ]
         try:
-            return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True))
-        except TemplateError as error:
-            raise bad(
-                "the model's chat template refuses this order of roles.", "messages"
-            ) from error
+            return encode_chat(self._tokenizer, render_chat(self._tokenizer, plain))
+        except InputError as error:
+            raise bad(str(error), "messages") from error
 
     def _check(self, tokens: list[int], param: str) -> list[int]:
         if not tokens:
@@ -97,10 +99,12 @@ class Encoder:
 
 
 def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the special token that begins a message, if the chat template has one."""
+    """Return the special token that begins a message, if the chat template has one.
+
+    Raises:
+        ModelError: the chat template cannot be used.
+    """
     if not tokenizer.has_chat_template:
         return frozenset()
-    first = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], add_generation_prompt=True
-    )[0]
+    first = encode_prompt(tokenizer, "?")[0]
     return frozenset([first]) & frozenset(tokenizer.get_added_vocab().values())

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import logging
 import socket
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import InputError
 from .engine import Engine
+from .faults import Fault
+from .guard import HEADERS
 from .settings import ServerLimits
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 128  # connections that wait to be accepted
+LINGER = 1.0  # seconds for a client that was refused to read why
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -65,7 +69,6 @@ def listen(
         proxy_headers=False,
         timeout_keep_alive=int(limits.idle),
         timeout_graceful_shutdown=int(limits.grace) + 5,
-        h11_max_incomplete_event_size=limits.header,
         backlog=BACKLOG,
     )
     server = _EndingServer(config, engine, limits.grace)
@@ -95,10 +98,38 @@ class _EndingServer(Server):
                 connection.transport.abort()
 
 
+class _Connection(h11.Connection):
+    """Limit the bytes of headers; h11 alone counts only those that come in several parts.
+
+    ``refusal`` is the status for what could not be read.
+    """
+
+    def __init__(self, most: int):
+        super().__init__(h11.SERVER, most)
+        self._most, self.refusal = most, 400
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request | h11.EndOfMessage):
+                size = len(getattr(event, "target", b""))
+                if size + sum(len(name) + len(value) for name, value in event.headers) > self._most:
+                    raise h11.RemoteProtocolError("headers too large", 431)
+        except h11.RemoteProtocolError as error:
+            self.refusal = error.error_status_hint
+            raise
+        return event
+
+
 def _bounded(limits: ServerLimits) -> type[H11Protocol]:
     """Return a protocol that limits connections, and the seconds for a request's headers."""
 
     class Bounded(H11Protocol):
+        def __init__(self, *arguments: object, **options: object):
+            super().__init__(*arguments, **options)
+            self.conn = _Connection(limits.header)
+            self._refused = False
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._patience: asyncio.TimerHandle | None = None
@@ -108,7 +139,7 @@ def _bounded(limits: ServerLimits) -> type[H11Protocol]:
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self._refused:
                 return
             super().data_received(data)
             if self.cycle is None or self.cycle.response_complete:
@@ -131,7 +162,29 @@ def _bounded(limits: ServerLimits) -> type[H11Protocol]:
             if answering or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.abort()  # garbage behind a request that is being answered
                 return
-            super().send_400_response(msg)
+            if self.conn.refusal != 431:
+                super().send_400_response(msg)
+                return
+            fault = Fault(
+                431, f"the headers are too large: this server takes {limits.header} bytes."
+            )
+            body = json.dumps(fault.body).encode()
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            headers |= HEADERS | {"Connection": "close"}
+            for event in (
+                h11.Response(
+                    status_code=431,
+                    headers=[*headers.items()],
+                    reason=b"Request Header Fields Too Large",
+                ),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+            # A connection that is closed while headers still come is broken for the client: it would not
+            # see the answer.
+            self._refused = True
+            self.loop.call_later(LINGER, self.transport.close)
 
         def _await_headers(self) -> None:
             """Start one timer for all headers of a request: further bytes do not extend it."""

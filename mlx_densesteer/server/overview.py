@@ -9,7 +9,7 @@ from .._version import __version__
 from ..demo.problems import held_out
 from ..steering.steering import LARGE_DOSE, Positions
 from .settings import Settings
-from .vectors import NamedVector, Vectors
+from .vectors import Vectors
 
 EXAMPLES = (
     "Anna picks 48 apples in the morning, and in the afternoon half as many. How many apples does she "
@@ -61,7 +61,7 @@ class Overview:
             "note": demo.ABOUT if self.toy else None,
             "examples": [p.question for p in held_out(3)] if self.toy else list(EXAMPLES),
             "presets": self._presets(),
-            "vectors": [self._vector(one) for one in self.vectors.all()],
+            "vectors": [self.vectors.listing(one) for one in self.vectors.all()],
             "large_dose": LARGE_DOSE,
             "positions": list(get_args(Positions)),
         }
@@ -76,20 +76,6 @@ class Overview:
             }
             for preset in presets
         ]
-
-    def _vector(self, one: NamedVector) -> dict[str, object]:
-        """Return a vector's description; ``unit_dose`` is the dose of strength 1 at each layer."""
-        vector, meta = one.vector, one.vector.meta
-        sizes, norms = vector.norms(), self.vectors.model.norms(vector, vector.layers)
-        return {
-            "name": one.name,
-            "layers": list(vector.layers),
-            "default": self.vectors.describe(one.request().steering(self.vectors.model)),
-            "unit_dose": {str(layer): sizes[layer] / norms[layer] for layer in vector.layers},
-            "recommended": meta.recommended,
-            "tested": list(meta.tested),
-            "meta": {"model": meta.model, "method": meta.method, "pair_count": meta.pair_count},
-        }
 
     def _model(self, name: object, steering: object) -> dict[str, object]:
         return {

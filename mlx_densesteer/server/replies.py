@@ -140,10 +140,10 @@ class Completion:
         offsets, at = [], self._lengths.get(choice, 0)
         for one in found:
             offsets.append(at)
-            at += len(self._text(one.token))
+            at += len(one.text)
         self._lengths[choice] = at
         return {
-            "tokens": [self._text(one.token) for one in found],
+            "tokens": [one.text for one in found],  # joined, they are the text
             "token_logprobs": [max(one.logprob, LEAST) for one in found],
             # the chosen token is always among them
             "top_logprobs": [

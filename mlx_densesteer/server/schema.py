@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..generation.sampling import Sampling
 from ..steering.steering import Positions
 from .faults import bad, excerpt
 
@@ -19,10 +20,12 @@ LAYERS = 1024
 UNKNOWN = 64  # unknown fields of one request
 
 Layer = Annotated[int, Field(ge=0, lt=LAYERS)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(max_length=256)]
 # fail_fast: a list of a million invalid items costs the time of one
 Layers = Annotated[list[Layer], Field(max_length=LAYERS, fail_fast=True)]
 Stops = Annotated[list[Stop], Field(fail_fast=True)]
+# -1, as LM Studio and llama.cpp have it, is no limit of the request's own
+MaxTokens = Annotated[int, Field(ge=1, le=2**31)] | Literal[-1]
 Strength = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=64)]
 
 
@@ -103,11 +106,13 @@ class CompletionFields(BaseModel):
     steering: SteeringField | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_tokens: MaxTokens | None = Field(
+        None, description="-1 and none: as many as the server allows."
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy, the default.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 leaves the likeliest token alone.")
     n: int | None = Field(None, ge=1, le=CHOICES)
-    stop: Stop | Stops | None = None
+    stop: Stop | Stops | None = Field(None, description="Empty texts are ignored.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
 
     @field_validator("stop")
@@ -119,7 +124,20 @@ class CompletionFields(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        return tuple(filter(None, given))
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the request asks for; ``None``: it leaves that to the server."""
+        return None if self.max_tokens == -1 else self.max_tokens
+
+    @property
+    def sampling(self) -> Sampling:
+        """How to choose tokens: greedily, unless a temperature is given."""
+        temperature = 0.0 if self.top_p == 0 else self.temperature or 0.0
+        top_p = 1.0 if not self.top_p else self.top_p
+        return Sampling(temperature, top_p, None if self.seed is None else self.seed % 2**64)
 
     @property
     def wants_usage(self) -> bool:
@@ -128,20 +146,21 @@ class CompletionFields(BaseModel):
 
 class ChatRequest(CompletionFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        limits = {self.max_tokens, self.max_completion_tokens} - {None, -1}
         if len(limits) > 1:
             raise ValueError("expected one of max_tokens and max_completion_tokens")
         return self
 
     @property
     def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        found = {self.max_completion_tokens, self.max_tokens} - {None, -1}
+        return next(iter(found), None)
 
     @property
     def alternatives(self) -> int | None:
@@ -151,15 +170,12 @@ class ChatRequest(CompletionFields):
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=CHOICES, fail_fast=True)]
+SeveralIds = Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES, fail_fast=True)]
 
 
 class CompletionRequest(CompletionFields):
-    prompt: str | TokenIds | Texts
+    prompt: str | TokenIds | Texts | SeveralIds
     logprobs: int | None = Field(None, ge=0, le=5)
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -186,7 +202,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"}, {}),
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -197,6 +213,13 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
+}
+# Likewise of a message.
+NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
 }
 # Fields that cannot change an answer here.
 IDLE = {
@@ -214,7 +237,7 @@ IDLE = {
 
 
 def check_extra(request: CompletionFields) -> list[str]:
-    """Return the names of the unknown fields, which are ignored.
+    """Return the names of the unknown fields, which are ignored; those of messages as ``messages.NAME``.
 
     Raises:
         Fault: an unsupported field that asks for something, a misspelt one, or a key of
@@ -227,9 +250,7 @@ def check_extra(request: CompletionFields) -> list[str]:
     ignored = []
     for name, value in extra.items():
         if name in NEUTRAL:
-            if value is not None and value not in NEUTRAL[name]:
-                message = f"`{name}` is not supported by this server; leave it out."
-                raise bad(message, name, "unsupported")
+            _check_neutral(name, value, NEUTRAL[name], name)
         elif name in SteeringField.model_fields:
             raise bad(f'`{name}` belongs in `steering`: {{"steering": {{"{name}": ...}}}}.', name)
         elif name not in IDLE:
@@ -237,4 +258,21 @@ def check_extra(request: CompletionFields) -> list[str]:
             if near:
                 raise bad(f"unknown field {excerpt(name)}: did you mean `{near[0]}`?", name[:64])
             ignored.append(name)
-    return ignored
+    in_messages: dict[str, None] = {}  # each name once, in their order
+    for number, message in enumerate(request.messages if isinstance(request, ChatRequest) else ()):
+        for name, value in (message.model_extra or {}).items():
+            if name in NEUTRAL_IN_MESSAGE:
+                where = f"messages[{number}].{name}"
+                _check_neutral(name, value, NEUTRAL_IN_MESSAGE[name], where)
+            elif value is not None and len(in_messages) < UNKNOWN:
+                in_messages[f"messages.{name}"] = None
+    return [*ignored, *in_messages]
+
+
+def _check_neutral(name: str, value: object, neutral: tuple[object, ...], where: str) -> None:
+    """Raise unless the value of an unsupported field asks for nothing."""
+    if value is not None and value not in neutral:
+        place = "" if where == name else f" ({where})"
+        raise bad(
+            f"`{name}`{place} is not supported by this server; leave it out.", where, "unsupported"
+        )

@@ -52,9 +52,16 @@ class Access:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings; ``name`` is the model's name for clients, ``folder`` holds further vectors."""
+    """All settings.
+
+    Args:
+        name: the model's name for clients.
+        folder: holds further vectors.
+        strict: those that were made for another model cannot be used.
+    """
 
     name: str
     limits: ServerLimits = ServerLimits()
     access: Access = Access()
     folder: Path | None = None
+    strict: bool = False

@@ -38,7 +38,7 @@ def start(
 
     def load_on_thread() -> Worker:
         loaded = load(model)
-        vectors = Vectors(given, settings.folder, loaded, settings.name)
+        vectors = Vectors(given, loaded, settings)
         _ = loaded.info, loaded.measured_norms  # computed here; other threads only read them
         made.append(vectors)
         first = next(iter(vectors.all()), None)

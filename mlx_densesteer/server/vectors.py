@@ -6,6 +6,8 @@ steering in the field ``steering`` or in the model's name, ``qwen2.5-1.5b@dense=
 client can send.
 """
 
+import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from ..steering.steering import LARGE_DOSE, Positions, Steering
 from ..steering.vector import SteeringVector
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
+from .settings import Settings
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
@@ -66,27 +71,22 @@ class Vectors:
 
     Args:
         given: vectors that stay even if their files change.
-        folder: its ``NAME.npz`` are vectors too.
-        model: the model served; files for other models cannot be used.
-        base: the model's name for clients.
+        model: the model served; files for models of another size cannot be used.
+        settings: the model's name for clients; the folder whose ``NAME.npz`` are vectors too.
 
     Raises:
         InputError: a given vector's name cannot be part of a model's name, or its default cannot
             be applied.
-        VectorMismatchError: a given vector does not fit the model.
+        VectorMismatchError: a given vector does not fit the model, or was made for another one and
+            the settings are strict.
     """
 
-    def __init__(self, given: Sequence[NamedVector], folder: Path | None, model: Model, base: str):
-        self.model, self.base = model, base
-        self._folder = folder
+    def __init__(self, given: Sequence[NamedVector], model: Model, settings: Settings):
+        self.model, self.base = model, settings.name
+        self._folder, self._strict = settings.folder, settings.strict
         self._given: dict[str, NamedVector] = {}
         self._files: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
         for one in given:
-            if not NAME.fullmatch(one.name):
-                raise InputError(
-                    f"vector name {one.name!r}: expected letters, digits and . _ + - only, so that a "
-                    "model name can hold it. Rename the file."
-                )
             self._check(one)
             self._given[one.name] = one
 
@@ -156,6 +156,20 @@ class Vectors:
             warning = "a large dose: the answer may repeat itself or lose its sense."
         return steering.describe() | {"dose": dose, "warning": warning}
 
+    def listing(self, one: NamedVector) -> dict[str, object]:
+        """Return a vector's description; ``unit_dose`` is the dose of strength 1 at each layer."""
+        vector, meta = one.vector, one.vector.meta
+        sizes, norms = vector.norms(), self.model.norms(vector, vector.layers)
+        return {
+            "name": one.name,
+            "layers": list(vector.layers),
+            "default": self.describe(one.request().steering(self.model)),
+            "unit_dose": {str(layer): sizes[layer] / norms[layer] for layer in vector.layers},
+            "recommended": meta.recommended,
+            "tested": list(meta.tested),
+            "meta": {"model": meta.model, "method": meta.method, "pair_count": meta.pair_count},
+        }
+
     def _asked(
         self,
         one: NamedVector,
@@ -221,7 +235,7 @@ class Vectors:
         here: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
         for path in sorted(self._folder.glob("*.npz")):
             name = path.stem
-            if name in self._given or not NAME.fullmatch(name):
+            if name in self._given:
                 continue
             try:
                 state = path.stat()
@@ -237,16 +251,31 @@ class Vectors:
         try:
             vector = SteeringVector.load(path)
             vector.name = name
-            self._check(NamedVector(vector))
+            if warning := self._check(NamedVector(vector)):
+                log.warning("%s", warning)
         except (DenseSteerError, OSError) as error:
             return str(error).replace(str(path), name)
+        # whatever is wrong with one file, the others stay
+        except Exception as error:
+            log.error("vector %s cannot be read: %s", name, type(error).__name__, exc_info=error)
+            return "it cannot be read; the server's log says more."
         return NamedVector(vector)
 
-    def _check(self, one: NamedVector) -> None:
-        """Raise unless the vector fits the model and its default can be applied."""
+    def _check(self, one: NamedVector) -> str | None:
+        """Raise unless the vector fits the model, can be listed, and its default can be applied.
+
+        Return a warning if it was made for another model.
+        """
+        if not NAME.fullmatch(one.name):
+            raise InputError(
+                f"vector name {one.name!r}: expected letters, digits and . _ + - only, so that a "
+                "model name can hold it. Rename the file."
+            )
         size = {"hidden_size": self.model.hidden_size, "layer_count": self.model.layer_count}
         one.vector.check_fits(**size, model="the model")  # clients must not see the model's path
         self.preset(one)
+        json.dumps(self.listing(one), allow_nan=False)
+        return self.model.other_weights(one.vector, strict=self._strict)
 
 
 def exact(amount: Amount) -> str:

@@ -209,6 +209,7 @@ class Worker:
         if self._batch is None:
             self._batch = Batch(self._model, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
+        ends = self._model.ends(job.tokens)
         for choice in range(job.n):
             row = self._batch.add(
                 tokens,
@@ -218,6 +219,7 @@ class Worker:
                 stop=job.stop,
                 cache=caches,
                 logprobs=job.logprobs,
+                ends=ends,
             )
             self._rows[row] = taken, choice
         taken.cached_tokens, taken.reading = taken.reading.cached_tokens, None

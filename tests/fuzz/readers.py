@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from helpers import VALUES, opcodes, pt_file
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 from starlette.requests import Request
 
 from mlx_densesteer import demo
@@ -24,7 +27,8 @@ from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.generation.session import Session
 from mlx_densesteer.model import gguf as gguf_model
 from mlx_densesteer.model.config import read_config
-from mlx_densesteer.model.model import Model, load
+from mlx_densesteer.model.model import Model, check_finite, load, loading, mlx_lm_folder
+from mlx_densesteer.model.weights import weight_files
 from mlx_densesteer.server.body import read_json
 from mlx_densesteer.server.schema import ChatRequest, CompletionRequest
 from mlx_densesteer.steering.formats import export_vector, import_vector
@@ -132,7 +136,52 @@ def configs(folder: Path) -> list[bytes]:
 
 @reader("json", "config.json", configs)
 def config(path: Path) -> None:
+    beside(path, "model.safetensors", lambda to: shutil.copy(demo.MODEL / to.name, to))
     read_config(path.parent)
+
+
+def beside(path: Path, name: str, make: Callable[[Path], object]) -> None:
+    """Make the file ``name`` beside a damaged file, unless it is there."""
+    if not (path.parent / name).exists():
+        make(path.parent / name)
+
+
+TINY = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 8, "num_hidden_layers": 1,
+    "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+    "vocab_size": 8, "tie_word_embeddings": True, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def weights_files(folder: Path) -> list[bytes]:
+    network = tiny_model(layers=1, hidden=8, vocabulary=8)
+    arrays = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "whole.safetensors"), arrays, metadata={"format": "pt"})
+    return [(folder / "whole.safetensors").read_bytes()]
+
+
+@reader("safetensors", "model.safetensors", weights_files)
+def weights(path: Path) -> None:
+    """What mlx makes of the weights, too: one forward pass."""
+    args = tiny_model(layers=1, hidden=8, vocabulary=8).args
+    known = {name: getattr(args, name) for name in TINY if hasattr(args, name)}
+    beside(path, "config.json", lambda to: to.write_text(json.dumps(TINY | known)))
+    beside(path, "tokenizer.json", lambda to: to.write_text("{}"))
+    with loading(path.parent), mlx_lm_folder(path.parent) as place:
+        network, _ = load_model(place)
+    check_finite(network, str(path.parent))
+
+
+def indexes(folder: Path) -> list[bytes]:
+    names = list(mx.load(str(demo.MODEL / "model.safetensors")))
+    places = dict.fromkeys(names, "model.safetensors")
+    return [json.dumps({"metadata": {"total_size": 1}, "weight_map": places}).encode()]
+
+
+@reader("json", "model.safetensors.index.json", indexes)
+def weights_index(path: Path) -> None:
+    beside(path, "model.safetensors", lambda to: shutil.copy(demo.MODEL / to.name, to))
+    weight_files(path.parent)
 
 
 def gguf_files(folder: Path) -> list[bytes]:
@@ -146,7 +195,7 @@ def gguf_files(folder: Path) -> list[bytes]:
 def gguf_of_a_model(path: Path) -> None:
     found = gguf_model.open_gguf(path)
     with gguf_model.damage(path):
-        gguf_model.read_config(found, "float32")
+        gguf_model.read_config(found, "float32", str(path))
 
 
 def sessions(folder: Path) -> list[bytes]:
@@ -187,7 +236,7 @@ def journals(folder: Path) -> list[bytes]:
 @reader("jsonl", "run.jsonl", journals)
 def journal(path: Path) -> None:
     with Journal(path, HEADER) as opened:
-        read_answers(opened, 576)
+        read_answers(opened, 512)
 
 
 def lines(*documents: object) -> Callable[[Path], list[bytes]]:

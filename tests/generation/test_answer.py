@@ -101,21 +101,10 @@ def test_any_cut_into_pieces_gives_the_text_before_the_first_stop_text():
 
 
 class Letters:
-    """A tokenizer of which token N is the N-th letter, with mlx-lm's streaming detokenizer."""
+    """A tokenizer of which token N is the N-th letter."""
 
-    @property
-    def detokenizer(self):
-        return LettersOut()
-
-
-class LettersOut:
-    last_segment = ""
-
-    def add_token(self, token):
-        self.last_segment = chr(97 + token)
-
-    def finalize(self):
-        self.last_segment = ""
+    def decode(self, tokens, **_):
+        return "".join(chr(97 + token) for token in tokens)
 
 
 def test_text_without_repeats_is_shown_with_each_token():

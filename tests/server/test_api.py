@@ -18,6 +18,7 @@ from mlx_densesteer import Sampling, demo
 from mlx_densesteer.demo.problems import held_out
 
 QUESTIONS = [problem.question for problem in held_out(12)]
+ASKED = [{"role": "user", "content": "Hi"}]
 
 
 def text(body, choice=0):
@@ -350,7 +351,12 @@ def test_models_are_listed_and_found(server):
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "expected one of"),
         ({"temperature": 3}, 400, "temperature"),
-        ({"stop": [""]}, 400, "stop"),
+        ({"max_tokens": -2}, 400, "max_tokens"),
+        ({"top_p": -0.1}, 400, "top_p"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, 400,
+         "`tool_calls` (messages[1].tool_calls) is not supported"),
+        ({"messages": [*ASKED, {"role": "assistant", "function_call": {"name": "f"}}]}, 400,
+         "`function_call` (messages[1].function_call) is not supported"),
         ({"n": 9}, 400, "n: "),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "the model's context is 1024"),
     ],
@@ -375,6 +381,64 @@ def test_the_field_at_fault_is_named(server, fields, param):
     question = {"messages": [{"role": "user", "content": "Hi"}]}
     status, _, body = server.ask("/v1/chat/completions", question | fields)
     assert status == 400 and body["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "lenient",
+    [
+        {
+            "max_tokens": 12,
+            "top_p": 0,
+            "temperature": 1.5,
+            "seed": 3,
+        },  # llama.cpp, OpenAI: the likeliest
+        {"max_tokens": 12, "response_format": {}},
+        {"max_tokens": 12, "stop": ""},
+        {"max_tokens": 12, "stop": ["", "no such text"]},
+        {"max_tokens": -1, "max_completion_tokens": 12},
+        {"max_tokens": 12, "max_completion_tokens": -1},
+    ],
+)
+def test_values_that_other_servers_take_are_taken_as_they_take_them(server, lenient):
+    assert text(server.chat(QUESTIONS[0], **lenient)) == text(
+        server.chat(QUESTIONS[0], max_tokens=12)
+    )
+
+
+def test_no_limit_is_that_of_the_server(server):
+    body = server.chat(QUESTIONS[0], max_tokens=-1, stop="")
+    assert text(body) == text(server.chat(QUESTIONS[0])) and body["choices"][0]["finish_reason"]
+
+
+def test_several_prompts_as_token_ids(server):
+    tokenizer = server.service.vectors.model.tokenizer
+    prompts = ["Sam has 3 apples", "Kim buys 5"]
+    ids = [tokenizer.encode(one) for one in prompts]
+
+    def texts(prompt):
+        body = server.ask("/v1/completions", {"prompt": prompt, "max_tokens": 8})[2]
+        return [one["text"] for one in body["choices"]], body["usage"]["prompt_tokens"]
+
+    assert texts(ids) == texts(prompts)
+    assert texts([ids[0]]) == texts(ids[0]) == texts(prompts[0])
+    for wrong in ([[]], [ids[0], []], [ids[0], "x"], [[0.5]], [[[1]]], [[-1]], 9 * [ids[0]]):
+        status, message = server.refusal({"prompt": wrong}, "/v1/completions")
+        assert status == 400 and message.startswith("prompt"), (wrong, message)
+    assert "too large" in server.refusal({"prompt": [[1], [10**6]]}, "/v1/completions")[1]
+
+
+def test_what_is_left_out_of_a_message_is_named(server):
+    history = [
+        {"role": "user", "content": "Hi", "name": "ada"},
+        {"role": "assistant", "content": "Hi.", "tool_calls": [], "refusal": None},
+        {"role": "assistant", "content": "Hi.", "reasoning_content": "hm", "tool_calls": None},
+        {"role": "user", "content": QUESTIONS[0], "name": "ada"},
+    ]
+    status, headers, _ = server.ask(
+        "/v1/chat/completions", {"messages": history, "max_tokens": 1, "top_k": 3}
+    )
+    assert status == 200
+    assert headers["X-DenseSteer-Ignored"] == "top_k, messages.name, messages.reasoning_content"
 
 
 def test_a_wrong_method_is_told_the_right_one(server):

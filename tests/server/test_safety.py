@@ -3,10 +3,12 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import select
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -390,6 +392,69 @@ def test_an_idle_connection_is_closed(impatient, data):
     assert time.monotonic() - began < 5
 
 
+BEGIN = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+POST = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        BEGIN + b"X: " + b"a" * 40_000 + b"\r\n\r\n",
+        BEGIN + b"X: " + b"a" * 5_000_000 + b"\r\n\r\n",
+        BEGIN + b"X: " + b"a" * 20_000 + b"\r\nY: " + b"a" * 20_000 + b"\r\n\r\n",
+        BEGIN + b"".join(b"X-%d: a\r\n" % i for i in range(5000)) + b"\r\n",
+        b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /?" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    ],
+    ids=["one", "endless", "two", "many", "path", "both"],
+)  # fmt: skip
+def test_headers_beyond_the_bound_are_refused(process, data):
+    found = raw(process.url, data)
+    assert found.startswith(b"HTTP/1.1 431 "), found[:80]
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert b"X-Content-Type-Options: nosniff" in head
+    assert "takes 32768 bytes" in json.loads(body)["error"]["message"]
+
+
+def test_headers_within_the_bound_are_taken(process):
+    assert raw(process.url, BEGIN + b"X: " + b"a" * 32_000 + b"\r\n\r\n").startswith(
+        b"HTTP/1.1 200"
+    )
+
+
+def test_trailers_have_the_bound_of_headers(process):
+    body = json.dumps(HELLO).encode()
+    begin = POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n%x\r\n" % len(body)
+    begin += body + b"\r\n0\r\nX: "
+    assert raw(process.url, begin + b"a\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert raw(process.url, begin + b"a" * 40_000 + b"\r\n\r\n") == b""
+
+
+def test_a_prompt_of_a_mebibyte_is_refused_before_it_is_encoded(server, monkeypatch):
+    tokenizer = server.service.vectors.model.tokenizer._tokenizer
+    stock, seen = tokenizer.encode, []
+
+    def counted(text, *arguments, **options):
+        seen.append(len(text))
+        return stock(text, *arguments, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    long = "word " * 200_000
+    bodies = [
+        ("/v1/completions", {"prompt": long}),
+        ("/v1/completions", {"prompt": ["Hi", long]}),
+        (CHAT, {"messages": [{"role": "user", "content": long}]}),
+        (CHAT, {"messages": [{"role": "user", "content": long[:500]}] * 1800}),
+    ]
+    for path, body in bodies:
+        status, _, answer = server.ask(path, body | {"max_tokens": 1})
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+        assert "has more than 1024 tokens" in answer["error"]["message"]
+    assert sum(seen) < 200_000, "of 4 million characters"
+
+
 def test_headers_that_drip_are_not_waited_for(impatient):
     place = urlsplit(impatient.url)
     with socket.create_connection((place.hostname, place.port), timeout=5) as connection:
@@ -476,6 +541,26 @@ def test_verbose_logs_tell_requests_but_not_what_they_say(tmp_path):
         assert_clean(server.said)
 
 
+def deep(levels):
+    """Return so many lists, one in another."""
+    made = []
+    for _ in range(levels):
+        made = [made]
+    return made
+
+
+def rewritten(vector, path, changes):
+    """Save a vector with other metadata than ``SteeringVector`` would write."""
+    document = vector.describe() | changes
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    data = np.frombuffer(json.dumps(document).encode(), np.uint8)
+    sys.setrecursionlimit(limit)
+    arrays = {f"layer.{layer}": array for layer, array in vector.layers.items()}
+    with path.open("wb") as file:
+        np.savez(file, meta=data, **arrays)
+
+
 def test_the_folder_of_vectors(tmp_path):
     good = SteeringVector.load(demo.VECTOR)
     good.save(tmp_path / "good.npz")
@@ -485,6 +570,14 @@ def test_the_folder_of_vectors(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 nothing")
     good.save(tmp_path / "no model name@x=1.npz")
     (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    strange = {
+        "huge": {"residual_norms": {"0": 10**400}},
+        "deep": {"tested": [deep(2000)]},
+        "nan": {"recommended": {"layer": 5, "strength": 1.0, "text": float("nan")}},
+    }
+    for name, changes in strange.items():
+        rewritten(good, tmp_path / f"{name}.npz", changes)
     with serving(folder=tmp_path) as server:
 
         def names():
@@ -492,6 +585,8 @@ def test_the_folder_of_vectors(tmp_path):
 
         assert names() == ["demo", "good"]
         for name, words in (("small", "hidden size"), ("damaged", "cannot be used"), ("zero", "Choose another layer"), ("folder", "cannot be used"),
+                            *((name, f"vector '{name}' cannot be used") for name in (*strange, "pipe")),
+                            ("no model name@x=1", "expected letters"),
                             ("../good", "has demo, good"), (str(tmp_path / "good"), "has demo, good"),
                             ("good.npz", "has demo, good")):  # fmt: skip
             status, message = server.refusal({"steering": {"vector": name, "strength": 1}})
