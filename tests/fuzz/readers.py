@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from helpers import VALUES, opcodes, pt_file
 from mlx.utils import tree_flatten
