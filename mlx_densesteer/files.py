@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -203,12 +203,22 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # mlx and numpy say in their own words that a write came to nothing
-_FULL_TEXTS = (*map(os.strerror, _FULL), "[write]", "requested and", "Not enough free space")
+_FULL_TEXTS = (
+    *map(os.strerror, _FULL),
+    "[write]",
+    "requested and",
+    "Not enough free space",
+    "No usable temporary directory",
+)
 
 
 @contextlib.contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full."""
+def full_disk(path: Path, choice: str = "-o") -> Iterator[None]:
+    """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full.
+
+    Args:
+        choice: how to choose another place.
+    """
     try:
         yield
     except DenseSteerError:
@@ -216,14 +226,14 @@ def full_disk(path: Path) -> Iterator[None]:
     except Exception as error:
         if not any(text in str(error) for text in _FULL_TEXTS):
             raise
-        raise _refused(path, error) from error
+        raise _refused(path, error, choice) from error
 
 
-def _refused(path: Path, error: Exception) -> DiskError:
+def _refused(path: Path, error: Exception, choice: str = "-o") -> DiskError:
     full = any(text in str(error) for text in _FULL_TEXTS)
     remedy = "Make room on the disk, or choose another place" if full else "Choose another place"
     reason = getattr(error, "strerror", None) or error
-    return DiskError(f"{path}: cannot be written ({reason}). {remedy} (-o).")
+    return DiskError(f"{path}: cannot be written ({reason}). {remedy} ({choice}).")
 
 
 def _is_running(pid: str) -> bool:
@@ -244,6 +254,7 @@ def brief(value: object, length: int = 80) -> str:
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
+_LONG_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # all others are finite and have 64 bits
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -251,7 +262,7 @@ def parse_json(
     data: bytes | str,
     where: str,
     *,
-    error: type[DenseSteerError] = InputError,
+    error: Callable[[str], Exception] = InputError,
     limit: int = MAX_JSON_BYTES,
     bits: int = 64,
     remedy: str = "Repair or replace it.",
@@ -277,11 +288,12 @@ def parse_json(
             raise ValueError(f"{len(data):,} bytes, expected at most {limit:,}")
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ValueError("it is UTF-16, expected UTF-8")
+        checked = _LONG_NUMBER.search(data)  # slower by far: for these documents only
         value = json.loads(
             data.removeprefix(codecs.BOM_UTF8).decode(),
             object_pairs_hook=_object,
-            parse_int=partial(_integer, bits),
-            parse_float=_number,
+            parse_int=partial(_integer, bits) if checked else None,
+            parse_float=_number if checked else None,
             parse_constant=_number,
         )
         _check_depth(value)
@@ -300,7 +312,7 @@ def parse_json(
             found = f"JSON of at most {MAX_JSON_DEPTH} levels (it is nested too deeply)"
         else:
             found = f"JSON that can be read ({cause})"
-        raise error(f"{where}: is not {found}. {remedy}") from cause
+        raise error(f"{where}: is not {found}. {remedy}".rstrip()) from cause
     return value
 
 
@@ -460,8 +472,8 @@ def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
             duplicate name, more than ``MAX_MEMBERS`` members or ``MAX_BYTES`` bytes unpacked, or packed
             more tightly than a vector can be.
     """
+    data = read_file(path) if data is None else data
     try:
-        data = read_file(path) if data is None else data
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
             _check_directory(path, members, len(data))

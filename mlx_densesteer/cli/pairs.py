@@ -193,13 +193,9 @@ def pairs(
 
 
 def _read_fields(text: str | None) -> dict[str, object]:
-    try:
-        fields = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"--rewriter-fields is not JSON ({error}).") from error
-    if not isinstance(fields, dict):
-        raise click.UsageError("--rewriter-fields: expected a JSON object.")
-    return fields
+    from ..files import parse_object
+
+    return parse_object(text or "{}", "--rewriter-fields", error=click.UsageError, remedy="")
 
 
 def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":

@@ -197,11 +197,12 @@ _LEGEND = (
 
 def _check_folder(folder: Path, subject: dict[str, object]) -> None:
     """Refuse a folder with the results of a sweep of another vector, task or positions."""
+    from ..errors import InputError
+    from ..files import parse_object
+
     try:
-        there = json.loads((folder / "table.json").read_bytes())
-    except (OSError, ValueError):
-        return
-    if not isinstance(there, dict):
+        there = parse_object((folder / "table.json").read_bytes(), "the table")
+    except (OSError, InputError):
         return
     if differing := [key for key, value in subject.items() if there.get(key) != value]:
         raise click.ClickException(

@@ -16,8 +16,15 @@ import mlx.core as mx
 import mlx_lm
 
 from .._version import __version__
-from ..errors import ExportError
-from ..files import check_disk, full_disk, move_into_place, scratch_folder
+from ..errors import ExportError, InputError
+from ..files import (
+    check_disk,
+    full_disk,
+    move_into_place,
+    parse_json,
+    parse_object,
+    scratch_folder,
+)
 from ..model.block import deltas
 from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
 from ..model.model import ModelInfo, cause, find, load_folder
@@ -194,10 +201,8 @@ def baked_record(path: Path) -> dict[str, object]:
     if path.is_file():
         record = llama_gguf.recorded(path)
     elif (path / RECORD).is_file():
-        try:
-            record = json.loads((path / RECORD).read_bytes())
-        except ValueError as error:
-            raise ExportError(f"{path / RECORD}: is damaged ({error}). Bake it again.") from error
+        content, where = (path / RECORD).read_bytes(), str(path / RECORD)
+        record = parse_json(content, where, error=ExportError, remedy="Bake it again.")
     setting = record.get("baked") if isinstance(record, dict) else None
     if (
         not isinstance(setting, dict)
@@ -298,9 +303,9 @@ def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
 
 def _config_differences(path: Path, plan: _Plan) -> list[str]:
     try:
-        found = json.loads((path / "config.json").read_bytes())
+        found = parse_object((path / "config.json").read_bytes(), "it")
         found.pop("densesteer", None)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, InputError) as error:
         return [f"config.json is damaged ({error})"]
     wanted = json.loads(json.dumps(plan.folder_config()))
     return [

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ExportError
-from ..files import atomic_path
+from ..files import atomic_path, parse_json
 from ..model.gguf import SPLIT, gguf_name
 from ..steering.formats.gguf import check_header, complete, damage, gguf_package
 from .closeness import differing
@@ -106,7 +106,11 @@ def recorded(path: Path) -> object:
     check_header(path, ExportError)
     with damage(path, ExportError):
         field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
-        return None if field is None else json.loads(field.contents())
+        return (
+            None
+            if field is None
+            else parse_json(field.contents(), f"{path}: {RECORD_KEY}", error=ExportError)
+        )
 
 
 def check_target(out: Path, force: bool) -> None:

@@ -5,13 +5,19 @@ transformers is the reference: what a key means, and what its absence means, is 
 ``read_config`` returns a form that both read alike, and refuses what mlx-lm cannot compute.
 """
 
-import json
 import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConversionError, DenseSteerError, ModelError, UnsupportedModelError
+from ..errors import (
+    ConversionError,
+    DenseSteerError,
+    InputError,
+    ModelError,
+    UnsupportedModelError,
+)
+from ..files import parse_object
 from .weights import read_tensors, same_bytes
 
 FAMILY = "qwen2"
@@ -76,8 +82,8 @@ def _read(folder: Path) -> bytes:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         try:
-            base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
-        except (ValueError, RecursionError, AttributeError):
+            base = parse_object(adapter.read_bytes(), "").get("base_model_name_or_path")
+        except InputError:
             base = None
         raise ModelError(
             f"{folder}: is a LoRA adapter (adapter_config.json), no model. Merge it into its model"
@@ -92,11 +98,9 @@ def _read(folder: Path) -> bytes:
 
 def parse_config(content: bytes, name: str) -> dict[str, object]:
     """Return a parsed ``config.json``, as ``read_config`` but for what only the weight files say."""
-    try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: config.json is no JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    where = f"{name}: config.json"
+    config = parse_object(content, where, error=ModelError, remedy="Download it again.")
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{name}: its config.json names no model_type, so it is no language model."
         )
@@ -120,7 +124,7 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             f"{name}: has its own model code ({_shown.repr(config['model_file'])}), which is never run. "
             "Use the model's original folder."
         )
-    return check_config(config, f"{name}: config.json")
+    return check_config(config, where)
 
 
 def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
@@ -296,10 +300,9 @@ def _yarn_attention(given: Mapping[str, object], factor: float) -> float | None:
 def recorded(folder: Path) -> dict[str, object]:
     """Return the record that ``densesteer convert`` or ``bake`` wrote; empty for other folders."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return parse_object((folder / RECORD).read_bytes(), "")
+    except (OSError, InputError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def origin(path_or_repo: str | Path) -> str:

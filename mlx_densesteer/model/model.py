@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import tempfile
@@ -28,6 +29,7 @@ from ..errors import (
     ModelError,
     VectorMismatchError,
 )
+from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from ..text import count, note
@@ -475,7 +477,8 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        yield
+        with full_disk(Path(os.environ.get("TMPDIR", "/tmp")), "TMPDIR"):  # its tokenizer is copied
+            yield
     except DenseSteerError:
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from ..files import parse_object
 
 INDEX = "model.safetensors.index.json"
 # model.safetensors, model-00001-of-00002.safetensors, model-00000.safetensors; no model_backup.safetensors.
@@ -81,10 +82,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not (folder / INDEX).is_file():
         return None
     try:
-        index = json.loads((folder / INDEX).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = (folder / INDEX).read_bytes()
+    except OSError as error:
         raise ModelError(f"{folder}: {INDEX} cannot be read ({error}). {_AGAIN}.") from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
+    where = f"{folder}: {INDEX}"
+    places = parse_object(content, where, error=ModelError, remedy=f"{_AGAIN}.").get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelError(f"{folder}: {INDEX} has no weight_map of tensors and files. {_AGAIN}.")
     for name in places.values():

@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from ..files import parse_json
 from .faults import Fault, bad
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -42,11 +43,9 @@ async def read_json(request: Request, kind: type[Body], *, limit: int, seconds: 
         raise Fault(415, message, code="unsupported_media_type")
     raw = await _read(request, limit, seconds)
     try:
-        return kind.model_validate_json(raw)
+        return kind.model_validate(parse_json(raw, "the body", error=bad, limit=limit, remedy=""))
     except ValidationError as error:
         raise _fault(error) from None
-    except (RecursionError, UnicodeError) as error:
-        raise bad("the body is not JSON that can be read.") from error
 
 
 async def _read(request: Request, limit: int, seconds: float) -> bytes:
@@ -77,9 +76,6 @@ def _fault(error: ValidationError) -> Fault:
     """Return a 400 that names what is wrong, but repeats no value: it may be a prompt."""
     told: dict[str | None, list[str]] = {}  # a field of several types has one problem for each
     for problem in error.errors(include_url=False, include_input=False):
-        if problem["type"] == "json_invalid":
-            reason = problem["msg"].partition(": ")[2] or "not JSON"
-            return bad(f"the body is not valid JSON: {reason}.")
         message = problem["msg"].removeprefix("Value error, ")[:300]
         if problem["type"] in WORDS:
             message = WORDS[problem["type"]].format_map(problem.get("ctx", {}))
