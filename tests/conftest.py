@@ -64,7 +64,7 @@ def make_vector():
     def make(layers=range(LAYERS), *, seed=0, size=1.0, hidden=HIDDEN, layer_count=LAYERS):
         rng = np.random.default_rng(seed)
         arrays = {layer: size * rng.normal(size=hidden).astype(np.float32) for layer in layers}
-        meta = VectorMeta(model="tiny", hidden_size=hidden, layer_count=layer_count)
+        meta = VectorMeta(model="Tiny-Qwen2", hidden_size=hidden, layer_count=layer_count)
         return SteeringVector(arrays, meta)
 
     return make

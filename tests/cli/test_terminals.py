@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,36 @@ def test_a_download_shows_the_names_of_its_files_as_text(monkeypatch, capsys):
     with _Bar(desc=EVIL, total=1, disable=False) as bar:
         bar.update()
     assert printable(EVIL) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_chat_with_editing_shows_no_control_character(evil, monkeypatch):
+    """An answer as Markdown, a saved question that is given back, the names of files in the menu."""
+    pytest.importorskip("prompt_toolkit")
+    pytest.importorskip("rich")
+    from mlx_densesteer import Session, load
+
+    monkeypatch.chdir(evil)
+    session = Session(load(f"model{EVIL}"), max_tokens=1)
+    for _ in session.send(f"Hi{EVIL}"):
+        pass
+    session.save("saved.json")
+    terminal = started(
+        evil, "chat", *MODEL, "--load", "saved.json", "--temp", "2", "--seed", "20", "-n", "100"
+    )
+    terminal.wait("unsteered>")
+    terminal.send("Hi\r")
+    terminal.wait("tokens, 1 step")
+    terminal.send("/undo\r")
+    terminal.wait("taken back: Hi")
+    terminal.send("\x15/undo\r")
+    terminal.wait("taken back: Hi", count=2)
+    terminal.wait("unsteered> Hi\u241b")
+    terminal.send("\x15/load \t")
+    terminal.wait("bad\u241b")
+    terminal.send("\x15\x1b\r\x04")
+    terminal.pump(1)
+    terminal.process.close(force=True)
+    own = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|(?<!title)\x07|\x08|\r")
+    text = clean(own.sub(b"", terminal.raw))
+    assert "]0;title" in text

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
@@ -222,3 +223,60 @@ def test_the_demo_model_is_computed_in_a_dtype_that_the_cpu_is_fast_at(demo_mode
     cpu = mx.default_device() == mx.Device(mx.cpu)
     assert demo_model.info.dtype == ("float32" if cpu else "bfloat16")
     assert (demo_model.name, demo_model.context) == ("demo", 1024)
+
+
+def test_text_that_cannot_fit_is_refused_at_every_door_before_it_is_encoded(
+    demo_model, monkeypatch
+):
+    tokenizer, seen = demo_model.tokenizer._tokenizer, []
+    stock = tokenizer.encode
+
+    def counted(text, *arguments, **options):
+        seen.append(len(text))
+        return stock(text, *arguments, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    from mlx_densesteer.generation.batch import Batch
+
+    long, session = "word " * 200_000, ds.Session(demo_model)
+    doors = [
+        lambda: ds.stream(demo_model, long),
+        lambda: ds.stream(demo_model, "Hi", system=long),
+        lambda: ds.stream(demo_model, long + "\udcff", raw=True),
+        lambda: ds.generate_batch(demo_model, ["Hi", long]),
+        lambda: Batch(demo_model, rows=1).add(long),
+        lambda: session.send(long),
+        lambda: session.prompt(long),
+    ]
+    for door in doors:
+        seen.clear()
+        with pytest.raises(ContextError, match=r"has more than 1024 tokens, .* Shorten it"):
+            door()
+        assert sum(seen) < 50_000, "of a million characters"
+
+
+def test_text_that_may_fit_is_never_refused_by_its_length(demo_model, monkeypatch):
+    demo_model.check_length("<|im_end|>" * 1024, None, [1] * 10**6)  # 10 characters a token
+    demo_model.check_length(4 * 1024 * "7")  # too long, but encoded in no time
+    monkeypatch.setattr(model_module, "_LIKELY", 0)
+    monkeypatch.setattr(model_module, "_PIECE", 300)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        text = bytes(rng.integers(32, 127, 3000)).decode() if seed % 2 else "the stones " * 600
+        tokens = demo_model.tokenizer.encode(text)[: demo_model.context]
+        demo_model.check_length(demo_model.tokenizer.decode(tokens))
+
+
+@pytest.mark.checkpoint
+def test_cuts_add_few_tokens_to_a_real_tokenizers_count(checkpoint):
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer, rng = load_tokenizer(checkpoint), np.random.default_rng(0)
+    words = ["stone", "number", " ", "\n\n", "        ", "twelve", "7", "数", "é", "aaaa", "="]
+    for _ in range(10):
+        text = "".join(rng.choice(words, 20_000))
+        pieces = [
+            text[at : at + model_module._PIECE] for at in range(0, len(text), model_module._PIECE)
+        ]
+        counted = sum(len(tokenizer.encode(one, add_special_tokens=False)) for one in pieces)
+        assert counted - len(tokenizer.encode(text)) <= 8 * len(pieces)
