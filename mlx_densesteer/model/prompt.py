@@ -125,7 +125,7 @@ def encode_chat(tokenizer: TokenizerWrapper, text: str) -> list[int]:
         else:
             as_ever += part
     ids += _encode(tokenizer, as_ever)
-    if sum(map(control.ids.__contains__, ids)) > len(control.token.findall(text)):
+    if sum(map({*control.ids.values()}.__contains__, ids)) > len(control.token.findall(text)):
         raise InputError(
             "the tokenizer makes a control token of text in a message. Leave the text of control tokens, "
             "such as <|im_end|>, out of the message."
@@ -279,9 +279,12 @@ def _render(
 
 
 def _mask(content: str) -> str:
-    """Return a message with ``_MASK`` for what is neither blank, nor escaped in JSON, nor between marks."""
+    """Return a message with ``_MASK`` for its letters, digits and underscores, but not between marks.
+
+    Templates strip, split and escape at other characters.
+    """
     return re.sub(
-        rf"({_OPEN}[^{_CLOSE}]*{_CLOSE})|[^\s\x00-\x1f\"\\{_OPEN}]+",
+        rf"({_OPEN}[^{_CLOSE}]*{_CLOSE})|\w+",
         lambda found: found[1] or _MASK * len(found[0]),
         content,
     )
