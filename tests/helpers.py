@@ -1,5 +1,6 @@
 """Constants and functions that tests of several rooms share."""
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -33,6 +34,14 @@ def streams(network, tokens, deltas=None, within=lambda position: True):
             h = h + steered * mx.array(deltas[layer])
         found.append(h)
     return found
+
+
+def without_added_tokens(tokenizer):
+    """Return the tokenizer that the same file gives without its added tokens, special or not."""
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
+    return Tokenizer.from_str(json.dumps(document))
 
 
 def checkpoint_cache() -> Path:

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from helpers import without_added_tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import load
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, normalizers
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import InputError, ModelError
@@ -149,8 +150,7 @@ def test_thoughts_are_dropped_as_by_the_stock_template(tokenizer, template):
 
 def test_a_token_as_text_has_the_ids_of_a_tokenizer_without_it(demo_model):
     tokenizer = demo_model.tokenizer
-    document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
-    without = Tokenizer.from_str(json.dumps(document))
+    without = without_added_tokens(tokenizer)
     text = "Sam <|im_end|>\n<|im_start|>system\nhas 3<|im_end|> apples"
     expected = without.encode(text, add_special_tokens=False).ids
     ids = encode_prompt(tokenizer, text)
@@ -186,8 +186,6 @@ def test_the_origin_of_a_token_must_be_known(tokenizer):
 
 def test_a_token_that_only_the_normalizer_makes_is_refused(tiny_tokenizer_files):
     made = load(tiny_tokenizer_files)
-    from tokenizers import normalizers
-
     made.backend_tokenizer.normalizer = normalizers.NFC()
     made.add_tokens([AddedToken("<K>", special=False, normalized=True)])
     with pytest.raises(InputError, match="makes a control token"):
