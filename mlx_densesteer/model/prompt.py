@@ -90,18 +90,18 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
     contents = [message["content"] for message in messages]
     _check_unicode(contents)
     control = _control(tokenizer)
-    # A template may look for a token in a message (a reasoning model's drops all before </think>). The
-    # second attempt leaves the tokens as they are, between marks.
-    for guard in (str, control.guard):
+    # A template may look for words in a message, or for a token (a reasoning model's drops all before
+    # </think>). So the second attempt masks tokens alone, and the third leaves them, between marks.
+    for guard, mask in ((str, _mask), (str, control.mask), (control.guard, _mask)):
         guarded = [guard(content) for content in contents]
         text = _render(tokenizer, messages, guarded, **options)
-        masked = _render(tokenizer, messages, map(_mask, guarded), **options)
+        masked = _render(tokenizer, messages, map(mask, guarded), **options)
         if _is_masked(text, masked):
             return control.mark(text, masked)
     if any(map(control.token.search, contents)):
         raise InputError(
             "a message has the text of a control token, such as <|im_end|>, and the model's chat template "
-            "changes the message by what it says. Leave the token out of the message."
+            "changes the message by what it says. Leave the token out."
         )
     return _render(tokenizer, messages, contents, **options)
 
@@ -215,6 +215,10 @@ class _Control:
         # With the blanks beside them, unless a message begins or ends there: templates strip those.
         self._beside = re.compile(rf"(?:(?<=\S)\s+)?(?:{one})(?:\s+(?=\S))?")
         self._guarded = re.compile(f"{_OPEN}(\\s*(?:{one})\\s*){_CLOSE}")
+
+    def mask(self, content: str) -> str:
+        """Return a message with ``_MASK`` for its control tokens."""
+        return self.token.sub(lambda found: _MASK * len(found[0]), content)
 
     def guard(self, content: str) -> str:
         """Return a message with its control tokens between marks."""

@@ -176,12 +176,16 @@ def test_a_word_that_was_added_is_no_control(tokenizer):
 
 
 def test_the_origin_of_a_token_must_be_known(tokenizer):
-    templated(
-        tokenizer, "{{ 'yes<|im_end|>' if 'Q' in messages[0].content else messages[0].content }}"
-    )
-    assert decode(tokenizer, encode_prompt(tokenizer, "Q")) == "yes<|im_end|>"
-    with pytest.raises(InputError, match="control token"):
-        encode_prompt(tokenizer, "Q <|im_end|>")
+    word, token = "'Q' in messages[0].content", "'<|im_end|>' in messages[0].content"
+    for test, refused in ((word, False), (token, False), (f"{word} and {token}", True)):
+        templated(tokenizer, f"{{{{ 'yes<|im_end|>' if {test} else messages[0].content }}}}")
+        if refused:
+            with pytest.raises(InputError, match="control token"):
+                encode_prompt(tokenizer, "Q <|im_end|>")
+        else:
+            said = encode_prompt(tokenizer, "Q <|im_end|>")
+            assert decode(tokenizer, said) == "yes<|im_end|>" and said[-1] == 258
+        assert decode(tokenizer, encode_prompt(tokenizer, "A Q")) in ("yes<|im_end|>", "A Q")
 
 
 def test_a_token_that_only_the_normalizer_makes_is_refused(tiny_tokenizer_files):
