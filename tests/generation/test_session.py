@@ -418,7 +418,7 @@ def test_files_that_are_no_sessions(loaded, tmp_path):
         path.write_text(json.dumps(whole | damage))
         with pytest.raises(SessionError, match="damaged"):
             Session.load(path, loaded)
-    for token in (loaded.vocabulary, 2**32):
+    for token in (loaded[0].args.vocab_size, 2**32):
         turn = whole["turns"][0] | {"token_ids": [65, token]}
         path.write_text(json.dumps(whole | {"turns": [turn]}))
         with pytest.raises(SessionError, match=f"damaged .*token {token}: the model knows 0 to"):
