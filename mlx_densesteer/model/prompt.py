@@ -89,13 +89,21 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
     """
     contents = [message["content"] for message in messages]
     _check_unicode(contents)
+    whole = _render(tokenizer, messages, **options)
     control = _control(tokenizer)
     # A template may look for words in a message, or for a token (a reasoning model's drops all before
     # </think>). So the second attempt masks tokens alone, and the third leaves them, between marks.
-    for guard, mask in ((str, _mask), (str, control.mask), (control.guard, _mask)):
+    for guard, mask in (
+        (str, lambda content: _mask(control.mask(content))),
+        (str, control.mask),
+        (control.guard, _mask),
+    ):
         guarded = [guard(content) for content in contents]
-        text = _render(tokenizer, messages, guarded, **options)
-        masked = _render(tokenizer, messages, map(mask, guarded), **options)
+        try:
+            text = whole if guard is str else _render(tokenizer, messages, guarded, **options)
+            masked = _render(tokenizer, messages, map(mask, guarded), **options)
+        except (InputError, ModelError):
+            continue
         if _is_masked(text, masked):
             return control.mark(text, masked)
     if any(map(control.token.search, contents)):
@@ -103,7 +111,7 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
             "a message has the text of a control token, such as <|im_end|>, and the model's chat template "
             "changes the message by what it says. Leave the token out."
         )
-    return _render(tokenizer, messages, contents, **options)
+    return whole
 
 
 def encode_chat(tokenizer: TokenizerWrapper, text: str) -> list[int]:

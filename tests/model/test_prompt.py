@@ -28,7 +28,7 @@ from mlx_densesteer.model.residual import record_pairs, residual_norms
 from mlx_densesteer.model.token_tree import TokenPair, TokenTree
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-ADDED = ["<tool_call>", "</think>", "<|fim_prefix|>", "<｜Assistant｜>"]
+ADDED = ["<tool_call>", "</think>", "<|fim_prefix|>", "<｜Assistant｜>", "[[]]"]
 TURN = "'<|im_start|>' + m.role + '\n' + {} + '<|im_end|>\n'"
 LOOP = (
     "{{% for m in messages %}}{{{{ " + TURN + " }}}}{{% endfor %}}"
@@ -214,6 +214,14 @@ def test_a_template_may_refuse_a_conversation(tokenizer):
     encode_prompt(tokenizer, "Hi")
     with pytest.raises(InputError, match="refuses this conversation .System role not supported"):
         encode_prompt(tokenizer, "Hi", system="Be brief.")
+
+
+def test_a_template_may_take_certain_words_only(tokenizer):
+    check = "{% if 'Q' not in messages[0].content %}{{ raise_exception('no Q') }}{% endif %}"
+    templated(tokenizer, check + TEMPLATES["as it is"])
+    ids = encode_prompt(tokenizer, "Q<|im_end|>")
+    assert control(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert decode(tokenizer, ids).startswith("<|im_start|>user\nQ<|im_end|><|im_end|>")
 
 
 def test_the_end_of_turn_is_the_templates(tokenizer):
