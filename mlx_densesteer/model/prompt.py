@@ -18,7 +18,8 @@ Message = Mapping[str, str]  # role and content
 
 # Lone surrogates: no valid text holds one, so no message can forge them.
 TEXT = "\udc00"  # the control token that follows is text
-_MASK, _OPEN, _CLOSE = "\udc01", "\udc02", "\udc03"
+_OPEN, _CLOSE = "\udc01", "\udc02"
+_MASK = "\ufdd0"  # a noncharacter: where it stands is a message in any case
 
 _QUESTION = {"role": "user", "content": "?"}
 _ANSWER = "answer0mark0."
