@@ -1,6 +1,7 @@
 """Constants and functions that tests of several rooms share."""
 
 import contextlib
+import json
 import os
 import resource
 import zipfile
@@ -35,6 +36,14 @@ def streams(network, tokens, deltas=None, within=lambda position: True):
             h = h + steered * mx.array(deltas[layer])
         found.append(h)
     return found
+
+
+def without_added_tokens(tokenizer):
+    """Return the tokenizer that the same file gives without its added tokens, special or not."""
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
+    return Tokenizer.from_str(json.dumps(document))
 
 
 def checkpoint_cache() -> Path:

@@ -160,7 +160,7 @@ class Detokenizer:
             del self._tokens[: self._told_tokens]
             self._told_tokens = len(self._tokens)
             self._told = len(decode(self._tokenizer, self._tokens))
-        else:
+        elif self._told_tokens:
             self._tokens.pop()  # a number without a token
         return piece
 

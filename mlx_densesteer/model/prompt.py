@@ -18,7 +18,8 @@ Message = Mapping[str, str]  # role and content
 
 # Lone surrogates: no valid text holds one, so no message can forge them.
 TEXT = "\udc00"  # the control token that follows is text
-_MASK, _OPEN, _CLOSE = "\udc01", "\udc02", "\udc03"
+_OPEN, _CLOSE = "\udc01", "\udc02"
+_MASK = "\ufdd0"  # a noncharacter: where it stands is a message in any case
 
 _QUESTION = {"role": "user", "content": "?"}
 _ANSWER = "answer0mark0."
@@ -89,21 +90,29 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
     """
     contents = [message["content"] for message in messages]
     _check_unicode(contents)
+    whole = _render(tokenizer, messages, **options)
     control = _control(tokenizer)
-    # A template may look for a token in a message (a reasoning model's drops all before </think>). The
-    # second attempt leaves the tokens as they are, between marks.
-    for guard in (str, control.guard):
+    # A template may look for words in a message, or for a token (a reasoning model's drops all before
+    # </think>). So the second attempt masks tokens alone, and the third leaves them, between marks.
+    for guard, mask in (
+        (str, lambda content: _mask(control.mask(content))),
+        (str, control.mask),
+        (control.guard, _mask),
+    ):
         guarded = [guard(content) for content in contents]
-        text = _render(tokenizer, messages, guarded, **options)
-        masked = _render(tokenizer, messages, map(_mask, guarded), **options)
+        try:
+            text = whole if guard is str else _render(tokenizer, messages, guarded, **options)
+            masked = _render(tokenizer, messages, map(mask, guarded), **options)
+        except (InputError, ModelError):
+            continue
         if _is_masked(text, masked):
             return control.mark(text, masked)
     if any(map(control.token.search, contents)):
         raise InputError(
             "a message has the text of a control token, such as <|im_end|>, and the model's chat template "
-            "changes the message by what it says. Leave the token out of the message."
+            "changes the message by what it says. Leave the token out."
         )
-    return _render(tokenizer, messages, contents, **options)
+    return whole
 
 
 def encode_chat(tokenizer: TokenizerWrapper, text: str) -> list[int]:
@@ -125,7 +134,7 @@ def encode_chat(tokenizer: TokenizerWrapper, text: str) -> list[int]:
         else:
             as_ever += part
     ids += _encode(tokenizer, as_ever)
-    if sum(map(control.ids.__contains__, ids)) > len(control.token.findall(text)):
+    if sum(map({*control.ids.values()}.__contains__, ids)) > len(control.token.findall(text)):
         raise InputError(
             "the tokenizer makes a control token of text in a message. Leave the text of control tokens, "
             "such as <|im_end|>, out of the message."
@@ -216,6 +225,10 @@ class _Control:
         self._beside = re.compile(rf"(?:(?<=\S)\s+)?(?:{one})(?:\s+(?=\S))?")
         self._guarded = re.compile(f"{_OPEN}(\\s*(?:{one})\\s*){_CLOSE}")
 
+    def mask(self, content: str) -> str:
+        """Return a message with ``_MASK`` for its control tokens."""
+        return self.token.sub(lambda found: _MASK * len(found[0]), content)
+
     def guard(self, content: str) -> str:
         """Return a message with its control tokens between marks."""
         return self._beside.sub(rf"{_OPEN}\g<0>{_CLOSE}", content)
@@ -279,9 +292,12 @@ def _render(
 
 
 def _mask(content: str) -> str:
-    """Return a message with ``_MASK`` for what is neither blank, nor escaped in JSON, nor between marks."""
+    """Return a message with ``_MASK`` for its letters, digits and underscores, but not between marks.
+
+    Templates strip, split and escape at other characters.
+    """
     return re.sub(
-        rf"({_OPEN}[^{_CLOSE}]*{_CLOSE})|[^\s\x00-\x1f\"\\{_OPEN}]+",
+        rf"({_OPEN}[^{_CLOSE}]*{_CLOSE})|\w+",
         lambda found: found[1] or _MASK * len(found[0]),
         content,
     )

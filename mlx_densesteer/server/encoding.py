@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError, InputError
 from ..model.model import Model
-from ..model.prompt import encode_chat, encode_prompt, render_chat
+from ..model.prompt import decode, encode_chat, encode_prompt, render_chat
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message
 
@@ -39,7 +39,7 @@ class Encoder:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is not None and all(c in self._byte_of for c in name):
             return bytes(self._byte_of[c] for c in name)
-        return self._tokenizer.decode([token]).encode()
+        return decode(self._tokenizer, [token]).encode()
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         if isinstance(request, ChatRequest):

@@ -1,11 +1,15 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper, load
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.generation.answer import (
+    Detokenizer,
     PartialAnswer,
     StopTexts,
     check_limits,
@@ -13,6 +17,7 @@ from mlx_densesteer.generation.answer import (
     split_steps,
 )
 from mlx_densesteer.generation.brake import Brake
+from mlx_densesteer.model.prompt import decode
 
 
 @pytest.mark.parametrize(
@@ -125,3 +130,59 @@ def test_what_was_shown_is_never_taken_back(tokens, rest):
             answer = answer.before_the_loop(watch=rest)
             assert answer.text.startswith(shown) and len(answer.ids) >= len(shown)
     assert shown + answer.show_rest() == answer.text
+
+
+@pytest.fixture(scope="module", params=["words", "bytes", "SentencePiece"])
+def tokenizer(request, demo_model, tiny_tokenizer_files):
+    """Tokenizers of words or single bytes, and one that strips the space of a text's first word."""
+    if request.param == "words":
+        return demo_model.tokenizer
+    made = load(tiny_tokenizer_files)
+    if request.param == "SentencePiece":
+        names = ["\u2581a", "\u2581", "b", "\n", "\u2581\u2581"]
+        steps = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+        space = decoders.Replace("\u2581", " ")
+        steps.decoder = decoders.Sequence([space, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        made = TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=steps))
+    return made
+
+
+CODE = "if x:\n    y = 1\nelse:\n\ty = '\U0001f34e \u00e9 \u65e5\u672c' # <|im_end|>\n\n\n  \r\n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(["", " ", "\ufffd"]))
+def test_the_text_is_that_of_all_tokens(tokenizer, data, stop):
+    """Words, special tokens, characters cut in two, numbers without a token: pieces are ``decode``."""
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) + 3), max_size=80))
+    if data.draw(st.booleans()):
+        code = tokenizer.encode(CODE, add_special_tokens=False)
+        start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(code))] * 2)))
+        tokens = code[start:end] + tokens
+    whole = decode(tokenizer, tokens)
+    stops = (stop,) if stop else ()
+    answer, plain = PartialAnswer(tokenizer, stops=stops), PartialAnswer(tokenizer)
+    shown, made = "", ""
+    for token in tokens:
+        made += answer.add(token)
+        plain.add(token)
+        shown += answer.show()
+        assert whole.startswith(made)
+        assert plain.text == made
+    made += answer.finalize()
+    shown += answer.show_rest()
+    assert made == whole
+    assert shown == answer.text == (whole.partition(stop)[0] if stop else whole)
+
+
+def test_a_token_takes_no_longer_for_many_bytes_before_it(tokenizer):
+    """Bytes that are no text are told after a while, and not decoded again with each token."""
+    names = tokenizer.get_vocab()
+    if (lone := names.get("\u00e2")) is None:
+        pytest.skip("no single bytes")
+    detokenizer, most, text = Detokenizer(tokenizer), 0, ""
+    for _ in range(500):
+        text += detokenizer.add(lone)
+        most = max(most, len(detokenizer._tokens))
+    assert most < 60
+    assert text + detokenizer.finish() == decode(tokenizer, [lone] * 500)

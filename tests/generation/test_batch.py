@@ -12,7 +12,7 @@ from mlx_densesteer.errors import ContextError, InputError, SteeringError, Vecto
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
 from mlx_densesteer.model.block import make_cache
-from mlx_densesteer.model.prompt import encode_prompt
+from mlx_densesteer.model.prompt import decode, encode_prompt
 
 PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
 
@@ -490,3 +490,40 @@ def test_a_row_that_cannot_run_does_not_join(model, make_vector):
         with pytest.raises(VectorMismatchError, match="width 96"):
             batch.add([1], steering=at_every_layer(make_vector(hidden=96)))
         assert batch.running == 0 and batch.step() == []
+
+
+def test_the_texts_of_tokens_join_to_the_text(hf_folder):
+    """Random bytes: most characters are incomplete, and come with the last of their tokens."""
+    model = ds.load(hf_folder)
+    sampling = ds.Sampling(temp=1.0, seed=7)
+    with Batch(model) as batch:
+        batch.add([257, 65, 66], logprobs=1, max_tokens=60, sampling=sampling)
+        pieces = []
+        while batch.running:
+            pieces += batch.step()
+    result = pieces[-1].result
+    assert result.text == decode(model.tokenizer, result.token_ids) and "\ufffd" in result.text
+    assert "".join(piece.text for piece in pieces) == result.text
+    told = [token for piece in pieces for token in piece.logprobs]
+    assert [one.token for one in told] == list(result.token_ids)
+    assert "".join(one.text for one in told) == result.text
+
+
+def test_a_row_ends_where_its_own_turn_does(demo_model):
+    """A raw row beside a chat row: the template's end of turn, which mlx-lm does not know, ends one."""
+    base = ds.Model(demo_model.network, demo_model.tokenizer, "base")
+    plain = ds.generate(demo_model, "Sam has", raw=True, max_tokens=8)
+    end = plain.token_ids[3]
+    base.__dict__["end_of_turn"] = end
+    with Batch(base) as batch:
+        rows = [
+            batch.add(demo_model.tokenizer.encode("Sam has"), max_tokens=8, ends=ends)
+            for ends in (None, base.ends([1]), None)
+        ]
+        found = {}
+        while batch.running:
+            found |= {piece.row: piece.result for piece in batch.step() if piece.result}
+    whole, ended, again = (found[row] for row in rows)
+    assert whole.token_ids == again.token_ids == plain.token_ids
+    assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end)]
+    assert ended.finish_reason == "stop" and ended.text == decode(base.tokenizer, ended.token_ids)

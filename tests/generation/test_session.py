@@ -432,6 +432,11 @@ def test_files_that_are_no_sessions(loaded, tmp_path):
         path.write_text(json.dumps(whole).replace('"max_tokens": 3', text))
         with pytest.raises(SessionError, match="not a session file: is not JSON"):
             Session.load(path, loaded)
+    for token in (loaded[0].args.vocab_size, 2**32):
+        turn = whole["turns"][0] | {"token_ids": [65, token]}
+        path.write_text(json.dumps(whole | {"turns": [turn]}))
+        with pytest.raises(SessionError, match=f"damaged .*token {token}: the model knows 0 to"):
+            Session.load(path, loaded)
     path.write_text(json.dumps(whole | {"version": 2}))
     with pytest.raises(SessionError, match="version 2"):
         Session.load(path, loaded)

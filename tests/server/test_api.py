@@ -256,7 +256,8 @@ def test_plain_completions(server, solo):
 
 def test_a_stream_tells_what_the_whole_answer_tells(server):
     body = {"prompt": "Sam has 3 apples", "max_tokens": 8, "logprobs": 1}
-    whole = server.ask("/v1/completions", body)[2]["choices"][0]["logprobs"]
+    choice = server.ask("/v1/completions", body)[2]["choices"][0]
+    whole, text_of_whole = choice["logprobs"], choice["text"]
     connection = server.connect()
     connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}),
                        {"Content-Type": "application/json"})  # fmt: skip
@@ -266,6 +267,7 @@ def test_a_stream_tells_what_the_whole_answer_tells(server):
     told = [
         c["choices"][0]["logprobs"] for c in chunks if c["choices"] and c["choices"][0]["logprobs"]
     ]
+    assert "".join(whole["tokens"]) == text_of_whole
     for name in ("tokens", "text_offset"):
         assert [x for one in told for x in one[name]] == whole[name]
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
