@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, install_command
-from .numbers import Number, last_number, read_number, read_only_number, tidy
+from .numbers import Number, bare, last_number, read_number, read_only_number
 
 if TYPE_CHECKING:
     from .tasks import Problem
@@ -102,10 +102,10 @@ def _grade_boxed(gold: str, response: str) -> Grade:
         return Grade(correct=False, found=None, by_reference=False, by_math_verify=None)
     by_reference = _same_string(gold, found)
     short = max(len(gold), len(found)) <= LONGEST
-    plain_gold, plain = (tidy(t, spaces=True) if short else t for t in (gold, found))
+    plain_gold, plain = (bare(t) if short else t for t in (gold, found))
     by_math_verify = agree(plain_gold, plain)
     one, two = read_number(gold), read_number(found)
-    if one and two:
+    if one and two and not ("=" in gold and "=" in found):  # x = 0 is not y = 0
         correct = one.equals(two)
     elif by_math_verify is not None:
         correct = by_math_verify

@@ -151,7 +151,10 @@ def read_number(text: str) -> Number | None:
     It may have delimiters, emphasis, ``x =`` before it, a currency and a unit. One letter after a
     number is a variable unless it stands in ``\text``. "12,5" is taken for a list.
     """
-    text = _after_equals(_unwrap(tidy(text, spaces=True)))
+    text = bare(text)
+    if styled := _STYLED.fullmatch(text):
+        text = bare(styled[1])
+    text = _after_equals(re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", text))
     match = _NUMBER.match(text)
     if match is None or not _is_unit(text[match.end() :]):
         return None
@@ -168,10 +171,14 @@ def read_only_number(text: str) -> Number | None:
     """
     if number := read_number(text):
         return number
-    found = _from_the_end(text.rpartition("=")[2], 2)
+    before, _, last = text.rpartition("=")
+    found = _from_the_end(text if _SEVERAL.search(before) else last, 2)
     if len(found) == 1:
         return found[0]
     return Number(text.strip(), None) if any(c.isdigit() for c in text) else None
+
+
+_SEVERAL = re.compile(r"[,;](?![0-9])|\\text\s*\{\s*(?:and|or)\b")
 
 
 def last_number(text: str) -> Number | None:
@@ -332,33 +339,43 @@ def _decimal(run: str, comma: bool = False) -> Fraction | Decimal | None:
     return Fraction(run) if len(run) <= _DIGITS else Decimal(run)
 
 
-_WRAPPED = re.compile(
-    r"\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\{([^{}]*)\}|\\displaystyle(?![a-zA-Z])(.*)"
-    r"|\\(?:text|mbox|mathrm|textbf|mathbf|boldsymbol|bm|mathit|textit)\s*\{([^{}]*)\}",
-    re.DOTALL,
+_DELIMITED = re.compile(
+    r"\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\{([^{}]*)\}|\\displaystyle(?![a-zA-Z])(.*)", re.DOTALL
+)
+_STYLED = re.compile(
+    r"\\(?:text|mbox|mathrm|textbf|mathbf|boldsymbol|bm|mathit|textit)\s*\{([^{}]*)\}"
 )
 
 
-def _unwrap(text: str) -> str:
-    """Remove delimiters of maths, emphasis, and a final full stop."""
+def bare(text: str) -> str:
+    """Return an answer tidied, without delimiters of maths, emphasis and a final full stop."""
+    text = tidy(text, spaces=True)
     for _ in range(4):
         text = text.strip().removesuffix(".").strip()
         if text.startswith("$") and text.endswith("$"):
             text = text.strip("$")
-        elif match := _WRAPPED.fullmatch(text):
+        elif match := _DELIMITED.fullmatch(text):
             text = next(group for group in match.groups() if group is not None)
         else:
             break
-    return re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", text)
+    return text
 
 
-_NO_NAME = re.compile(r"[,;&<>!≠≤≥]|\\(?:text|le|ge|ne|lt|gt|not|leq|geq|neq|pm|mp)(?![a-zA-Z])")
+# what may stand before "=": a name as x_1, f(2), \angle ABC, or a sum of numbers
+_NAME = re.compile(
+    r"m?(?:\\(?:angle|measuredangle|triangle|overline|alpha|beta|gamma|theta|lambda|mu|phi)\s*)?"
+    r"\{?(?:[A-Z]{1,4}|[a-zA-Z])?\}?'?(?:_(?:\w|\{\w+\}))?(?:\([^()=,]*\))?"
+    r"|\\(?:text|mathrm)\{[^{}]*\}"
+)
+_SUM = re.compile(r"(?:[0-9.\s+*/()×÷·{}=-]|\\(?:times|cdot|div|[dt]?frac)(?![a-zA-Z]))*")
 
 
 def _after_equals(text: str) -> str:
-    """Return what follows the last ``=`` of one equation."""
     before, equals, after = text.rpartition("=")
-    return after.strip() if equals and not _NO_NAME.search(before[-_UNIT_LENGTH:]) else text
+    before = before.strip()
+    if not equals or len(before) > _UNIT_LENGTH:
+        return text
+    return after.strip() if _NAME.fullmatch(before) or _SUM.fullmatch(before) else text
 
 
 _NO_UNIT = re.compile(
