@@ -43,9 +43,10 @@ class Grade:
 
     - ``correct``: the verdict that counts.
     - ``found``: the answer in the response, ``None`` without one.
-    - ``by_reference``: the verdict of the reference's string rule.
-    - ``by_math_verify``: that of math-verify; ``None`` for the rule "number", without the extra
-      ``eval``, without a box, and without a verdict in time.
+    - ``by_reference``: the verdict of the reference's string rule, to the letter.
+    - ``by_math_verify``: that of math-verify on the tidied answer; it does not count for two
+      numbers. ``None`` for the rule "number", without the extra ``eval``, without a box, and
+      without a verdict in time.
     """
 
     correct: bool

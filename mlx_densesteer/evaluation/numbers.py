@@ -8,6 +8,7 @@ and the digits, minus signs, fractions and superscripts of Unicode. Values are e
 
 import re
 import unicodedata
+from collections import deque
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -78,7 +79,8 @@ _CHARACTERS = str.maketrans(
 )
 _SUPER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUB = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
-_SMALL_FRACTION = re.compile(f"({_SUPER.pattern})/({_SUB.pattern})")
+_SMALL_FRACTION = re.compile(f"(?<![{''.join(_SUPERSCRIPTS)}])({_SUPER.pattern})/({_SUB.pattern})")
+_SMALL = str.maketrans(_SUPERSCRIPTS | _SUBSCRIPTS)
 _OTHER_DIGIT = re.compile(r"[^\W\D0-9]")  # digits of other scripts
 
 _THIN = "\u00a0\u2002-\u200a\u202f\u205f\u3000"  # spaces that no line breaks at, or thin ones
@@ -103,7 +105,7 @@ def tidy(text: str, *, spaces: bool = False) -> str:
 
 
 def _ascii(small: str) -> str:
-    return "".join((_SUPERSCRIPTS | _SUBSCRIPTS)[c] for c in small)
+    return small.translate(_SMALL)
 
 
 def _join(match: re.Match[str]) -> str:
@@ -120,7 +122,7 @@ def _join(match: re.Match[str]) -> str:
     return match[0]
 
 
-_RUN = r"\.?[0-9](?:[0-9.,:/-]*[0-9])?"
+_RUN = r"(?:(?<![\w.])\.)?[0-9](?:[0-9.,:/-]*[0-9])?"
 _FRACTION = r"\\[dtc]?frac\s*(?:\{\s*-?[0-9.,]+\s*\}|[0-9])\s*(?:\{\s*-?[0-9.,]+\s*\}|[0-9])"
 _CURRENCY = (
     r"(?:\b[AC]|\bUS)?\\?\$|[€£¥₹₩₽]|\\(?:pounds|euro)\b|\b(?:USD|EUR|GBP|CHF|Rs)(?![A-Za-z])\.?"
@@ -184,7 +186,8 @@ _SEVERAL = re.compile(r"[,;](?![0-9])|\\text\s*\{\s*(?:and|or)\b")
 def last_number(text: str) -> Number | None:
     """Return the last number in ``text``.
 
-    Of a text of over 100,000 characters only the end is read. Exponents, indices and digits after a letter are none. Digits in a time, date, range, root or
+    Of a text of over 100,000 characters only the end is read. Exponents, indices and digits after
+    a letter are none. Digits in a time, date, range, root or
     symbolic fraction are no number on their own: the value is ``None``.
     """
     return next(iter(_from_the_end(text, 1)), None)
@@ -198,16 +201,12 @@ def decimals(text: str) -> set[Decimal]:
 _DECIMAL = re.compile(
     r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 )
-# the lookbehind of callers keeps it linear: it is not tried from inside a long number
-
 _LONGEST = 100_000  # characters in which the last number is sought; one longer number is whole
 _NO_PART = re.compile(rf"[^\d.,'_~{{}}\\!;:/{_THIN}-]")
 _BEFORE = 40  # characters that tell what a number belongs to
 _EXPONENT_OR_INDEX = re.compile(r"(?:\^|[A-Za-z0-9})\]]_)\s*\{?\s*$")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+$")
-_PART = re.compile(
-    r"(?:√|\\sqrt(?:\[[0-9]*\])?\s*\{?|±|\\pm|\\mp|\}\s*\{|frac\s*\{)\s*-?\s*$|[0-9]-\\?[$€£]?$"
-)
+_PART = re.compile(r"(?:√|\\sqrt(?:\[[0-9]*\])?\s*\{?|±|\\pm|\\mp|\}\s*\{|frac\s*\{)\s*-?\s*$")
 _PART_AFTER = re.compile(r"\s*(?:\\pi(?![a-zA-Z])|π|\\sqrt|√)|-\\?[$€£][0-9]")
 
 
@@ -217,13 +216,15 @@ def _from_the_end(text: str, most: int) -> list[Number]:
         text = text[len(text) - _LONGEST - cut.start() :]
     text = tidy(text, spaces=True)
     found: list[Number] = []
-    for match in reversed(list(_NUMBER.finditer(text))):
+    for match in reversed(deque(_NUMBER.finditer(text), maxlen=10_000)):
         start = match.start()
         before = text[max(0, start - _BEFORE) : start]
         bare = match[0][0] in ".0123456789"
         if _EXPONENT_OR_INDEX.search(before) or (bare and _WORD.search(before)):
             continue
         part = _PART.search(before) or _PART_AFTER.match(text, match.end(), match.end() + 20)
+        if match["sign"] == "-" and match["money"] and before[-1:].isdigit():
+            part = True  # $5-$7
         number = _value(match, negative=_is_negative(match, before))
         found.append(Number(number.text, None) if part else number)
         if len(found) == most:
