@@ -1,7 +1,8 @@
 """Grading: the answer that a response gives, and whether it is the gold answer. No mlx.
 
-GSM8K: the last number. Tasks that ask for a box: the last ``\\boxed{}``, compared by math-verify
-where it is installed (extra ``eval``), else as a string after the usual clean-up of MATH.
+GSM8K: the number in the last ``\\boxed{}``, else the last number. Tasks that ask for a box: the last
+``\\boxed{}``, compared as a number where both are one, else by math-verify where it is installed
+(extra ``eval``), else as a string after the usual clean-up of MATH.
 Source: the evaluation protocol of the reference code of arXiv 2605.29247.
 
 math-verify runs in a process of its own, which a timer kills and the next question starts again.
@@ -21,11 +22,11 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, install_command
+from .numbers import Number, bare, last_number, read_number, read_only_number
 
 if TYPE_CHECKING:
     from .tasks import Problem
@@ -42,9 +43,10 @@ class Grade:
 
     - ``correct``: the verdict that counts.
     - ``found``: the answer in the response, ``None`` without one.
-    - ``by_reference``: the verdict of the reference's string rule.
-    - ``by_math_verify``: that of math-verify; ``None`` for the rule "number", without the extra
-      ``eval``, without a box, and without a verdict in time.
+    - ``by_reference``: the verdict of the reference's string rule, to the letter.
+    - ``by_math_verify``: that of math-verify on the tidied answer; it does not count for two
+      numbers. ``None`` for the rule "number", without the extra ``eval``, without a box, and
+      without a verdict in time.
     """
 
     correct: bool
@@ -56,12 +58,13 @@ class Grade:
 def grade(problem: "Problem", response: str) -> Grade:
     """Grade a response by the problem's rule.
 
-    "number": the last match with a digit, compared as a number. The reference compares the last
-    match as a string, without ``,``, ``$`` and a final ``.``. Its pattern also matches a lone
-    ``$$`` or ``..``, and its 72.00 is not 72.
+    "number": the number in the last box with one, else the last number of the response, compared
+    by value. The reference compares the last match of its pattern as a string, without ``,``, ``$``
+    and a final ``.``. The pattern also matches a lone ``$$`` or ``..``, its 72.00 is not 72, and
+    its 9{,}500 is 500.
 
-    "boxed": the content of the last ``\\boxed{}``. The verdict of math-verify on it counts; without
-    one, the string rule.
+    "boxed": the content of the last box. Two numbers are compared by value. The verdict of
+    math-verify counts for all else; without one, the string rule.
 
     Raises:
         InputError: math-verify is installed but cannot be used.
@@ -71,64 +74,84 @@ def grade(problem: "Problem", response: str) -> Grade:
     return _grade_boxed(problem.answer, response)
 
 
-_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-
-
 def _grade_number(gold: str, response: str) -> Grade:
-    matches = [_strip_number(match) for match in _NUMBER.findall(response)]
-    gold = _strip_number(gold)
-    found = next((m for m in reversed(matches) if any(c.isdigit() for c in m)), None)
+    found, right = _final_number(response), read_only_number(gold)
+    matches = _REFERENCE_NUMBER.findall(response)
     return Grade(
-        correct=found is not None and _same_number(found, gold),
-        found=found,
-        by_reference=bool(matches) and matches[-1] == gold,
+        correct=bool(found and right and found.equals(right)),
+        found=found.text if found else None,
+        by_reference=bool(matches) and _strip_number(matches[-1]) == _strip_number(gold),
         by_math_verify=None,
     )
+
+
+def _final_number(response: str) -> Number | None:
+    box = last_boxed(response)
+    return (read_only_number(box) if box else None) or last_number(response)
+
+
+_REFERENCE_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def _strip_number(text: str) -> str:
     return text.strip().replace(",", "").replace("$", "").removesuffix(".")
 
 
-def _same_number(found: str, gold: str) -> bool:
-    try:
-        return Decimal(found.rstrip(".")) == Decimal(gold)
-    except InvalidOperation:
-        return found == gold
-
-
 def _grade_boxed(gold: str, response: str) -> Grade:
     found = last_boxed(response)
     if not found:
         return Grade(correct=False, found=None, by_reference=False, by_math_verify=None)
-    by_reference = normalise(found) == normalise(gold)
-    by_math_verify = agree(gold, found)
-    correct = by_reference if by_math_verify is None else by_math_verify
+    by_reference = _same_string(gold, found)
+    short = max(len(gold), len(found)) <= LONGEST
+    plain_gold, plain = (bare(t) if short else t for t in (gold, found))
+    by_math_verify = agree(plain_gold, plain)
+    one, two = read_number(gold), read_number(found)
+    if one and two and not ("=" in gold and "=" in found):  # x = 0 is not y = 0
+        correct = one.equals(two)
+    elif by_math_verify is not None:
+        correct = by_math_verify
+    else:
+        correct = by_reference or _same_string(plain_gold, plain)
     return Grade(correct, found, by_reference, by_math_verify)
 
 
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+def _same_string(gold: str, answer: str) -> bool:
+    if max(len(gold), len(answer)) > LONGEST:
+        return gold == answer
+    return normalise(gold) == normalise(answer)
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?[0-9](?:[0-9.,/]*[0-9])?))|\\.|[{}]", re.DOTALL)
+_EMPTY = re.compile(r"(?:\s|[{}$~]|\\[,;:!> ]|\\q?quad(?![a-zA-Z])|\\(?:text|mbox|mathrm)\s*\{)*")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{}``, or ``None`` if there is none or it is cut off.
+    r"""Return the content of the last complete ``\boxed{}`` that is not empty, or ``None``.
 
-    Braces nest; an escaped one, as of a set, is text.
+    "Last" is the one that begins last. Braces nest; an escaped one, as of a set, is text. ``\fbox``
+    and ``\boxed 5`` are boxes too. The time is linear in the text.
     """
-    _, found, text = text.rpartition("\\boxed")
-    match = re.match(r"\s*\{", text)
-    if not found or match is None:
+    if "box" not in text:
         return None
-    depth = 1
-    for brace in _BRACE.finditer(text, match.end()):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[match.end() : brace.start()].strip()
-    return None
+    opened: list[int | None] = []  # where the content of a box begins; None for another brace
+    last: tuple[int, int] | None = None
+    for match in _BOX.finditer(text):
+        if match[2]:
+            first, end = match.span(2)
+        elif match[0] == "}":
+            first, end = opened.pop() if opened else None, match.start()
+        else:
+            if match[1] or match[0] == "{":
+                opened.append(match.end() if match[1] else None)
+            continue
+        later = first is not None and (last is None or first > last[0])
+        if later and not _EMPTY.fullmatch(text, first, end):
+            last = first, end
+    return text[slice(*last)].strip() if last else None
 
 
 _REWRITES = (
-    (r"\\[!,;:> ]|\\q?quad(?![a-zA-Z])|~", ""),  # spacing
+    (r"(\\\\)|\\[!,;:> ]|\\q?quad(?![a-zA-Z])|~", r"\1"),  # spacing, not a new row
     (r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])", ""),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\\$|\$", ""),

@@ -4,8 +4,10 @@ GSM8K and the demo problems are asked as they are; the other tasks ask for a box
 Source: the evaluation protocol of the reference code of arXiv 2605.29247.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,7 @@ from ..demo import NAME
 from ..errors import InputError, install_command
 from ..files import read_jsonl
 from .grading import last_boxed
+from .numbers import read_only_number
 
 
 @dataclass(frozen=True)
@@ -175,15 +178,24 @@ def _problem(record: Mapping[str, object], prefix: str, index: int, where: str) 
         raise _unknown(record, where)
     if "problem" in record or "url" in record:
         return Problem(identifier, question, _ask_for_box(question), answer, "boxed")
-    if not isinstance(record["answer"], str):
-        return Problem(identifier, question, question, answer, "number")
-    _, marker, gold = answer.rpartition("####")
-    if not marker or not any(c.isdigit() for c in gold):
+    if isinstance(record["answer"], str):
+        marker, gold = answer.rpartition("####")[1:]
+        answer = _gold_number(gold) if marker else ""
+    if not answer:
         raise InputError(
-            f"{where}: its `answer` ends in {answer[-20:]!r}, expected `#### ` and a number as in "
-            "GSM8K, a JSON number, or `problem` in the place of `question` for a boxed answer."
+            f"{where}: its `answer` ends in {record['answer'][-20:]!r}, expected `#### ` and one number "
+            "as in GSM8K, at most with a unit; a JSON number; or `problem` in the place of `question` "
+            "for a boxed answer."
         )
-    return Problem(identifier, question, question, gold.strip(), "number")
+    return Problem(identifier, question, question, answer, "number")
+
+
+def _gold_number(gold: str) -> str:
+    """Return a gold answer without its unit; empty if it is not one number."""
+    number = read_only_number(gold)
+    if number is None or number.value is None or gold.lstrip().startswith("("):
+        return ""  # (500) is -500 to an accountant
+    return gold.strip() if re.fullmatch(r"\s*-?[0-9.,]+\s*", gold) else number.text
 
 
 def _unknown(record: Mapping[str, object], where: str) -> InputError:
@@ -195,12 +207,14 @@ def _unknown(record: Mapping[str, object], where: str) -> InputError:
 
 
 def _text(answer: object) -> str:
-    """Write a gold answer as text; AMC's 27.0 is 27."""
+    """Write a gold answer as text, empty if there is none; AMC's 27.0 is 27."""
     if isinstance(answer, float) and answer.is_integer():
         return str(int(answer))
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return ""
-    return str(answer).strip() if answer == answer else ""  # no NaN
+    if isinstance(answer, float) and not isfinite(answer):
+        return ""
+    return str(answer).strip()
 
 
 def _plain(answers: Iterable[str]) -> str:

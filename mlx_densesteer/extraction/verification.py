@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from ..evaluation.grading import grade
+from ..evaluation.numbers import decimals, tidy
 from ..generation.answer import density, split_steps
 
 if TYPE_CHECKING:
@@ -97,10 +98,8 @@ def new_numbers(problem: "Problem", original: str, rewrite: str) -> list[str]:
     return sorted(map(str, written(rewrite) - given(original) - given(problem.prompt)))
 
 
-_NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-# the lookbehind keeps it linear: it is not tried from inside a long number
 _PERCENT = re.compile(r"((?<![0-9])[0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\?%|percent\b)")
-_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\!|,\\!)(?=[0-9]{3})")
+_EXPONENT = re.compile(r"(?<=[A-Za-z}])\^(?:\{-?[0-9]\}|[0-9])")  # of a unit or a variable
 _LABEL = re.compile(
     r"^[ \t]*(?:[#>*-]+[ \t]*)?(?:\*\*)?(?:step[ \t]+)?[0-9]+[.):](?:\*\*)?[ \t]", re.I | re.M
 )
@@ -135,10 +134,10 @@ _COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_UNITS[1:10])})\b"
 def written(text: str) -> set[Decimal]:
     """Return the numbers that ``text`` writes in digits, without sign.
 
-    2.50 is 2.5, and 1,000 is 1000, with LaTeX's commas too. The number of a step or of a list
-    item at the start of a line does not count.
+    2.50 is 2.5, and 1,000 is 1000, with separators of LaTeX and Unicode too. The number of a step
+    or of a list item at the start of a line does not count, nor does the exponent of a letter.
     """
-    return {Decimal(n.replace(",", "")) for n in _NUMBER.findall(_LABEL.sub("", _plain(text)))}
+    return decimals(_EXPONENT.sub("", _LABEL.sub("", tidy(text))))
 
 
 def given(text: str) -> set[Decimal]:
@@ -147,16 +146,12 @@ def given(text: str) -> set[Decimal]:
     In digits, labels included, and as English words ("twenty-five", "half", "a dozen"). 35 % gives
     0.35 and 100 too.
     """
-    text = _plain(text)
-    found = {Decimal(number.replace(",", "")) for number in _NUMBER.findall(text)}
-    for percent in _PERCENT.findall(text):
+    text = tidy(text)
+    found = decimals(text)
+    for percent in set(_PERCENT.findall(text)):
         found |= {Decimal(f"{percent}e-2"), Decimal(100)}
-    for word in _WORD.findall(text):
+    for word in set(_WORD.findall(text)):
         found |= _WORDS[word.lower()]
-    for tens, units in _COMPOUND.findall(text):
+    for tens, units in set(_COMPOUND.findall(text)):
         found.add(sum(_WORDS[tens.lower()] | _WORDS[units.lower()]))
     return found
-
-
-def _plain(text: str) -> str:
-    return _LATEX_COMMA.sub(",", text)

@@ -65,6 +65,22 @@ def test_a_record_is_recognised_by_its_fields(file, record, identifier, question
         assert f"Final Answer: {BOX}" in problem.prompt
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("45 stones", "45"), ("$1,072", "1072"), ("1,072", "1,072"), (" -3.50", "-3.50"),
+        ("\u22125 degrees", "-5"), ("9{,}500", "9500"), ("45 m^2", "45"), ("about 45", "45"),
+        ("1/2 cup", "1/2"), ("50%", "50%"), ("3 1/2", "3 1/2"),
+    ],
+)  # fmt: skip
+def test_a_gold_answer_loses_its_unit(file, gold, answer):
+    [problem] = load_task(write(file, GSM8K | {"answer": f"So.\n#### {gold}"}))
+    assert problem.answer == answer
+    got = grade(problem, f"So it is {answer}.")
+    assert got.correct
+    assert grade(problem, "So it is 45 thousand and 7.").correct is False
+
+
 def test_olympiad_says_what_belongs_into_the_box(file):
     [several] = load_task(write(file, OLYMPIAD))
     assert "separate them by commas" in several.prompt
@@ -120,6 +136,10 @@ BROKEN = {
     b'{"problem": "Q", "solution": "no box"}': r"line 1: fields problem, solution; expected",
     b'{"question": "Q", "answer": "So it is 4."}': r"line 1: its `answer` ends in 'So it is 4.', exp",
     b'{"question": "Q", "answer": "#### none"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": "#### 5 or 6"}': r"line 1: its `answer` ends in '#### 5 or 6', expected",
+    b'{"question": "Q", "answer": "#### 3:30"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": "#### (500)"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": 1e999}': r"line 1: ",
     GOOD + b"\n" + GOOD: r"line 2: has the question of line 1\. Remove one",
     b'{"id": 1, "question": "A", "answer": 1}\n{"id": 1, "question": "B", "answer": 1}':
         r"line 2: has the id of line 1",

@@ -112,6 +112,8 @@ def test_a_boxed_answer_is_compared_by_its_rule():
         ("1. First\n2) Second\n**Step 3:** third\n- 4 eggs", ["4"]),
         (r"\frac{3}{4} \times 2 = 1.5", ["3", "4", "2", "1.5"]),
         ("3.14.", ["3.14"]),
+        ("9\u202f500 m\u00b2, \uff14 cm^2 and 1'200 x^{3}", ["9500", "4", "1200"]),
+        (r"3{,}5 and 12{,}345{,}678 and 2 500 mL", ["3.5", "12345678", "2", "500"]),
         ("9" * 5000, ["9" * 5000]),
         ("no number, two words", []),
     ],

@@ -16,7 +16,7 @@ VERSION = 1  # of the rules; rewrites of another version are made anew
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _CALCULATION = re.compile(r"=|≈|\\approx")
-_ANSWER = re.compile(r"\\boxed|^[^\S\n]*####\s*[-$(]*[0-9.]", re.M)
+_ANSWER = re.compile(r"\\boxed|^[^\S\n]*####\s*[-−+$€£¥₹(\\]*[0-9.]", re.M)
 _HEADING = re.compile(r"^(?:#{1,6}\s+.*|(?:[0-9]+[.)]\s+|[-*]\s+)?\*\*[^*]+\*\*:?)$")
 _RULE = re.compile(r"^[-*_]{3,}$")
 _STEP = re.compile(r"^(?:#{1,6}\s+)?(?:\*\*)?step\s+[0-9]+\s*[:.)](?:\*\*)?\s*", re.I)

@@ -9,7 +9,7 @@ import { make } from "/page/dom.js";
 
 const FENCE = /^\s*```/;
 const HEADING = /^#{1,6}\s+(.*)$/;
-const FINAL = /^####\s*[-$\d]/; // GSM8K's mark before the final answer
+const FINAL = /^####\s*[-−$€£¥₹\d]/; // GSM8K's mark before the final answer
 const BRACES = String.raw`\{((?:[^{}]|\{[^{}]*\})*)\}`;
 const BOXED = new RegExp(String.raw`\\boxed${BRACES}`);
 const INLINE = new RegExp(
