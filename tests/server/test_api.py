@@ -14,8 +14,9 @@ pytest.importorskip("starlette")
 
 from serving import serving
 
-from mlx_densesteer import Sampling, demo
+from mlx_densesteer import Sampling, demo, load
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.errors import ModelError
 
 QUESTIONS = [problem.question for problem in held_out(12)]
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -649,3 +650,20 @@ def test_a_stream_that_is_never_read_is_cleaned_up():
     held.callback(let_go.append, True)
     asyncio.run(EventStream(lines(), held, {})({"type": "http"}, receive, send))
     assert let_go
+
+
+def test_a_conversation_that_the_template_refuses(hf_folder):
+    from mlx_densesteer.server.encoding import Encoder, opening_tokens
+    from mlx_densesteer.server.faults import Fault
+    from mlx_densesteer.server.schema import ChatRequest
+
+    model = load(hf_folder)
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+    model.tokenizer._tokenizer.chat_template = refuse + model.tokenizer.chat_template
+    asked = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(Fault, match="refuses this conversation .no systems") as refused:
+        Encoder(model)._encode(ChatRequest(messages=asked))
+    assert (refused.value.status, refused.value.param) == (400, "messages")
+    model.tokenizer._tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ModelError, match="chat template cannot be used"):
+        opening_tokens(model.tokenizer)
