@@ -153,6 +153,8 @@ def read_number(text: str) -> Number | None:
     It may have delimiters, emphasis, ``x =`` before it, a currency and a unit. One letter after a
     number is a variable unless it stands in ``\text``. "12,5" is taken for a list.
     """
+    if len(text) > _LONGEST and _NO_PART.search(text.strip()):
+        return None
     text = bare(text)
     if styled := _STYLED.fullmatch(text):
         text = bare(styled[1])
@@ -187,8 +189,8 @@ def last_number(text: str) -> Number | None:
     """Return the last number in ``text``.
 
     Of a text of over 100,000 characters only the end is read. Exponents, indices and digits after
-    a letter are none. Digits in a time, date, range, root or
-    symbolic fraction are no number on their own: the value is ``None``.
+    a letter are none. Digits in a time, date, range, root or symbolic fraction are no number on
+    their own: the value is ``None``.
     """
     return next(iter(_from_the_end(text, 1)), None)
 
@@ -254,14 +256,8 @@ def _value(match: re.Match[str], negative: bool) -> Number:
         text += match.string[match.end("run") : match.end()]
         if match["percent"]:
             text = text.removesuffix(match["percent"])
-    if negative:
-        value = (
-            value
-            if value is None
-            else value.copy_negate()
-            if isinstance(value, Decimal)
-            else -value
-        )
+    if negative and value is not None:
+        value = value.copy_negate() if isinstance(value, Decimal) else -value  # "-" would round
     text = f"{'-' if negative else ''}{text}{'%' if match['percent'] else ''}"
     return Number(text, value, bool(match["percent"]))
 

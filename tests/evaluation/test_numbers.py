@@ -385,10 +385,9 @@ from mlx_densesteer.evaluation import grading
 from mlx_densesteer.evaluation.tasks import Problem
 grading.agree = lambda gold, answer: None
 text = sys.stdin.read()
-for gold in "5", text:
-    for response in text, "\\\\boxed{" + text + "}":
-        for rule in "number", "boxed":
-            grading.grade(Problem("p", "q", "q", gold, rule), response)
+for response in text, "\\\\boxed{" + text + "}":
+    for rule in "number", "boxed":
+        grading.grade(Problem("p", "q", "q", "5", rule), response)
 """
 
 
