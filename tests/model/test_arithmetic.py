@@ -338,6 +338,7 @@ def test_a_value_of_a_wrong_kind_is_named(changes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(changed(changes)))
     (key,) = changes
     named = "rotary embedding" if key in ("rope_scaling", "rope_theta") else key
+    named += r"|config\.json: is not JSON that can be read"  # a number too large, or not finite
     with pytest.raises(ModelError, match=named) as raised:
         load(tmp_path)
     assert len(str(raised.value)) < 400 + len(str(tmp_path)) and "\x1b" not in str(raised.value)
@@ -363,7 +364,7 @@ def test_a_config_that_is_none(content, tmp_path):
 
 
 def test_the_architectures_of_another_family_are_no_list(tmp_path):
-    config = {"model_type": "x" * 1000, "architectures": 10**1000}
+    config = {"model_type": "x" * 1000, "architectures": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=r"is a x{60} model \(unknown architecture\)"):
         load(tmp_path)
