@@ -22,6 +22,8 @@ def gguf_name(name: str) -> str:
     stem, kind = name.rsplit(".", 1)
     if stem == "model.embed_tokens":
         return f"token_embd.{kind}"
+    if stem == "lm_head":
+        return f"output.{kind}"
     if stem == "model.norm":
         return f"output_norm.{kind}"
     _, _, number, part = stem.split(".", 3)
