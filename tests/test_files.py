@@ -1,5 +1,7 @@
 """Files: the JSON reader and the atomic writers that every room uses."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -239,6 +241,22 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     )
     write(tmp_path / "v")
     assert happened == ["sync", "rename", "sync"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_macs_drive_is_told_to_empty_its_cache(tmp_path, monkeypatch, works):
+    asked = []
+
+    def control(handle, command):
+        asked.append(command)
+        if not works:
+            raise OSError(errno.ENOTSUP, "not on this file system")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    write(tmp_path / "v")
+    assert asked == [51, 51] and (tmp_path / "v").read_bytes() == b"new"
 
 
 def test_the_next_write_removes_what_a_killed_one_left(tmp_path):

@@ -65,12 +65,11 @@ def check_journal(path: Path) -> None:
     """The header may be missing where the kill came first; no line but the last may be cut off."""
     lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
     header = parse_object(lines[0], "header") if lines else {"format": "none"}
-    copy = path.with_name("copy-of-journal")
-    shutil.copyfile(path, copy)
     if lines:
-        with Journal(copy, header):
-            pass
-    copy.unlink()
+        with tempfile.TemporaryDirectory() as elsewhere:  # its own disk may be full
+            copy = Path(shutil.copyfile(path, Path(elsewhere) / "copy"))
+            with Journal(copy, header):
+                pass
 
 
 def check_lines(path: Path) -> None:

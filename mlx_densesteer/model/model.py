@@ -32,7 +32,7 @@ from ..errors import (
 from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
-from ..text import count, note
+from ..text import count, note, one_line
 from .block import decoder_blocks, patch
 from .config import is_hub_id, origin, read_config
 from .hub import fetch_config, fetch_model
@@ -269,17 +269,18 @@ class Model:
         meta = vector.meta
         if meta.fingerprint == self.fingerprint:
             return None
+        theirs = one_line(meta.model, 80)
         if meta.fingerprint is not None:
             found = (
-                f"was extracted from other weights ({meta.model}, fingerprint {meta.fingerprint}; "
-                f"this model is {self.name}, {self.fingerprint})"
+                f"was extracted from other weights ({theirs}, fingerprint "
+                f"{one_line(meta.fingerprint, 40)}; this model is {self.name}, {self.fingerprint})"
             )
-        elif (_base_name(meta.model), meta.layer_count) != (
-            _base_name(self.name),
+        elif (meta.layer_count, _base_name(meta.model)) != (
             self.layer_count,
+            _base_name(self.name),
         ):
             found = (
-                f"seems to be made for another model ({meta.model}, {count(meta.layer_count, 'layer')}; "
+                f"seems to be made for another model ({theirs}, {count(meta.layer_count, 'layer')}; "
                 f"this model is {self.name}, {count(self.layer_count, 'layer')}). Its file has no "
                 "fingerprint of the weights"
             )
@@ -542,7 +543,7 @@ def _too_long(what: str, tokens: int | str, context: int, *, with_response: bool
 
 def _base_name(model: str) -> str:
     """Return the name of a checkpoint without its folder or organisation, and without its precision."""
-    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+    name = model[-200:].replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
     while (shorter := _PRECISION.sub("", name)) != name:
         name = shorter
     return name

@@ -104,6 +104,12 @@ def test_names_are_compared_without_organisation_and_precision(hf_folder, named,
         loaded.other_weights(vector_of(named, fingerprint="0" * 16), strict=True)
 
 
+def test_a_name_of_a_mebibyte_costs_and_says_little(hf_folder):
+    warning = load(hf_folder).other_weights(vector_of("_q1" * 2**18 + "!"))
+    assert "another model (_q1_q1" in warning and len(warning) < 400
+
+
+@pytest.mark.slow
 def test_the_server_tells_it_at_start_and_in_its_log(tmp_path, hf_folder):
     pytest.importorskip("starlette")
     from server_process import ServerProcess
