@@ -138,7 +138,7 @@ WRITERS = {
         force=False,
     ),
     "sweep": Writer(
-        ["sweep", "-m", "demo", "-v", "demo", "demo", *SHORT, "-o", "s"],
+        ["sweep", "-m", "demo", "-v", "demo", "demo", "-l", "3", "-s", "20%", *SHORT, "-o", "s"],
         {"s": lambda folder: check_sweep(folder)}, force=False,
     ),
 }  # fmt: skip
