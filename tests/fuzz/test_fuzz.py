@@ -8,7 +8,7 @@ pytest.importorskip("gguf")
 from fuzzing import table
 from readers import READERS
 
-INPUTS = 300
+INPUTS = 200
 
 
 @pytest.mark.parametrize("name", READERS)
