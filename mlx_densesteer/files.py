@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import reprlib
 import shutil
@@ -82,18 +83,18 @@ def file_to_replace(path: Path) -> tuple[Path, int | None]:
         except FileNotFoundError:
             return target, None
     if stat.S_ISDIR(mode):
-        raise DiskError(f"{path}: is a folder. Name a file in it (-o).")
+        raise DiskError(f"{path}: is a folder. Name a file in it.")
     if not stat.S_ISREG(mode):
-        raise DiskError(f"{path}: is not a regular file, so it is not replaced. Name a file (-o).")
+        raise DiskError(f"{path}: is not a regular file, so it is not replaced. Name a file.")
     if not mode & 0o222 or not os.access(target, os.W_OK):
         raise DiskError(
-            f"{path}: is read-only. Make it writable (chmod u+w), or choose another name (-o)."
+            f"{path}: is read-only. Make it writable (chmod u+w), or choose another name."
         )
     return target, stat.S_IMODE(mode)
 
 
 def _made_meanwhile(path: Path) -> DiskError:
-    return DiskError(f"{path}: another process has made it meanwhile. Choose another name (-o).")
+    return DiskError(f"{path}: another process has made it meanwhile. Choose another name.")
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DiskError: there cannot be one.
     """
-    prefix = f".{folder.name[:40]}.partial-"  # with it, a name of the longest length has room too
+    prefix = partial_prefix(folder)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
@@ -116,6 +117,15 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def partial_prefix(path: Path) -> str:
+    """Return how the names of this machine's scratch folders for ``path`` begin; a process id follows.
+
+    Another machine that shares the disk has other processes.
+    """
+    machine = zlib.crc32(platform.node().encode())
+    return f".{path.name[:40]}.partial-{machine:x}-"  # with it, the longest name has room too
 
 
 def move_into_place(made: Path, folder: Path, *, replace: bool) -> None:
@@ -213,11 +223,11 @@ _FULL_TEXTS = (
 
 
 @contextlib.contextmanager
-def full_disk(path: Path, choice: str = "-o") -> Iterator[None]:
+def full_disk(path: Path, choice: str = "") -> Iterator[None]:
     """Raise ``DiskError`` for what another package raises when the disk under ``path`` is full.
 
     Args:
-        choice: how to choose another place.
+        choice: how to choose another place, such as ``TMPDIR``.
     """
     try:
         yield
@@ -229,11 +239,12 @@ def full_disk(path: Path, choice: str = "-o") -> Iterator[None]:
         raise _refused(path, error, choice) from error
 
 
-def _refused(path: Path, error: Exception, choice: str = "-o") -> DiskError:
+def _refused(path: Path, error: Exception, choice: str = "") -> DiskError:
     full = any(text in str(error) for text in _FULL_TEXTS)
     remedy = "Make room on the disk, or choose another place" if full else "Choose another place"
     reason = getattr(error, "strerror", None) or error
-    return DiskError(f"{path}: cannot be written ({reason}). {remedy} ({choice}).")
+    how = f" ({choice})" if choice else ""
+    return DiskError(f"{path}: cannot be written ({reason}). {remedy}{how}.")
 
 
 def _is_running(pid: str) -> bool:
@@ -316,13 +327,19 @@ def parse_json(
     return value
 
 
-def parse_object(data: bytes | str, where: str, **settings: Any) -> dict[str, object]:
+def parse_object(
+    data: bytes | str,
+    where: str,
+    *,
+    error: Callable[[str], Exception] = InputError,
+    remedy: str = "Repair or replace it.",
+    **settings: Any,
+) -> dict[str, object]:
     """Return the JSON object in ``data``; takes and raises what ``parse_json`` does."""
-    value = parse_json(data, where, **settings)
+    value = parse_json(data, where, error=error, remedy=remedy, **settings)
     if not isinstance(value, dict):
-        raise settings.get("error", InputError)(
-            f"{where}: is {type(value).__name__}, expected a JSON object with named fields."
-        )
+        found = f"is {type(value).__name__}, expected a JSON object with named fields"
+        raise error(f"{where}: {found}. {remedy}".rstrip())
     return value
 
 

@@ -41,6 +41,10 @@ class _Terminal(io.TextIOWrapper):
         super().write(printable(text))
         return len(text)
 
+    def close(self) -> None:
+        """Leave the stream beneath open: it is not ours."""
+        self.flush()
+
 
 def guard_terminals() -> None:
     """From now on let only printable text reach a terminal, whoever writes it.

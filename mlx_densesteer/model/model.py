@@ -275,9 +275,9 @@ class Model:
                 f"was extracted from other weights ({theirs}, fingerprint "
                 f"{one_line(meta.fingerprint, 40)}; this model is {self.name}, {self.fingerprint})"
             )
-        elif (meta.layer_count, _base_name(meta.model)) != (
-            self.layer_count,
-            _base_name(self.name),
+        elif _base_name(meta.model) != _base_name(self.name) or (
+            # of an imported vector it is only the last layer of the file
+            meta.source is None and meta.layer_count != self.layer_count
         ):
             found = (
                 f"seems to be made for another model ({theirs}, {count(meta.layer_count, 'layer')}; "
@@ -478,7 +478,9 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        with full_disk(Path(os.environ.get("TMPDIR", "/tmp")), "TMPDIR"):  # its tokenizer is copied
+        with full_disk(
+            Path(os.environ.get("TMPDIR", "/tmp")), " (TMPDIR)"
+        ):  # its tokenizer is copied
             yield
     except DenseSteerError:
         raise

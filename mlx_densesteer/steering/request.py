@@ -6,6 +6,7 @@ passes the model, which knows its norms.
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,13 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNO
 
 
 class HasNorms(Protocol):
-    """The norms that a dose refers to; ``model.model.Model`` is one."""
+    """The model that a request is for; ``model.model.Model`` is one."""
 
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> Mapping[int, float]:
-        """Return the mean ``||h_l||`` at each layer."""
+        """Return the mean ``||h_l||`` at each layer, to which a dose refers."""
+
+    def other_weights(self, vector: SteeringVector, *, strict: bool = False) -> str | None:
+        """Return a warning if the vector was made for another model."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,12 @@ def resolve(
     strength: str | float | Amount | None = None,
     layers: Iterable[int] | None = None,
     positions: Positions | None = None,
+    *,
+    strict: bool = False,
 ) -> Steering:
     """Return a steering for one model, with the defaults of ``request`` where nothing is given.
+
+    A vector that was made for another model is warned of (``warnings``).
 
         resolve(model, "dense.npz")                    # this vector's own layer and strength
         resolve(model, "dense.npz", "20%")             # a dose: 20 % of the residual stream
@@ -155,13 +163,17 @@ def resolve(
         model: what ``load`` returns.
         vector: a steering vector, or its ``.npz`` file; ``"demo"`` is the embedded one.
         strength: lambda, or a dose such as ``"20%"``.
+        strict: refuse a vector of another model.
 
     Raises:
         VectorFormatError: the file is not a steering vector.
-        InputError, SteeringError, VectorMismatchError: as ``request``.
+        InputError, SteeringError, VectorMismatchError: as ``request``, and ``VectorMismatchError`` for a
+            vector of another model with ``strict``.
     """
     if not isinstance(vector, SteeringVector):
         vector = SteeringVector.load(vector)
+    if warning := model.other_weights(vector, strict=strict):
+        warnings.warn(warning.removeprefix("warning: "), stacklevel=2)
     return request(vector, strength, layers, positions).steering(model)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from mlx_densesteer import SteeringVector, VectorMeta, load
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import VectorMismatchError
+from mlx_densesteer.steering.request import resolve
 
 WARNING = "seems to be made for another model (Org/Other, 4 layers; this model is Tiny-Qwen2"
 
@@ -102,6 +104,22 @@ def test_names_are_compared_without_organisation_and_precision(hf_folder, named,
     assert loaded.other_weights(ours, strict=True) is None, "the weights are what counts"
     with pytest.raises(VectorMismatchError, match=r"Use a vector .*--strict"):
         loaded.other_weights(vector_of(named, fingerprint="0" * 16), strict=True)
+
+
+def test_an_imported_layer_does_not_tell_how_many_the_model_has(hf_folder):
+    model = load(str(hf_folder))
+    vector = vector_of("Org/Tiny-Qwen2", layers=2)
+    assert "2 layers" in model.other_weights(vector)
+    meta = replace(vector.meta, source="v.pt (a file of torch, sha256 ...)")
+    assert model.other_weights(SteeringVector(vector.layers, meta)) is None
+
+
+def test_python_warns_or_refuses_too(hf_folder):
+    model, vector = load(str(hf_folder)), vector_of("Org/Other")
+    with pytest.warns(UserWarning, match=re.escape(WARNING)):
+        resolve(model, vector, 1.0)
+    with pytest.raises(VectorMismatchError, match=re.escape(WARNING)):
+        resolve(model, vector, 1.0, strict=True)
 
 
 def test_a_name_of_a_mebibyte_costs_and_says_little(hf_folder):

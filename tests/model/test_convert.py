@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_densesteer.errors import ConversionError, DiskError, ModelError, UnsupportedModelError
-from mlx_densesteer.files import check_disk
+from mlx_densesteer.files import check_disk, partial_prefix
 from mlx_densesteer.model import convert as conversion
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.model import Model, load
@@ -209,7 +209,7 @@ def test_signals_on_the_command_line(hf_folder, tmp_path, number):
         if "WRITTEN" in line:
             break
     (partial,) = tmp_path.iterdir()
-    assert partial.name.startswith(f".out.partial-{process.pid}-")
+    assert f"-{process.pid}-" in partial.name
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (128 + number, "")
@@ -221,12 +221,14 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(hf_folder, out):
     out.parent.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = out.parent / f".out.partial-{dead.pid}-x"
+    left = out.parent / f"{partial_prefix(out)}{dead.pid}-x"
     left.mkdir()
-    running = out.parent / f".out.partial-{os.getppid()}-x"
+    running = out.parent / f"{partial_prefix(out)}{os.getppid()}-x"
     running.mkdir()
+    elsewhere = out.parent / f".out.partial-0-{dead.pid}-x"  # of another machine
+    elsewhere.mkdir()
     convert(hf_folder, out)
-    assert not left.exists() and running.exists()
+    assert not left.exists() and running.exists() and elsewhere.exists()
 
 
 def test_a_full_disk_is_noticed_before(hf_folder, out, monkeypatch):
