@@ -139,11 +139,11 @@ def make_loop(path):
 
 
 NO_TARGETS = {
-    "folder": (Path.mkdir, "is a folder. Name a file in it"),
+    "folder": (Path.mkdir, r"is a folder. Name a file in it\.$"),
     "pipe": (os.mkfifo, "is not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/null"), "is not a regular file"),
     "read-only": (make_read_only, r"is read-only. Make it writable \(chmod u\+w\)"),
-    "loop": (make_loop, "cannot be written .*Choose another place"),
+    "loop": (make_loop, r"cannot be written .*Choose another place\.$"),
     "nowhere": (lambda path: path.symlink_to("no/such"), "there is no folder .* Make it first"),
     "n" * 300: (lambda path: None, "cannot be written .*too long"),
 }

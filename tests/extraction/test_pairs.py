@@ -42,7 +42,7 @@ def test_byte_order_mark_crlf_and_blank_lines(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: is not JSON"),
-        ("[1]", "line 2: is list, expected a JSON object"),
+        ("[1]", "line 2: is list, expected a JSON object with named fields. Repair or remove the line"),
         ({"prompt": "x"}, "line 2: expected a field positive or pos_response or resp_after; found prompt"),
         ({"doc": "x"}, "line 2: expected a field prompt or doc.question; found doc"),
         ({**OURS, "positive": ["a", "b"]}, "line 2: positive is a list of 2; expected a text"),
