@@ -157,11 +157,11 @@ class Stream(Iterator[str]):
                 for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
                 return
-            self._draft_prefix.fill(read, None, answering=bool(ids))
+            self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
             steps = speculative_generate_step(
                 begin,
                 network,
-                self._draft.model.network,
+                self._draft.network(self._model.vocabulary),
                 num_draft_tokens=self._draft.tokens,
                 prompt_cache=[*caches, *self._draft_prefix.caches],
                 **options,

@@ -1,3 +1,5 @@
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models.qwen2 import Model, ModelArgs
 
@@ -80,3 +82,36 @@ def test_no_more_is_accepted_than_was_proposed(loaded, limit):
     itself = Draft(loaded, 4)
     result = ds.generate(*loaded, held_out(1)[0].question, max_tokens=limit, draft=itself)
     assert 0 < result.draft_accepted <= result.draft_proposed
+
+
+@pytest.mark.parametrize(("draft_rows", "rows"), [(0, 64), (64, 0)])
+def test_a_draft_of_another_number_of_rows(loaded, draft_rows, rows, monkeypatch):
+    """Qwen2.5-7B has 152064 rows, 0.5B 151936, with one tokenizer. mlx reads beyond a matrix."""
+    model, tokenizer = loaded
+    target, small = padded(model, rows), padded(truncated(model, 5), draft_rows)
+    read, call = [], nn.Embedding.__call__
+
+    def embed(embedding, tokens):
+        read.append((int(tokens.max()), len(embedding.weight)))
+        return call(embedding, tokens)
+
+    monkeypatch.setattr(nn.Embedding, "__call__", embed)
+    ids = [*tokenizer.encode(held_out(1)[0].question), model.args.vocab_size + rows - 1]
+    for _ in range(2):
+        alone, drafted = (
+            ds.generate(target, tokenizer, ids, max_tokens=40, draft=draft)
+            for draft in (None, Draft((small, tokenizer)))
+        )
+        assert drafted.token_ids == alone.token_ids and drafted.draft_proposed
+        ids += [*alone.token_ids, model.args.vocab_size + rows - 1]
+    assert len(read) > 100 and all(token < count for token, count in read)
+
+
+def padded(model, rows: int):
+    """The model with more rows, whose tokens it likes best of all."""
+    args = vars(model.args)
+    padded = Model(ModelArgs(**{**args, "vocab_size": args["vocab_size"] + rows}))
+    padded.update(model.parameters())
+    weight = model.model.embed_tokens.weight
+    padded.model.embed_tokens.weight = mx.concatenate([weight, 3 * weight[200 : 200 + rows]])
+    return padded
