@@ -70,15 +70,22 @@ def grade(problem: "Problem", response: str) -> Grade:
         InputError: math-verify is installed but cannot be used.
     """
     if problem.rule == "number":
-        return _grade_number(problem.answer, response)
-    return _grade_boxed(problem.answer, response)
+        return _grade_number(problem.answer, response, problem.question)
+    return _grade_boxed(problem.answer, response, problem.question)
 
 
-def _grade_number(gold: str, response: str) -> Grade:
+def _same_number(gold: Number, found: Number, question: str) -> bool:
+    """Tell whether both are equal; 7 dozen is 7 where the question speaks of dozens."""
+    if found.scales and " ".join(found.scales) in question.lower():
+        return found.equals(gold) or found.unscaled().equals(gold)
+    return found.equals(gold)
+
+
+def _grade_number(gold: str, response: str, question: str) -> Grade:
     found, right = _final_number(response), read_only_number(gold)
     matches = _REFERENCE_NUMBER.findall(response)
     return Grade(
-        correct=bool(found and right and found.equals(right)),
+        correct=bool(found and right and _same_number(right, found, question)),
         found=found.text if found else None,
         by_reference=bool(matches) and _strip_number(matches[-1]) == _strip_number(gold),
         by_math_verify=None,
@@ -97,7 +104,7 @@ def _strip_number(text: str) -> str:
     return text.strip().replace(",", "").replace("$", "").removesuffix(".")
 
 
-def _grade_boxed(gold: str, response: str) -> Grade:
+def _grade_boxed(gold: str, response: str, question: str) -> Grade:
     found = last_boxed(response)
     if not found:
         return Grade(correct=False, found=None, by_reference=False, by_math_verify=None)
@@ -107,7 +114,7 @@ def _grade_boxed(gold: str, response: str) -> Grade:
     by_math_verify = agree(plain_gold, plain)
     one, two = read_number(gold), read_number(found)
     if one and two and not ("=" in gold and "=" in found):  # x = 0 is not y = 0
-        correct = one.equals(two)
+        correct = _same_number(one, two, question)
     elif by_math_verify is not None:
         correct = by_math_verify
     else:

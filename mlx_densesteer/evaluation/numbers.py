@@ -3,15 +3,17 @@ r"""The reader of numbers in text and LaTeX, for grading and for the checks of p
 It reads separators of thousands (``9,500``, ``9{,}500``, ``9\,500``, ``9 500``, ``9'500``,
 ``12,34,567``, ``1.234.567``), decimal commas where nothing else is meant (``3{,}5``,
 ``1.234,5``), signs, currencies, units, fractions, mixed numbers, powers, scientific notation,
-and the digits, minus signs, fractions and superscripts of Unicode. Values are exact.
+scales (3.5 million), and the digits, minus signs, fractions and superscripts of Unicode. Values
+are exact.
 """
 
 import re
 import unicodedata
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
+from math import prod
 
 _DIGITS = 1000  # longer numbers are compared digit by digit; powers beyond have no value
 _UNIT_LENGTH = 200  # characters
@@ -24,11 +26,18 @@ class Number:
     - ``text``: the number in one typesetting, without currency, unit and separators of thousands.
     - ``value``: exact; ``None`` for what has digits and is no number (3:30, 5-7, 1.2.3, 36\\pi).
     - ``percent``: whether a per cent sign follows.
+    - ``scales``: the words after it that ``value`` is multiplied by, as "million".
     """
 
     text: str
     value: Fraction | Decimal | None
     percent: bool = False
+    scales: tuple[str, ...] = ()
+
+    def unscaled(self) -> "Number":
+        """Return 3.5 for 3.5 million."""
+        value = self.value and self.value / prod(_SCALES[word] for word in self.scales)
+        return replace(self, value=value, scales=())
 
     def equals(self, other: "Number") -> bool:
         """Tell whether both are the same number.
@@ -123,7 +132,14 @@ def _join(match: re.Match[str]) -> str:
 
 
 _RUN = r"(?:(?<![\w.])\.)?[0-9](?:[0-9.,:/-]*[0-9])?"
-_FRACTION = r"\\[dtc]?frac\s*(?:\{\s*-?[0-9.,]+\s*\}|[0-9])\s*(?:\{\s*-?[0-9.,]+\s*\}|[0-9])"
+_TERM = r"\s*(?:\{\s*-?[0-9.,]+\s*\}|[0-9])"
+_FRACTION = rf"\\[dtc]?frac{_TERM}{_TERM}"
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12, "dozen": 12,
+}  # fmt: skip
+_SCALE = f"(?:{'|'.join(_SCALES)})"
+_GAP = r"(?:[^\S\n]|~|-|\\[,;:! ]){0,4}"
 _CURRENCY = (
     r"(?:\b[AC]|\bUS)?\\?\$|[€£¥₹₩₽]|\\(?:pounds|euro)\b|\b(?:USD|EUR|GBP|CHF|Rs)(?![A-Za-z])\.?"
 )
@@ -141,6 +157,7 @@ _NUMBER = re.compile(
         )?
       | (?P<fraction>{_FRACTION})
     )
+    (?P<scales>(?:{_GAP}(?:\\(?:text|mbox|mathrm)\s*\{{\s*)?{_SCALE}s?(?![A-Za-z-])){{1,3}})?
     (?P<percent>\s*(?:\\?%|per[ ]?cent\b|\\text\{{\s*per[ ]?cent\s*\}}))?
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -160,9 +177,7 @@ def read_number(text: str) -> Number | None:
         text = bare(styled[1])
     text = _after_equals(re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", text))
     match = _NUMBER.match(text)
-    if match is None or not _is_unit(text[match.end() :]):
-        return None
-    if "," in (match["run"] or "") and _decimal(match["run"]) is None:
+    if match is None or not _is_unit((match["scales"] or "") + text[match.end() :]):
         return None
     number = _value(match, negative=_has_minus(match))
     return None if number.value is None else number
@@ -208,8 +223,14 @@ _NO_PART = re.compile(rf"[^\d.,'_~{{}}\\!;:/{_THIN}-]")
 _BEFORE = 40  # characters that tell what a number belongs to
 _EXPONENT_OR_INDEX = re.compile(r"(?:\^|[A-Za-z0-9})\]]_)\s*\{?\s*$")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+$")
-_PART = re.compile(r"(?:√|\\sqrt(?:\[[0-9]*\])?\s*\{?|±|\\pm|\\mp|\}\s*\{|frac\s*\{)\s*-?\s*$")
-_PART_AFTER = re.compile(r"\s*(?:\\pi(?![a-zA-Z])|π|\\sqrt|√)|-\\?[$€£][0-9]")
+_PART = re.compile(
+    r"(?:√|\\sqrt(?:\[[0-9]*\])?\s*\{?|±|\\pm|\\mp|\}\s*\{|frac\s*\{)\s*-?\s*$"
+    r"|(?<!from )(?<![0-9.,$\\])\\?\$?[0-9][0-9.,]* to $"
+)
+_PART_AFTER = re.compile(
+    r"\s*(?:\\pi(?![a-zA-Z])|π|\\sqrt|√)|-\\?[$€£][0-9]"
+    r"|\s*(?:\\text\s*\{\s*)?or (?:more|less|fewer|over|under|above|below|greater|higher|lower)\b"
+)
 
 
 def _from_the_end(text: str, most: int) -> list[Number]:
@@ -224,7 +245,7 @@ def _from_the_end(text: str, most: int) -> list[Number]:
         bare = match[0][0] in ".0123456789"
         if _EXPONENT_OR_INDEX.search(before) or (bare and _WORD.search(before)):
             continue
-        part = _PART.search(before) or _PART_AFTER.match(text, match.end(), match.end() + 20)
+        part = _PART.search(before) or _PART_AFTER.match(text, match.end(), match.end() + 30)
         if match["sign"] == "-" and match["money"] and before[-1:].isdigit():
             part = True  # $5-$7
         number = _value(match, negative=_is_negative(match, before))
@@ -254,12 +275,15 @@ def _value(match: re.Match[str], negative: bool) -> Number:
         text, value = _read_run(match["run"])
         value = value if value is None else _changed(match, value)
         text += match.string[match.end("run") : match.end()]
-        if match["percent"]:
-            text = text.removesuffix(match["percent"])
+        text = text.removesuffix((match["scales"] or "") + (match["percent"] or ""))
+    scales = tuple(re.findall(_SCALE, (match["scales"] or "").lower()))
+    if scales:
+        value = value * prod(map(_SCALES.get, scales)) if isinstance(value, Fraction) else None
+        text = text if value is None else str(value)
     if negative and value is not None:
         value = value.copy_negate() if isinstance(value, Decimal) else -value  # "-" would round
     text = f"{'-' if negative else ''}{text}{'%' if match['percent'] else ''}"
-    return Number(text, value, bool(match["percent"]))
+    return Number(text, value, bool(match["percent"]), scales)
 
 
 def _changed(match: re.Match[str], value: Fraction | Decimal) -> Fraction | Decimal | None:
@@ -295,39 +319,29 @@ def _ratio(text: str) -> Fraction | None:
 
 
 def _read_run(run: str) -> tuple[str, Fraction | Decimal | None]:
-    """Read digits and what joins them: a decimal, a fraction, or the last item of a list."""
-    if (value := _decimal(run, comma=True)) is not None:
+    """Read digits and what joins them: a decimal or a fraction. 12,5 may be a list: no number."""
+    if (value := _decimal(run)) is not None:
         return _plain(run), value
-    if run.count("/") == 1:
-        return run, _ratio(run)
-    if run.count(",") > 1:
-        last = run.rpartition(",")[2]
-        return last, _decimal(last)
-    return run, None
+    return run, _ratio(run) if run.count("/") == 1 else None
 
 
 _ENGLISH = re.compile(
     r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?"
 )
-_EUROPEAN = re.compile(r"[1-9][0-9]{0,2}(?:(?:\.[0-9]{3}){2,}|(?:\.[0-9]{3})+,[0-9]+)(?:,[0-9]+)?")
-_DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+")
+_EUROPEAN = re.compile(r"[1-9][0-9]{0,2}(?:(?:\.[0-9]{3}){2,}|(?:\.[0-9]{3})+,[0-9]+)")
 _BARE = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 
 
 def _plain(run: str) -> str:
     """Write a run that is one number with a decimal point and without separators."""
     if _EUROPEAN.fullmatch(run):
-        return run.replace(".", "").replace(",", ".")
-    if _ENGLISH.fullmatch(run):
-        return run.replace(",", "")
-    return run.replace(",", ".")
+        run = run.replace(".", "").replace(",", ".")
+    return run.replace(",", "")
 
 
-def _decimal(run: str, comma: bool = False) -> Fraction | Decimal | None:
-    """Return the value of a run; ``comma`` allows a lone decimal comma, as in 12,5."""
+def _decimal(run: str) -> Fraction | Decimal | None:
     if not _BARE.fullmatch(run):
-        known = _ENGLISH.fullmatch(run) or _EUROPEAN.fullmatch(run)
-        if not known and not (comma and _DECIMAL_COMMA.fullmatch(run)):
+        if not (_ENGLISH.fullmatch(run) or _EUROPEAN.fullmatch(run)):
             return None
         run = _plain(run)
     run = run.lstrip("0") or "0"
@@ -382,8 +396,11 @@ _EXPONENT = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?"
 _UNIT = re.compile(
     rf"""(?: \s | ~ | \\[,;:!\ ] | \\q?quad(?![a-zA-Z]) | \\?% | ° | \. (?![0-9]) | {_CURRENCY}
       | \^\s*(?:\{{\s*\\circ\s*\}}|\\circ) (?:\s*[CFK]\b)? | \\degree | \\circ
-      | \\(?:text|mbox|mathrm|textrm|textit|textbf|mathit|operatorname)\s*\{{[^{{}}0-9=]*(?:\^?[23])?\s*\}}{_EXPONENT}
-      | (?<![A-Za-z\\])(?:[A-Za-zµμΩ]{{3,}}|k?m/(?:hr?|s)|[cmkdnµ][mglL]|ft|in|lb|oz|hr|mi){_EXPONENT}(?![A-Za-z0-9])
+      | \\(?:text|mbox|mathrm|textrm|textit|textbf|mathit|operatorname)\s*
+        \{{[^{{}}0-9=]*(?:\^?[23])?\s*\}}{_EXPONENT}
+      | (?<![A-Za-z\\])
+        (?:[A-Za-zµμΩ]{{3,}}|k?m/(?:hr?|s)|[cmkdnµ][mglL]|ft|in|lb|oz|hr|mi)
+        {_EXPONENT}(?![A-Za-z0-9])
       | \\cdot (?=\s*\\(?:text|mathrm)) | / (?=\s*(?:\\(?:text|mathrm)|[A-Za-z]))
     )*""",
     re.VERBOSE,

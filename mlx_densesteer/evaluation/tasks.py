@@ -53,6 +53,7 @@ _SOURCES = {
     ),
 }
 TASKS = (*_SOURCES, NAME)
+_LONGEST = 10_000  # characters of a gold answer; those of the known tasks have less than 200
 
 
 def load_task(
@@ -161,6 +162,16 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, object]]:
 
 def _problem(record: Mapping[str, object], prefix: str, index: int, where: str) -> Problem:
     """Return the problem of a record, whose fields tell its data set."""
+    problem = _recognise(record, prefix, index, where)
+    if len(problem.answer) > _LONGEST:
+        raise InputError(
+            f"{where}: its answer has {len(problem.answer):,} characters, expected at most "
+            f"{_LONGEST:,}: the final answer alone. Shorten or remove it."
+        )
+    return problem
+
+
+def _recognise(record: Mapping[str, object], prefix: str, index: int, where: str) -> Problem:
     number = record.get("unique_id", record.get("id"))
     identifier = f"{prefix}-{index if number is None else number}"
     question = record.get("problem", record.get("question"))

@@ -48,23 +48,31 @@ PROSE = [
     ("It is 1.234.567,89", "1234567.89", True),
     ("It is 1,234,567.89", "1234567.89", True),
     ("It is 1_000_000", "1000000", True),
-    ("It is 10 000,50 euros", "10000.5", True),
+    ("It is 10 000,50 euros", "10000.5", False),
+    ("It is 10 000.50 euros", "10000.5", True),
     ("It is 0.123\u2009456", "0.123456", True),
     ("In 2023 100 people came", "100", True),
     ("In 2023 100 people came", "2023100", False),
     # decimals
-    ("It costs 3,50 euros", "3.5", True),
+    ("It costs 3,50 euros", "3.5", False),
     ("It costs 3,50 euros", "50", False),
     ("It costs 3,50 euros", "350", False),
     (r"It costs 3{,}5", "3.5", True),
     (r"It is 0{,}125", "0.125", True),
-    ("It is 0,125", "0.125", True),
+    ("It is 0,125", "0.125", False),
+    ("It is 1.234,5,6", "1234.5", False),
+    ("The pair is 3,4", "3.4", False),
+    ("The pair is (3,4)", "3.4", False),
+    (r"\boxed{(3,4)}", "3.4", False),
+    (r"\boxed{3,4}", "3.4", False),
+    (r"\boxed{(1,2,3)}", "3", False),
+    ("x between 3,7", "3.7", False),
     ("It is 1.234,5 euros", "1234.5", True),
     ("It is 1.234", "1.234", True),
     ("It is 1.234", "1234", False),
     ("It is 12,5", "5", False),
     ("1, 2, 3", "3", True),
-    ("1,2,3", "3", True),
+    ("1,2,3", "3", False),
     ("1,2,3", "123", False),
     ("It is .75", "0.75", True),
     ("It is 72.00", "72", True),
@@ -118,6 +126,24 @@ PROSE = [
     ("45\u00b0", "45", True),
     (r"45^\circ", "45", True),
     ("45 per person", "45", True),
+    # scales
+    (r"\boxed{3.5 million}", "3500000", True),
+    (r"\boxed{3.5 million}", "3.5", False),
+    (r"\boxed{3.5\text{ million}}", "3500000", True),
+    (r"\boxed{\$3.5\ \text{million dollars}}", "3500000", True),
+    ("It is 3.5 million people", "3500000", True),
+    ("It is 3.5 million people", "3.5", False),
+    ("It lost -$3 Billion.", "-3000000000", True),
+    ("It is 2~trillion", "2e12", True),
+    ("It is 3 hundred thousand", "300000", True),
+    ("It is 3 hundred thousand", "300", False),
+    (r"\frac{1}{2} million", "500000", True),
+    ("2 dozen", "24", True),
+    ("2 dozens of eggs", "24", True),
+    ("2 dozen", "2", False),
+    ("5 hundred-dollar bills", "5", True),
+    ("5 thousandths", "5000", False),
+    ("9" * 5000 + " million", "9" * 5000, False),
     # fractions, powers
     ("1/2", "0.5", True),
     ("1/2", "2", False),
@@ -159,6 +185,12 @@ PROSE = [
     ("5-7 apples", "-7", False),
     ("$5-$7", "7", False),
     ("$5-$7", "5", False),
+    ("5 to 7", "7", False),
+    ("$5 to $7", "7", False),
+    ("It rose from 5 to 7", "7", True),
+    (r"\boxed{5 \text{ to } 7}", "7", False),
+    (r"\boxed{5 \text{ or more}}", "5", False),
+    ("5 or more", "5", False),
     ("No.42", "42", True),
     ("version 1.2.3", "3", False),
     ("no idea", "5", False),
@@ -253,6 +285,11 @@ BOXES = [
     ("5 dollars", "5", True, True),
     (r"5\ \text{m}\cdot\text{s}^{-1}", "5", True, True),
     ("5 m/s", "5", True, True),
+    ("3.5 million", "3500000", True, True),
+    (r"3.5\text{ million}", "3.5", False, False),
+    (r"3.5\text{ million dollars}", "3500000", True, True),
+    ("3500000", r"3.5 \text{ million}", True, True),
+    ("2 dozen", "2", False, False),
     ("5x", "5", False, False),
     ("5", "5x", False, False),
     ("5 xy", "5", False, False),
@@ -340,6 +377,15 @@ def test_the_verdict_on_a_box(content, gold, correct, alone):
 @pytest.mark.parametrize(("content", "gold", "correct", "alone"), BOXES)
 def test_the_verdict_without_math_verify(content, gold, correct, alone, without_math_verify):
     assert ask("boxed", gold, f"So $\\boxed{{{content}}}$.").correct is alone
+
+
+def test_a_scale_is_a_unit_where_the_question_asks_for_it():
+    """GSM8K has such gold answers: "How many dozens of eggs will she eat?" 7."""
+    problem = Problem("p-0", "How many dozen?", "prompt", "7", "number")
+    assert grade(problem, "7 dozen eggs").correct and grade(problem, "7").correct
+    assert not grade(problem, "7 thousand eggs").correct
+    boxed = Problem("p-0", "How many Million?", "prompt", "4", "boxed")
+    assert grade(boxed, r"\boxed{4 \text{ million}}").correct
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_a_record_is_recognised_by_its_fields(file, record, identifier, question
         ("45 stones", "45"), ("$1,072", "1072"), ("1,072", "1,072"), (" -3.50", "-3.50"),
         ("\u22125 degrees", "-5"), ("9{,}500", "9500"), ("45 m^2", "45"), ("about 45", "45"),
         ("1/2 cup", "1/2"), ("50%", "50%"), ("3 1/2", "3 1/2"),
+        ("3.5 million", "3500000"), ("$2 hundred thousand", "200000"), ("2 dozen", "24"),
     ],
 )  # fmt: skip
 def test_a_gold_answer_loses_its_unit(file, gold, answer):
@@ -139,6 +140,11 @@ BROKEN = {
     b'{"question": "Q", "answer": "#### 5 or 6"}': r"line 1: its `answer` ends in '#### 5 or 6', expected",
     b'{"question": "Q", "answer": "#### 3:30"}': r"line 1: its `answer` ends in",
     b'{"question": "Q", "answer": "#### (500)"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": "#### 3,50"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": "#### 5 to 7"}': r"line 1: its `answer` ends in",
+    b'{"question": "Q", "answer": "#### 5 or more"}': r"line 1: its `answer` ends in",
+    b'{"problem": "Q", "answer": "' + b"x" * 10_001 + b'"}': r"line 1: its answer has 10,001 char",
+    b'{"question": "Q", "answer": "#### ' + b"1" * 10_001 + b'"}': r"line 1: its answer has 10,001",
     b'{"question": "Q", "answer": 1e999}': r"line 1: ",
     GOOD + b"\n" + GOOD: r"line 2: has the question of line 1\. Remove one",
     b'{"id": 1, "question": "A", "answer": 1}\n{"id": 1, "question": "B", "answer": 1}':
