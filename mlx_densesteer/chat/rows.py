@@ -1,6 +1,6 @@
 """Answer one question under several steerings at once, without changing the conversation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ class Rows(Iterable[tuple[int, str]]):
         self.rows = [Row(steering) for steering in steerings]
         self._batch = Batch(session.model, rows=len(steerings))
         try:
-            self._numbers = [self._add(session, question, turns, one) for one in steerings]
+            ends = session.model.ends(session.prompt(question, turns=turns))
+            self._numbers = [self._add(session, question, turns, ends, one) for one in steerings]
         except BaseException:
             self._batch.close()
             raise
@@ -80,7 +81,12 @@ class Rows(Iterable[tuple[int, str]]):
         return [row.result for row in self.rows if row.result is not None]
 
     def _add(
-        self, session: "Session", question: str, turns: int | None, steering: "Steering | None"
+        self,
+        session: "Session",
+        question: str,
+        turns: int | None,
+        ends: Collection[int],
+        steering: "Steering | None",
     ) -> int:
         tokens, caches = session.caches_for(question, steering, turns=turns)
         length = caches[0].offset + len(tokens)
@@ -94,5 +100,5 @@ class Rows(Iterable[tuple[int, str]]):
             max_tokens=room,
             sampling=session.sampling,
             stop=session.stop,
-            ends=session.model.ends(session.prompt(question)),
+            ends=ends,
         )

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from mlx_lm.models.cache import KVCache
 
-from ..errors import InputError, SessionError
+from ..errors import SessionError
 from ..model.block import deltas
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
-from ..model.prompt import check_ids
 from ..steering.request import Amount, request
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
@@ -216,9 +215,13 @@ class Session:
         """Steer with another vector at its default layer and strength; ``None`` ends the steering."""
         self.steer(None if vector is None else request(vector).steering(self.model))
 
-    def prompt(self, text: str) -> list[int]:
-        """Return the token ids of the whole conversation with ``text`` as its next question."""
-        chunks, last = self._lay_out(self._turns, text)
+    def prompt(self, text: str, *, turns: int | None = None) -> list[int]:
+        """Return the token ids of the whole conversation with ``text`` as its next question.
+
+        Args:
+            turns: how many turns precede the question, by default all.
+        """
+        chunks, last = self._lay_out(self._turns[:turns], text)
         return [token for chunk in chunks for token in chunk.tokens] + [last]
 
     def caches_for(
@@ -226,10 +229,11 @@ class Session:
     ) -> tuple[list[int], list[KVCache]]:
         """Return ``prompt`` and ``cache`` for ``batch.Batch.add``, to answer ``text`` under any steering.
 
-        The caches share what this session has computed; the session does not change.
+        The caches share what this session has computed; the session does not change. ``Batch.add`` also
+        takes ``ends``, the ``Model.ends`` of ``prompt(text, turns=turns)``.
 
         Args:
-            turns: how many turns precede the question, by default all.
+            turns: as for ``prompt``.
         """
         self._end_live()
         chunks, last = self._lay_out(self._turns[:turns], text)
@@ -270,7 +274,7 @@ class Session:
             SessionError: not a session file, damaged, or of another model.
         """
         model = Model.of(model)
-        saved = read_session(Path(path), model.network.args.vocab_size)
+        saved = read_session(Path(path), model.vocabulary)
         ours = model.fingerprint, model.chat_template_sha256
         if ours != (saved.fingerprint, saved.chat_template_sha256):
             raise SessionError(
@@ -280,11 +284,6 @@ class Session:
         settings = {
             key: getattr(saved, key) for key in ("system", "sampling", "max_tokens", "stop")
         }
-        for number, turn in enumerate(saved.turns, 1):
-            try:
-                check_ids(turn.reply.token_ids, model.vocabulary, f"answer {number}")
-            except InputError as error:
-                raise SessionError(f"{path}: is a damaged session ({error}).") from error
         session = cls(model, saved.steering, **settings, **options)
         session._turns = list(saved.turns)
         return session

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..files import (
     atomic_file,
     brief,
     check_fields,
+    disk_errors,
     file_to_replace,
     parse_object,
     read_file,
@@ -27,6 +29,9 @@ from .sampling import Sampling
 FORMAT = "mlx-densesteer session"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**28
+_BEGINNING = re.compile(
+    rf'\s*\{{\s*"format"\s*:\s*"{FORMAT}",\s*"version"\s*:\s*{FORMAT_VERSION}\b'.encode()
+)
 
 _NUMBER = int | float
 _FIGURES = {
@@ -57,11 +62,15 @@ def write_session(path: Path, saved: SavedSession) -> None:
     """Write a session file, whole or not at all.
 
     Raises:
-        SessionError: another kind of file has this name; it is kept.
+        SessionError: another kind of file, or a session of another version, has this name; it is kept.
         DiskError: it cannot be written.
     """
-    if file_to_replace(path)[1] is not None:
-        _parse(path)
+    target, mode = file_to_replace(path)
+    if mode is not None and not _is_session(target):
+        raise SessionError(
+            f"{path}: is not a session file of version {FORMAT_VERSION}, so it is not replaced. Choose "
+            "another name."
+        )
     vectors: dict[str, dict[str, str]] = {}
     document = {
         "format": FORMAT,
@@ -113,6 +122,12 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
         raise SessionError(
             f"{path}: is a damaged session ({type(error).__name__}: {brief(error)}). Save it again."
         ) from error
+
+
+def _is_session(path: Path) -> bool:
+    """Tell from the beginning of a file whether ``write_session`` made it; it may be damaged after that."""
+    with disk_errors(path), path.open("rb") as file:
+        return _BEGINNING.match(file.read(1024)) is not None
 
 
 def _parse(path: Path) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_densesteer as ds
 from mlx_densesteer.chat.commands import COMMANDS, Call, help_lines, nearest, parse
 from mlx_densesteer.chat.loop import Chat
 from mlx_densesteer.chat.plain import Keyboard, Screen
@@ -269,6 +270,23 @@ def test_rows_equal_the_answers_of_the_session(demo_model, steering):
     session.steer(steering)
     assert answer(session, EGGS).token_ids == rows.stop()[0].token_ids
     assert len(session.turns) == 3
+
+
+def test_rows_end_where_the_templates_turn_does(demo_model, steering, monkeypatch):
+    """Of a base model; the conversation is encoded once for all rows, up to the question asked again."""
+    base = ds.Model(demo_model.network, demo_model.tokenizer, "base")
+    whole = ds.generate(demo_model, EGGS, steering=steering, max_tokens=8).token_ids
+    base.__dict__["end_of_turn"] = whole[5]
+    session = Session(base, steering, max_tokens=8)
+    result = answer(session, EGGS)
+    asked, prompt = [], Session.prompt
+    monkeypatch.setattr(
+        Session, "prompt", lambda *a, **options: asked.append(prompt(*a, **options)) or asked[-1]
+    )
+    rows = Rows(session, [None, steering])
+    list(rows)
+    assert rows.stop()[1].token_ids == result.token_ids == whole[: whole.index(whole[5])]
+    assert [len(tokens) for tokens in asked] == [result.prompt_tokens]
 
 
 def test_rows_that_are_stopped_keep_what_they_said(demo_model, steering):

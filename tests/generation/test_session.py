@@ -402,7 +402,7 @@ def test_files_that_are_no_sessions(loaded, tmp_path):
     letter = tmp_path / "letter.json"
     for text in ("Dear Ann", "[1]", '{"format": "other"}', "[" * 100_000):
         letter.write_text(text)
-        with pytest.raises(SessionError, match="not a session"):
+        with pytest.raises(SessionError, match=r"not a session .* Choose another name\.$"):
             session.save(letter)
         with pytest.raises(SessionError, match="not a session"):
             Session.load(letter, loaded)
@@ -433,13 +433,18 @@ def test_files_that_are_no_sessions(loaded, tmp_path):
         with pytest.raises(SessionError, match="not a session file: is not JSON"):
             Session.load(path, loaded)
     for token in (loaded[0].args.vocab_size, 2**32):
-        turn = whole["turns"][0] | {"token_ids": [65, token]}
-        path.write_text(json.dumps(whole | {"turns": [turn]}))
-        with pytest.raises(SessionError, match=f"damaged .*token {token}: the model knows 0 to"):
+        path.write_text(json.dumps(whole | turn(token_ids=[65, token])))
+        with pytest.raises(
+            SessionError, match=f"damaged .*token {token} is outside the vocabulary"
+        ):
             Session.load(path, loaded)
     path.write_text(json.dumps(whole | {"version": 2}))
     with pytest.raises(SessionError, match="version 2"):
         Session.load(path, loaded)
+    with pytest.raises(SessionError, match=r"of version 1, .* Choose another name\.$"):
+        session.save(path)
+    path.write_text(json.dumps(whole)[:-20])  # what is left of one of ours is replaced
+    assert Session.load(session.save(path), loaded).turns
     path.write_text(json.dumps(whole | {"fingerprint": "0"}))
     with pytest.raises(SessionError, match="another model"):
         Session.load(path, loaded)
