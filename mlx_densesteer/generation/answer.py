@@ -136,7 +136,8 @@ class StopTexts:
         return 0
 
 
-_PENDING = 32  # tokens without a whole character, of which the first half is then told
+# At most so many tokens without a whole character wait; then all but the last 16 are told.
+_PENDING = 32
 
 
 class Detokenizer:
@@ -161,7 +162,7 @@ class Detokenizer:
             self._told_tokens = len(self._tokens)
             self._told = len(decode(self._tokenizer, self._tokens))
         elif self._told_tokens:
-            self._tokens.pop()  # a number without a token
+            self._tokens.pop()  # an id that the tokenizer does not have
         return piece
 
     def finish(self) -> str:
@@ -186,8 +187,8 @@ class Detokenizer:
 class PartialAnswer:
     """The tokens of an answer, their text, and how much of it can be shown.
 
-    ``ids`` are the tokens without the end of turn; the text is ``decode`` of them. With a ``brake``, text is held back while it
-    repeats itself; a stop text in it ends the answer all the same.
+    ``ids`` are the tokens without the end of turn; the text is ``decode`` of them. With a ``brake``,
+    text is held back while it repeats itself; a stop text in it ends the answer all the same.
     """
 
     def __init__(

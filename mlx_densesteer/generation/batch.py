@@ -363,9 +363,7 @@ def _run(
     rows: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Generation], None, None]:
-    if (
-        sampling.seed is not None
-    ):  # if each row had this seed, equal prompts would get equal answers
+    if sampling.seed is not None:  # of each row, it would give equal prompts equal answers
         mx.random.seed(sampling.seed)
         sampling = replace(sampling, seed=None)
     waiting = iter(jobs)  # added when there is room: each row's steering takes memory
