@@ -51,7 +51,7 @@ class Subject:
 
     def tokens(self, count: int) -> list[int]:
         """Return a random prompt."""
-        vocabulary = min(self.model.network.args.vocab_size, 50_000)
+        vocabulary = min(self.model.vocabulary, 50_000)
         return np.random.default_rng(0).integers(0, vocabulary, count).tolist()
 
     def caches(self, steering: Steering | None, prompt_length: int) -> list[KVCache]:

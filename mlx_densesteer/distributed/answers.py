@@ -84,7 +84,7 @@ def _answer(
     journal, progress = options["journal"], options.get("progress", lambda answers, tokens: None)
     ranks.same(_digest(problems, steerings, options), "problems, vectors, settings or versions")
     _exchange(ranks, journal)
-    with_nll, vocabulary = options.get("with_nll", True), model.network.args.vocab_size
+    with_nll, vocabulary = options.get("with_nll", True), model.vocabulary
     done, todo = _split(problems, steerings, journal, with_nll, vocabulary)
     known = answer(model, done, steerings, **options | {"progress": lambda answers, tokens: None})
     mine = options | {

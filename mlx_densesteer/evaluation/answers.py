@@ -146,7 +146,7 @@ def answer(
     wanted = keys_of(problems, steerings)
     by_print = {_fingerprint(steering): steering for steering in steerings}
     by_id = {problem.id: problem for problem in problems}
-    there = read_answers(journal, model.network.args.vocab_size) if journal else {}
+    there = read_answers(journal, model.vocabulary) if journal else {}
     found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
     missing = [key for key in wanted if key not in found]
     generated = 0

@@ -158,8 +158,8 @@ def _metadata(
     model: Model, steering: Steering, capacity: int, lengths: tuple[int, ...]
 ) -> dict[str, object]:
     """Return what a program needs to know: numbers, texts and lists of numbers."""
-    info, network = model.info, model.network
-    cache = empty_cache(network, capacity)
+    info = model.info
+    cache = empty_cache(model.network, capacity)
     dtype = cache[0].dtype
     largest = max(abs(steering.vector.layers[layer]).max() for layer in steering.layers)
     float32, limit = (float(mx.finfo(kind).max) for kind in (mx.float32, dtype))
@@ -178,7 +178,7 @@ def _metadata(
         "large_dose": LARGE_DOSE,
         "largest_strength": min(float32, limit / float(largest)) if largest else float32,
         "positions": steering.positions,
-        "vocab_size": network.args.vocab_size,
+        "vocab_size": model.vocabulary,
         "eos": sorted({*model.tokenizer.eos_token_ids, model.end_of_turn} - {None}),
         "capacity": capacity,
         "chunks": list(lengths),
