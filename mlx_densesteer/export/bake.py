@@ -1,11 +1,11 @@
 """A steering baked into an ordinary checkpoint, which stock programs run.
 
-The source's weights are written bit for bit, with the biases of ``llama.py``. Stock mlx-lm then
-runs the result, and its logits must be those of run-time steering before the folder gets its name.
+The source's weights are written bit for bit, with the biases of ``llama.py``. A chat template's end of
+turn that the source's end tokens lack (``Model.end_of_turn``) is added to them. Stock mlx-lm then runs
+the result, and its logits must be those of run-time steering before the folder gets its name.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -95,10 +95,11 @@ class _Plan:
 
     folder: Path  # of the source
     config: Mapping[str, object]  # of the source
-    target: Mapping[str, object]  # of the result: ``llama_config``
+    target: Mapping[str, object]  # of the result: ``llama_config``, and ``end_of_turn``
     deltas: Mapping[int, mx.array]  # ``lambda * v`` of each steered layer
     expected: Reference
     baked: Baked
+    end_of_turn: int | None  # the chat template's, where the source's files name another
 
     def shards(self) -> Iterable[dict[str, mx.array]]:
         """Return the tensors; the biases of a GGUF file are float32."""
@@ -114,6 +115,17 @@ class _Plan:
         """Return the ``config.json`` of a folder."""
         undone = ("quantization", "quantization_config") if self.baked.format == "hf" else ()
         return {key: value for key, value in self.target.items() if key not in undone}
+
+    def beside(self, name: str) -> bytes | None:
+        """Return the content of one of the files ``_BESIDE``, ``None`` if the source has none."""
+        file = self.folder / name
+        if not file.is_file():
+            return None
+        if name == "generation_config.json" and self.end_of_turn is not None:
+            settings = {"error": ExportError, "remedy": "Repair or remove it."}
+            document = parse_object(file.read_bytes(), str(file), **settings)
+            return _json(document | {"eos_token_id": self.target["eos_token_id"]})
+        return file.read_bytes()
 
 
 def bake(
@@ -156,7 +168,9 @@ def bake(
     if format == "gguf":
         setting = json.dumps(plan.baked.record())
         name = plan.baked.source.name
-        llama_gguf.write(plan.folder, plan.target, plan.shards, out, name, setting)
+        llama_gguf.write(
+            plan.folder, plan.target, plan.shards, out, name, setting, plan.end_of_turn
+        )
         return plan.baked
     with scratch_folder(out) as work, full_disk(out):
         made = work / "baked"
@@ -182,9 +196,10 @@ def check(baked: str | Path, source: str | Path, steering: Steering) -> Closenes
     format = baked_record(path)["format"]
     plan = _plan(source, steering, path, format)  # type: ignore[arg-type]
     if path.is_file():
-        _refuse(path, llama_gguf.differences(path, plan.folder, plan.target, plan.shards))
+        wanted = plan.folder, plan.target, plan.shards, plan.end_of_turn
+        _refuse(path, llama_gguf.differences(path, *wanted))
         return None
-    problems = _config_differences(path, plan) + _beside_differences(path, plan.folder)
+    problems = _config_differences(path, plan) + _beside_differences(path, plan)
     _refuse(path, problems + _tensor_differences(path, plan))
     return _run_stock(path, plan.expected, str(path))
 
@@ -251,7 +266,9 @@ def _plan(source: str | Path, steering: Steering, out: Path, format: Format) -> 
     tokens, _ = model.solutions()[0]
     expected = reference(model.network, tokens, steering)
     baked = Baked(out, model.info, steering, model.dose(steering), format)
-    return _Plan(folder, config, target, added, expected, baked)
+    if model.end_of_turn is not None:
+        target["eos_token_id"] = sorted({*model.tokenizer.eos_token_ids, model.end_of_turn})
+    return _Plan(folder, config, target, added, expected, baked, model.end_of_turn)
 
 
 def _write_folder(plan: _Plan, out: Path) -> None:
@@ -269,8 +286,8 @@ def _write_folder(plan: _Plan, out: Path) -> None:
         document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         _write_json(out / "model.safetensors.index.json", document)
     for name in _BESIDE:
-        if (plan.folder / name).is_file():
-            shutil.copyfile(plan.folder / name, out / name)
+        if (content := plan.beside(name)) is not None:
+            (out / name).write_bytes(content)
     _write_json(out / "config.json", plan.folder_config())
 
 
@@ -283,7 +300,11 @@ def _describe(folder: Path, baked: Baked) -> None:
 
 
 def _write_json(file: Path, document: object) -> None:
-    file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    file.write_bytes(_json(document))
+
+
+def _json(document: object) -> bytes:
+    return f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode()
 
 
 def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
@@ -315,10 +336,10 @@ def _config_differences(path: Path, plan: _Plan) -> list[str]:
     ]
 
 
-def _beside_differences(path: Path, source: Path) -> list[str]:
+def _beside_differences(path: Path, plan: _Plan) -> list[str]:
     """Compare the tokenizer and the other files beside the weights."""
     found = {name: (path / name).read_bytes() for name in _BESIDE if (path / name).is_file()}
-    wanted = [(name, (source / name).read_bytes()) for name in _BESIDE if (source / name).is_file()]
+    wanted = [(name, content) for name in _BESIDE if (content := plan.beside(name)) is not None]
     return differing(found, wanted, lambda a, b: a == b)
 
 

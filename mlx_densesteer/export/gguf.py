@@ -33,7 +33,13 @@ Shards = Callable[[], Iterable[dict[str, mx.array]]]
 
 
 def write(
-    folder: Path, config: Mapping[str, object], shards: Shards, out: Path, name: str, record: str
+    folder: Path,
+    config: Mapping[str, object],
+    shards: Shards,
+    out: Path,
+    name: str,
+    record: str,
+    end_of_turn: int | None = None,
 ) -> None:
     """Write the file; ``out`` changes only once the new file is complete.
 
@@ -43,6 +49,7 @@ def write(
         shards: returns the tensors of ``llama.llama_shards``, dequantised; called twice.
         name: the model's name.
         record: JSON that ``recorded`` returns.
+        end_of_turn: the chat template's, where the tokenizer's end token is another.
 
     Raises:
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
@@ -54,7 +61,7 @@ def write(
         writer.add_name(f"{name}, steered")
         writer.add_string(RECORD_KEY, record)
         _add_shape(writer, config)
-        _add_tokenizer(writer, folder, vocabulary)
+        _add_tokenizer(writer, folder, vocabulary, end_of_turn)
         for tensor, array in _tensors(shards, config):
             dtype = _dtype(gguf, array)
             writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
@@ -70,13 +77,18 @@ def write(
 
 
 def differences(
-    path: Path, folder: Path, config: Mapping[str, object], shards: Shards
+    path: Path,
+    folder: Path,
+    config: Mapping[str, object],
+    shards: Shards,
+    end_of_turn: int | None = None,
 ) -> list[str]:
     """Compare every tensor and field of a file with what ``write`` would write, bit for bit."""
     gguf = gguf_package(path, ExportError)
     wanted_fields = gguf.GGUFWriter(None, ARCHITECTURE)
     _add_shape(wanted_fields, config)
-    _add_tokenizer(wanted_fields, folder, _vocabulary(folder, int(config["vocab_size"])))
+    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
+    _add_tokenizer(wanted_fields, folder, vocabulary, end_of_turn)
     with damage(path, ExportError):
         reader = gguf.GGUFReader(path)
         found = {tensor.name: tensor for tensor in reader.tensors}
@@ -149,7 +161,9 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     writer.add_vocab_size(int(config["vocab_size"]))
 
 
-def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary") -> None:
+def _add_tokenizer(
+    writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary", end_of_turn: int | None
+) -> None:
     tokens, kinds, merges = vocabulary
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -164,6 +178,8 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabu
         token = token.get("content") if isinstance(token, dict) else token
         if token in tokens:
             add(tokens.index(token))
+    if end_of_turn is not None:
+        writer.add_eot_token_id(end_of_turn)
     file = folder / "chat_template.jinja"
     template = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, str):

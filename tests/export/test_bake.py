@@ -100,6 +100,40 @@ def test_only_biases_were_added(plain, steering):
         assert np.array_equal(np.array(array), expected), name
 
 
+@pytest.mark.parametrize("format", ["mlx", "hf", "gguf"])
+def test_the_templates_end_of_turn_goes_along(plain, steering, tmp_path, format):
+    """Of a base model, whose files name another end: stock programs end an answer there too."""
+    import gguf
+
+    source = shutil.copytree(plain[0], tmp_path / "base")
+    tokenizer = ds.load(source).tokenizer
+    (turn,), (other,) = tokenizer.eos_token_ids, tokenizer.encode("<|endoftext|>")
+    for name, key, value in (
+        ("config.json", "eos_token_id", other),
+        ("generation_config.json", "eos_token_id", [other]),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        document = json.loads((source / name).read_text()) if (source / name).exists() else {}
+        (source / name).write_text(json.dumps({"top_k": 20} | document | {key: value}))
+    out = tmp_path / ("baked.gguf" if format == "gguf" else "baked")
+    ds.bake(source, steering, out, format=format)
+    baking.check(out, source, steering)
+    if format == "gguf":
+        reader = gguf.GGUFReader(out)
+        ends = [reader.get_field(f"tokenizer.ggml.{k}_token_id").contents() for k in ("eos", "eot")]
+        assert ends == [other, turn]
+        return
+    assert mlx_lm.load(str(out))[1].eos_token_ids == {other, turn}
+    written = [
+        json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    ]
+    assert [one["eos_token_id"] for one in written] == [sorted((other, turn))] * 2
+    assert written[1]["top_k"] == 20
+    (out / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
+    with pytest.raises(ExportError, match=r"generation_config\.json is another"):
+        baking.check(out, source, steering)
+
+
 @pytest.mark.slow
 def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
     source, baked = plain
