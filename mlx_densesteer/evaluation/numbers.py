@@ -90,6 +90,7 @@ _SUPER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUB = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _SMALL_FRACTION = re.compile(f"(?<![{''.join(_SUPERSCRIPTS)}])({_SUPER.pattern})/({_SUB.pattern})")
 _SMALL = str.maketrans(_SUPERSCRIPTS | _SUBSCRIPTS)
+_ANY_DIGIT = re.compile(rf"[\d{''.join(_SUPERSCRIPTS | _SUBSCRIPTS)}]")
 _OTHER_DIGIT = re.compile(r"[^\W\D0-9]")  # digits of other scripts
 
 _THIN = "\u00a0\u2002-\u200a\u202f\u205f\u3000"  # spaces that no line breaks at, or thin ones
@@ -139,12 +140,12 @@ _SCALES = {
     "trillion": 10**12, "dozen": 12,
 }  # fmt: skip
 _SCALE = f"(?:{'|'.join(_SCALES)})"
-_GAP = r"(?:[^\S\n]|~|-|\\[,;:! ]){0,4}"
+_GAP = r"(?:[^\S\n]|[~$*-]|\\[,;:!) ]){0,4}"
 _CURRENCY = (
     r"(?:\b[AC]|\bUS)?\\?\$|[€£¥₹₩₽]|\\(?:pounds|euro)\b|\b(?:USD|EUR|GBP|CHF|Rs)(?![A-Za-z])\.?"
 )
 _NUMBER = re.compile(
-    rf"""(?=[-+0-9.\\\\$€£¥₹₩₽ACEGRU])
+    rf"""(?=[-+0-9.$€£¥₹₩₽ACEGRU]|\\[$cdefmpt])
     (?P<sign>[-+][ ]?)?
     (?P<money> (?: (?:{_CURRENCY})[ ]? | \\(?:text|mathrm)\{{\s*(?:{_CURRENCY})\s*\}}\s* ) -?)?
     (?: (?P<run>{_RUN})
@@ -194,7 +195,7 @@ def read_only_number(text: str) -> Number | None:
     found = _from_the_end(text if _SEVERAL.search(before) else last, 2)
     if len(found) == 1:
         return found[0]
-    return Number(text.strip(), None) if any(c.isdigit() for c in text) else None
+    return Number(text.strip(), None) if _ANY_DIGIT.search(text) else None
 
 
 _SEVERAL = re.compile(r"[,;](?![0-9])|\\text\s*\{\s*(?:and|or)\b")
@@ -229,7 +230,8 @@ _PART = re.compile(
 )
 _PART_AFTER = re.compile(
     r"\s*(?:\\pi(?![a-zA-Z])|π|\\sqrt|√)|-\\?[$€£][0-9]"
-    r"|\s*(?:\\text\s*\{\s*)?or (?:more|less|fewer|over|under|above|below|greater|higher|lower)\b"
+    r"|\s*(?:\\text\s*\{\s*)?(?:(?:ten|hundred|thousand|million)ths?"
+    r"|or (?:more|less|fewer|over|under|above|below|greater|higher|lower))\b"
 )
 
 
@@ -390,7 +392,8 @@ def _after_equals(text: str) -> str:
 
 
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|if|mod|more|less|over|than|to|sin|cos|tan|log|ln|exp|plus|minus|times)\b"
+    r"\b(?:(?:ten|hundred|thousand|million)ths?|or|and|if|mod|more|less|over|than|to"
+    r"|sin|cos|tan|log|ln|exp|plus|minus|times)\b"
 )
 _EXPONENT = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?"
 _UNIT = re.compile(

@@ -143,6 +143,11 @@ PROSE = [
     ("2 dozen", "2", False),
     ("5 hundred-dollar bills", "5", True),
     ("5 thousandths", "5000", False),
+    ("5 thousandths", "5", False),
+    (r"\boxed{5 \text{ hundredths}}", "5", False),
+    ("It is $3.5$ million", "3500000", True),
+    ("It is **3.5** million", "3500000", True),
+    (r"It is \(3.5\) million", "3500000", True),
     ("9" * 5000 + " million", "9" * 5000, False),
     # fractions, powers
     ("1/2", "0.5", True),
@@ -423,7 +428,7 @@ HOSTILE = [
     "1", "{", "}", r"\boxed{", r"\boxed{}", "1 ", "x1 ", "1.", "-1", ",111", r"\,111", "\u2009111",
     "1{,}", " ", r"\frac", r"\frac{1}{2}", r"\frac{", r"\text{", "$", "1%", "1^", "^1", "9^9", "1e9",
     "\\", "\u00bd", "\u00b2", "\u0661", "1'", "**1", "=1", "1 1/2", "1/", r"\boxed 1", "1 and ",
-    r"1\times 10^9", "- ", "0",
+    r"1\times 10^9", "- ", "0", "1 million ", r"1\text{ dozen", "5 to ",
 ]  # fmt: skip
 GRADE = """
 import sys
