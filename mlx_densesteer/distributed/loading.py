@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .._version import __version__
 from ..errors import DistributedError
 from ..model.block import decoder_blocks, patch
-from ..model.config import origin, read_config
+from ..model.config import origin
 from ..model.model import Model, check_finite, find, load, open_folder, set_dtype
 from ..steering.vector import SteeringVector
 from .ranks import Ranks
@@ -77,9 +77,8 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
     if ranks.size == 1:
         return load(name)
     folder = find(name)
-    config = read_config(folder)
-    check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     network, tokenizer, config = open_folder(folder, lazy=True)
+    check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     set_dtype(network, folder)
     model = RankModel(network, tokenizer, origin(name), ranks)
     # before the cut: the fingerprint is that of all blocks, and the model keeps it

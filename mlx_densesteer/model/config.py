@@ -18,7 +18,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..files import parse_object
-from .weights import read_tensors, same_bytes
+from .weights import Tensor, read_tensors, same_bytes
 
 FAMILY = "qwen2"
 RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
@@ -53,8 +53,14 @@ def read_config(folder: Path) -> dict[str, object]:
         UnsupportedModelError: not of the Qwen2 family, or it computes something that mlx-lm cannot;
             the message names the key.
     """
+    return read_folder(folder)[0]
+
+
+def read_folder(folder: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return what ``read_config`` and ``read_tensors`` return; raises as they do."""
     try:
         config = parse_config(_read(folder), str(folder))
+        _check_generation(folder, config["vocab_size"])
         tensors = read_tensors(folder)
         head = tensors.get("lm_head.weight")
         embedding = tensors.get("model.embed_tokens.weight")
@@ -72,7 +78,21 @@ def read_config(folder: Path) -> dict[str, object]:
                     f"{folder}: {name[:80]} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}. "
                     "Get the model's original weights."
                 )
-    return config | {"tie_word_embeddings": tied}
+    return config | {"tie_word_embeddings": tied}, tensors
+
+
+def _check_generation(folder: Path, vocabulary: int) -> None:
+    """Raise ``ModelError`` for end tokens that are none: mlx-lm prefers them to those of config.json."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    where, remedy = f"{folder}: {file.name}", "Correct it, or download it again."
+    given = parse_object(file.read_bytes(), where, error=ModelError, remedy=remedy)
+    if not _are_ids(given.get("eos_token_id"), vocabulary):
+        raise ModelError(
+            f"{where} has eos_token_id {_shown.repr(given['eos_token_id'])}, expected ids below "
+            f"{vocabulary}. {remedy}"
+        )
 
 
 def _read(folder: Path) -> bytes:
@@ -93,6 +113,27 @@ def _read(folder: Path) -> bytes:
     raise ModelError(
         f"{folder}: no config.json, so no model folder. Expected one that "
         "`densesteer convert` or `hf download` wrote."
+    )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise ``ModelError`` unless the ``adapter_config.json`` of a folder is one of mlx-lm's."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder}: no adapter_config.json, so no adapter. Expected a folder that mlx_lm.lora wrote."
+        )
+    remedy = "Correct it, or download it again."
+    config = parse_object(file.read_bytes(), str(file), error=ModelError, remedy=remedy)
+    if "peft_type" in config:
+        found = f"is an adapter of PEFT (peft_type {_shown.repr(config['peft_type'])})"
+    elif config.get("fine_tune_type") != "full" and "num_layers" not in config:
+        found = "has no num_layers in its adapter_config.json"
+    else:
+        return
+    raise ModelError(
+        f"{folder}: {found}, expected an adapter that mlx_lm.lora wrote. Merge another one into its model "
+        "(PEFT: merge_and_unload and save_pretrained), and load the merged folder instead."
     )
 
 
@@ -145,7 +186,7 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
         if not right:
             found = f"{key} {_shown.repr(config[key])}" if key in config else f"no {key}"
             raise ModelError(
-                f"{where} has {found}, expected {expected}. Download it again, or correct it."
+                f"{where} has {found}, expected {expected}. Correct it, or download it again."
             )
 
     for key in _COUNTS:
@@ -160,14 +201,17 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     for key in ("tie_word_embeddings", "use_sliding_window"):
         check(key, type(config.get(key, False)) is bool, "true or false")
     check("architectures", all(type(v) is str for v in _list(config.get("architectures"))), "names")
-    ends, count = _list(config.get("eos_token_id")), config["vocab_size"]
-    check(
-        "eos_token_id", all(type(v) is int and 0 <= v < count for v in ends), f"ids below {count}"
-    )
+    known = config["vocab_size"]
+    check("eos_token_id", _are_ids(config.get("eos_token_id"), known), f"ids below {known}")
+    method = config.get("quantization")
+    sizes = [method.get(k) if isinstance(method, dict) else None for k in ("bits", "group_size")]
+    right = method is None or all(type(size) is int and size > 0 for size in sizes)
+    check("quantization", right, "bits and group_size, as mlx-lm writes them")
     for key in ("torch_dtype", "dtype"):
         check(key, isinstance(config.get(key), str | None), "a name such as bfloat16")
     _check_arithmetic(config, where)
-    return {k: v for k, v in config.items() if k not in _IGNORED} | _rope(config, where)
+    absent = [key for key in ("quantization", "quantization_config") if config.get(key) is None]
+    return {k: v for k, v in config.items() if k not in (*_IGNORED, *absent)} | _rope(config, where)
 
 
 def _unsupported(where: str, key: str, value: object, expected: str) -> UnsupportedModelError:
@@ -179,6 +223,10 @@ def _unsupported(where: str, key: str, value: object, expected: str) -> Unsuppor
 
 def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _are_ids(value: object, vocabulary: int) -> bool:
+    return all(type(one) is int and 0 <= one < vocabulary for one in _list(value))
 
 
 def _is_number(value: object) -> bool:
@@ -249,7 +297,7 @@ def _rope(config: Mapping[str, object], where: str) -> dict[str, object]:
         if not _is_number(value) or not value:
             raise ModelError(
                 f"{where} has a rotary embedding of type {_shown.repr(kind)} with {key} "
-                f"{_shown.repr(value)}, expected a number above 0. Download it again, or correct it."
+                f"{_shown.repr(value)}, expected a number above 0. Correct it, or download it again."
             )
         return value
 

@@ -15,10 +15,9 @@ from .._version import __version__
 from ..errors import ConversionError, DenseSteerError, ModelError
 from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
 from . import gguf as gguf_model
-from .config import RECORD, check_target, is_hub_id, origin, read_config
+from .config import RECORD, check_target, is_hub_id, origin, read_folder
 from .hub import fetch_config, fetch_model
 from .model import cause, load_folder, local_path, mlx_lm_folder
-from .weights import read_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -153,13 +152,13 @@ def _open_source(
 
 
 def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Target) -> _Source:
-    config = read_config(folder)
+    config, tensors = read_folder(folder)
     if "quantization" in config or "quantization_config" in config:
         raise ConversionError(
             f"{folder}: is quantised already. Convert from the original weights "
             "(quantising twice would lose more), or use it as it is."
         )
-    parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(folder).values())
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     dtype = target.dtype or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     return _Source(
         name=name,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,11 @@ from ..errors import HubError
 from ..files import check_disk
 from ..text import printable, unguarded
 from .config import parse_config
+from .weights import INDEX, parse_index
 
 CONFIG = "config.json"
 WEIGHT_FILES = "model*.safetensors"
-MODEL_FILES = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.txt", "*.jinja"]
+OTHER_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
 
 Kind = Literal["model", "dataset"]
 
@@ -41,26 +43,29 @@ _OTHERWISE = {"model": "a local folder", "dataset": "a local JSONL file with the
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model's files; download what is not in the cache.
 
-    Without a network, a complete copy in the cache is enough.
+    The weights are the files that the index names, or ``model*.safetensors`` without one. Without a
+    network, a complete copy in the cache is enough.
 
     Raises:
         HubError: see ``fetch_file``.
+        ModelError: the index is damaged.
         DiskError: the cache's disk has no room for what is missing.
     """
 
     def download(offline: bool) -> Path:
+        weights = _indexed(repo, revision, offline) or [WEIGHT_FILES]
         if not offline:
-            _download_missing(repo, revision)
+            _download_missing(repo, revision, weights)
         folder = Path(
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=MODEL_FILES,
+                allow_patterns=[*OTHER_FILES, *weights],
                 local_files_only=offline,
                 tqdm_class=_NoBar,
             )
         )
-        if offline and not any(folder.glob(WEIGHT_FILES)):
+        if offline and not all(any(folder.glob(name)) for name in weights):
             raise LocalEntryNotFoundError(f"{folder}: no weights")
         return folder
 
@@ -107,7 +112,17 @@ class _NoBar(tqdm):
         super().__init__(*arguments, **{**options, "disable": True})
 
 
-def _download_missing(repo: str, revision: str | None) -> None:
+def _indexed(repo: str, revision: str | None, offline: bool) -> list[str]:
+    """Return patterns for the weight files that a model's index names; empty without an index."""
+    options = {"revision": revision, "local_files_only": offline, "tqdm_class": _Bar}
+    try:
+        index = Path(hf_hub_download(repo, INDEX, **options))
+    except EntryNotFoundError:  # if the Hub fails here, it fails again below, and that is told
+        return []
+    return sorted({glob.escape(name) for name in parse_index(index.read_bytes(), repo).values()})
+
+
+def _download_missing(repo: str, revision: str | None, weights: list[str]) -> None:
     """Download one file after another, so that Ctrl-C stops at once.
 
     ``snapshot_download`` uses threads, and waits for their whole files.
@@ -116,7 +131,11 @@ def _download_missing(repo: str, revision: str | None) -> None:
     # If the Hub fails here, the caller's snapshot_download says why, or finds a complete copy.
     with contextlib.suppress(DryRunError):
         files = snapshot_download(
-            repo, revision=revision, allow_patterns=MODEL_FILES, dry_run=True, tqdm_class=_NoBar
+            repo,
+            revision=revision,
+            allow_patterns=[*OTHER_FILES, *weights],
+            dry_run=True,
+            tqdm_class=_NoBar,
         )
     missing = [file for file in files if file.will_download]
     check_disk(Path(HF_HUB_CACHE), sum(file.file_size for file in missing), "the download")

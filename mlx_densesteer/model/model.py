@@ -34,11 +34,11 @@ from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from ..text import count, note, one_line
 from .block import decoder_blocks, patch
-from .config import is_hub_id, origin, read_config
+from .config import check_adapter, is_hub_id, origin, read_folder
 from .hub import fetch_config, fetch_model
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
-from .weights import INDEX, weight_files
+from .weights import INDEX
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +98,11 @@ class Model:
 
     @classmethod
     def of(cls, model: "Model | tuple[nn.Module, TokenizerWrapper]") -> "Model":
-        """Return ``model``, or the ``Model`` of mlx-lm's pair; raise ``InputError`` for anything else."""
+        """Return ``model``, or the ``Model`` of mlx-lm's pair; raise ``InputError`` for anything else.
+
+        ``load`` checks a folder, its weights and that its logits are finite. mlx-lm's pair has
+        passed none of that: it computes what mlx-lm read.
+        """
         if isinstance(model, Model):
             return model
         if isinstance(model, tuple) and len(model) >= 2 and isinstance(model[0], nn.Module):
@@ -400,6 +404,7 @@ def open_folder(
         network, config = load_model(place, lazy=lazy)
         if adapter_path is not None:
             with loading(Path(adapter_path)):
+                check_adapter(Path(adapter_path))
                 network = load_adapters(network, adapter_path)
             network.eval()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
@@ -415,14 +420,14 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
     mlx-lm would load every ``model*.safetensors``, and none if the folder's name has brackets; and
     it reads ``config.json`` otherwise than transformers (see ``read_config``).
     """
-    config = read_config(path)
+    config, tensors = read_folder(path)
     check_tokenizer(path)
     if (config["rope_scaling"] or {}).get("type") == "dynamic":
         # Changes nothing within max_position_embeddings; mlx-lm's cannot serve a batch.
         config["rope_scaling"] = None
     with tempfile.TemporaryDirectory(prefix="densesteer-") as made:
         place = Path(made)
-        for number, file in enumerate(weight_files(path)):
+        for number, file in enumerate(sorted({tensor.file for tensor in tensors.values()})):
             (place / f"model-{number:05d}.safetensors").symlink_to(file.absolute())
         for file in path.iterdir():
             if file.suffix not in (".safetensors", ".py") and file.name not in (
@@ -478,9 +483,7 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        with full_disk(
-            Path(os.environ.get("TMPDIR", "/tmp")), " (TMPDIR)"
-        ):  # its tokenizer is copied
+        with full_disk(_temporary_folder(), " (TMPDIR)"):  # mlx_lm_folder writes there
             yield
     except DenseSteerError:
         raise
@@ -488,6 +491,13 @@ def loading(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path}: cannot be loaded ({cause(error)}). Convert or download it again."
         ) from error
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:  # no candidate can be written, as on a full disk
+        return Path(os.environ.get("TMPDIR", "/tmp"))
 
 
 def cause(error: Exception) -> str:

@@ -85,16 +85,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         content = (folder / INDEX).read_bytes()
     except OSError as error:
         raise ModelError(f"{folder}: {INDEX} cannot be read ({error}). {_AGAIN}.") from error
-    where = f"{folder}: {INDEX}"
-    places = parse_object(content, where, error=ModelError, remedy=f"{_AGAIN}.").get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ModelError(f"{folder}: {INDEX} has no weight_map of tensors and files. {_AGAIN}.")
+    places = parse_index(content, str(folder))
     for name in places.values():
-        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{folder}: {INDEX} names {str(name)[:80]!r}, expected a safetensors file of the "
-                f"folder. {_AGAIN}."
-            )
         if not (folder / name).is_file():
             raise ModelError(
                 f"{folder}: lacks {name[:80]}, which {INDEX} names. {_AGAIN}, or remove the index if it is "
@@ -103,19 +95,38 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return places
 
 
+def parse_index(content: bytes, model: str) -> dict[str, str]:
+    """Return what an index says: tensor name to file name.
+
+    Raises:
+        ModelError: it is no index, or names other than safetensors files of its own folder.
+    """
+    where = f"{model}: {INDEX}"
+    places = parse_object(content, where, error=ModelError, remedy=f"{_AGAIN}.").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{where} has no weight_map of tensors and files. {_AGAIN}.")
+    for name in places.values():
+        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{where} names {str(name)[:80]!r}, expected a safetensors file of the folder. {_AGAIN}."
+            )
+    return places
+
+
 def _find_files(folder: Path) -> list[str]:
     names = sorted(file.name for file in folder.iterdir() if _NAME.fullmatch(file.name))
     if names:
         return names
-    other = [
-        file.name
-        for file in sorted(folder.iterdir())
-        if file.suffix in (".safetensors", ".bin", ".pt", ".pth")
-    ]
-    found = f" (found {other[0]})" if other else ""
+    others = sorted(file.name for file in folder.iterdir())
+    remedy = "Get the model's safetensors version."
+    found = next((name for name in others if name.endswith(".safetensors")), None)
+    if found:
+        remedy = f"Rename it, or add its index ({INDEX})."
+    else:
+        found = next((name for name in others if name.endswith((".bin", ".pt", ".pth"))), "none")
     raise ModelError(
-        f"{folder}: no model*.safetensors{found}. Expected model.safetensors, or shards as "
-        "model-00001-of-00002.safetensors. Get the model's safetensors version."
+        f"{folder}: no model.safetensors or numbered shards (model-00001-of-00002.safetensors); found "
+        f"{found[:80]}. {remedy}"
     )
 
 

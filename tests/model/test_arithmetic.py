@@ -321,6 +321,14 @@ DAMAGED = {
     "architectures": (10**1000, {}, [1], True),
     "eos_token_id": ("2", [1.5], {}, [[1]], True, 260, -1, [1, 2**64]),
     "torch_dtype": (5, ["float32"]),
+    "quantization": (
+        "x",
+        {"bits": 4},
+        {},
+        False,
+        {"bits": "4", "group_size": 64},
+        {"bits": 4, "group_size": 0},
+    ),
 }
 ROPES = (
     rope("linear"), rope("linear", factor="4"), rope("linear", factor=0), rope("linear", factor=-1),

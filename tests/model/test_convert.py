@@ -231,6 +231,14 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(hf_folder, out):
     assert not left.exists() and running.exists() and elsewhere.exists()
 
 
+def test_a_quantization_of_null_is_none(hf_folder, out, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "null")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization": None, "quantization_config": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(convert(folder, out, bits=4, group_size=32)).info.quantization == "4-bit, group 32"
+
+
 def test_a_full_disk_is_noticed_before(hf_folder, out, monkeypatch):
     usage = shutil.disk_usage(out.parent.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

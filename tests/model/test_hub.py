@@ -306,6 +306,27 @@ def test_an_incomplete_copy_is_no_copy(user, hub):
     assert "there is no complete copy in its cache" in answer
 
 
+def test_the_weights_are_the_files_that_the_index_names(user, hub, folders, tmp_path):
+    folder = shutil.copytree(folders[REPO], tmp_path / "Named")
+    name = "pytorch_model-00001-of-00001.safetensors"
+    shutil.copy(folder / "model.safetensors", folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    damaged = shutil.copytree(folders[REPO], tmp_path / "Damaged")
+    (damaged / index.name).write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    hub.folders |= {"Org/Named": folder, "Org/Damaged": damaged}
+    done = user.densesteer("generate", "-m", "Org/Named", "--max-tokens", "4", "hello")
+    assert done.returncode == 0, done.stderr
+    [snapshot] = user.ask(["fetch_model", "Org/Named", None], HF_HUB_OFFLINE="1")
+    assert [file.name for file in Path(snapshot).glob("*.safetensors")] == [name]
+    (Path(snapshot) / name).unlink()
+    [answer] = user.ask(["fetch_model", "Org/Named", None], HF_HUB_OFFLINE="1")
+    assert "there is no complete copy in its cache" in answer
+    done = user.densesteer("generate", "-m", "Org/Damaged", "hello")
+    assert f"Error: Org/Damaged: {index.name} names '../x.safetensors'" in done.stderr
+    assert len(hub.gets("/cdn/")) == 1
+
+
 def test_a_failing_hub_does_not_matter_with_a_complete_copy(user, hub):
     [folder] = user.ask(["fetch_model", REPO, None])
     hub.faults.status = 503

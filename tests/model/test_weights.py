@@ -9,6 +9,7 @@ import pytest
 
 from mlx_densesteer.errors import ConversionError, ModelError, UnsupportedModelError
 from mlx_densesteer.export.bake import bake
+from mlx_densesteer.model import weights
 from mlx_densesteer.model.convert import convert
 from mlx_densesteer.model.model import load
 from mlx_densesteer.model.weights import INDEX, weight_files
@@ -213,11 +214,19 @@ def test_brackets_in_the_names_of_folders(hf_folder, tmp_path, expected, name, m
 
 def test_no_weights(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    for action in (lambda: load(folder), lambda: convert(folder, tmp_path / "out")):
-        with pytest.raises(
-            ModelError, match=r"no model\*\.safetensors \(found pytorch_model.bin\)"
-        ):
-            action()
+    for name, message in (
+        ("pytorch_model.bin", r"found pytorch_model\.bin\. Get the model's safetensors version"),
+        (
+            "model_00001.safetensors",
+            rf"found model_00001\.safetensors\. Rename it, or add .*{INDEX}",
+        ),
+        ("notes.md", "found none. Get the"),
+    ):
+        (folder / "pytorch_model.bin").rename(folder / name)
+        for action in (lambda: load(folder), lambda: convert(folder, tmp_path / "out")):
+            with pytest.raises(ModelError, match=f"no model.safetensors or numbered .*; {message}"):
+                action()
+        (folder / name).rename(folder / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -234,14 +243,39 @@ def test_an_adapter_is_no_model(tmp_path, config):
             action()
 
 
-@pytest.mark.parametrize("config", ['{"peft_type": "LORA", "r": 8}', "{", "[]", None])
-def test_an_adapter_that_mlx_lm_cannot_read_is_named(folder, tmp_path, config):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"peft_type": "LORA", "r": 8}', r"is an adapter of PEFT \(peft_type 'LORA'\), .*merge_and_unload"),
+        ('{"lora_parameters": {}}', r"has no num_layers in its adapter_config\.json"),
+        ("{", r"adapter_config\.json: is not JSON .*Correct it"),
+        ("[]", r"adapter_config\.json: is "),
+        (None, r"no adapter_config\.json, so no adapter"),
+        ('{"num_layers": 1, "lora_parameters": {}}', "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_mlx_lm_cannot_read_is_named(folder, tmp_path, config, message):
     adapter = tmp_path / "adapter"
     if config is not None:
         adapter.mkdir()
         (adapter / "adapter_config.json").write_text(config)
-    with pytest.raises(ModelError, match=r"/adapter: cannot be loaded \("):
+    with pytest.raises(ModelError, match=rf"/adapter\b.*{message}"):
         load(folder, adapter_path=str(adapter))
+
+
+def test_the_headers_are_read_once(folder, monkeypatch):
+    read, header = [], weights._read_header
+    monkeypatch.setattr(weights, "_read_header", lambda file: read.append(file) or header(file))
+    load(folder)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("ends", [10**6, [256, 260], -1, "256", True, [[256]]])
+def test_end_tokens_of_the_generation_config_that_are_none(folder, ends):
+    """mlx-lm prefers them to those of config.json."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ModelError, match=r"generation_config\.json has eos_token_id .* ids below"):
+        load(folder)
 
 
 def test_no_tokenizer(folder, tmp_path):
