@@ -56,7 +56,7 @@ def bad_requests(model: str) -> tuple[Bad, ...]:
     fields: dict[str, dict[str, object]] = {
         "messages of a wrong type": {"messages": 5},
         "max_tokens of a wrong type": {"max_tokens": "many"},
-        "max_tokens below 1": {"max_tokens": -1},
+        "max_tokens below 1": {"max_tokens": -2},
         "strength of a wrong type": {"steering": {"strength": "much"}},
         "strength out of float32": {"steering": {"strength": 1e300}},
         "unknown layer": {"steering": {"strength": 1.0, "layer": 999}},
