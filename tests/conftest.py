@@ -32,7 +32,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the slow tests out, unless all are asked for or the tests are named (path, -k, -m)."""
+    """Leave the slow tests out, unless all are asked for or the tests are named (path, -k, -m).
+
+    Of all, the files with slow ones come first: the others then fill what time two workers have left.
+    """
+    if config.option.all:
+        marks = ("slow", "checkpoint")
+        slow = {i.path for i in items if any(map(i.get_closest_marker, marks))}
+        items.sort(key=lambda item: item.path not in slow)
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     if config.option.all or named or config.option.keyword or config.option.markexpr:
         return
