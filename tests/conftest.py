@@ -133,6 +133,12 @@ def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
     return folder
 
 
+@pytest.fixture
+def unsynced(monkeypatch):
+    """Give files of gigabytes their names before they are on the disk; small ones test that they are not."""
+    monkeypatch.setattr("mlx_densesteer.files._sync", lambda path: None)
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """The real Qwen2.5-Coder-0.5B-Instruct as an MLX folder in float32."""

@@ -163,7 +163,15 @@ def test_an_answer_on_a_terminal_holds_no_escape_codes_of_the_model():
     assert shown.endswith(b"\r\n") and b"\x1b[?25h" in shown, "the cursor is back"
 
 
-def test_ctrl_c_in_the_middle_of_a_painting_leaves_nothing_behind(monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, whatever earlier tests of this process have set."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_painting_leaves_nothing_behind(monkeypatch, interruptible):
     pytest.importorskip("rich")
     pyte = pytest.importorskip("pyte")
     from mlx_densesteer.chat.terminal_screen import TerminalScreen
@@ -187,6 +195,8 @@ def test_ctrl_c_in_the_middle_of_a_painting_leaves_nothing_behind(monkeypatch):
             self.stream.feed(text[len(text) // 2 :].replace("\n", "\r\n"))
             return len(text)
 
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr("mlx_densesteer.chat.terminal_screen.OFTEN", 0)
     monkeypatch.setattr("mlx_densesteer.chat.terminal_screen.SHARE", 0)

@@ -440,6 +440,7 @@ def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
 
 
 @pytest.mark.checkpoint
+@pytest.mark.usefixtures("unsynced")
 def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path):
     """Qwen2.5 0.5B in float32: stock mlx-lm and stock transformers against run-time steering."""
     network, tokenizer = real_model

@@ -266,6 +266,7 @@ def test_the_program_refuses_files_of_others(program, demo_file, tmp_path):
 
 
 @pytest.mark.checkpoint
+@pytest.mark.usefixtures("unsynced")
 def test_the_real_checkpoint_in_c(program, real_model):
     """One file of 2.5 GB, written, read by the program, and deleted."""
     size = real_model.hidden_size
