@@ -483,7 +483,7 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        with full_disk(_temporary_folder(), " (TMPDIR)"):  # mlx_lm_folder writes there
+        with full_disk(_temporary_folder(), "TMPDIR"):  # mlx_lm_folder writes there
             yield
     except DenseSteerError:
         raise

@@ -1,3 +1,5 @@
+import errno
+import os
 from dataclasses import replace
 
 import mlx.core as mx
@@ -6,10 +8,16 @@ import pytest
 from mlx_lm import load as mlx_lm_load
 
 import mlx_densesteer as ds
-from mlx_densesteer.errors import ContextError, InputError, ModelError, VectorMismatchError
+from mlx_densesteer.errors import (
+    ContextError,
+    DiskError,
+    InputError,
+    ModelError,
+    VectorMismatchError,
+)
 from mlx_densesteer.model import model as model_module
 from mlx_densesteer.model.block import SteeredBlock
-from mlx_densesteer.model.model import Model, takes_model
+from mlx_densesteer.model.model import Model, loading, takes_model
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +288,9 @@ def test_cuts_add_few_tokens_to_a_real_tokenizers_count(checkpoint):
         ]
         counted = sum(len(tokenizer.encode(one, add_special_tokens=False)) for one in pieces)
         assert counted - len(tokenizer.encode(text)) <= 8 * len(pieces)
+
+
+def test_a_full_temporary_folder_is_told_with_its_variable(tmp_path):
+    remedy = pytest.raises(DiskError, match=r"Make room on the disk, .* place \(TMPDIR\)\.$")
+    with remedy, loading(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
