@@ -21,12 +21,12 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import IO, Any
 
 from .errors import DenseSteerError, DiskError, InputError, VectorFormatError
+from .text import one_line
 
 
 @contextlib.contextmanager
@@ -170,12 +170,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def check_parent(path: Path) -> None:
-    """Raise ``DiskError`` unless the folder of ``path`` exists."""
-    if not os.path.isdir(path.parent):  # noqa: PTH112  (no error for a name that is too long)
-        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
-
-
 def check_disk(folder: Path, need: int, what: str) -> None:
     """Raise ``DiskError`` unless ``need`` bytes are free where ``folder`` is or will be."""
     place = folder.absolute()
@@ -195,11 +189,8 @@ def _size(count: int) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -257,12 +248,6 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def brief(value: object, length: int = 80) -> str:
-    """Return the beginning of a text from a file, for a message."""
-    text = str(value)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
 _LONG_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # all others are finite and have 64 bits
@@ -275,19 +260,17 @@ def parse_json(
     *,
     error: Callable[[str], Exception] = InputError,
     limit: int = MAX_JSON_BYTES,
-    bits: int = 64,
     remedy: str = "Repair or replace it.",
     repair: bool = False,
 ) -> object:
     """Return the JSON value in ``data``, text or UTF-8 with or without a byte order mark.
 
     Stricter than ``json.loads``: at most ``limit`` bytes and ``MAX_JSON_DEPTH`` levels, finite numbers,
-    integers of ``bits`` bits, no key twice in one object, and no half of a surrogate pair, so that the
+    integers of 64 bits, no key twice in one object, and no half of a surrogate pair, so that the
     value can be computed with, written and shown.
 
     Args:
         where: what ``data`` is, for the message.
-        bits: of the largest integer; a tokenizer's ``model_max_length`` has 100.
         repair: put U+FFFD in place of half of a surrogate pair.
 
     Raises:
@@ -303,7 +286,7 @@ def parse_json(
         value = json.loads(
             data.removeprefix(codecs.BOM_UTF8).decode(),
             object_pairs_hook=_object,
-            parse_int=partial(_integer, bits) if checked else None,
+            parse_int=_integer if checked else None,
             parse_float=_number if checked else None,
             parse_constant=_number,
         )
@@ -385,9 +368,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return made
 
 
-def _integer(bits: int, text: str) -> int:
-    if len(text) > bits or not -(2 ** (bits - 1)) <= int(text) < 2**bits:
-        raise ValueError(f"the integer {text[:20]}... has more than {bits} bits")
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"the integer {text[:20]}... has more than 64 bits")
     return int(text)
 
 
@@ -426,8 +409,6 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}). Name a JSONL file."
         ) from error
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it first.")
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = [
         (
@@ -500,7 +481,7 @@ def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
         OverflowError, OSError,
     ) as error:  # fmt: skip
         raise VectorFormatError(
-            f"{path}: not a complete zip archive ({brief(error)}). The file is truncated, damaged or "
+            f"{path}: not a complete zip archive ({one_line(error)}). The file is truncated, damaged or "
             "of another kind; copy or download it again."
         ) from error
 
@@ -521,7 +502,7 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> N
     names = [member.filename for member in members]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise VectorFormatError(f"{path}: {brief(twice[0])} is in the archive more than once.")
+        raise VectorFormatError(f"{path}: {one_line(twice[0])} is in the archive more than once.")
     total = sum(member.file_size for member in members)
     most = min(MAX_BYTES, 4 * size + 2**18)  # floats hardly become smaller
     if total > most:
@@ -529,10 +510,8 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> N
             f"{path}: would unpack to {total:,} bytes, but a vector file of {size:,} bytes has at most "
             f"{most:,}. It is a zip bomb or no vector; it was not unpacked."
         )
-    if encrypted := [member.filename for member in members if member.flag_bits & 0x1]:
-        raise VectorFormatError(f"{path}: {brief(encrypted[0])} is encrypted; vectors never are.")
     plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if odd := [member.filename for member in members if member.compress_type not in plain]:
         raise VectorFormatError(
-            f"{path}: {brief(odd[0])} is neither stored nor deflated; save it again."
+            f"{path}: {one_line(odd[0])} is neither stored nor deflated; save it again."
         )

@@ -179,7 +179,12 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN)
 
 
-def one_line(text: str, length: int) -> str:
-    """Return the beginning of ``text`` on one line of at most ``length`` characters."""
-    line = " ".join(printable(text[: 4 * length + 80]).split())
+def one_line(value: object, length: int = 80) -> str:
+    """Return the beginning of a text on one line of at most ``length`` characters."""
+    line = " ".join(printable(str(value)[: 4 * length + 80]).split())
     return line if len(line) <= length else f"{line[: max(length - 3, 0)]}..."
+
+
+def cause(error: Exception) -> str:
+    """Return the kind of an exception and what it says, on one line."""
+    return ": ".join(filter(None, (type(error).__name__, one_line(error, 300))))

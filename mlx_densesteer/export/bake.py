@@ -27,11 +27,12 @@ from ..files import (
 )
 from ..model.block import deltas
 from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
-from ..model.model import ModelInfo, cause, find, load_folder
+from ..model.model import ModelInfo, find, load_folder
 from ..model.weights import weight_files
 from ..steering.request import format_dose
 from ..steering.steering import Steering
 from ..steering.vector import format_layers
+from ..text import cause
 from . import gguf as llama_gguf
 from .closeness import Closeness, Reference, compare, differing, judge, reference
 from .llama import llama_config, llama_shards, read_weights

@@ -11,7 +11,6 @@ from .._version import __version__
 from ..errors import DenseSteerError, SessionError
 from ..files import (
     atomic_file,
-    brief,
     check_fields,
     disk_errors,
     file_to_replace,
@@ -21,6 +20,7 @@ from ..files import (
 )
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
+from ..text import cause, one_line
 from .answer import Generation
 from .brake import Braked
 from .conversation import Turn
@@ -120,7 +120,7 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
         )
     except (KeyError, TypeError, ValueError, AttributeError, DenseSteerError) as error:
         raise SessionError(
-            f"{path}: is a damaged session ({type(error).__name__}: {brief(error)}). Save it again."
+            f"{path}: is a damaged session ({cause(error)}). Save it again."
         ) from error
 
 
@@ -140,7 +140,7 @@ def _parse(path: Path) -> Mapping[str, object]:
         raise SessionError(f"{path}: not a session file. {remedy}")
     if document.get("version") != FORMAT_VERSION:
         raise SessionError(
-            f"{path}: session version {brief(document.get('version'))}, expected {FORMAT_VERSION}. Update "
+            f"{path}: session version {one_line(document.get('version'))}, expected {FORMAT_VERSION}. Update "
             "mlx-densesteer."
         )
     return document

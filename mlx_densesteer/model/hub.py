@@ -26,7 +26,7 @@ from huggingface_hub.utils import tqdm
 
 from ..errors import HubError
 from ..files import check_disk
-from ..text import printable, unguarded
+from ..text import cause, printable, unguarded
 from .config import parse_config
 from .weights import INDEX, parse_index
 
@@ -174,7 +174,6 @@ def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> st
     """Return what was found, what was expected, and the remedy, in one line."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the Hub was reached, and refused
-    shown = " ".join(str(error).split())
     if isinstance(error, HFValidationError):
         return "neither a folder here nor a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
     if isinstance(error, GatedRepoError):
@@ -207,6 +206,6 @@ def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> st
             f"the disk of {HF_HUB_CACHE} is full. Make room, or set HF_HOME to a folder elsewhere."
         )
     return (
-        f"the download broke off ({type(error).__name__}: {shown}). Files that came whole are kept; start the same "
+        f"the download broke off ({cause(error)}). Files that came whole are kept; start the same "
         "command again."
     )

@@ -32,7 +32,7 @@ from ..errors import (
 from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
-from ..text import count, note, one_line
+from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
 from .config import check_adapter, is_hub_id, origin, read_folder
 from .hub import fetch_config, fetch_model
@@ -498,13 +498,6 @@ def _temporary_folder() -> Path:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:  # no candidate can be written, as on a full disk
         return Path(os.environ.get("TMPDIR", "/tmp"))
-
-
-def cause(error: Exception) -> str:
-    """Return the kind of an exception and what it says, in one line of at most 300 characters."""
-    said = " ".join(str(error).split())
-    shown = said if len(said) <= 300 else f"{said[:300]} ..."
-    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError, ModelError
+from ..text import cause, one_line
 
 Message = Mapping[str, str]  # role and content
 
@@ -279,14 +280,13 @@ def _render(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = "".join(c if c.isprintable() else " " for c in str(error))[:200]
         if messages != [_QUESTION]:
             _render(tokenizer, [_QUESTION])  # raises if the template does not even take this
             raise InputError(
-                f"the model's chat template refuses this conversation ({reason})."
+                f"the model's chat template refuses this conversation ({one_line(error, 200)})."
             ) from error
         raise ModelError(
-            f"the model's chat template cannot be used ({type(error).__name__}: {reason}). Correct it, or use "
+            f"the model's chat template cannot be used ({cause(error)}). Correct it, or use "
             "--raw (raw=True) for plain text."
         ) from error
 

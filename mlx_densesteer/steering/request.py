@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import InputError, SteeringError
+from ..text import one_line
 from .steering import Positions, Steering
 from .vector import SteeringVector, format_layers
 
@@ -55,9 +56,8 @@ class Amount:
         digits = words.removesuffix("%").rstrip()
         number = float(digits) if _NUMBER.fullmatch(digits) else math.nan
         if not abs(number) <= LARGEST:
-            shown = words if len(words) <= 40 else f"{words[:40]}..."
             raise InputError(
-                f"strength {shown!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
+                f"strength {one_line(words, 40)!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
                 f"the residual stream such as 20%; {LARGEST:g} at most."
             )
         return cls(number / 100, True) if percent else cls(number)

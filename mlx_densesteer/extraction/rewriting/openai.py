@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...errors import InputError, install_command
 from ...files import whole_characters
+from ...text import one_line
 from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
 
 try:
@@ -165,15 +166,14 @@ class OpenAIRewriter:
         return Rewrite(text, choice.finish_reason == "length")
 
     def _no_completion(self, found: object) -> str:
-        shown = " ".join(str(found).split())[:200]
-        return f"{self._host}: found {shown!r}, expected a chat completion. Check the address."
+        return f"{self._host}: found {one_line(found, 200)!r}, expected a chat completion. Check the address."
 
     def _refusal(self, error: openai.APIStatusError) -> str:
         status, answer = error.status_code, error.response
         said = error.body
         if isinstance(said, Mapping):
             said = said.get("message") or said.get("detail") or said
-        shown = " ".join(str(said or "").split())[:300]
+        shown = one_line(said or "", 300)
         problem = f"{status} {answer.reason_phrase}" + (f": {shown}" if shown else "")
         if status in (408, 409, 429) or status >= 500:
             pause = answer.headers.get("Retry-After")

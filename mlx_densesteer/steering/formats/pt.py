@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import brief, read_archive, read_file
+from ...files import read_archive, read_file
+from ...text import one_line
 from ..vector import SteeringVector
 from .base import LAYER_NAME, check_total, layer_of, meta_of, upper_halves
 
@@ -207,7 +208,7 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
         pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError,
         ValueError, OverflowError, ImportError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
-        raise VectorFormatError(f"{path}: its pickle is damaged ({brief(error)}).") from error
+        raise VectorFormatError(f"{path}: its pickle is damaged ({one_line(error)}).") from error
 
 
 def _check_opcodes(data: bytes) -> None:
