@@ -409,6 +409,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, object]]]:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}). Name a JSONL file."
         ) from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it first.")
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = [
         (

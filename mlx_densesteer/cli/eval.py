@@ -12,6 +12,7 @@ from .options import (
     json_option,
     model_option,
     no_nll_option,
+    out_option,
     run_options,
     steering_options,
     task_options,
@@ -31,13 +32,11 @@ if TYPE_CHECKING:
 @steering_options
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="Journal of every answer; the same command continues from what is there. "
+@out_option(
+    "FILE.jsonl",
+    "Journal of every answer; the same command continues from what is there. "
     "[default: eval-TASK-MODEL.jsonl]",
+    required=False,
 )
 @click.option(
     "--no-baseline", is_flag=True, help="Leave out strength 0, and the comparison with it."

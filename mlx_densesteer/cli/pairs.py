@@ -9,7 +9,7 @@ import click
 
 from ..text import Live, aligned, count, note
 from . import completers
-from .options import json_option, model_option, run_options, task_options
+from .options import json_option, model_option, out_option, run_options, task_options
 from .run import load_problems, resumable
 
 if TYPE_CHECKING:
@@ -24,13 +24,8 @@ if TYPE_CHECKING:
 @model_option()
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="File of the pairs. The rejected pairs and the journals are written beside it.",
+@out_option(
+    "FILE.jsonl", "File of the pairs. The rejected pairs and the journals are written beside it."
 )
 @click.option(
     "--rewriter",

@@ -192,7 +192,7 @@ def _check_finite(keys: Sequence[Key], values: Sequence[float]) -> None:
         if not isfinite(value):
             raise ModelError(
                 f"the NLL of the response to {key[0]} is not finite: the model overflows its dtype. "
-                "Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+                "Convert it with the dtype bfloat16 or float32, or leave the NLL out."
             )
 
 

@@ -65,26 +65,12 @@ def _vulgar(sign: str) -> str:
     return f"\\frac{{{above}}}{{{below}}}"
 
 
-_CHARACTERS = str.maketrans(
-    dict.fromkeys("−﹣－‐‑‒–", "-")
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
-    | dict.fromkeys("\u2044\u2215／", "/")
-    | {
-        "．": ".",
-        "，": ",",
-        "＋": "+",
-        "％": "%",
-        "＄": "$",
-        "＝": "=",
-        "：": ":",
-        "٫": ".",
-        "٬": "'",
-    }
-    | {"’": "'", "＇": "'", "ʼ": "'"}
-    | {
-        sign: _vulgar(sign)
-        for sign in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
-    }
+_CHARACTERS = (
+    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full width
+    | {ord(sign): "-" for sign in "−﹣‐‑‒–"}
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), "")
+    | {0x2044: "/", 0x2215: "/", ord("٫"): ".", ord("٬"): "'", ord("’"): "'", ord("ʼ"): "'"}
+    | {code: _vulgar(chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)}
 )
 _SUPER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUB = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")

@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ExportError
-from ..files import atomic_path, parse_json
+from ..files import atomic_path, parse_object
 from ..model.gguf import SPLIT, gguf_name
-from ..steering.formats.gguf import check_header, complete, damage, gguf_package
+from ..steering.formats.gguf import check_header, complete, contents, damage, gguf_package
 from .closeness import differing
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _same(found: object, wanted: object) -> bool:
     return found == (float(np.float32(wanted)) if isinstance(wanted, float) else wanted)
 
 
-def recorded(path: Path) -> object:
+def recorded(path: Path) -> dict[str, object] | None:
     """Return the record of a file that ``write`` wrote, ``None`` for another file.
 
     Raises:
@@ -117,12 +117,10 @@ def recorded(path: Path) -> object:
     """
     check_header(path, ExportError)
     with damage(path, ExportError):
-        field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
-        return (
-            None
-            if field is None
-            else parse_json(field.contents(), f"{path}: {RECORD_KEY}", error=ExportError)
-        )
+        text = contents(gguf_package(path, ExportError).GGUFReader(path), RECORD_KEY)
+        if text is None:
+            return None
+        return parse_object(text, f"{path}: {RECORD_KEY}", error=ExportError)
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -131,14 +129,14 @@ def check_target(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not force:
-        raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
+        raise ExportError(f"{out}: exists already. Choose another name, or replace it (force).")
     record = None
     with contextlib.suppress(ExportError, OSError):  # a folder, another file, or a damaged one
         record = recorded(out)
     if record is None:
         raise ExportError(
-            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose another "
-            "name (-o), or remove the file yourself."
+            f"{out}: is no file that densesteer baked, so it is not replaced. Choose another name, "
+            "or remove the file yourself."
         )
 
 

@@ -366,21 +366,21 @@ def check_target(
 ) -> None:
     """Raise ``error`` if ``folder`` may not be written: only ``force`` replaces a folder of densesteer's."""
     if not folder.name or folder.is_symlink():
-        raise error(f"{folder}: expected the name of a folder, found none or a link. Name it (-o).")
+        raise error(f"{folder}: expected the name of a folder, found none or a link. Name it.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     there = Path(source).expanduser().resolve()
     # samefile, because a Mac's disk ignores case: two spellings may name one folder.
     if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
-        raise error(f"{folder}: holds the source itself. Choose another name (-o).")
+        raise error(f"{folder}: holds the source itself. Choose another name.")
     if not folder.is_dir() or not (folder / RECORD).is_file():
         raise error(
             f"{folder}: is no model that densesteer wrote, so it is not replaced. "
-            "Choose another name (-o), or remove it yourself."
+            "Choose another name, or remove it yourself."
         )
     if not force:
         raise error(
-            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
+            f"{folder}: exists already. Use it, choose another name, or replace it (force)."
         )
 
 

@@ -43,14 +43,16 @@ _OTHERWISE = {"model": "a local folder", "dataset": "a local JSONL file with the
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model's files; download what is not in the cache.
 
-    The weights are the files that the index names, or ``model*.safetensors`` without one. Without a
-    network, a complete copy in the cache is enough.
+    The weights are the files that the index names, or ``model*.safetensors`` without one. They are not
+    downloaded if ``config.json`` is that of another family. Without a network, a complete copy in the
+    cache is enough.
 
     Raises:
         HubError: see ``fetch_file``.
-        ModelError: the index is damaged.
+        ModelError, UnsupportedModelError: the index is damaged, or see ``config.parse_config``.
         DiskError: the cache's disk has no room for what is missing.
     """
+    parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
 
     def download(offline: bool) -> Path:
         weights = _indexed(repo, revision, offline) or [WEIGHT_FILES]
@@ -85,16 +87,6 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind 
         return Path(hf_hub_download(repo, name, tqdm_class=_Bar, **options))
 
     return _fetch(repo, name, revision, kind, download)
-
-
-def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]:
-    """Return a model's ``config.json``, to check its family before the weights are downloaded.
-
-    Raises:
-        HubError: see ``fetch_file``.
-        ModelError, UnsupportedModelError: see ``config.read_config``.
-    """
-    return parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
 
 
 class _Bar(tqdm):

@@ -35,7 +35,7 @@ from ..steering.vector import SteeringVector
 from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
 from .config import check_adapter, is_hub_id, origin, read_folder
-from .hub import fetch_config, fetch_model
+from .hub import fetch_model
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX
@@ -293,7 +293,7 @@ class Model:
         if strict:
             raise VectorMismatchError(
                 f"{vector.name} {found}. Use a vector that was extracted from this model, or leave "
-                "strict (--strict) out."
+                "strict out."
             )
         return f"warning: {vector.name} {found}"
 
@@ -475,7 +475,7 @@ def check_finite(network: nn.Module, name: str) -> None:
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(
         f"{name}: its logits are not finite: {found} (dtype {dtype_name(network.model.norm.weight.dtype)}). "
-        "Download or convert it again, with --dtype bfloat16 or float32."
+        "Download or convert it again, with the dtype bfloat16 or float32."
     )
 
 
@@ -483,7 +483,8 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        with full_disk(_temporary_folder(), "TMPDIR"):  # mlx_lm_folder writes there
+        place = Path(os.environ.get("TMPDIR", "/tmp"))
+        with full_disk(place, "TMPDIR"):  # mlx_lm_folder writes there
             yield
     except DenseSteerError:
         raise
@@ -491,13 +492,6 @@ def loading(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path}: cannot be loaded ({cause(error)}). Convert or download it again."
         ) from error
-
-
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:  # no candidate can be written, as on a full disk
-        return Path(os.environ.get("TMPDIR", "/tmp"))
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
@@ -519,7 +513,6 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
             f"{repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
             "such as Qwen/Qwen2.5-1.5B-Instruct."
         )
-    fetch_config(repo, revision=revision)
     return fetch_model(repo, revision=revision)
 
 

@@ -190,7 +190,7 @@ def test_the_command_line(tmp_path):
     assert back.sha256() == ds.SteeringVector.load(demo.VECTOR).select([4, 5]).sha256()
     assert "ends in .npz" in run("import", out, "-o", tmp_path / "back.gguf").output
     done = run("import", out, "-o", tmp_path / "x.npz", "-m", demo.NAME, "--layer-offset", 1)
-    assert done.exit_code == 1 and "--layer-offset does not fit" in done.output
+    assert done.exit_code == 1 and "layer offset does not fit" in done.output
 
 
 @pytest.mark.slow

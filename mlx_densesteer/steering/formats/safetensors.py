@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import atomic_file
+from ...files import atomic_file, read_file
 from ..vector import SteeringVector
-from .base import LAYER_NAME, check_numbers, check_size, layer_of, meta_of, upper_halves
+from .base import LAYER_NAME, check_numbers, layer_of, meta_of, upper_halves
 
 _KEY = "densesteer"
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -29,7 +29,7 @@ def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 
 
     numbers = {layer: layer + layer_offset for layer in vector.layers}
     if min(numbers.values()) < 0:
-        raise VectorFormatError(f"{path}: --layer-offset {layer_offset} gives a layer below 0.")
+        raise VectorFormatError(f"{path}: the layer offset {layer_offset} gives a layer below 0.")
     check_numbers(path, numbers.values())
     arrays = {f"layer.{numbers[layer]}": np.array(a) for layer, a in vector.layers.items()}
     document = json.dumps(vector.describe(), ensure_ascii=False)
@@ -45,9 +45,9 @@ def load_safetensors(
     """Do what ``import_vector`` does for a file of one float vector a tensor."""
     from safetensors import SafetensorError, deserialize, safe_open
 
-    check_size(path)
+    data = read_file(path, "a vector's file (.safetensors)")
     try:
-        tensors = deserialize(path.read_bytes())
+        tensors = deserialize(data)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
