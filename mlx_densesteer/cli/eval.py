@@ -1,6 +1,7 @@
 """``densesteer eval``."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def evaluate(
             "steering": described(steering, loaded),
             "max_tokens": max_tokens,
             "answers": str(path),
-            "scores": {name: one.describe() for name, one in scores.items()},
+            "scores": {name: asdict(one) for name, one in scores.items()},
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:

@@ -10,7 +10,6 @@ from . import completers
 
 if TYPE_CHECKING:
     from ..generation.speculation import Draft
-    from ..model.model import Model
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -229,16 +228,14 @@ run_options = _options(
 )
 
 
-def load_draft(name: str | None, tokens: int, model: "Model") -> "Draft | None":
-    """Load the draft model for ``model``; return ``None`` without a name."""
+def load_draft(name: str | None, tokens: int) -> "Draft | None":
+    """Load the draft model; return ``None`` without a name."""
     if name is None:
         return None
     from ..generation.speculation import Draft
     from ..model.model import load
 
-    draft = Draft(load(name), tokens)
-    draft.check(model.tokenizer)
-    return draft
+    return Draft(load(name), tokens)
 
 
 def output_file(text: str, force: bool, *, ending: str = "") -> Path:

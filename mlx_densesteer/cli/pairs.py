@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,7 +176,7 @@ def pairs(
             "pairs": str(files.pairs),
             "rejected_pairs": str(files.rejected),
             "rewriter": rewriter.name,
-            **summary.describe(),
+            **asdict(summary),
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:

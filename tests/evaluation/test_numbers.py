@@ -453,17 +453,7 @@ def test_a_megabyte_is_graded_in_time_linear_in_it(part):
 def test_no_text_raises(monkeypatch):
     monkeypatch.setattr(grading, "agree", lambda gold, answer: None)
     rng = random.Random(19)
-    parts = [
-        *HOSTILE,
-        *"0123456789.,:/-+=()[]^_eE",
-        r"\boxed{",
-        "}",
-        "\n",
-        "\ud800",
-        "\x00",
-        "USD",
-        "\u0be7",
-    ]
+    parts = [*HOSTILE, *"0123456789.,:/-+=()[]^_eE}\n\ud800\x00\u0be7", r"\boxed{", "USD"]
     for _ in range(3000):
         gold, text = ("".join(rng.choices(parts, k=rng.randint(0, 12))) for _ in range(2))
         for rule in ("number", "boxed"):

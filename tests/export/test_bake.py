@@ -13,7 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT
+from helpers import ROOT, run_with_torch
 
 import mlx_densesteer as ds
 from mlx_densesteer import demo
@@ -151,20 +151,9 @@ def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
 
 
 def stock_transformers(folder, tokens, prompt, out, count):
-    python = ROOT / ".venv-torch/bin/python"
-    if not python.exists():
-        message = "no .venv-torch: make it with scripts/make-torch-env"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
     np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
-    script = Path(__file__).parents[1].joinpath("stock_transformers.py")
-    done = subprocess.run(
-        [python, "-I", script, folder, out / "in.npz", out / "out.npz", str(count)],
-        capture_output=True, text=True, timeout=300,
-        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    script = ROOT / "tests/stock_transformers.py"
+    done = run_with_torch("-I", script, folder, out / "in.npz", out / "out.npz", str(count))
     assert "newly initialized" not in done.stderr and "not used" not in done.stderr, done.stderr
     with np.load(out / "out.npz") as arrays:
         return dict(arrays)
