@@ -332,17 +332,16 @@ def whole_characters(text: str) -> str:
 
 
 def check_fields(record: Mapping[str, object], **kinds: type | UnionType) -> None:
-    """Raise unless every named field of a JSON object has its type; a truth value is no number.
+    """Raise unless every named field of a JSON object has its type; a whole number is a float, too.
 
     Raises:
         KeyError: a field is missing.
         TypeError: a field is something else.
     """
     for name, kind in kinds.items():
-        value = record[name]
-        allowed = getattr(kind, "__args__", (kind,))
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in allowed):
-            raise TypeError(f"{name} is {reprlib.repr(value)}")
+        found, allowed = type(record[name]), getattr(kind, "__args__", (kind,))
+        if found not in allowed and not (found is int and float in allowed):
+            raise TypeError(f"{name} is {reprlib.repr(record[name])}")
 
 
 def token_ids(value: object, vocabulary: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import click
 
@@ -91,26 +91,6 @@ def signed(strength: float) -> str:
 def signed_dose(dose: float) -> str:
     """Write a dose in per cent with its sign, ``+20%``; dose 0 has none."""
     return f"{float(f'{100 * dose:.3g}'):+g}%" if dose else "0%"
-
-
-class HasInterval(Protocol):
-    """A figure with its confidence interval; ``evaluation.scoring.Estimate`` is one."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(one: HasInterval | None, digits: int = 1) -> str:
-    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
-    if one is None:
-        return "-"
-    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
-
-
-def share(one: HasInterval) -> str:
-    """Write ``45.0% [35.6, 54.8]``."""
-    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import aligned, count, estimate, note, percent, share
+from ..text import aligned, count, note, percent
 from . import completers
 from .options import (
     json_option,
@@ -23,7 +23,7 @@ from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..evaluation.answers import Answer
-    from ..evaluation.scoring import Score
+    from ..evaluation.scoring import Estimate, Score
     from ..steering.request import Amount
     from ..steering.steering import Positions
 
@@ -129,17 +129,29 @@ def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
         note(f"... and {len(differing) - 5} more: see by_math_verify and by_reference in the file")
 
 
+def _estimate(one: "Estimate | None", digits: int = 1) -> str:
+    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
+    if one is None:
+        return "-"
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+
+
+def _share(one: "Estimate") -> str:
+    """Write ``45.0% [35.6, 54.8]``."""
+    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
 def _table(scores: "dict[str, Score]") -> list[str]:
     rows = [["", "accuracy", "steps", "tokens", "density", "NLL", "truncated", "latency s"]]
     for name, s in scores.items():
         rows.append(
             [
                 name,
-                share(s.accuracy),
-                estimate(s.steps),
-                estimate(s.tokens),
+                _share(s.accuracy),
+                _estimate(s.steps),
+                _estimate(s.tokens),
                 "-" if s.density is None else f"{s.density:.1f}",
-                estimate(s.nll, 3),
+                _estimate(s.nll, 3),
                 str(s.truncated),
                 f"{s.seconds:.1f}",
             ]
@@ -151,10 +163,9 @@ def _table(scores: "dict[str, Score]") -> list[str]:
     if compared is not None:
         lines += [
             "",
-            f"steered - unsteered: accuracy {percent(compared.accuracy.value)} "
-            f"[{100 * compared.accuracy.low:.1f}, {100 * compared.accuracy.high:.1f}], "
-            f"steps {estimate(compared.steps)}, tokens {estimate(compared.tokens)}, "
-            f"NLL {estimate(compared.nll, 3)}",
+            f"steered - unsteered: accuracy {_share(compared.accuracy)}, "
+            f"steps {_estimate(compared.steps)}, tokens {_estimate(compared.tokens)}, "
+            f"NLL {_estimate(compared.nll, 3)}",
             f"right only steered: {compared.better}, right only unsteered: {compared.worse}; "
             f"McNemar p = {compared.p:.3g}",
         ]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, get_type_hints
 
 from ..errors import ModelError
 from ..files import check_fields, token_ids
@@ -202,15 +202,7 @@ def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-_KINDS = {
-    **dict.fromkeys(("problem", "content", "steering", "text", "finish_reason"), str),
-    **dict.fromkeys(("correct", "by_reference"), bool),
-    "steps": int,
-    "seconds": int | float,
-    "found": str | None,
-    "by_math_verify": bool | None,
-    "nll": int | float | None,
-}
+_KINDS = get_type_hints(Answer) | {"token_ids": list}
 
 
 def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
@@ -223,7 +215,7 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
     for number, record in enumerate(journal.records, 2):
         try:
             if "nll_of" in record:
-                check_fields(record, nll_of=list, nll=int | float)
+                check_fields(record, nll_of=list, nll=float)
                 key = tuple(record["nll_of"])
                 if key in answers:
                     answers[key] = replace(answers[key], nll=record["nll"])

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ..steering.request import format_dose
+from ..text import count
 from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
 
 RISK = 0.05  # of recommending a setting if none has an effect
@@ -203,7 +204,7 @@ def _say_tokens(
 def _say_none(comparisons: Sequence[_Comparison], baseline: Outcome, margin: float) -> str:
     best = max(comparisons, key=lambda c: (c.accuracy, c.saving))
     shortest = max(comparisons, key=lambda c: (c.saving, c.accuracy))
-    count, settings = len(baseline.correct), len(comparisons)
+    problems, settings = len(baseline.correct), len(comparisons)
     text = (
         "No setting is recommended: none is more accurate than the unsteered model "
         f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none is "
@@ -212,9 +213,9 @@ def _say_none(comparisons: Sequence[_Comparison], baseline: Outcome, margin: flo
         f"{_corrected(settings, 'Holm')}); fewest tokens {shortest.name} with {shortest.tokens:.1f} "
         f"tokens and {shortest.accuracy:.1%}."
     )
-    if count < (need := problems_needed(settings, margin)):
+    if problems < (need := problems_needed(settings, margin)):
         text += (
-            f" {count} problems are too few to tell: with {_settings(settings)}, even one that "
+            f" {problems} problems are too few to tell: with {count(settings, 'setting')}, even one that "
             f"changes no answer is known to lose less than {100 * margin:g} points only from "
             f"{need} problems on. Use more problems or fewer settings."
         )
@@ -241,9 +242,7 @@ def _tokens(c: _Comparison, baseline: Outcome) -> str:
 
 def _corrected(settings: int, method: str) -> str:
     return (
-        f"corrected for {_settings(settings)} by {method}'s method" if settings > 1 else "1 setting"
+        f"corrected for {count(settings, 'setting')} by {method}'s method"
+        if settings > 1
+        else "1 setting"
     )
-
-
-def _settings(count: int) -> str:
-    return f"{count} setting" if count == 1 else f"{count} settings"

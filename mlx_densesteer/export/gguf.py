@@ -55,13 +55,10 @@ def write(
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
     """
     gguf = gguf_package(out, ExportError)
-    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
     with atomic_path(out) as made:
-        writer = gguf.GGUFWriter(made, ARCHITECTURE)
+        writer = _writer(gguf, made, folder, config, end_of_turn)
         writer.add_name(f"{name}, steered")
         writer.add_string(RECORD_KEY, record)
-        _add_shape(writer, config)
-        _add_tokenizer(writer, folder, vocabulary, end_of_turn)
         for tensor, array in _tensors(shards, config):
             dtype = _dtype(gguf, array)
             writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
@@ -85,18 +82,14 @@ def differences(
 ) -> list[str]:
     """Compare every tensor and field of a file with what ``write`` would write, bit for bit."""
     gguf = gguf_package(path, ExportError)
-    wanted_fields = gguf.GGUFWriter(None, ARCHITECTURE)
-    _add_shape(wanted_fields, config)
-    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
-    _add_tokenizer(wanted_fields, folder, vocabulary, end_of_turn)
+    fields = _writer(gguf, None, folder, config, end_of_turn).kv_data[0]
     with damage(path, ExportError):
         reader = gguf.GGUFReader(path)
         found = {tensor.name: tensor for tensor in reader.tensors}
-        fields = {key: reader.get_field(key) for key in wanted_fields.kv_data[0]}
         problems = [
             f"{key} is another"
-            for key, wanted in wanted_fields.kv_data[0].items()
-            if fields[key] is None or not _same(fields[key].contents(), wanted.value)
+            for key, wanted in fields.items()
+            if not _same(contents(reader, key), wanted.value)
         ]
     return problems + differing(
         found,
@@ -140,6 +133,16 @@ def check_target(out: Path, force: bool) -> None:
         )
 
 
+def _writer(
+    gguf: Any, out: Path | None, folder: Path, config: Mapping[str, object], end_of_turn: int | None
+) -> "gguf.GGUFWriter":
+    """Return a writer that has the fields of the model and its tokenizer."""
+    writer = gguf.GGUFWriter(out, ARCHITECTURE)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, folder, int(config["vocab_size"]), end_of_turn)
+    return writer
+
+
 def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     if config.get("rope_scaling"):
         raise ExportError(
@@ -160,9 +163,9 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
 
 
 def _add_tokenizer(
-    writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary", end_of_turn: int | None
+    writer: "gguf.GGUFWriter", folder: Path, size: int, end_of_turn: int | None
 ) -> None:
-    tokens, kinds, merges = vocabulary
+    tokens, kinds, merges = _vocabulary(folder, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -184,10 +187,7 @@ def _add_tokenizer(
         writer.add_chat_template(template)
 
 
-_Vocabulary = tuple[list[str], list[int], list[str]]
-
-
-def _vocabulary(folder: Path, size: int) -> _Vocabulary:
+def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str]]:
     """Return tokens, their types and the merges of ``tokenizer.json``."""
     document = json.loads((folder / "tokenizer.json").read_bytes())
     cutting = json.dumps(document.get("pre_tokenizer"), ensure_ascii=False)
