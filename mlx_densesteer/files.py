@@ -31,11 +31,7 @@ from .text import one_line
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces ``path`` as ``atomic_path`` does.
-
-    Raises:
-        DiskError: as ``atomic_path``.
-    """
+    """Open a file that replaces ``path`` as ``atomic_path`` does; raises as that does."""
     with atomic_path(path) as made, made.open("wb") as file:
         yield file
 
@@ -69,11 +65,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def file_to_replace(path: Path) -> tuple[Path, int | None]:
-    """Return the file that a write to ``path`` makes or replaces, and its mode if it is there.
-
-    Raises:
-        DiskError: as ``atomic_path``.
-    """
+    """Return the file that ``atomic_path`` replaces, and its mode if it is there; raises as that does."""
     with disk_errors(path):
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         if not target.parent.is_dir():

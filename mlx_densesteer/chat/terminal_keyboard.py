@@ -10,7 +10,7 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.styles import Style
@@ -29,10 +29,11 @@ class TerminalKeyboard(Keyboard):
 
     def __init__(self) -> None:
         self._given_back = ""
+        file = history_file()
         self._prompt: PromptSession[str] = PromptSession(
             multiline=True,
             key_bindings=_bindings(),
-            history=_history(),
+            history=_History(str(file)) if file else InMemoryHistory(),
             input_processors=[_Printable()],
             completer=_Commands(),
             complete_while_typing=Condition(_is_command),
@@ -108,11 +109,6 @@ class _History(FileHistory):
             super().store_string(string.encode("utf-8", "replace").decode("utf-8"))
         except OSError:
             return
-
-
-def _history() -> History:
-    path = history_file()
-    return InMemoryHistory() if path is None else _History(str(path))
 
 
 def history_file() -> Path | None:

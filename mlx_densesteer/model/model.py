@@ -181,11 +181,7 @@ class Model:
         return token
 
     def ends(self, prompt: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that end the answer to a prompt.
-
-        These are the tokenizer's ``eos_token_ids``, and ``end_of_turn`` if the prompt has a control token of
-        the chat template.
-        """
+        """Return the tokens that end the answer: ``end_of_turn`` too, if the prompt has the template's tokens."""
         ends = frozenset(self.tokenizer.eos_token_ids)
         if self.end_of_turn is None or self._turn_tokens.isdisjoint(prompt):
             return ends

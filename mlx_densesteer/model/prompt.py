@@ -196,11 +196,9 @@ def whole_numbers(tokens: Iterable[int], what: str) -> list[int]:
 
 
 def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:
-    """Raise ``InputError`` unless the model knows every token: mlx would read memory beyond its rows.
+    """Raise ``InputError`` unless every token, a whole number, is one of the model's ``vocabulary``.
 
-    Args:
-        tokens: Python's whole numbers.
-        vocabulary: how many tokens the model knows.
+    mlx would read memory beyond its rows.
     """
     if not len(tokens) or (min(tokens) >= 0 and max(tokens) < vocabulary):
         return
