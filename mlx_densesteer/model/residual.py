@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..steering.vector import format_layers
 from .block import decoder_blocks
+from .likelihood import pad_right
 from .prompt import check_ids
 from .token_tree import PairBatch, Tail, TokenTree
 
@@ -109,10 +110,8 @@ class _Part:
     """Rows of tokens that go through the blocks together, right-padded; the causal mask hides the padding."""
 
     def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]]):
-        width = max(map(len, rows))
-        padded = [[*row, *[0] * (width - len(row))] for row in rows]
-        self.h = network.model.embed_tokens(mx.array(padded))
-        self.width = width
+        self.h = network.model.embed_tokens(pad_right(rows))
+        self.width = self.h.shape[1]
 
     def pad(self, rows: Sequence[np.ndarray]) -> mx.array:
         """Return ``rows`` padded with zeros, float32 ``(rows, tokens, 1)``."""

@@ -23,6 +23,7 @@ NEAR = 0.1  # a lower layer is preferred if its gain is within this share of the
 SMALLEST = 1e-5  # a vector whose strength 1 is a smaller dose consists of rounding errors
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 
 
 class HasNorms(Protocol):
@@ -207,22 +208,17 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
     for text in texts:
         for part in text.split(","):
             part = part.strip()
-            first, dash, last = part.partition("-")
+            match = _LAYERS.fullmatch(part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if part == "all":
                 layers.update(available)
-            elif _is_layer(part):
-                layers.add(int(part))
-            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
-                layers.update(range(int(first), int(last) + 1))
+            elif first <= last:
+                layers.update(range(first, last + 1))
             else:
                 raise SteeringError(
                     f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
                 )
     return tuple(sorted(layers))
-
-
-def _is_layer(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 4
 
 
 def format_dose(dose: float) -> str:
