@@ -66,7 +66,7 @@ def _vulgar(sign: str) -> str:
 
 
 _CHARACTERS = (
-    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full width
+    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5E)}  # full width; the tilde means a range
     | {ord(sign): "-" for sign in "−﹣‐‑‒–"}
     | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), "")
     | {0x2044: "/", 0x2215: "/", ord("٫"): ".", ord("٬"): "'", ord("’"): "'", ord("ʼ"): "'"}

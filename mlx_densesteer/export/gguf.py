@@ -147,7 +147,7 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     if config.get("rope_scaling"):
         raise ExportError(
             f"rope_scaling {config['rope_scaling']!r}: cannot be written to GGUF. Use a model without a "
-            "stretched context, or --format hf."
+            "stretched context, or the format hf."
         )
     heads = int(config["num_attention_heads"])
     writer.add_context_length(int(config.get("max_position_embeddings", 32768)))
@@ -194,7 +194,7 @@ def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str
     if SPLIT not in cutting.replace("\\\\", "\\"):
         raise ExportError(
             f"{folder}: its tokenizer does not cut text into words as Qwen2's does, and llama.cpp "
-            "would. Use --format hf."
+            "would. Use the format hf."
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [_UNUSED] * size

@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 _FILES = {  # hints for files that users mistake for a model
     ".gguf": "is a GGUF file. Convert it with `densesteer convert {}`.",
-    ".npz": "is a steering vector's file: -v takes it. A model is a folder.",
+    ".npz": "is a steering vector's file. A model is a folder.",
     ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
     ".safetensors": "is one file of a model. Name its folder.",
 }

@@ -70,7 +70,7 @@ def check_prompt(
     if raw and system is not None:
         raise InputError("a system message needs the chat template; it cannot go with raw.")
     if not raw and not tokenizer.has_chat_template:
-        raise InputError("the model has no chat template; use --raw (raw=True) for plain text.")
+        raise InputError("the model has no chat template; use raw for plain text.")
 
 
 def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **options: object) -> str:
@@ -285,7 +285,7 @@ def _render(
             ) from error
         raise ModelError(
             f"the model's chat template cannot be used ({cause(error)}). Correct it, or use "
-            "--raw (raw=True) for plain text."
+            "raw for plain text."
         ) from error
 
 

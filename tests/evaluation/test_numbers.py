@@ -203,6 +203,8 @@ PROSE = [
     # other scripts, exactness
     ("\uff11\uff15", "15", True),
     ("\uff11\uff0c\uff15\uff10\uff10", "1500", True),
+    ("\uff08\uff11\uff15\uff09", "15", True),
+    ("\uff11\uff10\uff10\uff5e\uff12\uff10\uff10", "100200", False),
     ("\u0661\u0662", "12", True),
     ("9007199254740993", "9007199254740993", True),
     ("9007199254740993", "9007199254740992", False),

@@ -182,13 +182,13 @@ class OpenAIRewriter:
             401: f"Set the right key in the environment: export {KEY}=...",
             403: f"The key in {KEY} may not use this model.",
             404: f"Check the address and the model: {self._shown}.",
-        }.get(status, "Check the address, the model and --rewriter-fields.")
+        }.get(status, "Check the address, the model and the fields.")
         return f"{self._host} refuses: {problem}. {remedy}"
 
     def _failure(self, problem: str) -> str:
         return (
             f"{self._host}: no rewrite in up to {self._attempts} attempts ({problem}). Finished "
-            "rewrites are kept: start the same command again later, or with a lower --requests-per-minute."
+            "rewrites are kept: start the same command again later, or with fewer requests per minute."
         )
 
     def _error(self, text: str) -> InputError:

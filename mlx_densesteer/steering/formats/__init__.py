@@ -64,7 +64,5 @@ def export_vector(
     path = Path(path)
     kind = to or path.suffix.lower().removeprefix(".")
     if kind not in _WRITERS:
-        raise VectorFormatError(
-            f"{path}: format {kind!r}, expected {' or '.join(_WRITERS)}: --to, or the file's ending."
-        )
+        raise VectorFormatError(f"{path}: format {kind!r}, expected {' or '.join(_WRITERS)}.")
     return _WRITERS[kind](vector, path, layer_offset=layer_offset)

@@ -147,7 +147,7 @@ def _not_expressed(
         )
     if len(numbers) - len(kept) > 1:
         told.append(
-            "llama.cpp steers every layer of a file, not one. Export one (-l), or name a range there "
+            "llama.cpp steers every layer of a file, not one. Export one, or name a range there "
             "(--control-vector-layer-range)"
         )
     told.append("llama.cpp steers every position, prompt and response")
