@@ -36,7 +36,7 @@ class TerminalKeyboard(Keyboard):
             history=_History(str(file)) if file else InMemoryHistory(),
             input_processors=[_Printable()],
             completer=_Commands(),
-            complete_while_typing=Condition(_is_command),
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
             reserve_space_for_menu=MENU,
             enable_suspend=True,
             style=Style.from_dict({"prompt": "bold"}),
@@ -128,10 +128,6 @@ def _state_folder() -> Path:
         return Path.home() / "Library/Application Support/mlx-densesteer"
     base = os.environ.get("XDG_STATE_HOME", "")
     return (Path(base) if base.startswith("/") else Path.home() / ".local/state") / "mlx-densesteer"
-
-
-def _is_command() -> bool:
-    return get_app().current_buffer.text.startswith("/")
 
 
 def _bindings() -> KeyBindings:

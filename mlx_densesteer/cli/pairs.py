@@ -122,11 +122,13 @@ def pairs(
     rewriter: Rewriter | None = None
     if kind == "openai":
         from ..extraction.rewriting.openai import KEY, OpenAIRewriter
+        from ..files import parse_object
 
+        given, error = rewriter_fields or "{}", click.UsageError
         rewriter = OpenAIRewriter(
             rest,
             key=os.environ.get(KEY),
-            fields=_read_fields(rewriter_fields),
+            fields=parse_object(given, "--rewriter-fields", error=error, remedy=""),
             warn=note,
             timeout=timeout,
             attempts=attempts,
@@ -186,12 +188,6 @@ def pairs(
             f"no pair was accepted; every solution is in {files.solved}, every rejection and its "
             f"reasons in {files.rejected}."
         )
-
-
-def _read_fields(text: str | None) -> dict[str, object]:
-    from ..files import parse_object
-
-    return parse_object(text or "{}", "--rewriter-fields", error=click.UsageError, remedy="")
 
 
 def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":

@@ -147,7 +147,11 @@ def answer(
     by_print = {_fingerprint(steering): steering for steering in steerings}
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
-    found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
+    found = {  # graded again: math-verify (extra ``eval``) may be new here
+        key: replace(there[key], **asdict(grade(by_id[key[0]], there[key].text)))
+        for key in wanted
+        if key in there
+    }
     missing = [key for key in wanted if key not in found]
     generated = 0
 
@@ -260,8 +264,3 @@ def _graded(problem: Problem, key: Key, generation: Generation) -> Answer:
         seconds=round(seconds, 3),
         **asdict(verdict),
     )
-
-
-def _regraded(problem: Problem, kept: Answer) -> Answer:
-    """Grade a kept answer again: math-verify (extra ``eval``) may be new here."""
-    return replace(kept, **asdict(grade(problem, kept.text)))

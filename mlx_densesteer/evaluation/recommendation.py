@@ -104,7 +104,8 @@ def recommend(
     if supported:
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
         text = _say_accuracy(best, baseline, len(comparisons))
-        return _recommendation(best, "accuracy", text)
+        one = best.outcome
+        return Recommendation(one.layer, one.strength, one.dose, "accuracy", text)
     each = 1 - RISK / len(comparisons)
     for c in sorted(comparisons, key=lambda c: (-c.saving, abs(c.outcome.strength))):
         loss = -paired_difference(c.better, c.worse, len(c.outcome.correct), each)[0]
@@ -112,15 +113,10 @@ def recommend(
             continue
         if (saving := _saving(c, baseline, each)) is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
-            return _recommendation(c, "tokens", text)
+            one = c.outcome
+            return Recommendation(one.layer, one.strength, one.dose, "tokens", text)
     text = _say_none(comparisons, baseline, margin)
     return Recommendation(None, 0.0, 0.0, "none", text)
-
-
-def _recommendation(
-    c: _Comparison, reason: Literal["accuracy", "tokens"], text: str
-) -> Recommendation:
-    return Recommendation(c.outcome.layer, c.outcome.strength, c.outcome.dose, reason, text)
 
 
 def _check(baseline: Outcome, others: Sequence[Outcome], margin: float) -> None:

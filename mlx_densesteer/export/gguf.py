@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 RECORD_KEY = "mlx_densesteer.baked"  # JSON, as `densesteer.json` of a folder
 ARCHITECTURE = "llama"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 Shards = Callable[[], Iterable[dict[str, mx.array]]]
 
 
@@ -60,7 +61,7 @@ def write(
         writer.add_name(f"{name}, steered")
         writer.add_string(RECORD_KEY, record)
         for tensor, array in _tensors(shards, config):
-            dtype = _dtype(gguf, array)
+            dtype = gguf.GGMLQuantizationType[_DTYPES[array.dtype]]
             writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -230,11 +231,6 @@ def _neighbours(array: mx.array, heads: int) -> mx.array:
     """Reorder rows so that two that rotate together are neighbours."""
     rows = array.shape[0]
     return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
-
-
-def _dtype(gguf: Any, array: mx.array) -> "gguf.GGMLQuantizationType":
-    names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
-    return gguf.GGMLQuantizationType[names[array.dtype]]
 
 
 def _numpy(array: mx.array) -> np.ndarray:
