@@ -48,7 +48,12 @@ def encode_prompt(
     if not isinstance(prompt, str):
         if not len(prompt):
             raise InputError("a prompt has no tokens; expected at least one.")
-        return whole_numbers(prompt, "the prompt")
+        try:
+            return list(map(operator.index, getattr(prompt, "tolist", lambda: prompt)()))
+        except TypeError:
+            raise InputError(
+                "the prompt has a token that is no whole number; expected token ids."
+            ) from None
     check_prompt(tokenizer, prompt, system=system, raw=raw)
     if raw:
         return tokenizer.encode(prompt)
@@ -183,16 +188,6 @@ def turn_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
         return frozenset()
     control = _control(tokenizer)
     return frozenset(control.ids[t] for t in control.token.findall(_render(tokenizer, [_QUESTION])))
-
-
-def whole_numbers(tokens: Iterable[int], what: str) -> list[int]:
-    """Return token ids as Python's numbers; raise ``InputError`` for anything else."""
-    try:
-        return list(map(operator.index, getattr(tokens, "tolist", lambda: tokens)()))
-    except TypeError:
-        raise InputError(
-            f"{what} has a token that is no whole number; expected token ids."
-        ) from None
 
 
 def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:
