@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from ..errors import DiskError, InputError
-from ..files import disk_errors, file_to_replace, parse_object
+from ..files import disk_errors, parse_object
 from ..text import cause, one_line
 
 
@@ -33,8 +33,9 @@ class Journal:
 
     def __init__(self, path: str | Path, header: dict):
         self.path = Path(path)
-        file_to_replace(self.path)
         with disk_errors(self.path):
+            if not (folder := self.path.parent).is_dir():
+                raise DiskError(f"{self.path}: there is no folder {folder}. Make it first.")
             self._file = self.path.open("a+b", buffering=0)  # a full disk is noticed at once
         try:
             self._lock()
