@@ -1,17 +1,19 @@
 """``densesteer eval``."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..text import aligned, count, estimate, note, percent, share
+from ..text import aligned, count, note, percent
 from . import completers
 from .options import (
     json_option,
     model_option,
     no_nll_option,
+    out_option,
     run_options,
     steering_options,
     task_options,
@@ -21,7 +23,7 @@ from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..evaluation.answers import Answer
-    from ..evaluation.scoring import Score
+    from ..evaluation.scoring import Estimate, Score
     from ..steering.request import Amount
     from ..steering.steering import Positions
 
@@ -31,13 +33,11 @@ if TYPE_CHECKING:
 @steering_options
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="Journal of every answer; the same command continues from what is there. "
+@out_option(
+    "FILE.jsonl",
+    "Journal of every answer; the same command continues from what is there. "
     "[default: eval-TASK-MODEL.jsonl]",
+    required=False,
 )
 @click.option(
     "--no-baseline", is_flag=True, help="Leave out strength 0, and the comparison with it."
@@ -107,7 +107,7 @@ def evaluate(
             "steering": described(steering, loaded),
             "max_tokens": max_tokens,
             "answers": str(path),
-            "scores": {name: one.describe() for name, one in scores.items()},
+            "scores": {name: asdict(one) for name, one in scores.items()},
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
@@ -129,17 +129,29 @@ def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
         note(f"... and {len(differing) - 5} more: see by_math_verify and by_reference in the file")
 
 
+def _estimate(one: "Estimate | None", digits: int = 1) -> str:
+    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
+    if one is None:
+        return "-"
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+
+
+def _share(one: "Estimate") -> str:
+    """Write ``45.0% [35.6, 54.8]``."""
+    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
 def _table(scores: "dict[str, Score]") -> list[str]:
     rows = [["", "accuracy", "steps", "tokens", "density", "NLL", "truncated", "latency s"]]
     for name, s in scores.items():
         rows.append(
             [
                 name,
-                share(s.accuracy),
-                estimate(s.steps),
-                estimate(s.tokens),
+                _share(s.accuracy),
+                _estimate(s.steps),
+                _estimate(s.tokens),
                 "-" if s.density is None else f"{s.density:.1f}",
-                estimate(s.nll, 3),
+                _estimate(s.nll, 3),
                 str(s.truncated),
                 f"{s.seconds:.1f}",
             ]
@@ -151,10 +163,9 @@ def _table(scores: "dict[str, Score]") -> list[str]:
     if compared is not None:
         lines += [
             "",
-            f"steered - unsteered: accuracy {percent(compared.accuracy.value)} "
-            f"[{100 * compared.accuracy.low:.1f}, {100 * compared.accuracy.high:.1f}], "
-            f"steps {estimate(compared.steps)}, tokens {estimate(compared.tokens)}, "
-            f"NLL {estimate(compared.nll, 3)}",
+            f"steered - unsteered: accuracy {_share(compared.accuracy)}, "
+            f"steps {_estimate(compared.steps)}, tokens {_estimate(compared.tokens)}, "
+            f"NLL {_estimate(compared.nll, 3)}",
             f"right only steered: {compared.better}, right only unsteered: {compared.worse}; "
             f"McNemar p = {compared.p:.3g}",
         ]

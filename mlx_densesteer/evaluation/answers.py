@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, get_type_hints
 
 from ..errors import ModelError
 from ..files import check_fields, token_ids
@@ -147,7 +147,11 @@ def answer(
     by_print = {_fingerprint(steering): steering for steering in steerings}
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
-    found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
+    found = {  # graded again: math-verify (extra ``eval``) may be new here
+        key: replace(there[key], **asdict(grade(by_id[key[0]], there[key].text)))
+        for key in wanted
+        if key in there
+    }
     missing = [key for key in wanted if key not in found]
     generated = 0
 
@@ -192,7 +196,7 @@ def _check_finite(keys: Sequence[Key], values: Sequence[float]) -> None:
         if not isfinite(value):
             raise ModelError(
                 f"the NLL of the response to {key[0]} is not finite: the model overflows its dtype. "
-                "Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+                "Convert it with the dtype bfloat16 or float32, or leave the NLL out."
             )
 
 
@@ -202,15 +206,7 @@ def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-_KINDS = {
-    **dict.fromkeys(("problem", "content", "steering", "text", "finish_reason"), str),
-    **dict.fromkeys(("correct", "by_reference"), bool),
-    "steps": int,
-    "seconds": int | float,
-    "found": str | None,
-    "by_math_verify": bool | None,
-    "nll": int | float | None,
-}
+_KINDS = get_type_hints(Answer) | {"token_ids": list}
 
 
 def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
@@ -223,7 +219,7 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
     for number, record in enumerate(journal.records, 2):
         try:
             if "nll_of" in record:
-                check_fields(record, nll_of=list, nll=int | float)
+                check_fields(record, nll_of=list, nll=float)
                 key = tuple(record["nll_of"])
                 if key in answers:
                     answers[key] = replace(answers[key], nll=record["nll"])
@@ -268,8 +264,3 @@ def _graded(problem: Problem, key: Key, generation: Generation) -> Answer:
         seconds=round(seconds, 3),
         **asdict(verdict),
     )
-
-
-def _regraded(problem: Problem, kept: Answer) -> Answer:
-    """Grade a kept answer again: math-verify (extra ``eval``) may be new here."""
-    return replace(kept, **asdict(grade(problem, kept.text)))

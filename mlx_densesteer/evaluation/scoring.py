@@ -7,7 +7,7 @@ the bootstrap are too narrow below some 20 problems.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
@@ -66,10 +66,6 @@ class Score:
     disagreements: int
     seconds: float
     against_unsteered: Comparison | None = None
-
-    def describe(self) -> dict[str, object]:
-        """Return plain values for JSON output."""
-        return asdict(self)
 
 
 @takes_model

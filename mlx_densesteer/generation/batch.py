@@ -337,27 +337,19 @@ def generate_batch(
     for number, prompt in enumerate(prompts):
         model.check_length(prompt, system, what=f"prompt {number}")
     options = {"system": system, "raw": raw, "special_tokens": special_tokens}
-    jobs = [
-        _Prompt(encode_prompt(model.tokenizer, prompt, **options), how, limit)
-        for prompt, how, limit in zip(prompts, steerings, limits, strict=True)
-    ]
-    for number, job in enumerate(jobs):
-        check_ids(job.tokens, model.vocabulary, f"prompt {number}")
-        model.room(len(job.tokens), job.limit, what=f"prompt {number}")
-    for distinct in {id(job.steering): job for job in jobs}.values():
-        make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
+    tokens = [encode_prompt(model.tokenizer, prompt, **options) for prompt in prompts]
+    jobs = list(zip(tokens, steerings, limits, strict=True))
+    for number, (ids, _, limit) in enumerate(jobs):
+        check_ids(ids, model.vocabulary, f"prompt {number}")
+        model.room(len(ids), limit, what=f"prompt {number}")
+    for ids, how, _ in {id(job[1]): job for job in jobs}.values():
+        make_cache(model, how, prompt_length=len(ids))
     return _run(model, jobs, sampling, tuple(stop), rows, progress or (lambda _: None))
-
-
-class _Prompt(NamedTuple):
-    tokens: list[int]
-    steering: Steering | None
-    limit: int
 
 
 def _run(
     model: Model,
-    jobs: Sequence[_Prompt],
+    jobs: Sequence[tuple[list[int], Steering | None, int]],
     sampling: Sampling,
     stop: tuple[str, ...],
     rows: int,
@@ -370,9 +362,9 @@ def _run(
     steps = 0
     with Batch(model, rows=rows) as batch:
         while True:
-            for job in islice(waiting, rows - batch.running):
-                options = {"max_tokens": job.limit, "sampling": sampling, "stop": stop}
-                batch.add(job.tokens, steering=job.steering, **options)
+            for tokens, steering, limit in islice(waiting, rows - batch.running):
+                options = {"max_tokens": limit, "sampling": sampling, "stop": stop}
+                batch.add(tokens, steering=steering, **options)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
