@@ -20,6 +20,7 @@ from .vector import SteeringVector, format_layers
 DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
 LARGEST = 1e9  # largest |strength|: far above any under which a model still writes text
 NEAR = 0.1  # a lower layer is preferred if its gain is within this share of the best
+_LONGEST = 10_000  # characters of a list of layers
 SMALLEST = 1e-5  # a vector whose strength 1 is a smaller dose consists of rounding errors
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -206,6 +207,10 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
     """
     layers: set[int] = set()
     for text in texts:
+        if len(text) > _LONGEST:
+            raise SteeringError(
+                f"layers in {len(text):,} characters: expected a list such as 10-14,20 or all."
+            )
         for part in text.split(","):
             part = part.strip()
             match = _LAYERS.fullmatch(part)
