@@ -335,6 +335,13 @@ def test_closed_streams(hf_folder):
         assert "Traceback" not in done.stderr
 
 
+def test_a_filter_that_closes_its_end_early_is_no_error():
+    """densesteer generate ... | head -c 1"""
+    command = f'"{sys.executable}" -m mlx_densesteer generate -m demo -n 40 hello | head -c 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout) == 1 and "Traceback" not in done.stderr
+
+
 def test_a_huge_strength_is_still_json(run, hf_folder, vector_file):
     arguments = (
         "generate",
