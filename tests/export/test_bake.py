@@ -20,10 +20,11 @@ from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModelError
 from mlx_densesteer.export import bake as baking
-from mlx_densesteer.export.closeness import compare, reference
+from mlx_densesteer.export.closeness import reference
 from mlx_densesteer.export.llama import llama_config
 from mlx_densesteer.model.config import origin
 from mlx_densesteer.model.model import load_folder
+from mlx_densesteer.model.prompt import encode_prompt
 
 TEXT = "Rosa has 3 boxes with 8 shells in each.\n\nIt's 1234567, she's sure."
 QUESTION = "Rosa has 3 boxes with 8 shells in each. Then Rosa sells 6. How many shells are left?"
@@ -150,24 +151,40 @@ def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
     assert text == ours.text.strip() != other.text.strip()
 
 
-def stock_transformers(folder, tokens, prompt, out, count):
+@pytest.fixture(scope="module")
+def stock_transformers(tmp_path_factory):
+    """Return a function that runs a folder in stock transformers; one process for all of them."""
     python = ROOT / ".venv-torch/bin/python"
     if not python.exists():
         message = "no .venv-torch: make it with scripts/make-torch-env"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
     script = Path(__file__).parents[1].joinpath("stock_transformers.py")
-    done = subprocess.run(
-        [python, "-I", script, folder, out / "in.npz", out / "out.npz", str(count)],
-        capture_output=True, text=True, timeout=300,
-        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "newly initialized" not in done.stderr and "not used" not in done.stderr, done.stderr
-    with np.load(out / "out.npz") as arrays:
-        return dict(arrays)
+    log = tmp_path_factory.mktemp("transformers") / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [python, "-I", script], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def run(folder, tokens, prompt, out, count):
+        np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
+        said = log.stat().st_size
+        job = [*map(str, (folder, out / "in.npz", out / "out.npz")), count]
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        done = process.stdout.readline()
+        stderr = log.read_bytes()[said:].decode()
+        assert done == "done\n", stderr
+        assert "newly initialized" not in stderr and "not used" not in stderr, stderr
+        with np.load(out / "out.npz") as arrays:
+            return dict(arrays)
+
+    with process:
+        yield run
+        process.stdin.close()
 
 
 def greedy(network, tokens, steering, count):
@@ -179,7 +196,7 @@ def greedy(network, tokens, steering, count):
 
 
 @pytest.mark.slow
-def test_stock_transformers_runs_it(plain, steering, tmp_path):
+def test_stock_transformers_runs_it(plain, steering, stock_transformers, tmp_path):
     source, _ = plain
     model = load_folder(source)
     tokens, first = model.solutions()[0]
@@ -199,7 +216,7 @@ def test_stock_transformers_runs_it(plain, steering, tmp_path):
 @pytest.mark.parametrize(
     "scaling", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}]
 )
-def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
+def test_a_model_that_transformers_5_saved(plain, steering, stock_transformers, tmp_path, scaling):
     """Its rotary embedding is in rope_parameters alone: run, converted and baked, it keeps it."""
     source = shutil.copytree(plain[0], tmp_path / "source")
     weights = mx.load(str(source / "model.safetensors"))
@@ -441,7 +458,9 @@ def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
 
 @pytest.mark.checkpoint
 @pytest.mark.usefixtures("unsynced")
-def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path):
+def test_the_real_checkpoint_in_stock_programs(
+    checkpoint, real_model, stock_transformers, tmp_path, monkeypatch
+):
     """Qwen2.5 0.5B in float32: stock mlx-lm and stock transformers against run-time steering."""
     network, tokenizer = real_model
     rng = np.random.default_rng(0)
@@ -449,18 +468,18 @@ def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path)
         {16: rng.normal(size=896)}, ds.VectorMeta(model="random", hidden_size=896, layer_count=24)
     )
     steering = ds.Steering(vector, 0.5, (16,))
-    tokens, first = real_model.solutions()[0]
-    tokens = tokens[: first + 8]
-    expected = reference(network, tokens, steering)
+    prompt = encode_prompt(tokenizer, QUESTION)
+    tokens, first = [*prompt, *tokenizer.encode("18. 6*3=18")], len(prompt)
+    monkeypatch.setattr(ds.Model, "solutions", lambda model: [(tokens, first)])  # long ones
     baked = ds.bake(checkpoint, steering, tmp_path / "steered", format="hf")
-    stock, _ = mlx_lm.load(str(baked.path))
-    found = compare(expected, stock)
-    del stock
-    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 8)
-    difference = float(np.abs(theirs["logits"] - np.array(expected.steered)).max())
+    expected = np.array(network(mx.array([tokens]), ds.make_cache(network, steering))[0])
+    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 6)
+    difference = float(np.abs(theirs["logits"] - expected).max())
+    found = baked.closeness  # of mlx-lm, run when it was baked
     print(f"\nmlx-lm: {found}\ntransformers: largest difference {difference:.1e}")
     (baked.path / "model.safetensors").unlink()  # 2.5 GB
     assert found.difference <= 1e-5 * found.largest and found.moved > 1 and found.floor == 0
+    assert found.tokens == len(tokens)
     assert difference < 1e-3
-    assert theirs["greedy"].tolist() == greedy(network, tokens[:first], steering, 8)
+    assert theirs["greedy"].tolist() == greedy(network, prompt, steering, 6)
     assert theirs["encoded"].tolist() == tokenizer.encode(TEXT)
