@@ -61,6 +61,19 @@ def plain(converted, steering, tmp_path_factory):
     return converted(None, "float32"), ds.bake(converted(None, "float32"), steering, out)
 
 
+@pytest.fixture
+def shortened(monkeypatch):
+    """Return a function that lets a result be compared over 48 tokens; 4 bits in bfloat16 are slow."""
+    whole = ds.Model.solutions
+
+    def shorten():
+        monkeypatch.setattr(
+            ds.Model, "solutions", lambda model: [(t[:48], first) for t, first in whole(model)]
+        )
+
+    return shorten
+
+
 @pytest.mark.parametrize("format", ["mlx", "hf"])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
@@ -72,11 +85,13 @@ def plain(converted, steering, tmp_path_factory):
         pytest.param(4, "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_equal_to_run_time_steering(converted, steering, tmp_path, bits, dtype, format):
+def test_equal_to_run_time_steering(converted, steering, shortened, tmp_path, bits, dtype, format):
+    if slow := (bits, dtype) == (4, "bfloat16"):
+        shortened()
     baked = ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
     found = baked.closeness
     print(f"\n{bits or 'no'} bits, {dtype}, {format}: {found}")
-    assert found.moved > 5 and found.tokens > 100
+    assert found.moved > 5 and found.tokens > (40 if slow else 100)
     if dtype == "float32":
         assert found.difference <= 1e-5 * found.largest
         assert found.same == found.tokens
@@ -359,11 +374,13 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     ],
 )
 def test_a_result_that_is_not_run_time_steering_is_thrown_away(
-    converted, vector, tmp_path, monkeypatch, bits, dtype, factor, format
+    converted, vector, shortened, tmp_path, monkeypatch, bits, dtype, factor, format
 ):
     """With a vector that went wrong on its way into the file, also where 16 bits are coarse."""
     from mlx_densesteer.export import llama
 
+    if bits == 4:
+        shortened()
     real = llama._biases
     steering = ds.Steering(vector, 1.0, layers=(4, 5))
     right = ds.bake(converted(bits, dtype), steering, tmp_path / "right", format=format)
