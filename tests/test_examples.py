@@ -5,6 +5,7 @@ import json
 import os
 import plistlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,32 @@ def run(home):
     return run
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a Python example in this process, which has mlx already: standard output, and the error."""
+    before = signal.getsignal(signal.SIGPIPE)
+
+    def run_here(name: str, *words: str, **settings: str) -> tuple[str, str | None]:
+        with monkeypatch.context() as here:
+            for variable in ("MODEL", "VECTOR", "STRENGTH", "LAYER"):
+                here.delenv(f"DENSESTEER_{variable}", raising=False)
+            for variable, value in settings.items():
+                here.setenv(variable, value)
+            here.setattr(sys, "argv", [f"{name}.py", *words])
+            here.syspath_prepend(EXAMPLES)
+            here.delitem(sys.modules, "settings", raising=False)
+            error = None
+            try:
+                runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+            except SystemExit as end:
+                error = end.code
+        return capsys.readouterr().out, error
+
+    yield run_here
+    sys.modules.pop("settings", None)
+    signal.signal(signal.SIGPIPE, before)
+
+
 @pytest.fixture(scope="module")
 def solved() -> dict[float, str]:
     """The answers to QUESTION by strength, from the library."""
@@ -113,10 +140,6 @@ def test_no_example_is_missing():
 def test_a_library_call(run, solved):
     done = run(sys.executable, EXAMPLES / "library_call.py")
     assert done.stdout == solved[4.76] + "\n" and "stop" in done.stderr
-    done = run(sys.executable, EXAMPLES / "library_call.py", QUESTION, DENSESTEER_STRENGTH="-7.13")
-    assert done.stdout == solved[-7.13] + "\n"
-    done = run(sys.executable, EXAMPLES / "library_call.py", code=1, DENSESTEER_MODEL="./nowhere")
-    assert "nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_streaming_callback(run, solved):
@@ -136,16 +159,16 @@ PROGRAMS = ["library_call", "streaming_callback", "asyncio_stream"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_python_examples_take_the_same_settings(run, solved, name):
+def test_the_python_examples_take_the_same_settings(run_here, solved, name):
     """Empty is unset; an empty vector is the stock model; "demo" is the embedded one."""
-    program = (sys.executable, EXAMPLES / f"{name}.py", QUESTION)
     empty = dict.fromkeys(("DENSESTEER_MODEL", "DENSESTEER_LAYER", "DENSESTEER_STRENGTH"), "")
 
     def said(**settings):
         answer = solved[settings.pop("is_answer")]
         if name == "streaming_callback":
             answer = answer.partition("\n\n")[0]
-        return run(*program, **settings).stdout == (answer + "\n") * (1 + (name == PROGRAMS[2]))
+        expected = (answer + "\n") * (1 + (name == PROGRAMS[2]))
+        return run_here(name, QUESTION, **settings) == (expected, None)
 
     assert said(DENSESTEER_VECTOR="", is_answer=0.0, **empty)
     assert said(DENSESTEER_VECTOR="demo", DENSESTEER_STRENGTH="-7.13", is_answer=-7.13)
@@ -159,24 +182,23 @@ def test_the_python_examples_take_the_same_settings(run, solved, name):
     ("STRENGTH=0,5", "strength '0,5': expected a number such as 1.5"),
     ("LAYER=4,5", "DENSESTEER_LAYER=4,5: expected a whole number, such as 14."),
 ])  # fmt: skip
-def test_a_wrong_setting_is_named(run, name, setting, error):
+def test_a_wrong_setting_is_named(run_here, name, setting, error):
     variable, _, value = f"DENSESTEER_{setting}".partition("=")
-    done = run(sys.executable, EXAMPLES / f"{name}.py", code=1, **{variable: value})
-    assert done.stdout == "" and done.stderr.startswith(f"{name}: {error}")
-    assert done.stderr.count("\n") == 1
+    shown, told = run_here(name, **{variable: value})
+    assert shown == "" and told.startswith(f"{name}: {error}") and "\n" not in told
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_is_wrong_takes_one_line(run, name):
-    program = (sys.executable, EXAMPLES / f"{name}.py")
+def test_what_is_wrong_takes_one_line(run, run_here, name):
     for words, settings, error in (
         ([""], {}, "the prompt is empty"),
-        ([], {"DENSESTEER_MODEL": "/nowhere"}, "/nowhere: no such folder"),
         ([], {"DENSESTEER_VECTOR": "nowhere.npz"}, "nowhere.npz: no such file"),
     ):
-        done = run(*program, *words, code=1, **settings)
-        assert done.stdout == "" and done.stderr.startswith(f"{name}: {error}")
-        assert done.stderr.count("\n") == 1
+        shown, told = run_here(name, *words, **settings)
+        assert shown == "" and told.startswith(f"{name}: {error}") and "\n" not in told
+    done = run(sys.executable, EXAMPLES / f"{name}.py", code=1, DENSESTEER_MODEL="/nowhere")
+    assert done.stdout == "" and done.stderr.startswith(f"{name}: /nowhere: no such folder")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -271,9 +293,9 @@ def command(run, tmp_path):
     printer.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     printer.chmod(0o755)
 
-    def command(*words, **settings):
+    def command(*words, script=EXAMPLES / "dense-filter", **settings):
         settings = {f"DENSESTEER_{name}": value for name, value in settings.items()}
-        done = run(EXAMPLES / "dense-filter", *words, DENSESTEER=str(printer), **settings)
+        done = run(script, *words, DENSESTEER=str(printer), **settings)
         assert not done.stderr
         return done.stdout.split()
 
@@ -346,7 +368,7 @@ def test_the_shortcuts_action(run, solved, shell):
     assert done.stdout == solved[4.76] + "\n"
 
 
-def test_the_raycast_command(run, home, solved):
+def test_the_raycast_command(run, command, home, solved):
     script = EXAMPLES / "raycast/solve-densely.sh"
     text = script.read_text("utf-8")
     header = dict(re.findall(r"^# @raycast\.(\w+) (.+)$", text, re.MULTILINE))
@@ -358,10 +380,11 @@ def test_the_raycast_command(run, home, solved):
     assert text.startswith("#!") and os.access(script, os.X_OK) and ".template." not in script.name
 
     assert run(script, QUESTION).stdout == solved[4.76] + "\n"
-    assert run(script, QUESTION, "-7,13").stdout == run(script, QUESTION, "-7.13").stdout
-    assert run(script, QUESTION, "-7.13").stdout == solved[-7.13] + "\n"
-    assert run(script, QUESTION, "").stdout == solved[4.76] + "\n"
-    assert run(script, QUESTION, "20%").stdout == solved[4.76] + "\n"
+    assert run(script, QUESTION, "-7,13").stdout == solved[-7.13] + "\n"
+    default = ["generate", "-m", "demo", "-v", "demo"]
+    assert command(QUESTION, script=script) == command(QUESTION, "", script=script) == default
+    for strength, read in (("-7.13", "-7.13"), ("-7,13", "-7.13"), ("20%", "20%")):
+        assert command(QUESTION, strength, script=script) == [*default, "-s", read]
     assert run(script, ODD).stdout and not (home / "pwned").exists()
 
 

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,11 @@ def _grade_number(gold: str, response: str, question: str) -> Grade:
     box = last_boxed(response)
     found = (read_only_number(box) if box else None) or last_number(response)
     right = read_only_number(gold)
-    matches = _REFERENCE_NUMBER.findall(response)
+    matches = deque(_REFERENCE_NUMBER.finditer(response), maxlen=1)
     return Grade(
         correct=bool(found and right and _same_number(right, found, question)),
         found=found.text if found else None,
-        by_reference=bool(matches) and _strip_number(matches[-1]) == _strip_number(gold),
+        by_reference=bool(matches) and _strip_number(matches[0][0]) == _strip_number(gold),
         by_math_verify=None,
     )
 

@@ -190,7 +190,7 @@ _SEVERAL = re.compile(r"[,;](?![0-9])|\\text\s*\{\s*(?:and|or)\b")
 def last_number(text: str) -> Number | None:
     """Return the last number in ``text``.
 
-    Of a text of over 100,000 characters only the end is read. Exponents, indices and digits after
+    Of a text of over 100,000 characters, or 1,000 numbers, only the end is read. Exponents, indices and digits after
     a letter are none. Digits in a time, date, range, root or symbolic fraction are no number on
     their own: the value is ``None``.
     """
@@ -206,6 +206,7 @@ _DECIMAL = re.compile(
     r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 )
 _LONGEST = 100_000  # characters in which the last number is sought; one longer number is whole
+_SEEN = 1000  # of a text's last numbers, among which the last is sought that stands for itself
 _NO_PART = re.compile(rf"[^\d.,'_~{{}}\\!;:/{_THIN}-]")
 _BEFORE = 40  # characters that tell what a number belongs to
 _EXPONENT_OR_INDEX = re.compile(r"(?:\^|[A-Za-z0-9})\]]_)\s*\{?\s*$")
@@ -227,7 +228,7 @@ def _from_the_end(text: str, most: int) -> list[Number]:
         text = text[len(text) - _LONGEST - cut.start() :]
     text = tidy(text, spaces=True)
     found: list[Number] = []
-    for match in reversed(deque(_NUMBER.finditer(text), maxlen=10_000)):
+    for match in reversed(deque(_NUMBER.finditer(text), maxlen=_SEEN)):
         start = match.start()
         before = text[max(0, start - _BEFORE) : start]
         bare = match[0][0] in ".0123456789"

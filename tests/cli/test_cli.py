@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -316,14 +317,18 @@ def test_ctrl_c_before_the_first_word(hf_folder):
     assert child.returncode == 130 and "Traceback" not in stderr
 
 
-def test_closed_streams(hf_folder):
-    command = f'"{sys.executable}" -m mlx_densesteer generate -m "{hf_folder}" -n 3 hello'
-    plain = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
-    for closed in ("<&-", "2>&-", "<&- 2>&-"):
+def test_closed_streams(run, hf_folder):
+    words = ("generate", "-m", hf_folder, "-n", "3", "hello")
+    command = shlex.join([sys.executable, "-m", "mlx_densesteer", *map(str, words)])
+    show = shlex.join([sys.executable, "-m", "mlx_densesteer", "vector", "show", "demo"])  # no mlx
+    written, shown = run(*words).stdout, run("vector", "show", "demo").stdout
+    for closed, line, expected in (
+        ("<&-", show, shown), ("2>&-", show, shown), ("<&- 2>&-", command, written),
+    ):  # fmt: skip
         done = subprocess.run(
-            ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=60
+            ["sh", "-c", f"{line} {closed}"], capture_output=True, text=True, timeout=60
         )
-        assert (done.returncode, done.stdout) == (0, plain.stdout), closed
+        assert (done.returncode, done.stdout) == (0, expected), closed
     done = subprocess.run(
         ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=60
     )
@@ -333,6 +338,13 @@ def test_closed_streams(hf_folder):
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and "No space left" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_filter_that_closes_its_end_early_is_no_error():
+    """densesteer generate ... | head -c 1"""
+    command = f'"{sys.executable}" -m mlx_densesteer generate -m demo -n 40 hello | head -c 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout) == 1 and "Traceback" not in done.stderr
 
 
 def test_a_huge_strength_is_still_json(run, hf_folder, vector_file):

@@ -176,10 +176,12 @@ def test_every_gold_answer_is_right(name):
     path = SHARED / "data" / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path.name} in the shared data")
-    for problem in load_task(path):
+    for number, problem in enumerate(load_task(path)):
         answer = f"\\boxed{{{problem.answer}}}"
         got = grade(problem, f"Hence \\({answer}\\).")
         assert got.correct and got.by_reference and got.by_math_verify in (True, None), problem
+        if number % 5:  # a wrong one in its place is tried for some
+            continue
         got = grade(problem, f"Hence \\({answer.replace(problem.answer, '1234567')}\\).")
         assert not got.correct, problem
 

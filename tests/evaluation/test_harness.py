@@ -335,6 +335,15 @@ def test_the_entry_point_that_newer_versions_of_lm_eval_look_for():
 
 # The real command, with real tasks, on local files
 
+# As `python -m mlx_densesteer.evaluation.harness`, without lm-eval's own tasks: listing them takes 10 s.
+COMMAND = """
+import runpy
+from lm_eval.tasks import TaskManager
+init = TaskManager.__init__
+TaskManager.__init__ = lambda *a, **options: init(*a, **options | {"include_defaults": False})
+runpy.run_module("mlx_densesteer.evaluation.harness", run_name="__main__", alter_sys=True)
+"""
+
 
 def write_tasks(path, documents):
     """Two tasks for each of ``plain`` and ``steered``: whose answers are the right ones."""
@@ -383,7 +392,7 @@ def test_tasks_run_steered_from_the_command_and_from_python(
     write_tasks(tmp_path, documents)
     tasks = ["written_plain", "written_steered", "chosen_plain", "chosen_steered"]
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_densesteer.evaluation.harness", "run", "--model", "densesteer",
+        [sys.executable, "-c", COMMAND, "run", "--model", "densesteer",
          "--model_args", f"pretrained={folder},vector={vector},strength=2,layer=1,positions=generated",
          "--tasks", ",".join(tasks), "--include_path", str(tmp_path), "--batch_size", "4",
          "--apply_chat_template", "--output_path", "results.json"],

@@ -13,16 +13,17 @@ import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT, run_with_torch
+from helpers import ROOT
 
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModelError
 from mlx_densesteer.export import bake as baking
-from mlx_densesteer.export.closeness import compare, reference
+from mlx_densesteer.export.closeness import reference
 from mlx_densesteer.model.config import origin
 from mlx_densesteer.model.model import load_folder
+from mlx_densesteer.model.prompt import encode_prompt
 
 TEXT = "Rosa has 3 boxes with 8 shells in each.\n\nIt's 1234567, she's sure."
 QUESTION = "Rosa has 3 boxes with 8 shells in each. Then Rosa sells 6. How many shells are left?"
@@ -59,6 +60,19 @@ def plain(converted, steering, tmp_path_factory):
     return converted(None, "float32"), ds.bake(converted(None, "float32"), steering, out)
 
 
+@pytest.fixture
+def shortened(monkeypatch):
+    """Return a function that lets a result be compared over 48 tokens; 4 bits in bfloat16 are slow."""
+    whole = ds.Model.solutions
+
+    def shorten():
+        monkeypatch.setattr(
+            ds.Model, "solutions", lambda model: [(t[:48], first) for t, first in whole(model)]
+        )
+
+    return shorten
+
+
 @pytest.mark.parametrize("format", ["mlx", "hf"])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
@@ -70,11 +84,13 @@ def plain(converted, steering, tmp_path_factory):
         pytest.param(4, "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_equal_to_run_time_steering(converted, steering, tmp_path, bits, dtype, format):
+def test_equal_to_run_time_steering(converted, steering, shortened, tmp_path, bits, dtype, format):
+    if slow := (bits, dtype) == (4, "bfloat16"):
+        shortened()
     baked = ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
     found = baked.closeness
     print(f"\n{bits or 'no'} bits, {dtype}, {format}: {found}")
-    assert found.moved > 5 and found.tokens > 100
+    assert found.moved > 5 and found.tokens > (40 if slow else 100)
     if dtype == "float32":
         assert found.difference <= 1e-5 * found.largest
         assert found.same == found.tokens
@@ -149,13 +165,40 @@ def test_stock_mlx_lm_writes_the_text_that_steering_gives(plain, steering):
     assert text == ours.text.strip() != other.text.strip()
 
 
-def stock_transformers(folder, tokens, prompt, out, count):
-    np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
-    script = ROOT / "tests/stock_transformers.py"
-    done = run_with_torch("-I", script, folder, out / "in.npz", out / "out.npz", str(count))
-    assert "newly initialized" not in done.stderr and "not used" not in done.stderr, done.stderr
-    with np.load(out / "out.npz") as arrays:
-        return dict(arrays)
+@pytest.fixture(scope="module")
+def stock_transformers(tmp_path_factory):
+    """Return a function that runs a folder in stock transformers; one process for all of them."""
+    python = ROOT / ".venv-torch/bin/python"
+    if not python.exists():
+        message = "no .venv-torch: make it with scripts/make-torch-env"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    script = Path(__file__).parents[1].joinpath("stock_transformers.py")
+    log = tmp_path_factory.mktemp("transformers") / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [python, "-I", script], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def run(folder, tokens, prompt, out, count):
+        np.savez(out / "in.npz", tokens=tokens, prompt=prompt, text=TEXT)
+        said = log.stat().st_size
+        job = [*map(str, (folder, out / "in.npz", out / "out.npz")), count]
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        done = process.stdout.readline()
+        stderr = log.read_bytes()[said:].decode()
+        assert done == "done\n", stderr
+        assert "newly initialized" not in stderr and "not used" not in stderr, stderr
+        with np.load(out / "out.npz") as arrays:
+            return dict(arrays)
+
+    with process:
+        yield run
+        process.stdin.close()
 
 
 def greedy(network, tokens, steering, count):
@@ -167,7 +210,7 @@ def greedy(network, tokens, steering, count):
 
 
 @pytest.mark.slow
-def test_stock_transformers_runs_it(plain, steering, tmp_path):
+def test_stock_transformers_runs_it(plain, steering, stock_transformers, tmp_path):
     source, _ = plain
     model = load_folder(source)
     tokens, first = model.solutions()[0]
@@ -187,7 +230,7 @@ def test_stock_transformers_runs_it(plain, steering, tmp_path):
 @pytest.mark.parametrize(
     "scaling", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}]
 )
-def test_a_model_that_transformers_5_saved(plain, steering, tmp_path, scaling):
+def test_a_model_that_transformers_5_saved(plain, steering, stock_transformers, tmp_path, scaling):
     """Its rotary embedding is in rope_parameters alone: run, converted and baked, it keeps it."""
     source = shutil.copytree(plain[0], tmp_path / "source")
     weights = mx.load(str(source / "model.safetensors"))
@@ -327,11 +370,13 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     ],
 )
 def test_a_result_that_is_not_run_time_steering_is_thrown_away(
-    converted, vector, tmp_path, monkeypatch, bits, dtype, factor, format
+    converted, vector, shortened, tmp_path, monkeypatch, bits, dtype, factor, format
 ):
     """With a vector that went wrong on its way into the file, also where 16 bits are coarse."""
     from mlx_densesteer.export import llama
 
+    if bits == 4:
+        shortened()
     real = llama._biases
     steering = ds.Steering(vector, 1.0, layers=(4, 5))
     right = ds.bake(converted(bits, dtype), steering, tmp_path / "right", format=format)
@@ -426,7 +471,9 @@ def test_a_model_of_the_hub(hf_folder, make_vector, tmp_path):
 
 @pytest.mark.checkpoint
 @pytest.mark.usefixtures("unsynced")
-def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path):
+def test_the_real_checkpoint_in_stock_programs(
+    checkpoint, real_model, stock_transformers, tmp_path, monkeypatch
+):
     """Qwen2.5 0.5B in float32: stock mlx-lm and stock transformers against run-time steering."""
     network, tokenizer = real_model
     rng = np.random.default_rng(0)
@@ -434,18 +481,18 @@ def test_the_real_checkpoint_in_stock_programs(checkpoint, real_model, tmp_path)
         {16: rng.normal(size=896)}, ds.VectorMeta(model="random", hidden_size=896, layer_count=24)
     )
     steering = ds.Steering(vector, 0.5, (16,))
-    tokens, first = real_model.solutions()[0]
-    tokens = tokens[: first + 8]
-    expected = reference(network, tokens, steering)
+    prompt = encode_prompt(tokenizer, QUESTION)
+    tokens, first = [*prompt, *tokenizer.encode("18. 6*3=18")], len(prompt)
+    monkeypatch.setattr(ds.Model, "solutions", lambda model: [(tokens, first)])  # long ones
     baked = ds.bake(checkpoint, steering, tmp_path / "steered", format="hf")
-    stock, _ = mlx_lm.load(str(baked.path))
-    found = compare(expected, stock)
-    del stock
-    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 8)
-    difference = float(np.abs(theirs["logits"] - np.array(expected.steered)).max())
+    expected = np.array(network(mx.array([tokens]), ds.make_cache(network, steering))[0])
+    theirs = stock_transformers(baked.path, tokens, first, tmp_path, 6)
+    difference = float(np.abs(theirs["logits"] - expected).max())
+    found = baked.closeness  # of mlx-lm, run when it was baked
     print(f"\nmlx-lm: {found}\ntransformers: largest difference {difference:.1e}")
     (baked.path / "model.safetensors").unlink()  # 2.5 GB
     assert found.difference <= 1e-5 * found.largest and found.moved > 1 and found.floor == 0
+    assert found.tokens == len(tokens)
     assert difference < 1e-3
-    assert theirs["greedy"].tolist() == greedy(network, tokens[:first], steering, 8)
+    assert theirs["greedy"].tolist() == greedy(network, prompt, steering, 6)
     assert theirs["encoded"].tolist() == tokenizer.encode(TEXT)

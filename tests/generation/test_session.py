@@ -20,7 +20,7 @@ from mlx_densesteer.model.prefix import Chunk, Prefix
 from mlx_densesteer.model.prompt import encode_prompt
 
 # Thousands of sequences take minutes: DENSESTEER_EXAMPLES=3000 scripts/test -k random_operations
-EXAMPLES = int(os.environ.get("DENSESTEER_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("DENSESTEER_EXAMPLES", "120"))
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +112,24 @@ def look(session: Session) -> None:
     assert mx.array_equal(next_logits(session, "?"), expected).item()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def either(request, hf_folder):
-    model, tokenizer = ds.load(hf_folder)
-    model.set_dtype(getattr(mx, request.param))
-    return model, tokenizer
+@pytest.fixture(scope="module")
+def bfloat16(hf_folder):
+    return ds.load(hf_folder)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(operations=OPERATIONS, keep=st.sampled_from([0, 9_000, 2**20]))
-def test_random_operations_leave_the_cache_right_bit_for_bit(either, make_vector, operations, keep):
+@given(
+    operations=OPERATIONS,
+    positions=st.sampled_from(["all", "prompt", "generated"]),
+    keep=st.sampled_from([0, 9_000, 2**20]),
+    half=st.sampled_from([False, False, True]),  # twice as slow on a CPU
+)
+def test_random_operations_leave_the_cache_right_bit_for_bit(
+    loaded, bfloat16, make_vector, operations, positions, keep, half
+):
+    either = bfloat16 if half else loaded
     vectors = [make_vector(size=2.0), make_vector((1, 2, 3), seed=1, size=2.0)]
-    start = ds.Steering(vectors[0], 1.0, layers=(1,))
+    start = ds.Steering(vectors[0], 1.0, (1,), positions)
     session = Session(*either, start, max_tokens=5, keep_bytes=keep)
     for name, value in operations:
         apply(session, vectors, name, value)
@@ -179,6 +185,18 @@ def test_turning_the_dial_computes_the_upper_layers_only(loaded, steering):
     assert work.resteered == again > 0
     assert work.block_tokens == again * 2 + (length - again) * 4  # of 4 layers, 2 and 3 are above 1
     assert session.prefix.fill(chunks, session.steering) == (0, 0)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_turning_the_dial_steers_earlier_answers_at_the_same_positions(
+    loaded, make_vector, positions
+):
+    steering = ds.Steering(make_vector(size=2.0), 1.0, (1,), positions)
+    session = Session(*loaded, steering, max_tokens=6)
+    say(session.send("hello"))
+    look(session)  # reads the answer as part of the history
+    session.set_strength(-2.0)
+    look(session)
 
 
 def test_the_residual_stream_is_kept_within_its_limit(loaded, steering):
@@ -456,7 +474,7 @@ def test_the_dial_on_the_real_checkpoint(real_model):
     rng = np.random.default_rng(0)
     arrays = {layer: rng.normal(size=896).astype(np.float32) / 30 for layer in (12, 18)}
     vector = ds.SteeringVector(arrays, ds.VectorMeta("random", 896, 24))
-    session = Session(model, tokenizer, ds.Steering(vector, 4.0, (12,)), max_tokens=12)
+    session = Session(model, tokenizer, ds.Steering(vector, 4.0, (12,)), max_tokens=5)
     say(session.send("What is 12 + 30?"))
     for strength, layers in ((-4.0, (12,)), (2.0, (12, 18)), (0.0, (12,))):
         session.set_layers(layers)

@@ -184,7 +184,7 @@ def overdose():
 
 
 def test_the_brake_cuts_a_loop_off_and_goes_on_at_a_lower_strength(toy, overdose):
-    for problem in held_out(4):
+    for problem in held_out(2):
         looping = ds.generate(*toy, problem.question, steering=overdose, max_tokens=160)
         assert looping.finish_reason == "length" and not looping.brakes
         pieces = ds.stream(
@@ -244,16 +244,16 @@ def test_a_stop_text_ends_the_answer_where_it_would_without_a_brake(toy, overdos
     for strength in (2.4, 35.0, -16.0):
         steering = dataclasses.replace(overdose, strength=strength)
         whole = ds.generate(*toy, question, steering=steering, max_tokens=60).text
-        for at in range(0, len(whole) - 5, 11):
-            for stop in (whole[at : at + 2], whole[at : at + 5]):
-                ended = ds.generate(*toy, question, steering=steering, max_tokens=60, stop=(stop,))
-                pieces = ds.stream(
-                    *toy, question, steering=steering, max_tokens=60, stop=(stop,), brake=ds.Brake()
-                )
-                shown, braked = "".join(pieces), pieces.result
-                assert shown == braked.text == ended.text == whole[: whole.index(stop)]
-                assert braked.token_ids == ended.token_ids and not braked.brakes
-                assert braked.finish_reason == ended.finish_reason == "stop"
+        stops = [whole[at : at + 2 + 3 * (at % 2)] for at in range(0, len(whole) - 5, 11)]
+        for stop in dict.fromkeys(stops):  # 2 and 5 characters long
+            ended = ds.generate(*toy, question, steering=steering, max_tokens=60, stop=(stop,))
+            pieces = ds.stream(
+                *toy, question, steering=steering, max_tokens=60, stop=(stop,), brake=ds.Brake()
+            )
+            shown, braked = "".join(pieces), pieces.result
+            assert shown == braked.text == ended.text == whole[: whole.index(stop)]
+            assert braked.token_ids == ended.token_ids and not braked.brakes
+            assert braked.finish_reason == ended.finish_reason == "stop"
 
 
 def test_a_stop_text_after_a_brake(toy, overdose):

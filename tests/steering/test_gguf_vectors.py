@@ -245,7 +245,7 @@ def test_it_moves_the_gguf_checkpoint_as_run_time_steering_moves_it_here(real_mo
     from mlx_densesteer.export.closeness import reference
 
     model, tokenizer = real_model
-    tokens = real_model.solutions()[0][0][:96]
+    tokens = real_model.solutions()[0][0][:48]
     rng = np.random.default_rng(0)
     layers = {k: rng.normal(size=896) for k in (8, 16, 23)}
     meta = ds.VectorMeta(model="random", hidden_size=896, layer_count=24)

@@ -227,13 +227,13 @@ class TestHostileFiles:
         assert loaded.sha256() == good.sha256()
 
     def test_any_flipped_bit(self, tmp_path):
-        """Every bit of a small file, one by one: an error of ours, or no difference."""
+        """Every second bit of a small file, one by one: an error of ours, or no difference."""
         good = SteeringVector({1: np.arange(8, dtype=np.float32)}, META)
         file = good.save(tmp_path / "v.npz")
         content = file.read_bytes()
         body = content.index(b"\x93NUMPY")
         for at in [*range(body + 200), *range(content.index(b"PK\x01\x02"), len(content))]:
-            for bit in range(8):
+            for bit in range(at % 2, 8, 2):
                 damaged = bytearray(content)
                 damaged[at] ^= 1 << bit
                 file.write_bytes(damaged)
