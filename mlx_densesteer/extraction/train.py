@@ -31,9 +31,8 @@ from .pairs import Pair, Solution, solutions_sha256
 
 Loss = Literal["sft", "bipo"]
 FORMAT = "mlx-densesteer training 1"
-HELD_OUT = 0.1  # of the examples, at most MOST_HELD_OUT; none of fewer than FEWEST
-MOST_HELD_OUT = 32
-FEWEST = 8
+MOST_HELD_OUT = 32  # a tenth of the examples, but at most so many,
+FEWEST = 8  # and none of fewer examples than these
 CHECKS = 2  # of the held-out loss, in an epoch
 PATIENCE = 3  # checks without a better loss, until training stops
 WARM_UP = 10  # steps
@@ -214,8 +213,7 @@ class _Run:
     ):
         self._model, self._recipe, self._identity, self._state = model, recipe, identity, state
         order = np.random.default_rng(recipe.seed).permutation(len(examples))
-        held = min(MOST_HELD_OUT, int(HELD_OUT * len(examples))) if len(examples) >= FEWEST else 0
-        held = max(held, 1) if len(examples) >= FEWEST else 0
+        held = min(MOST_HELD_OUT, max(1, len(examples) // 10)) if len(examples) >= FEWEST else 0
         self._held_out = [examples[i] for i in sorted(order[:held])]
         self._seen = [examples[i] for i in sorted(order[held:])]
         self._below = _Below(model, min(recipe.layers))
@@ -245,7 +243,7 @@ class _Run:
         per_epoch = len(batches) / self._recipe.epochs
         checks = {round((i + 1) * per_epoch / CHECKS) for i in range(CHECKS * self._recipe.epochs)}
         if self._held_out and not self.held_out:
-            self.held_out[0] = self._mean_loss(self._held_out, epoch=-1)
+            self.held_out[0] = self._mean_loss(self._held_out)
             self._keep()
         while self.step < len(batches):
             if self._is_no_better():
@@ -264,7 +262,7 @@ class _Run:
             if not self._held_out:
                 self._best, self.best_step = u, self.step
             elif self.step in checks or self.step == len(batches):
-                found = self._mean_loss(self._held_out, epoch=-1)
+                found = self._mean_loss(self._held_out)
                 if not math.isfinite(found):
                     return "not finite"
                 if found < min(self.held_out.values()):
@@ -328,7 +326,7 @@ class _Run:
                 mx.eval(gradient)
         return loss, gradient
 
-    def _mean_loss(self, examples: Sequence[_Example], epoch: int) -> float:
+    def _mean_loss(self, examples: Sequence[_Example]) -> float:
         """Return the loss without its gradient; of ``bipo`` the mean over both signs."""
         total = 0.0
         for example in examples:
