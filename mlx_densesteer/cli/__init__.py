@@ -29,6 +29,7 @@ from .generate import generate
 from .pairs import pairs
 from .serve import serve
 from .sweep import sweep
+from .train import train
 from .vector import vector
 
 ON_RANKS = ("generate", "eval", "sweep")  # the commands that run under mlx.launch
@@ -151,6 +152,7 @@ for command in (
     serve,
     pairs,
     extract,
+    train,
     evaluate,
     sweep,
     vector,

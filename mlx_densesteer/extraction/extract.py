@@ -262,7 +262,7 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
     encoded = []
     for number, pair in enumerate(pairs):
         responses = [
-            _encode_response(model, text, number) for text in (pair.positive, pair.negative)
+            encode_response(model, text, number) for text in (pair.positive, pair.negative)
         ]
         if (shortest := min(map(len, responses))) < readout.needs:
             raise InputError(
@@ -278,8 +278,12 @@ def encode_pairs(model: Model, pairs: Sequence[Pair], readout: ReadOut) -> list[
     return encoded
 
 
-def _encode_response(model: Model, text: str, number: int) -> list[int]:
-    """Return the tokens of a response without the end of turn behind it; what it says is text."""
+def encode_response(model: Model, text: str, number: int) -> list[int]:
+    """Return the tokens of a response without the end of turn behind it; what it says is text.
+
+    Raises:
+        InputError: not valid text, or an end of turn inside.
+    """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"pair {number} is not valid UTF-8 text; convert it to UTF-8 first.")
     numbers = {*model.tokenizer.eos_token_ids, model.end_of_turn} - {None}

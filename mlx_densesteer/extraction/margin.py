@@ -3,18 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from ..model.block import decoder_blocks
-from ..model.cache import EVERYWHERE, Shift
-from ..model.likelihood import head_of
+from ..model.gradient import response_log_likelihood
 from ..model.model import Model
-from ..model.residual import Following
 from ..model.token_tree import TokenPair
 from ..steering.request import SMALLEST
-
-_SLICE = 128  # positions whose logits are in memory at a time
 
 
 def margin_gains(
@@ -49,8 +43,8 @@ def margin_gains(
         moves[layer] = mx.array(step * v).astype(mx.float32)
 
     def score(turns: mx.array, prompt: Sequence[int], response: Sequence[int]) -> mx.array:
-        shifts = {layer: turns[i] * moves[layer] for i, layer in enumerate(layers)}
-        return _log_likelihood(model.network, prompt, response, shifts)
+        deltas = {layer: turns[i] * moves[layer] for i, layer in enumerate(layers)}
+        return response_log_likelihood(model.network, prompt, response, deltas)
 
     gradient = mx.grad(score)
     total = np.zeros(len(layers))
@@ -60,34 +54,3 @@ def margin_gains(
             total += sign * np.array(slope) / len(response)
         mx.clear_cache()  # pairs differ in shape: their buffers cannot be used again
     return dict(zip(layers, (total / len(pairs)).tolist(), strict=True))
-
-
-def _log_likelihood(
-    network: nn.Module,
-    prompt: Sequence[int],
-    response: Sequence[int],
-    shifts: Mapping[int, mx.array],
-) -> mx.array:
-    """Return ``log p(response | prompt)`` under ``shifts``, float32 ``()``, in nats."""
-    h = network.model.embed_tokens(mx.array([[*prompt, *response[:-1]]]))
-    for layer, block in decoder_blocks(network).items():
-        cache = Following(0)
-        if layer in shifts:
-            cache.shift = Shift.of(shifts[layer].reshape(1, 1, -1), [EVERYWHERE])
-        h = block(h, "causal", cache)
-    h = network.model.norm(h)[0, len(prompt) - 1 :]
-    parts = [slice(start, start + _SLICE) for start in range(0, len(response), _SLICE)]
-    return mx.stack([_score(network, h[part], response[part]) for part in parts]).sum()
-
-
-def _score(network: nn.Module, h: mx.array, tokens: Sequence[int]) -> mx.array:
-    """Return the sum of ``log p(tokens[i])`` given the normed stream ``h``, ``(tokens, hidden)``."""
-    head, targets = head_of(network), mx.array(list(tokens))[:, None]
-
-    def score(h: mx.array) -> mx.array:
-        logits = head(h).astype(mx.float32)
-        return (
-            mx.take_along_axis(logits, targets, axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
-        ).sum()
-
-    return mx.checkpoint(score)(h)  # the backward pass computes the logits again: less memory

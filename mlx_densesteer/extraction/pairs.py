@@ -5,7 +5,8 @@ A file has one JSON object a line, in UTF-8. ``docs/pairs.md`` describes the fie
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..files import read_jsonl
 _PROMPT = ("prompt", "doc.question")
 _POSITIVE = ("positive", "pos_response", "resp_after")
 _NEGATIVE = ("negative", "neg_response", "resp_before")
+_CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's marks: 48/2 = <<48/2=24>>24
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Pair:
     prompt: str
     positive: str
     negative: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One problem with one response; the other fields are as in ``Pair``."""
+
+    prompt: str
+    response: str
     system: str | None = None
 
 
@@ -51,6 +62,14 @@ def read_pairs(path: str | Path) -> list[Pair]:
         InputError: no file, no pairs, or a line that is none; the message has its number.
     """
     pairs = []
+    for place, fields, system in _records(path):
+        texts = [text_of(place, fields, names) for names in (_PROMPT, _POSITIVE, _NEGATIVE)]
+        pairs.append(Pair(*texts, system=system))
+    return pairs
+
+
+def _records(path: str | Path) -> Iterator[tuple[str, dict[str, object], str | None]]:
+    """Yield for each line its place for messages, its fields, and its system message."""
     for number, fields in read_jsonl(Path(path)):
         place = f"{path}: line {number}"
         if isinstance(fields.get("doc"), dict):
@@ -60,9 +79,30 @@ def read_pairs(path: str | Path) -> list[Pair]:
             raise InputError(
                 f"{place}: system is {type(system).__name__}; expected a text or null."
             )
-        texts = [text_of(place, fields, names) for names in (_PROMPT, _POSITIVE, _NEGATIVE)]
-        pairs.append(Pair(*texts, system=system))
-    return pairs
+        yield place, fields, system
+
+
+def read_solutions(path: str | Path) -> list[Solution]:
+    """Return the solutions of a JSONL file.
+
+    Of a pairs file these are the dense responses; else ``response`` answers ``prompt``, or ``answer``
+    answers ``question`` as in GSM8K, whose calculator marks (``<<48/2=24>>``) are left out.
+
+    Raises:
+        InputError: as ``read_pairs``.
+    """
+    solutions = []
+    for place, fields, system in _records(path):
+        prompt = text_of(place, fields, (*_PROMPT, "question"))
+        response = text_of(place, fields, ("response", *_POSITIVE, "answer"))
+        solutions.append(Solution(prompt, _CALCULATOR.sub("", response), system))
+    return solutions
+
+
+def solutions_sha256(data: Iterable[Solution] | Iterable[Pair]) -> str:
+    """Return ``pairs_sha256`` of pairs, and the same of solutions."""
+    rows = [[*vars(one).values()] for one in data]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def text_of(place: str, fields: Mapping[str, object], names: tuple[str, ...]) -> str:

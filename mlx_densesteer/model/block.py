@@ -18,6 +18,7 @@ from mlx_lm.models.qwen2 import TransformerBlock
 
 from ..errors import ModelError, SteeringError
 from ..steering.steering import Steering
+from ..steering.vector import Positions
 from .cache import EVERYWHERE, Shift, Span, SteeredKVCache
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def make_cache(
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or not steering.strength:
         return list(caches.values())
-    span = _span(steering, prompt_length)
+    span = span_of(steering.positions, prompt_length)
     for layer, delta in deltas(network, steering).items():
         caches[layer].shift = Shift.of(delta, [span])
     shifts = [cache.shift for cache in caches.values() if cache.shift]
@@ -170,15 +171,20 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
     return made
 
 
-def _span(steering: Steering, prompt_length: int | None) -> Span:
-    if steering.positions == "all":
+def span_of(positions: Positions, prompt_length: int | None) -> Span:
+    """Return the positions of a sequence that are steered.
+
+    Raises:
+        SteeringError: ``prompt_length`` is missing where ``positions`` need it.
+    """
+    if positions == "all":
         return EVERYWHERE
     if prompt_length is None or prompt_length < 1:
         raise SteeringError(
-            f"positions {steering.positions!r} need the prompt's length, found {prompt_length}: "
+            f"positions {positions!r} need the prompt's length, found {prompt_length}: "
             "make_cache(model, steering, prompt_length=len(tokens))."
         )
     # The output at the last prompt token chooses the first generated token.
-    if steering.positions == "generated":
+    if positions == "generated":
         return Span(start=prompt_length - 1)
     return Span(stop=prompt_length)

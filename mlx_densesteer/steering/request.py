@@ -127,10 +127,14 @@ def request(
     """
     best = vector.meta.recommended or {}
     chosen, why = (None if layers is None else tuple(sorted(set(layers)))), ""
-    swept = best.get("layer") in vector.layers and chosen in (None, (best["layer"],))
+    tried = tuple(best.get("layers", [best.get("layer")]))
+    swept = set(tried) <= set(vector.layers) and chosen in (None, tried)
     if chosen is None:
-        layer, why = (best["layer"], "a sweep recommends it") if swept else default_layer(vector)
-        chosen = (layer,)
+        if swept:
+            chosen, why = tried, "a sweep recommends it"
+        else:
+            layer, why = default_layer(vector)
+            chosen = (layer,)
     if strength is not None:
         amount = Amount.parse(strength)
     elif swept:

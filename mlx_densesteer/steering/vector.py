@@ -302,7 +302,7 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
         problems.append("`margin_gain` does not give a number for each layer")
     best = meta.recommended
     if best is not None and not (
-        type(best.get("layer")) is int
+        (type(best.get("layer")) is int or isinstance(best.get("layers"), list))
         and _is_number(best.get("strength"))
         and best.get("positions") in (None, *get_args(Positions))
         and isinstance(best.get("text", ""), str)

@@ -1,0 +1,82 @@
+"""``densesteer train`` as a user calls it, on the embedded demo model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from helpers import ROOT
+
+from mlx_densesteer.cli import main
+from mlx_densesteer.steering.vector import SteeringVector
+
+PAIRS = ROOT / "scripts" / "demo-pairs.jsonl"
+FAST = ("--epochs", "2", "--batch-tokens", "150", "--rate", "0.02", "-l", "4")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, code=0):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+def test_a_vector_is_trained_told_and_used(run, tmp_path):
+    done = run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST)
+    assert done.stdout == "t.npz\n"
+    assert "held-out loss" in done.stderr and "whose vector is kept" in done.stderr
+    assert "dose of strength 1: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+    told = run("generate", "-m", "demo", "-v", "t.npz", "Ben has 2 stones.", "-n", "8").stderr
+    assert "steering with t.npz: layer 4" in told and "(strength 1)" in told
+    document = json.loads(
+        run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST, "--force", "--json").stdout
+    )
+    vector = SteeringVector.load(tmp_path / "t.npz")
+    assert document["sha256"] == vector.sha256()
+    assert document["held_out"][str(document["step"])] < document["held_out"]["0"]
+    assert vector.describe()["training"]["rate"] == 0.02
+    shown = run("vector", "show", "t.npz").stdout
+    assert "trained: sft" in shown
+
+
+def test_what_is_refused(run, tmp_path):
+    (tmp_path / "there.npz").write_bytes(b"")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert "exists already" in run("train", "-m", "demo", PAIRS, "-o", "there.npz", code=1).stderr
+    assert "ends in .npz" in run("train", "-m", "demo", PAIRS, "-o", "x", code=2).stderr
+    words = ("train", "-m", "demo", "one.jsonl", "-o", "x.npz")
+    assert "positive or" in run(*words, "--loss", "bipo", code=1).stderr
+    assert "layers 9: expected some of 0-5" in run(*words, "-l", "9", code=1).stderr
+    assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_work(run, tmp_path):
+    words = ["train", "-m", "demo", str(PAIRS), "-o", "t.npz", *FAST, "--epochs", "4000", "--rate", "1e-5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_densesteer", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    state = tmp_path / "t.npz.training"
+    until = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)  # it is written every ten seconds
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "t.npz.training. The same command goes on from there." in said
+    assert not (tmp_path / "t.npz").exists()
+    refused = run(*words, "--seed", "1", code=1).stderr
+    assert "belongs to another training" in refused
+    assert state.exists()
