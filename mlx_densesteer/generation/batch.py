@@ -83,6 +83,8 @@ class _Row:
     ends: Collection[int]
     alternatives: int | None = None
     uid: int | None = None
+    read: int = 0  # tokens of ``prompt`` so far
+    seconds: float = 0.0  # its share of the steps so far
     first: float = 0.0
     reason: str | None = None
     untold: list[TokenLogprob] = field(default_factory=list)
@@ -126,6 +128,7 @@ class _Row:
             peak_memory_bytes=mx.get_peak_memory(),
             finish_reason=self.reason or "interrupted",
             steering=self.steering,
+            compute_seconds=self.seconds,
         )
 
 
@@ -135,6 +138,10 @@ class Batch:
     ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in
     any order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step
     reads a part of at most ``PREFILL_BESIDE`` tokens of new prompts.
+
+    The time of a step is divided among its rows (``Generation.compute_seconds``): equally among those that
+    decode, and by tokens among those that read. Where a step does both, decoding bears what the last
+    step without reading took, reading the rest.
 
     If ``step`` raises (out of memory, Ctrl-C), the batch is closed, because half a step is done.
     ``cancel`` still returns a row's text.
@@ -153,6 +160,7 @@ class Batch:
         self._waiting: deque[_Row] = deque()
         self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
+        self._decoding: float | None = None  # seconds of the last step that only decoded
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
             self._model.network,
@@ -236,8 +244,14 @@ class Batch:
             return []
         with contextlib.ExitStack() as half_done:
             half_done.callback(self.close)
+            began = time.perf_counter()
             self._admit()
-            _, responses = self._generator.next()
+            reading, responses = self._generator.next()
+            self._charge(
+                time.perf_counter() - began,
+                [self._inside[one.uid] for one in responses],
+                [(self._inside[one.uid], one.progress[0]) for one in reading],
+            )
             pieces = [
                 self._take(self._inside[one.uid], one.token, one.finish_reason, one.logprobs)
                 for one in responses
@@ -264,6 +278,24 @@ class Batch:
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
+
+    def _charge(
+        self, seconds: float, decoding: Sequence[_Row], reading: Sequence[tuple[_Row, int]]
+    ) -> None:
+        """Divide the time of a step among its rows. ``reading`` has the tokens that were read so far."""
+        tokens = sum(read - row.read for row, read in reading)
+        if not tokens:
+            share = 1.0 if decoding else 0.0
+            self._decoding = seconds if decoding else self._decoding
+        elif self._decoding is None:
+            share = len(decoding) / (len(decoding) + tokens)
+        else:
+            share = min(1.0, self._decoding / seconds) if decoding else 0.0
+        for row in decoding:
+            row.seconds += seconds * share / len(decoding)
+        for row, read in reading:
+            row.seconds += seconds * (1 - share) * (read - row.read) / max(1, tokens)
+            row.read = read
 
     def _part(self) -> int:
         """Return how many tokens of each prompt the next step reads."""
@@ -305,7 +337,7 @@ def generate_batch(
     raw: bool = False,
     special_tokens: bool = False,
     max_tokens: int | Sequence[int] = 2048,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop: Sequence[str] = (),
     rows: int = ROWS,
     progress: Callable[[int], None] | None = None,
@@ -320,7 +352,8 @@ def generate_batch(
         special_tokens: let the text of control tokens in a message be control tokens.
         steering: one for all rows, or one (or ``None``) for each.
         max_tokens: one for all rows, or one for each.
-        sampling: of all rows; with a temperature, a row's draws depend on the other rows.
+        sampling: one for all rows, whose draws then depend on each other; or one for each: with a seed a
+            row draws what it draws alone.
         stop: texts that end a response; they are not part of it.
         rows: how many decode together at most; memory grows with it.
         progress: called with the number of tokens generated so far, every few steps.
@@ -334,44 +367,50 @@ def generate_batch(
     if rows < 1:
         raise InputError(f"{rows} rows at once: expected at least 1.")
     steerings = _for_each("steerings", steering, len(prompts))
+    if isinstance(sampling, Sampling) and sampling.seed is not None:
+        # Of each row, the seed would give equal prompts equal answers.
+        seed, sampling = sampling.seed, replace(sampling, seed=None)
+    else:
+        seed = None
+    samplings = _for_each("samplings", sampling, len(prompts))
     for number, prompt in enumerate(prompts):
         model.check_length(prompt, system, what=f"prompt {number}")
     options = {"system": system, "raw": raw, "special_tokens": special_tokens}
     jobs = [
-        _Prompt(encode_prompt(model.tokenizer, prompt, **options), how, limit)
-        for prompt, how, limit in zip(prompts, steerings, limits, strict=True)
+        _Prompt(encode_prompt(model.tokenizer, prompt, **options), how, limit, drawn)
+        for prompt, how, limit, drawn in zip(prompts, steerings, limits, samplings, strict=True)
     ]
     for number, job in enumerate(jobs):
         check_ids(job.tokens, model.vocabulary, f"prompt {number}")
         model.room(len(job.tokens), job.limit, what=f"prompt {number}")
     for distinct in {id(job.steering): job for job in jobs}.values():
         make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
-    return _run(model, jobs, sampling, tuple(stop), rows, progress or (lambda _: None))
+    return _run(model, jobs, seed, tuple(stop), rows, progress or (lambda _: None))
 
 
 class _Prompt(NamedTuple):
     tokens: list[int]
     steering: Steering | None
     limit: int
+    sampling: Sampling
 
 
 def _run(
     model: Model,
     jobs: Sequence[_Prompt],
-    sampling: Sampling,
+    seed: int | None,
     stop: tuple[str, ...],
     rows: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Generation], None, None]:
-    if sampling.seed is not None:  # of each row, it would give equal prompts equal answers
-        mx.random.seed(sampling.seed)
-        sampling = replace(sampling, seed=None)
+    if seed is not None:
+        mx.random.seed(seed)
     waiting = iter(jobs)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
         while True:
             for job in islice(waiting, rows - batch.running):
-                options = {"max_tokens": job.limit, "sampling": sampling, "stop": stop}
+                options = {"max_tokens": job.limit, "sampling": job.sampling, "stop": stop}
                 batch.add(job.tokens, steering=job.steering, **options)
             if not batch.running:
                 return

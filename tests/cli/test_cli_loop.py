@@ -37,7 +37,7 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     first = run(*words)
     lines = first.stdout.splitlines()
     assert lines[1].startswith("unsteered") and lines[2].startswith("steered")
-    assert "McNemar p = " in lines[-1]
+    assert "McNemar p" in lines[-2] and lines[-1].startswith("steered - unsteered")
     kept = tmp_path / "eval-demo-demo.jsonl"
     answers = [r for r in records(kept) if "text" in r]
     assert {(r["problem"], r["steering"]) for r in answers} == {
@@ -120,7 +120,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
 
     def applied(*words):
         words = ("eval", "-m", "demo", "demo", "--limit", 1, "-n", 4, "-v", file, "--json", *words)
-        found = json.loads(run(*words, "--no-baseline", "--no-nll").stdout)["steering"]
+        found = json.loads(run(*words, "--no-unsteered", "--no-nll").stdout)["steering"]
         return found["layers"], found["strength"], found["positions"]
 
     assert applied() == ([4], 3.5, "generated")
