@@ -24,7 +24,7 @@ from ..model.block import make_cache
 from ..model.cache import SteeredKVCache, twin_of
 from ..model.model import Model, takes_model
 from ..model.prompt import check_ids, encode_prompt
-from ..steering.steering import Steering
+from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .sampling import GREEDY, Sampler, Sampling
 
@@ -37,6 +37,8 @@ PREFILL = 2048  # prompt tokens of a row that a step reads while no row decodes
 # Prompts of at most this length are read whole, all new ones together: the sooner they are read, the
 # sooner the batch is full.
 PREFILL_BESIDE = 256
+SHARED = 64  # tokens of a common beginning that are worth a reading of their own
+SHARED_AT_ONCE = 8192  # tokens of common beginnings in memory at most
 
 
 class TokenLogprob(NamedTuple):
@@ -345,7 +347,8 @@ def generate_batch(
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
     Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
-    whole batch.
+    whole batch. A beginning of ``SHARED`` tokens or more that prompts under one steering have in common
+    is read once, and its time divided among them.
 
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.
@@ -385,14 +388,67 @@ def generate_batch(
         model.room(len(job.tokens), job.limit, what=f"prompt {number}")
     for distinct in {id(job.steering): job for job in jobs}.values():
         make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
+    _find_beginnings(jobs)
     return _run(model, jobs, seed, tuple(stop), rows, progress or (lambda _: None))
 
 
-class _Prompt(NamedTuple):
+@dataclass(eq=False)
+class _Beginning:
+    """The first tokens of several prompts under one steering; ``caches`` once they are read.
+
+    ``rows`` prompts have it, ``left`` of them are still to be added.
+    """
+
+    tokens: list[int]
+    rows: int
+    left: int
+    caches: Sequence[KVCache] = ()
+    seconds: float = 0.0
+
+    def read(self, model: Model, steering: Steering | None) -> None:
+        began = time.perf_counter()
+        self.caches = make_cache(model, steering, prompt_length=len(self.tokens) + 1)
+        for start in range(0, len(self.tokens), PREFILL):
+            model.network.model(mx.array([self.tokens[start : start + PREFILL]]), cache=self.caches)
+            mx.eval([cache.state for cache in self.caches])
+        self.seconds = time.perf_counter() - began
+
+
+@dataclass(eq=False)
+class _Prompt:
     tokens: list[int]
     steering: Steering | None
     limit: int
     sampling: Sampling
+    beginning: _Beginning | None = None
+
+
+def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
+    """Give a beginning to the jobs of one steering whose prompts begin alike."""
+    prints = {id(job.steering): job.steering for job in jobs}
+    prints = {key: one.fingerprint if one else UNSTEERED for key, one in prints.items()}
+    ordered = sorted(jobs, key=lambda job: (prints[id(job.steering)], job.tokens))
+    alike, depth = ordered[:1], 0
+    for job in [*ordered[1:], None]:
+        last = alike[-1] if alike else None
+        same = 0
+        if job and last and prints[id(job.steering)] == prints[id(last.steering)]:
+            same = _common(job.tokens, last.tokens)
+        if same >= SHARED:
+            depth = min(depth, same) if len(alike) > 1 else same
+            alike.append(job)
+            continue
+        if len(alike) > 1:
+            beginning = _Beginning(alike[0].tokens[:depth], len(alike), len(alike))
+            for one in alike:
+                one.beginning = beginning
+        alike = [job]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many first tokens are equal, without the last token of either."""
+    length = min(len(a), len(b)) - 1
+    return next((i for i in range(length) if a[i] != b[i]), length)
 
 
 def _run(
@@ -408,10 +464,10 @@ def _run(
     waiting = iter(jobs)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
+        held: set[_Beginning] = set()
         while True:
             for job in islice(waiting, rows - batch.running):
-                options = {"max_tokens": job.limit, "sampling": job.sampling, "stop": stop}
-                batch.add(job.tokens, steering=job.steering, **options)
+                _add(batch, model, job, stop, held)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
@@ -420,6 +476,33 @@ def _run(
                 if steps % TOLD_EVERY == 0:
                     progress(batch.tokens)
             yield from ((piece.row, piece.result) for piece in pieces if piece.result)
+
+
+def _add(
+    batch: Batch, model: Model, job: _Prompt, stop: tuple[str, ...], held: set[_Beginning]
+) -> None:
+    """Add a job, after its beginning if that is in memory (``held``) or has room there."""
+    options = {"max_tokens": job.limit, "sampling": job.sampling, "stop": stop}
+    beginning = job.beginning
+    if beginning is not None and beginning not in held:
+        total = sum(len(one.tokens) for one in held) + len(beginning.tokens)
+        if total <= SHARED_AT_ONCE and beginning.left > 1:
+            beginning.read(model, job.steering)
+            held.add(beginning)
+    if beginning is None or beginning not in held:
+        batch.add(job.tokens, steering=job.steering, **options)
+    else:
+        caches = make_cache(model, job.steering, prompt_length=len(job.tokens))
+        for cache, filled in zip(caches, map(twin_of, beginning.caches), strict=True):
+            cache.keys, cache.values, cache.offset = filled.keys, filled.values, filled.offset
+        rest, ends = job.tokens[len(beginning.tokens) :], model.ends(job.tokens)
+        row = batch.add(rest, steering=job.steering, cache=caches, ends=ends, **options)
+        batch._rows[row].seconds = beginning.seconds / beginning.rows
+    if beginning is not None:
+        beginning.left -= 1
+        if not beginning.left:
+            held.discard(beginning)
+            beginning.caches = ()
 
 
 def _for_each(what: str, value, count: int) -> list:
