@@ -181,7 +181,7 @@ def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
 
 
 def _short(name: str) -> str:
-    return one_line(name, 40)
+    return one_line(name, 32)
 
 
 def _table(scores: "dict[str, Score]") -> list[str]:

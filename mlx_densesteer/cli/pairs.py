@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -14,12 +14,22 @@ from .options import json_option, model_option, run_options, task_options
 from .run import answers_progress, load_problems, resumable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from ..evaluation.tasks import Problem
     from ..extraction.make_pairs import Files, PairsProgress, Summary
     from ..extraction.rewriting import Rewriter
     from ..extraction.sample_pairs import SampleSummary
     from ..model.model import Model
+
+
+class RunOptions(TypedDict):
+    """What runs with and without a rewriter have in common."""
+
+    count: int | None
+    system: str | None
+    max_tokens: int
+    rows: int
 
 
 @click.command()
@@ -143,20 +153,15 @@ def pairs(
     --split, gsm8k and demo are taken from their split train. The same command continues a run that was
     interrupted.
     """
-    drawn = {"--temp": temp, "--top-p": top_p, "--seed": seed}
-    rewritten = {"--rewriter": spec, "--nll-margin": nll_margin}
+    drawn = {"temp": temp, "top_p": top_p, "seed": seed}
+    rewritten = {"rewriter": spec, "nll_margin": nll_margin}
     for name, value in (drawn if samples is None else rewritten).items():
         if value is not None:
             message = "needs --samples K" if samples is None else "and --samples exclude each other"
-            raise click.UsageError(f"{name}: {message}.")
-    if samples is not None:
-        options = {"split": split, "skip": skip, "limit": limit, "revision": revision}
-        run = {"count": wanted, "system": system, "max_tokens": max_tokens, "rows": rows}
-        _sample(model, problems, options, out, samples, temp, top_p, seed, run, as_json)
-        return
-    spec = spec or "rules"
-    kind, _, rest = spec.partition(":")
-    if kind not in ("rules", "mlx", "openai", "file") or (kind == "rules") == bool(rest):
+            raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
+    kind, _, rest = ("" if samples else spec or "rules").partition(":")
+    known = ("rules", "mlx", "openai", "file")
+    if not samples and (kind not in known or (kind == "rules") == bool(rest)):
         raise click.UsageError(
             f"--rewriter {spec}: expected rules, mlx:MODEL, openai:URL#MODEL or file:FILE.jsonl."
         )
@@ -186,7 +191,7 @@ def pairs(
     from ..extraction.make_pairs import Files
 
     files = Files(Path(out))
-    files.check(files.solved)
+    files.check(files.samples if samples else files.solved)
     chosen, _ = load_problems(
         problems, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
@@ -196,6 +201,10 @@ def pairs(
     from ..model.model import load
 
     loaded = load(model)
+    run: RunOptions = {"count": wanted, "system": system, "max_tokens": max_tokens, "rows": rows}
+    if samples:
+        _sample(loaded, chosen, files, samples, drawn, run, as_json)
+        return
     if rewriter is None:
         rewriter = _local(rest, model, loaded, rows)
     with resumable(files.solved, files.rewrites) as live:
@@ -204,12 +213,9 @@ def pairs(
             chosen,
             rewriter,
             out,
-            count=wanted,
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
-            system=system,
-            max_tokens=max_tokens,
-            rows=rows,
             progress=_progress(live, wanted),
+            **run,
         )
     _tell(summary, files, wanted)
     _end(summary, files, as_json, files.solved, rewriter=rewriter.name)
@@ -237,34 +243,28 @@ def _end(
 
 
 def _sample(
-    model: str,
-    task: str,
-    options: "dict[str, object]",
-    out: str,
+    model: "Model",
+    problems: "Sequence[Problem]",
+    files: "Files",
     samples: int,
-    temp: float | None,
-    top_p: float | None,
-    seed: int | None,
-    run: "dict[str, object]",
+    given: "Mapping[str, float | None]",
+    run: RunOptions,
     as_json: bool,
 ) -> None:
-    """Make pairs of the model's own samples."""
-    from ..extraction.make_pairs import Files
-
-    files = Files(Path(out))
-    files.check(files.samples)
-    chosen, _ = load_problems(task, **options, calibration=True)
-
+    """Make pairs of the model's own samples; ``given`` has the options of the sampling."""
     from ..extraction.sample_pairs import SAMPLING, sample_pairs
-    from ..model.model import load
 
-    given = {"temp": temp, "top_p": top_p, "seed": seed}
     sampling = replace(SAMPLING, **{k: v for k, v in given.items() if v is not None})
-    loaded = load(model)
     with resumable(files.samples) as live:
-        progress = answers_progress(live, samples * len(chosen), with_nll=False)
+        progress = answers_progress(live, samples * len(problems), with_nll=False)
         summary = sample_pairs(
-            loaded, chosen, out, samples=samples, sampling=sampling, **run, progress=progress
+            model,
+            problems,
+            files.pairs,
+            samples=samples,
+            sampling=sampling,
+            progress=progress,
+            **run,
         )
     _tell_samples(summary, files, run["count"])
     told = {"solutions": str(files.solutions), "sampling": asdict(sampling)}
@@ -321,7 +321,7 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
     _tell_rest(summary, files, wanted)
 
 
-def _tell_samples(summary: "SampleSummary", files: "Files", wanted: object) -> None:
+def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) -> None:
     from ..extraction.sample_pairs import REASONS
 
     note(
@@ -354,7 +354,7 @@ def _tell_means(summary: "Summary | SampleSummary", names: tuple[str, str]) -> N
         note(line)
 
 
-def _tell_rest(summary: "Summary | SampleSummary", files: "Files", wanted: object) -> None:
+def _tell_rest(summary: "Summary | SampleSummary", files: "Files", wanted: int | None) -> None:
     if summary.rejected:
         note(f"rejected pairs with all figures: {files.rejected}")
     if wanted and summary.accepted < wanted:

@@ -184,7 +184,8 @@ def random_like(vector: SteeringVector, seed: int = 0) -> SteeringVector:
     """Return a vector with random directions: at each layer Gaussian, with the norm of ``vector`` there."""
     layers = {}
     for layer, norm in vector.norms().items():
-        drawn = np.random.default_rng([seed, layer]).normal(size=vector.meta.hidden_size)
+        # The 1: for layer 0 numpy would draw what it draws for the seed alone, as others may have.
+        drawn = np.random.default_rng([seed, layer, 1]).normal(size=vector.meta.hidden_size)
         layers[layer] = norm / np.linalg.norm(drawn) * drawn
     return SteeringVector(layers, vector.meta, name=f"random:{seed}")
 
