@@ -106,6 +106,9 @@ def evaluate(
         raise click.UsageError("--baseline few-shot:N and --examples FILE: one needs the other.")
     problems, about = load_problems(task, split=split, skip=skip, limit=limit, revision=revision)
     turns = _read_examples(examples, baselines, problems)
+    for baseline in baselines:
+        if baseline.kind != "random":
+            baseline.condition(None, turns)  # raises before the model is loaded
 
     from ..distributed.loading import load_copies
     from ..distributed.ranks import Ranks
