@@ -48,8 +48,8 @@ class RunOptions(TypedDict):
     "--rewriter",
     "spec",
     metavar="REWRITER",
-    help="[default: rules] rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
-    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl.",
+    help="rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
+    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
 )
 @click.option(
     "--count",
