@@ -301,7 +301,7 @@ def _graded(
         steps=len(split_steps(text)),
         finish_reason=generation.finish_reason,
         seconds=round(seconds, 3),
-        compute_seconds=round(generation.compute_seconds or 0.0, 4),
+        compute_seconds=round(generation.compute_seconds or 0.0, 6),
         **asdict(grade(problem, text)),
     )
 
