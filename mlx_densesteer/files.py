@@ -21,21 +21,17 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import IO, Any
 
 from .errors import DenseSteerError, DiskError, InputError, VectorFormatError
+from .text import one_line
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces ``path`` as ``atomic_path`` does.
-
-    Raises:
-        DiskError: as ``atomic_path``.
-    """
+    """Open a file that replaces ``path`` as ``atomic_path`` does; raises as that does."""
     with atomic_path(path) as made, made.open("wb") as file:
         yield file
 
@@ -69,11 +65,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def file_to_replace(path: Path) -> tuple[Path, int | None]:
-    """Return the file that a write to ``path`` makes or replaces, and its mode if it is there.
-
-    Raises:
-        DiskError: as ``atomic_path``.
-    """
+    """Return the file that ``atomic_path`` replaces, and its mode if it is there; raises as that does."""
     with disk_errors(path):
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         if not target.parent.is_dir():
@@ -170,12 +162,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def check_parent(path: Path) -> None:
-    """Raise ``DiskError`` unless the folder of ``path`` exists."""
-    if not os.path.isdir(path.parent):  # noqa: PTH112  (no error for a name that is too long)
-        raise DiskError(f"{path}: there is no folder {path.parent}. Make it first.")
-
-
 def check_disk(folder: Path, need: int, what: str) -> None:
     """Raise ``DiskError`` unless ``need`` bytes are free where ``folder`` is or will be."""
     place = folder.absolute()
@@ -195,11 +181,8 @@ def _size(count: int) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -257,12 +240,6 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def brief(value: object, length: int = 80) -> str:
-    """Return the beginning of a text from a file, for a message."""
-    text = str(value)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
 _LONG_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # all others are finite and have 64 bits
@@ -275,19 +252,17 @@ def parse_json(
     *,
     error: Callable[[str], Exception] = InputError,
     limit: int = MAX_JSON_BYTES,
-    bits: int = 64,
     remedy: str = "Repair or replace it.",
     repair: bool = False,
 ) -> object:
     """Return the JSON value in ``data``, text or UTF-8 with or without a byte order mark.
 
     Stricter than ``json.loads``: at most ``limit`` bytes and ``MAX_JSON_DEPTH`` levels, finite numbers,
-    integers of ``bits`` bits, no key twice in one object, and no half of a surrogate pair, so that the
+    integers of 64 bits, no key twice in one object, and no half of a surrogate pair, so that the
     value can be computed with, written and shown.
 
     Args:
         where: what ``data`` is, for the message.
-        bits: of the largest integer; a tokenizer's ``model_max_length`` has 100.
         repair: put U+FFFD in place of half of a surrogate pair.
 
     Raises:
@@ -303,7 +278,7 @@ def parse_json(
         value = json.loads(
             data.removeprefix(codecs.BOM_UTF8).decode(),
             object_pairs_hook=_object,
-            parse_int=partial(_integer, bits) if checked else None,
+            parse_int=_integer if checked else None,
             parse_float=_number if checked else None,
             parse_constant=_number,
         )
@@ -349,17 +324,16 @@ def whole_characters(text: str) -> str:
 
 
 def check_fields(record: Mapping[str, object], **kinds: type | UnionType) -> None:
-    """Raise unless every named field of a JSON object has its type; a truth value is no number.
+    """Raise unless every named field of a JSON object has its type; a whole number is a float, too.
 
     Raises:
         KeyError: a field is missing.
         TypeError: a field is something else.
     """
     for name, kind in kinds.items():
-        value = record[name]
-        allowed = getattr(kind, "__args__", (kind,))
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in allowed):
-            raise TypeError(f"{name} is {reprlib.repr(value)}")
+        found, allowed = type(record[name]), getattr(kind, "__args__", (kind,))
+        if found not in allowed and not (found is int and float in allowed):
+            raise TypeError(f"{name} is {reprlib.repr(record[name])}")
 
 
 def token_ids(value: object, vocabulary: int) -> tuple[int, ...]:
@@ -385,9 +359,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return made
 
 
-def _integer(bits: int, text: str) -> int:
-    if len(text) > bits or not -(2 ** (bits - 1)) <= int(text) < 2**bits:
-        raise ValueError(f"the integer {text[:20]}... has more than {bits} bits")
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"the integer {text[:20]}... has more than 64 bits")
     return int(text)
 
 
@@ -500,7 +474,7 @@ def read_archive(path: Path, data: bytes | None = None) -> dict[str, bytes]:
         OverflowError, OSError,
     ) as error:  # fmt: skip
         raise VectorFormatError(
-            f"{path}: not a complete zip archive ({brief(error)}). The file is truncated, damaged or "
+            f"{path}: not a complete zip archive ({one_line(error)}). The file is truncated, damaged or "
             "of another kind; copy or download it again."
         ) from error
 
@@ -521,7 +495,7 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> N
     names = [member.filename for member in members]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise VectorFormatError(f"{path}: {brief(twice[0])} is in the archive more than once.")
+        raise VectorFormatError(f"{path}: {one_line(twice[0])} is in the archive more than once.")
     total = sum(member.file_size for member in members)
     most = min(MAX_BYTES, 4 * size + 2**18)  # floats hardly become smaller
     if total > most:
@@ -529,10 +503,8 @@ def _check_directory(path: Path, members: list[zipfile.ZipInfo], size: int) -> N
             f"{path}: would unpack to {total:,} bytes, but a vector file of {size:,} bytes has at most "
             f"{most:,}. It is a zip bomb or no vector; it was not unpacked."
         )
-    if encrypted := [member.filename for member in members if member.flag_bits & 0x1]:
-        raise VectorFormatError(f"{path}: {brief(encrypted[0])} is encrypted; vectors never are.")
     plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if odd := [member.filename for member in members if member.compress_type not in plain]:
         raise VectorFormatError(
-            f"{path}: {brief(odd[0])} is neither stored nor deflated; save it again."
+            f"{path}: {one_line(odd[0])} is neither stored nor deflated; save it again."
         )

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import click
 
@@ -93,26 +93,6 @@ def signed_dose(dose: float) -> str:
     return f"{float(f'{100 * dose:.3g}'):+g}%" if dose else "0%"
 
 
-class HasInterval(Protocol):
-    """A figure with its confidence interval; ``evaluation.scoring.Estimate`` is one."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(one: HasInterval | None, digits: int = 1) -> str:
-    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
-    if one is None:
-        return "-"
-    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
-
-
-def share(one: HasInterval) -> str:
-    """Write ``45.0% [35.6, 54.8]``."""
-    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines whose columns are aligned: the first to the left, others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -179,7 +159,12 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN)
 
 
-def one_line(text: str, length: int) -> str:
-    """Return the beginning of ``text`` on one line of at most ``length`` characters."""
-    line = " ".join(printable(text[: 4 * length + 80]).split())
+def one_line(value: object, length: int = 80) -> str:
+    """Return the beginning of a text on one line of at most ``length`` characters."""
+    line = " ".join(printable(str(value)[: 4 * length + 80]).split())
     return line if len(line) <= length else f"{line[: max(length - 3, 0)]}..."
+
+
+def cause(error: Exception) -> str:
+    """Return the kind of an exception and what it says, on one line."""
+    return ": ".join(filter(None, (type(error).__name__, one_line(error, 300))))

@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import resource
+import subprocess
 import zipfile
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx_lm.models.base import create_attention_mask
 
 from mlx_densesteer.model.block import decoder_blocks
@@ -17,6 +19,21 @@ from mlx_densesteer.steering.steering import Steering
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
+
+
+def run_with_torch(*arguments, timeout=300):
+    """Run Python's ``arguments`` in .venv-torch; skip without it, or fail where it must be (CI)."""
+    python = ROOT / ".venv-torch/bin/python"
+    if not python.exists():
+        message = "no .venv-torch: make it with scripts/make-torch-env"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(
+        [python, *arguments], capture_output=True, text=True, timeout=timeout,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def at_every_layer(vector, strength=1.0, positions="all"):

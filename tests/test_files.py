@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import disk_of
 
-from mlx_densesteer.errors import DiskError, InputError, SessionError, VectorFormatError
+from mlx_densesteer.errors import DiskError, SessionError, VectorFormatError
 from mlx_densesteer.evaluation.journal import Journal
 from mlx_densesteer.files import (
     MAX_JSON_DEPTH,
@@ -77,12 +77,6 @@ def test_json_is_read_as_it_was_written(value, ascii_only):
     data = json.dumps(value, ensure_ascii=ascii_only).encode()
     assert parse_json(data, "x") == parse_json(data.decode(), "x") == value
     assert parse_json(b"\xef\xbb\xbf" + data, "x") == value
-
-
-def test_a_tokenizers_largest_length_is_read_on_request():
-    assert parse_json(b"%d" % 10**30, "tokenizer_config.json", bits=128) == 10**30
-    with pytest.raises(InputError, match="more than 64 bits"):
-        parse_json(b"%d" % 10**30, "config.json")
 
 
 @pytest.fixture(scope="module")

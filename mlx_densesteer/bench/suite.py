@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..errors import DenseSteerError
+from ..text import cause
 from . import batch, decode, generation
 from .figures import Figure, Measurement, Tell, lines, quiet
 from .subject import Subject
@@ -45,7 +46,7 @@ def measure(
         try:
             found = module.run(subject, tell=tell(name), **options)
         except REFUSALS as error:
-            found = _not_measured(" ".join(str(error).split()) or type(error).__name__)
+            found = _not_measured(cause(error))
         seconds = round(time.perf_counter() - began, 1)
         yield name, replace(found, details={**found.details, "wall_seconds": seconds})
 

@@ -120,7 +120,12 @@ class Keyboard:
             if not line and not lines:
                 click.echo(err=True)
                 raise EOFError
-            text = _decoded(line).removesuffix("\n").removesuffix("\r")
+            try:
+                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"this line is not UTF-8 text ({error}); it was left out."
+                ) from error
             if not self.interactive:
                 click.echo(text, err=True)
             goes_on = text.endswith("\\") and line
@@ -131,10 +136,3 @@ class Keyboard:
 
     def give_back(self, text: str) -> None:
         """Offer ``text`` for editing; does nothing here, where lines cannot be edited."""
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"this line is not UTF-8 text ({error}); it was left out.") from error

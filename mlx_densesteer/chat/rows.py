@@ -1,6 +1,6 @@
 """Answer one question under several steerings at once, without changing the conversation."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,10 +56,20 @@ class Rows(Iterable[tuple[int, str]]):
         turns = None if text else -1
         question = text or last_question(session)
         self.rows = [Row(steering) for steering in steerings]
+        self._numbers: list[int] = []
         self._batch = Batch(session.model, rows=len(steerings))
         try:
             ends = session.model.ends(session.prompt(question, turns=turns))
-            self._numbers = [self._add(session, question, turns, ends, one) for one in steerings]
+            limits = {"limit": session.context, "what": "the conversation"}
+            options = {"sampling": session.sampling, "stop": session.stop, "ends": ends}
+            for one in steerings:
+                tokens, caches = session.caches_for(question, one, turns=turns)
+                length = caches[0].offset + len(tokens)
+                room = session.model.room(length, session.max_tokens, **limits)
+                number = self._batch.add(
+                    tokens, cache=caches, steering=one, max_tokens=room, **options
+                )
+                self._numbers.append(number)
         except BaseException:
             self._batch.close()
             raise
@@ -79,26 +89,3 @@ class Rows(Iterable[tuple[int, str]]):
                 row.result, row.text = result, result.text
         self._batch.close()
         return [row.result for row in self.rows if row.result is not None]
-
-    def _add(
-        self,
-        session: "Session",
-        question: str,
-        turns: int | None,
-        ends: Collection[int],
-        steering: "Steering | None",
-    ) -> int:
-        tokens, caches = session.caches_for(question, steering, turns=turns)
-        length = caches[0].offset + len(tokens)
-        room = session.model.room(
-            length, session.max_tokens, limit=session.context, what="the conversation"
-        )
-        return self._batch.add(
-            tokens,
-            cache=caches,
-            steering=steering,
-            max_tokens=room,
-            sampling=session.sampling,
-            stop=session.stop,
-            ends=ends,
-        )

@@ -10,7 +10,7 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.styles import Style
@@ -29,13 +29,14 @@ class TerminalKeyboard(Keyboard):
 
     def __init__(self) -> None:
         self._given_back = ""
+        file = history_file()
         self._prompt: PromptSession[str] = PromptSession(
             multiline=True,
             key_bindings=_bindings(),
-            history=_history(),
+            history=_History(str(file)) if file else InMemoryHistory(),
             input_processors=[_Printable()],
             completer=_Commands(),
-            complete_while_typing=Condition(_is_command),
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
             reserve_space_for_menu=MENU,
             enable_suspend=True,
             style=Style.from_dict({"prompt": "bold"}),
@@ -110,11 +111,6 @@ class _History(FileHistory):
             return
 
 
-def _history() -> History:
-    path = history_file()
-    return InMemoryHistory() if path is None else _History(str(path))
-
-
 def history_file() -> Path | None:
     """Return the file of earlier questions, private to the user; ``None`` if it cannot be made."""
     try:
@@ -132,10 +128,6 @@ def _state_folder() -> Path:
         return Path.home() / "Library/Application Support/mlx-densesteer"
     base = os.environ.get("XDG_STATE_HOME", "")
     return (Path(base) if base.startswith("/") else Path.home() / ".local/state") / "mlx-densesteer"
-
-
-def _is_command() -> bool:
-    return get_app().current_buffer.text.startswith("/")
 
 
 def _bindings() -> KeyBindings:

@@ -64,7 +64,7 @@ def chat(
 
     loaded = load(model)
     steering = steering_for(request, loaded)
-    brake, draft = None if no_brake else Brake(), load_draft(draft_model, draft_tokens, loaded)
+    brake, draft = None if no_brake else Brake(), load_draft(draft_model, draft_tokens)
     if saved is None:
         session = Session(
             loaded,

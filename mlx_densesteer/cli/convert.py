@@ -6,17 +6,16 @@ import click
 
 from ..text import note, printable, unguarded
 from . import completers
-from .options import force_option
+from .options import force_option, out_option
 
 
 @click.command()
 @click.argument("source", shell_complete=completers.files)
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Folder to write. [default: converted/NAME-4bit, named after --bits]",
+@out_option(
+    "FOLDER",
+    "Folder to write. [default: converted/NAME-4bit, named after --bits]",
+    required=False,
+    folder=True,
 )
 @click.option(
     "--bits",

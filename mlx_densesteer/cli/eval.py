@@ -1,17 +1,19 @@
 """``densesteer eval``."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..text import aligned, count, estimate, note, one_line, share
+from ..text import aligned, count, note, one_line, percent
 from . import completers
 from .options import (
     json_option,
     model_option,
     no_nll_option,
+    out_option,
     run_options,
     steering_options,
     task_options,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.answers import Answer
     from ..evaluation.condition import Baseline, Example
-    from ..evaluation.scoring import Score
+    from ..evaluation.scoring import Estimate, Score
     from ..evaluation.tasks import Problem
     from ..steering.request import Amount
     from ..steering.steering import Positions
@@ -35,13 +37,11 @@ if TYPE_CHECKING:
 @steering_options
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="Journal of every answer; the same command continues from what is there. "
+@out_option(
+    "FILE.jsonl",
+    "Journal of every answer; the same command continues from what is there. "
     "[default: eval-TASK-MODEL.jsonl]",
+    required=False,
 )
 @click.option(
     "--baseline",
@@ -146,7 +146,7 @@ def evaluate(
             "baselines": {one.name: one.describe() for one in others},
             "max_tokens": max_tokens,
             "answers": str(path),
-            "scores": {name: one.describe() for name, one in scores.items()},
+            "scores": {name: asdict(one) for name, one in scores.items()},
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
@@ -187,6 +187,18 @@ def _short(name: str) -> str:
     return one_line(name, 32)
 
 
+def _estimate(one: "Estimate | None", digits: int = 1) -> str:
+    """Write ``5.1 [4.8, 5.4]``; ``-`` for none."""
+    if one is None:
+        return "-"
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+
+
+def _share(one: "Estimate") -> str:
+    """Write ``45.0% [35.6, 54.8]``."""
+    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
 def _table(scores: "dict[str, Score]") -> list[str]:
     titles = [
         "accuracy",
@@ -203,14 +215,14 @@ def _table(scores: "dict[str, Score]") -> list[str]:
         rows.append(
             [
                 _short(name),
-                share(s.accuracy),
-                estimate(s.steps),
-                estimate(s.tokens),
+                _share(s.accuracy),
+                _estimate(s.steps),
+                _estimate(s.tokens),
                 "-" if s.density is None else f"{s.density:.1f}",
-                estimate(s.nll, 3),
+                _estimate(s.nll, 3),
                 str(s.truncated),
                 f"{s.seconds:.1f}",
-                estimate(s.seconds_per_correct),
+                _estimate(s.seconds_per_correct),
             ]
         )
     lines = aligned(rows)
@@ -236,9 +248,9 @@ def _differences(scores: "dict[str, Score]", other: str) -> list[str]:
                 str(compared.better),
                 str(compared.worse),
                 f"{compared.p:.3g}",
-                estimate(compared.steps),
-                estimate(compared.tokens),
-                estimate(compared.nll, 3),
+                _estimate(compared.steps),
+                _estimate(compared.tokens),
+                _estimate(compared.nll, 3),
             ]
         )
     return ["", *aligned(rows)] if len(rows) > 1 else []

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -94,7 +95,7 @@ def generate(
         max_tokens=max_tokens,
         sampling=Sampling(temp, top_p, seed),
         stop=stop,
-        draft=load_draft(draft_model, draft_tokens, loaded),
+        draft=load_draft(draft_model, draft_tokens),
         brake=None if no_brake else Brake(),
     )
     interrupt, shown = None, 0
@@ -186,6 +187,6 @@ def _to_json(result: "Generation", model: "Model") -> dict[str, object]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "finish_reason": result.finish_reason,
         "draft": draft,
-        "brakes": [one.describe() for one in result.brakes],
+        "brakes": [asdict(one) for one in result.brakes],
         "steering": described(result.steering, model),
     }

@@ -10,7 +10,6 @@ from . import completers
 
 if TYPE_CHECKING:
     from ..generation.speculation import Draft
-    from ..model.model import Model
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -139,14 +138,19 @@ max_tokens_option = click.option(
 system_option = click.option("--system", metavar="TEXT", help="System message.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
-vector_out_option = click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE.npz",
-    help="File to write.",
-)
+
+
+def out_option(
+    metavar: str, help: str, *, required: bool = True, folder: bool = False, **settings: Any
+) -> Decorator:
+    """Make ``-o/--out``: a file, or with ``folder`` a folder."""
+    kind = click.Path(file_okay=not folder, dir_okay=folder)
+    return click.option(
+        "-o", "--out", required=required, type=kind, metavar=metavar, help=help, **settings
+    )
+
+
+vector_out_option = out_option("FILE.npz", "File to write.")
 no_nll_option = click.option(
     "--no-nll", is_flag=True, help="Leave out the NLL, which costs a pass over each answer."
 )
@@ -224,16 +228,14 @@ run_options = _options(
 )
 
 
-def load_draft(name: str | None, tokens: int, model: "Model") -> "Draft | None":
-    """Load the draft model for ``model``; return ``None`` without a name."""
+def load_draft(name: str | None, tokens: int) -> "Draft | None":
+    """Load the draft model; return ``None`` without a name."""
     if name is None:
         return None
     from ..generation.speculation import Draft
     from ..model.model import load
 
-    draft = Draft(load(name), tokens)
-    draft.check(model.tokenizer)
-    return draft
+    return Draft(load(name), tokens)
 
 
 def output_file(text: str, force: bool, *, ending: str = "") -> Path:

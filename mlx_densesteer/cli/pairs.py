@@ -10,7 +10,7 @@ import click
 
 from ..text import Live, aligned, count, note
 from . import completers
-from .options import json_option, model_option, run_options, task_options
+from .options import json_option, model_option, out_option, run_options, task_options
 from .run import answers_progress, load_problems, resumable
 
 if TYPE_CHECKING:
@@ -36,13 +36,8 @@ class RunOptions(TypedDict):
 @model_option()
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="File of the pairs. The rejected pairs and the journals are written beside it.",
+@out_option(
+    "FILE.jsonl", "File of the pairs. The rejected pairs and the journals are written beside it."
 )
 @click.option(
     "--rewriter",
@@ -168,11 +163,13 @@ def pairs(
     rewriter: Rewriter | None = None
     if kind == "openai":
         from ..extraction.rewriting.openai import KEY, OpenAIRewriter
+        from ..files import parse_object
 
+        given, error = rewriter_fields or "{}", click.UsageError
         rewriter = OpenAIRewriter(
             rest,
             key=os.environ.get(KEY),
-            fields=_read_fields(rewriter_fields),
+            fields=parse_object(given, "--rewriter-fields", error=error, remedy=""),
             warn=note,
             timeout=timeout,
             attempts=attempts,
@@ -230,7 +227,7 @@ def _end(
             "pairs": str(files.pairs),
             "rejected_pairs": str(files.rejected),
             **told,
-            **summary.describe(),
+            **asdict(summary),
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
@@ -269,12 +266,6 @@ def _sample(
     _tell_samples(summary, files, run["count"])
     told = {"solutions": str(files.solutions), "sampling": asdict(sampling)}
     _end(summary, files, as_json, files.samples, **told)
-
-
-def _read_fields(text: str | None) -> dict[str, object]:
-    from ..files import parse_object
-
-    return parse_object(text or "{}", "--rewriter-fields", error=click.UsageError, remedy="")
 
 
 def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":

@@ -13,6 +13,7 @@ from .options import (
     json_option,
     model_option,
     no_nll_option,
+    out_option,
     positions_option,
     run_options,
     strict_option,
@@ -54,14 +55,13 @@ if TYPE_CHECKING:
 @strict_option
 @task_options
 @run_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(file_okay=False),
+@out_option(
+    "FOLDER",
+    "For answers, table and pictures. The same command continues from what is there.",
+    required=False,
+    folder=True,
     default="sweep",
     show_default=True,
-    metavar="FOLDER",
-    help="For answers, table and pictures. The same command continues from what is there.",
 )
 @no_nll_option
 @click.option(

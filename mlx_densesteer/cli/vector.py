@@ -7,7 +7,14 @@ import click
 
 from ..text import aligned, count, note
 from . import completers
-from .options import force_option, json_option, layers_option, output_file, vector_out_option
+from .options import (
+    force_option,
+    json_option,
+    layers_option,
+    out_option,
+    output_file,
+    vector_out_option,
+)
 from .steering import read_vector
 
 if TYPE_CHECKING:
@@ -115,9 +122,9 @@ def layer_table(vector: "SteeringVector") -> list[str]:
 )
 @force_option
 def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:
-    """Import another program's vector: .pt of steering-vectors, .gguf, .safetensors.
+    """Import another program's vector: .pt of torch, .gguf, .safetensors.
 
-    The file is read without torch, and code in it is not run. A Hub id as MODEL fetches nothing: it is
+    A .pt holds one float tensor for each layer, or a SteeringVector of steering-vectors. The file is read without torch, and code in it is not run. A Hub id as MODEL fetches nothing: it is
     recorded as the vector's model, and the layer count is taken from FILE. A control vector of
     llama.cpp or repeng steers at the output of the block that its number names, there and here.
     """
@@ -144,14 +151,7 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
 
 @vector.command()
 @click.argument("file", shell_complete=completers.vectors)
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="File to write: .gguf or .safetensors.",
-)
+@out_option("FILE", "File to write: .gguf or .safetensors.")
 @click.option(
     "--to",
     type=click.Choice(["gguf", "safetensors"]),

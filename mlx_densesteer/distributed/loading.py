@@ -170,7 +170,7 @@ def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:
     if uneven := [f"{count} {what}" for what, count in parts.items() if count % ranks.size]:
         raise DistributedError(
             f"{', '.join(uneven)} cannot be cut into {ranks.size} equal parts. Use another number "
-            "of ranks, or --pipeline."
+            "of ranks, or a pipeline."
         )
 
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, get_type_hints
 
 from ..errors import InputError, ModelError
-from ..files import brief, check_fields, token_ids
+from ..files import check_fields, token_ids
 from ..generation.answer import Generation, split_steps
 from ..generation.batch import ROWS, generate_batch
 from ..generation.sampling import GREEDY
@@ -20,6 +20,7 @@ from ..model.likelihood import nll
 from ..model.model import Model
 from ..model.prompt import check_prompt, encode_chat, encode_text, render_chat
 from ..steering.steering import Steering
+from ..text import one_line
 from .condition import Condition
 from .grading import grade
 from .journal import Journal, not_a_record
@@ -154,12 +155,16 @@ def answer(
     by_print = {one.fingerprint: one for one in map(Condition.of, conditions)}
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
-    found = {key: _regraded(by_id[key[0]], there[key]) for key in wanted if key in there}
+    found = {  # graded again: math-verify (extra ``eval``) may be new here
+        key: replace(there[key], **asdict(grade(by_id[key[0]], there[key].text)))
+        for key in wanted
+        if key in there
+    }
     missing = [key for key in wanted if key not in found]
     prefixes = {name: encode_text(model.tokenizer, one.prefix) for name, one in by_print.items()}
     if long := [name for name, ids in prefixes.items() if len(ids) >= max_tokens]:
         raise InputError(
-            f"the prefix {brief(by_print[long[0]].prefix)} has {len(prefixes[long[0]])} tokens, and a "
+            f"the prefix {one_line(by_print[long[0]].prefix)} has {len(prefixes[long[0]])} tokens, and a "
             f"response at most {max_tokens}: choose a shorter one."
         )
     generated = 0
@@ -208,7 +213,7 @@ def _check_finite(keys: Sequence[Key], values: Sequence[float]) -> None:
         if not isfinite(value):
             raise ModelError(
                 f"the NLL of the response to {key[0]} is not finite: the model overflows its dtype. "
-                "Convert it with --dtype bfloat16 or float32, or leave the NLL out (--no-nll)."
+                "Convert it with the dtype bfloat16 or float32, or leave the NLL out."
             )
 
 
@@ -238,16 +243,7 @@ def keys_of(problems: Iterable[Problem], conditions: Iterable[Under]) -> list[Ke
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-_KINDS = {
-    **dict.fromkeys(("problem", "content", "steering", "text", "finish_reason"), str),
-    **dict.fromkeys(("correct", "by_reference"), bool),
-    "steps": int,
-    "seconds": int | float,
-    "found": str | None,
-    "by_math_verify": bool | None,
-    "nll": int | float | None,
-    "compute_seconds": int | float | None,
-}
+_KINDS = get_type_hints(Answer) | {"token_ids": list}
 
 
 def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
@@ -260,7 +256,7 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
     for number, record in enumerate(journal.records, 2):
         try:
             if "nll_of" in record:
-                check_fields(record, nll_of=list, nll=int | float)
+                check_fields(record, nll_of=list, nll=float)
                 key = tuple(record["nll_of"])
                 if key in answers:
                     answers[key] = replace(answers[key], nll=record["nll"])
@@ -304,8 +300,3 @@ def _graded(
         compute_seconds=round(generation.compute_seconds or 0.0, 6),
         **asdict(grade(problem, text)),
     )
-
-
-def _regraded(problem: Problem, kept: Answer) -> Answer:
-    """Grade a kept answer again: math-verify (extra ``eval``) may be new here."""
-    return replace(kept, **asdict(grade(problem, kept.text)))

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..files import brief, read_jsonl
+from ..files import read_jsonl
 from ..steering.steering import UNSTEERED, Steering
 from ..steering.vector import SteeringVector
+from ..text import one_line
 from .tasks import Problem
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class Condition:
             )
         texts = [self.instruction or "", self.suffix, self.prefix, *sum(self.examples, ())]
         if any(re.search("[\ud800-\udfff]", text) for text in texts):
-            raise InputError(f"{brief(self.name)}: is not valid UTF-8 text; convert it to UTF-8.")
+            raise InputError(
+                f"{one_line(self.name)}: is not valid UTF-8 text; convert it to UTF-8."
+            )
 
     @classmethod
     def of(cls, given: "Steering | Condition | None") -> "Condition":
@@ -149,7 +152,7 @@ class Baseline(NamedTuple):
             return cls(spec, kind, number=int(rest or 0))
         if kind in ("few-shot", "budget") and digits and int(rest):
             return cls(spec, kind, number=int(rest))
-        raise InputError(f"baseline {brief(spec)}: expected {SPECS}, with N of at least 1.")
+        raise InputError(f"baseline {one_line(spec)}: expected {SPECS}, with N of at least 1.")
 
     def condition(self, steering: Steering | None, examples: Sequence[Example] = ()) -> Condition:
         """Return the condition, for a run with this steering and these examples.

@@ -82,7 +82,9 @@ def _same_number(gold: Number, found: Number, question: str) -> bool:
 
 
 def _grade_number(gold: str, response: str, question: str) -> Grade:
-    found, right = _final_number(response), read_only_number(gold)
+    box = last_boxed(response)
+    found = (read_only_number(box) if box else None) or last_number(response)
+    right = read_only_number(gold)
     matches = _REFERENCE_NUMBER.findall(response)
     return Grade(
         correct=bool(found and right and _same_number(right, found, question)),
@@ -90,11 +92,6 @@ def _grade_number(gold: str, response: str, question: str) -> Grade:
         by_reference=bool(matches) and _strip_number(matches[-1]) == _strip_number(gold),
         by_math_verify=None,
     )
-
-
-def _final_number(response: str) -> Number | None:
-    box = last_boxed(response)
-    return (read_only_number(box) if box else None) or last_number(response)
 
 
 _REFERENCE_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from ..errors import DiskError, InputError
-from ..files import brief, check_parent, disk_errors, parse_object
+from ..files import disk_errors, parse_object
+from ..text import cause, one_line
 
 
 class Journal:
@@ -32,8 +33,9 @@ class Journal:
 
     def __init__(self, path: str | Path, header: dict):
         self.path = Path(path)
-        check_parent(self.path)
         with disk_errors(self.path):
+            if not (folder := self.path.parent).is_dir():
+                raise DiskError(f"{self.path}: there is no folder {folder}. Make it first.")
             self._file = self.path.open("a+b", buffering=0)  # a full disk is noticed at once
         try:
             self._lock()
@@ -62,7 +64,7 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DiskError(
-                    f"{self.path}: another process is writing it. Wait for it, or name another file (-o)."
+                    f"{self.path}: another process is writing it. Wait for it, or name another file."
                 ) from error
 
     def _write(self, record: dict) -> None:
@@ -81,34 +83,25 @@ class Journal:
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
         lines = [self._parse(n, line) for n, line in enumerate(data[:whole].splitlines(), 1)]
-        if not lines:
-            if not _line(header).startswith(data):  # what a killed run left of this very line
-                raise InputError(
-                    f"{self.path}: is not a journal of this program. Name another file (-o)."
-                )
-            self._cut(0)
-            self._write(header)
-            return []
-        if lines[0].get("format") != header.get("format"):
-            raise InputError(
-                f"{self.path}: is not a journal of this program. Name another file (-o)."
+        # Without a whole line, a killed run may have left the beginning of this very header.
+        there = lines[0] if lines else header if _line(header).startswith(data) else {}
+        if there.get("format") != header.get("format"):
+            raise InputError(f"{self.path}: is not a journal of this program. Name another file.")
+        if differing := sorted(k for k in {*header, *there} if header.get(k) != there.get(k)):
+            found, wanted = (
+                one_line(json.dumps({k: one.get(k) for k in differing}, ensure_ascii=False), 200)
+                for one in (there, header)
             )
-        if differing := sorted(
-            key for key in {*header, *lines[0]} if header.get(key) != lines[0].get(key)
-        ):
-            there = {key: lines[0].get(key) for key in differing}
-            wanted = {key: header.get(key) for key in differing}
             raise InputError(
-                f"{self.path}: belongs to another run: it has {_brief(there)}, this one "
-                f"{_brief(wanted)}. Use the same settings to go on, or name another place (-o)."
+                f"{self.path}: belongs to another run: it has {found}, this one {wanted}. Use the same "
+                "settings to go on, or name another place."
             )
         if whole < len(data):
-            self._cut(whole)
+            with disk_errors(self.path):
+                self._file.truncate(whole)
+        if not lines:
+            self._write(header)
         return lines[1:]
-
-    def _cut(self, size: int) -> None:
-        with disk_errors(self.path):
-            self._file.truncate(size)
 
     def _parse(self, number: int, line: bytes) -> dict:
         remedy = "Damaged, or not a journal of this program: move it away and start again."
@@ -118,7 +111,7 @@ class Journal:
 def not_a_record(journal: Journal, number: int, what: str, error: Exception) -> InputError:
     """Return the error for line ``number`` of a journal, which is no ``what``."""
     return InputError(
-        f"{journal.path}: line {number} is no {what} ({brief(repr(error))}): damaged. Remove the line, "
+        f"{journal.path}: line {number} is no {what} ({cause(error)}): damaged. Remove the line, "
         "or move the file away and start again."
     )
 
@@ -126,7 +119,3 @@ def not_a_record(journal: Journal, number: int, what: str, error: Exception) -> 
 def _line(record: dict) -> bytes:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _brief(values: dict) -> str:
-    return brief(json.dumps(values, ensure_ascii=False), 200)

@@ -65,26 +65,12 @@ def _vulgar(sign: str) -> str:
     return f"\\frac{{{above}}}{{{below}}}"
 
 
-_CHARACTERS = str.maketrans(
-    dict.fromkeys("−﹣－‐‑‒–", "-")
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
-    | dict.fromkeys("\u2044\u2215／", "/")
-    | {
-        "．": ".",
-        "，": ",",
-        "＋": "+",
-        "％": "%",
-        "＄": "$",
-        "＝": "=",
-        "：": ":",
-        "٫": ".",
-        "٬": "'",
-    }
-    | {"’": "'", "＇": "'", "ʼ": "'"}
-    | {
-        sign: _vulgar(sign)
-        for sign in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
-    }
+_CHARACTERS = (
+    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5E)}  # full width; the tilde means a range
+    | {ord(sign): "-" for sign in "−﹣‐‑‒–"}
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), "")
+    | {0x2044: "/", 0x2215: "/", ord("٫"): ".", ord("٬"): "'", ord("’"): "'", ord("ʼ"): "'"}
+    | {code: _vulgar(chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)}
 )
 _SUPER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUB = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
@@ -274,7 +260,12 @@ def _value(match: re.Match[str], negative: bool) -> Number:
     if fraction := match["fraction"]:
         text, value = fraction, _ratio(fraction)
     else:
-        text, value = _read_run(match["run"])
+        text = run = match["run"]
+        value = _decimal(run)
+        if value is not None:
+            text = _plain(run)
+        elif run.count("/") == 1:
+            value = _ratio(run)  # 12,5 may be a list: no number
         value = value if value is None else _changed(match, value)
         text += match.string[match.end("run") : match.end()]
         text = text.removesuffix((match["scales"] or "") + (match["percent"] or ""))
@@ -318,13 +309,6 @@ def _ratio(text: str) -> Fraction | None:
         return None
     negative = sum(part.startswith("-") for part in parts) == 1
     return -above / below if negative else above / below
-
-
-def _read_run(run: str) -> tuple[str, Fraction | Decimal | None]:
-    """Read digits and what joins them: a decimal or a fraction. 12,5 may be a list: no number."""
-    if (value := _decimal(run)) is not None:
-        return _plain(run), value
-    return run, _ratio(run) if run.count("/") == 1 else None
 
 
 _ENGLISH = re.compile(

@@ -2,7 +2,7 @@
 
 The best of many settings looks good by chance alone. So every statement here is corrected for the
 number of settings: if no setting has an effect, a sweep recommends one with a probability of at
-most 1 - confidence.
+most 5 %.
 """
 
 import math
@@ -14,7 +14,10 @@ from typing import Literal
 import numpy as np
 
 from ..steering.request import format_dose
+from ..text import count
 from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
+
+RISK = 0.05  # of recommending a setting if none has an effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,56 +78,48 @@ def recommend(
     baseline: Outcome,
     others: Sequence[Outcome],
     *,
-    confidence: float = 0.95,
     margin: float = 0.02,
 ) -> Recommendation:
     """Return the setting that is better than the unsteered model beyond chance, or none.
 
     1. "accuracy": of the settings that solve more problems than the baseline with a p value of at
-       most 1 - confidence (McNemar, exact, two-sided, after Holm over all settings), the one that
-       solves most.
+       most 5 % (McNemar, exact, two-sided, after Holm over all settings), the one that solves most.
     2. "tokens": of the settings that lose less accuracy than ``margin`` at worst (lower bound of
        Tango's interval) and save tokens, the one with the fewest tokens. Saving tokens means that
        the paired bootstrap's interval is above 0 and the sign-flip test agrees: the bootstrap alone
        is wrong too often for few problems and responses that run to the limit. All at the
-       confidence 1 - (1 - confidence) / settings (Bonferroni).
+       confidence 1 - 5 % / settings (Bonferroni).
     3. "none".
 
     Strength 0 among ``others`` is left out.
 
     Raises:
-        ValueError: no problems, outcomes of different lengths, or a confidence or margin
-            outside (0, 1).
+        ValueError: no problems, outcomes of different lengths, or a margin outside (0, 1).
     """
-    _check(baseline, others, confidence, margin)
+    _check(baseline, others, margin)
     comparisons = _compare(baseline, [o for o in others if o.strength != 0])
     if not comparisons:
         return Recommendation(None, 0.0, 0.0, "none", "Nothing but strength 0 was tried.")
-    risk = 1 - confidence
-    supported = [c for c in comparisons if c.gain > 0 and c.p <= risk]
+    supported = [c for c in comparisons if c.gain > 0 and c.p <= RISK]
     if supported:
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
         text = _say_accuracy(best, baseline, len(comparisons))
-        return _recommendation(best, "accuracy", text)
-    each = 1 - risk / len(comparisons)
+        one = best.outcome
+        return Recommendation(one.layer, one.strength, one.dose, "accuracy", text)
+    each = 1 - RISK / len(comparisons)
     for c in sorted(comparisons, key=lambda c: (-c.saving, abs(c.outcome.strength))):
         loss = -paired_difference(c.better, c.worse, len(c.outcome.correct), each)[0]
         if loss >= margin or c.saving <= 0:
             continue
         if (saving := _saving(c, baseline, each)) is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
-            return _recommendation(c, "tokens", text)
-    text = _say_none(comparisons, baseline, risk, margin)
+            one = c.outcome
+            return Recommendation(one.layer, one.strength, one.dose, "tokens", text)
+    text = _say_none(comparisons, baseline, margin)
     return Recommendation(None, 0.0, 0.0, "none", text)
 
 
-def _recommendation(
-    c: _Comparison, reason: Literal["accuracy", "tokens"], text: str
-) -> Recommendation:
-    return Recommendation(c.outcome.layer, c.outcome.strength, c.outcome.dose, reason, text)
-
-
-def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, margin: float) -> None:
+def _check(baseline: Outcome, others: Sequence[Outcome], margin: float) -> None:
     count = len(baseline.correct)
     if not count:
         raise ValueError("no problem: expected results on at least one.")
@@ -134,8 +129,8 @@ def _check(baseline: Outcome, others: Sequence[Outcome], confidence: float, marg
                 f"layer {outcome.layer}, strength {outcome.strength:g}: results of shape "
                 f"{outcome.correct.shape} and {outcome.tokens.shape}, expected ({count},)."
             )
-    if not (0 < confidence < 1 and 0 < margin < 1):
-        raise ValueError(f"confidence {confidence}, margin {margin}: expected 0 < both < 1.")
+    if not 0 < margin < 1:
+        raise ValueError(f"margin {margin}: expected a number between 0 and 1.")
 
 
 def _compare(baseline: Outcome, others: Sequence[Outcome]) -> list[_Comparison]:
@@ -202,12 +197,10 @@ def _say_tokens(
     )
 
 
-def _say_none(
-    comparisons: Sequence[_Comparison], baseline: Outcome, risk: float, margin: float
-) -> str:
+def _say_none(comparisons: Sequence[_Comparison], baseline: Outcome, margin: float) -> str:
     best = max(comparisons, key=lambda c: (c.accuracy, c.saving))
     shortest = max(comparisons, key=lambda c: (c.saving, c.accuracy))
-    count, settings = len(baseline.correct), len(comparisons)
+    problems, settings = len(baseline.correct), len(comparisons)
     text = (
         "No setting is recommended: none is more accurate than the unsteered model "
         f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none is "
@@ -216,22 +209,22 @@ def _say_none(
         f"{_corrected(settings, 'Holm')}); fewest tokens {shortest.name} with {shortest.tokens:.1f} "
         f"tokens and {shortest.accuracy:.1%}."
     )
-    if count < (need := problems_needed(settings, risk, margin)):
+    if problems < (need := problems_needed(settings, margin)):
         text += (
-            f" {count} problems are too few to tell: with {_settings(settings)}, even one that "
+            f" {problems} problems are too few to tell: with {count(settings, 'setting')}, even one that "
             f"changes no answer is known to lose less than {100 * margin:g} points only from "
             f"{need} problems on. Use more problems or fewer settings."
         )
     return text
 
 
-def problems_needed(settings: int, risk: float = 0.05, margin: float = 0.02) -> int:
+def problems_needed(settings: int, margin: float = 0.02) -> int:
     """Return how many problems a setting that changes no answer needs to count as no less accurate.
 
     Tango's lower bound is then -z^2 / (n + z^2), so n > z^2 (1 - margin) / margin. Settings that
     change answers need more.
     """
-    z = NormalDist().inv_cdf(1 - risk / settings / 2)
+    z = NormalDist().inv_cdf(1 - RISK / settings / 2)
     return math.floor(z * z * (1 - margin) / margin) + 1
 
 
@@ -245,9 +238,7 @@ def _tokens(c: _Comparison, baseline: Outcome) -> str:
 
 def _corrected(settings: int, method: str) -> str:
     return (
-        f"corrected for {_settings(settings)} by {method}'s method" if settings > 1 else "1 setting"
+        f"corrected for {count(settings, 'setting')} by {method}'s method"
+        if settings > 1
+        else "1 setting"
     )
-
-
-def _settings(count: int) -> str:
-    return f"{count} setting" if count == 1 else f"{count} settings"

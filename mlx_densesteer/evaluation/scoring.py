@@ -7,15 +7,15 @@ too narrow below some 20 problems.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import brief
 from ..model.model import Model, takes_model
 from ..steering.steering import UNSTEERED, Steering
+from ..text import one_line
 from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
 from .condition import Condition
 from .intervals import bootstrap, mcnemar, paired_difference, ratio, wilson
@@ -73,10 +73,6 @@ class Score:
     seconds_per_correct: Estimate | None = None
     against_unsteered: Comparison | None = None
     against_steered: Comparison | None = None
-
-    def describe(self) -> dict[str, object]:
-        """Return plain values for JSON output."""
-        return asdict(self)
 
 
 @takes_model
@@ -137,7 +133,7 @@ def conditions_of(
         for other in made[:number]:
             if one.name == other.name or one.fingerprint == other.fingerprint:
                 raise InputError(
-                    f"{brief(one.name)} and {brief(other.name)}: have one name, or are the same. Leave one out."
+                    f"{one_line(one.name)} and {one_line(other.name)}: have one name, or are the same. Leave one out."
                 )
     return {one.name: one for one in made}
 

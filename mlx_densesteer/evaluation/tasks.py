@@ -33,21 +33,13 @@ class Problem:
     rule: Literal["number", "boxed"]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A data set of the Hub: one file for each split. The first split is the default."""
-
-    repo: str
-    files: Mapping[str, str]
-
-
 _PART = "-00000-of-00001.parquet"
-_SOURCES = {
-    "gsm8k": _Source("openai/gsm8k", {"test": f"main/test{_PART}", "train": f"main/train{_PART}"}),
-    "math500": _Source("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}),
-    "amc23": _Source("math-ai/amc23", {"test": f"test{_PART}"}),
-    "aime24": _Source("math-ai/aime24", {"test": f"test{_PART}"}),
-    "olympiad": _Source(
+_SOURCES = {  # data sets of the Hub: the file of each split, the default first
+    "gsm8k": ("openai/gsm8k", {"test": f"main/test{_PART}", "train": f"main/train{_PART}"}),
+    "math500": ("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}),
+    "amc23": ("math-ai/amc23", {"test": f"test{_PART}"}),
+    "aime24": ("math-ai/aime24", {"test": f"test{_PART}"}),
+    "olympiad": (
         "Hothan/OlympiadBench",
         {"test": "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet"},
     ),
@@ -94,16 +86,16 @@ def load_task(
 def _from_hub(name: str, split: str | None, revision: str | None) -> list[Problem]:
     from ..model.hub import fetch_file  # slow to import: the shell asks for TASKS
 
-    source = _SOURCES[name]
-    split = _choose_split(name, split, source.files)
-    path = fetch_file(source.repo, source.files[split], revision=revision, kind="dataset")
+    repo, files = _SOURCES[name]
+    split = _choose_split(name, split, files)
+    path = fetch_file(repo, files[split], revision=revision, kind="dataset")
     if path.suffix == ".parquet":
         records = _read_parquet(path, name)
     else:
         records = [record for _, record in read_jsonl(path)]
-    prefix = f"{name}-{split}" if len(source.files) > 1 else name
+    prefix = f"{name}-{split}" if len(files) > 1 else name
     return [
-        _problem(record, prefix, index, f"{source.repo}: record {index}")
+        _problem(record, prefix, index, f"{repo}: record {index}")
         for index, record in enumerate(records)
     ]
 
@@ -220,12 +212,9 @@ def _unknown(record: Mapping[str, object], where: str) -> InputError:
 def _text(answer: object) -> str:
     """Write a gold answer as text, empty if there is none; AMC's 27.0 is 27."""
     if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        return ""
-    if isinstance(answer, float) and not isfinite(answer):
-        return ""
-    return str(answer).strip()
+        answer = int(answer)
+    number = type(answer) in (int, float) and isfinite(answer)
+    return str(answer).strip() if number or isinstance(answer, str) else ""
 
 
 def _plain(answers: Iterable[str]) -> str:

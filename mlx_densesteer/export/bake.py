@@ -21,17 +21,17 @@ from ..files import (
     check_disk,
     full_disk,
     move_into_place,
-    parse_json,
     parse_object,
     scratch_folder,
 )
 from ..model.block import deltas
 from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
-from ..model.model import ModelInfo, cause, find, load_folder
+from ..model.model import ModelInfo, find, load_folder
 from ..model.weights import weight_files
 from ..steering.request import format_dose
 from ..steering.steering import Steering
 from ..steering.vector import format_layers
+from ..text import cause
 from . import gguf as llama_gguf
 from .closeness import Closeness, Reference, compare, differing, judge, reference
 from .llama import llama_config, llama_shards, read_weights
@@ -210,15 +210,15 @@ def baked_record(path: Path) -> dict[str, object]:
     Raises:
         ExportError: ``bake`` did not write it.
     """
-    record: object = None
     if not path.exists():
         raise ExportError(f"{path}: no such file or folder.")
+    record: dict[str, object] | None = None
     if path.is_file():
         record = llama_gguf.recorded(path)
     elif (path / RECORD).is_file():
         content, where = (path / RECORD).read_bytes(), str(path / RECORD)
-        record = parse_json(content, where, error=ExportError, remedy="Bake it again.")
-    setting = record.get("baked") if isinstance(record, dict) else None
+        record = parse_object(content, where, error=ExportError, remedy="Bake it again.")
+    setting = record and record.get("baked")
     if (
         not isinstance(setting, dict)
         or record.get("format") not in get_args(Format)
@@ -246,7 +246,7 @@ def check_out(out: Path, source: str | Path, format: Format, force: bool) -> Non
     if foreign := [name for name in there if not _is_baked_file(name)]:
         raise ExportError(
             f"{out}: holds {foreign[0]}, which densesteer did not write. Replacing the folder would "
-            "remove it: move it, or choose another name (-o)."
+            "remove it: move it, or choose another name."
         )
 
 

@@ -125,10 +125,7 @@ def check_path(path: Path, force: bool) -> None:
     if path.suffix != SUFFIX or path.is_dir():
         raise ExportError(f"{path}: expected the name of a file that ends in {SUFFIX}.")
     if path.exists() and not force:
-        raise ExportError(
-            f"{path}: exists already. Choose another name (-o), or replace it (--force; in Python "
-            "force=True)."
-        )
+        raise ExportError(f"{path}: exists already. Choose another name, or replace it (force).")
     file_to_replace(path)
 
 

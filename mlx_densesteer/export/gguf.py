@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ExportError
-from ..files import atomic_path, parse_json
+from ..files import atomic_path, parse_object
 from ..model.gguf import SPLIT, gguf_name
-from ..steering.formats.gguf import check_header, complete, damage, gguf_package
+from ..steering.formats.gguf import check_header, complete, contents, damage, gguf_package
 from .closeness import differing
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 RECORD_KEY = "mlx_densesteer.baked"  # JSON, as `densesteer.json` of a folder
 ARCHITECTURE = "llama"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 Shards = Callable[[], Iterable[dict[str, mx.array]]]
 
 
@@ -55,15 +56,12 @@ def write(
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
     """
     gguf = gguf_package(out, ExportError)
-    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
     with atomic_path(out) as made:
-        writer = gguf.GGUFWriter(made, ARCHITECTURE)
+        writer = _writer(gguf, made, folder, config, end_of_turn)
         writer.add_name(f"{name}, steered")
         writer.add_string(RECORD_KEY, record)
-        _add_shape(writer, config)
-        _add_tokenizer(writer, folder, vocabulary, end_of_turn)
         for tensor, array in _tensors(shards, config):
-            dtype = _dtype(gguf, array)
+            dtype = gguf.GGMLQuantizationType[_DTYPES[array.dtype]]
             writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -85,18 +83,14 @@ def differences(
 ) -> list[str]:
     """Compare every tensor and field of a file with what ``write`` would write, bit for bit."""
     gguf = gguf_package(path, ExportError)
-    wanted_fields = gguf.GGUFWriter(None, ARCHITECTURE)
-    _add_shape(wanted_fields, config)
-    vocabulary = _vocabulary(folder, int(config["vocab_size"]))
-    _add_tokenizer(wanted_fields, folder, vocabulary, end_of_turn)
+    fields = _writer(gguf, None, folder, config, end_of_turn).kv_data[0]
     with damage(path, ExportError):
         reader = gguf.GGUFReader(path)
         found = {tensor.name: tensor for tensor in reader.tensors}
-        fields = {key: reader.get_field(key) for key in wanted_fields.kv_data[0]}
         problems = [
             f"{key} is another"
-            for key, wanted in wanted_fields.kv_data[0].items()
-            if fields[key] is None or not _same(fields[key].contents(), wanted.value)
+            for key, wanted in fields.items()
+            if not _same(contents(reader, key), wanted.value)
         ]
     return problems + differing(
         found,
@@ -109,7 +103,7 @@ def _same(found: object, wanted: object) -> bool:
     return found == (float(np.float32(wanted)) if isinstance(wanted, float) else wanted)
 
 
-def recorded(path: Path) -> object:
+def recorded(path: Path) -> dict[str, object] | None:
     """Return the record of a file that ``write`` wrote, ``None`` for another file.
 
     Raises:
@@ -117,12 +111,10 @@ def recorded(path: Path) -> object:
     """
     check_header(path, ExportError)
     with damage(path, ExportError):
-        field = gguf_package(path, ExportError).GGUFReader(path).get_field(RECORD_KEY)
-        return (
-            None
-            if field is None
-            else parse_json(field.contents(), f"{path}: {RECORD_KEY}", error=ExportError)
-        )
+        text = contents(gguf_package(path, ExportError).GGUFReader(path), RECORD_KEY)
+        if text is None:
+            return None
+        return parse_object(text, f"{path}: {RECORD_KEY}", error=ExportError)
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -131,22 +123,32 @@ def check_target(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not force:
-        raise ExportError(f"{out}: exists already. Choose another name (-o) or use --force.")
+        raise ExportError(f"{out}: exists already. Choose another name, or replace it (force).")
     record = None
     with contextlib.suppress(ExportError, OSError):  # a folder, another file, or a damaged one
         record = recorded(out)
     if record is None:
         raise ExportError(
-            f"{out}: is no file that densesteer baked, so --force does not replace it. Choose another "
-            "name (-o), or remove the file yourself."
+            f"{out}: is no file that densesteer baked, so it is not replaced. Choose another name, "
+            "or remove the file yourself."
         )
+
+
+def _writer(
+    gguf: Any, out: Path | None, folder: Path, config: Mapping[str, object], end_of_turn: int | None
+) -> "gguf.GGUFWriter":
+    """Return a writer that has the fields of the model and its tokenizer."""
+    writer = gguf.GGUFWriter(out, ARCHITECTURE)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, folder, int(config["vocab_size"]), end_of_turn)
+    return writer
 
 
 def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     if config.get("rope_scaling"):
         raise ExportError(
             f"rope_scaling {config['rope_scaling']!r}: cannot be written to GGUF. Use a model without a "
-            "stretched context, or --format hf."
+            "stretched context, or the format hf."
         )
     heads = int(config["num_attention_heads"])
     writer.add_context_length(int(config.get("max_position_embeddings", 32768)))
@@ -162,9 +164,9 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
 
 
 def _add_tokenizer(
-    writer: "gguf.GGUFWriter", folder: Path, vocabulary: "_Vocabulary", end_of_turn: int | None
+    writer: "gguf.GGUFWriter", folder: Path, size: int, end_of_turn: int | None
 ) -> None:
-    tokens, kinds, merges = vocabulary
+    tokens, kinds, merges = _vocabulary(folder, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -186,17 +188,14 @@ def _add_tokenizer(
         writer.add_chat_template(template)
 
 
-_Vocabulary = tuple[list[str], list[int], list[str]]
-
-
-def _vocabulary(folder: Path, size: int) -> _Vocabulary:
+def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str]]:
     """Return tokens, their types and the merges of ``tokenizer.json``."""
     document = json.loads((folder / "tokenizer.json").read_bytes())
     cutting = json.dumps(document.get("pre_tokenizer"), ensure_ascii=False)
     if SPLIT not in cutting.replace("\\\\", "\\"):
         raise ExportError(
             f"{folder}: its tokenizer does not cut text into words as Qwen2's does, and llama.cpp "
-            "would. Use --format hf."
+            "would. Use the format hf."
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [_UNUSED] * size
@@ -232,11 +231,6 @@ def _neighbours(array: mx.array, heads: int) -> mx.array:
     """Reorder rows so that two that rotate together are neighbours."""
     rows = array.shape[0]
     return array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
-
-
-def _dtype(gguf: Any, array: mx.array) -> "gguf.GGMLQuantizationType":
-    names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
-    return gguf.GGMLQuantizationType[names[array.dtype]]
 
 
 def _numpy(array: mx.array) -> np.ndarray:

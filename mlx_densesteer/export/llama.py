@@ -24,14 +24,12 @@ _LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
     """Return the ``config.json`` with which stock ``llama`` computes what a Qwen2 model computes.
 
+    Args:
+        config: what ``read_config`` returns, so that no sliding window hides anything.
+
     Raises:
-        ExportError: the model uses something that ``llama`` lacks.
+        ExportError: quantised by another program.
     """
-    if config.get("use_sliding_window"):
-        raise ExportError(
-            f"{name}: uses sliding-window attention (use_sliding_window), which `llama` models do "
-            "not have. Expected a model with full attention, as Qwen2.5's instruct models."
-        )
     if config.get("quantization_config") and not config.get("quantization"):
         raise ExportError(
             f"{name}: is quantised, but not by mlx-lm. Expected a folder that `densesteer convert` wrote."

@@ -180,6 +180,10 @@ def extract_with_report(
         k: LayerReport(sizes[k], norms[k], one.agreement, one.noise, gains.get(k))
         for k, one in directions.items()
     }
+    stability = {
+        str(k): {"agreement": _rounded(row.agreement), "noise": _rounded(row.noise)}
+        for k, row in report.items()
+    }
     meta = VectorMeta(
         model=info.name,
         hidden_size=info.hidden_size,
@@ -193,7 +197,7 @@ def extract_with_report(
         quantization=info.quantization,
         residual_norms={str(k): _rounded(norm) for k, norm in norms.items()},
         margin_gain={str(k): _rounded(gain) for k, gain in gains.items()} or None,
-        extra={"dtype": info.dtype, "stability": _stability(report)},
+        extra={"dtype": info.dtype, "stability": stability},
     )
     vector = SteeringVector(vectors, meta)
     return Extraction(vector, report, identical, tree.tokens, tree.tokens_apart)
@@ -288,13 +292,6 @@ def _encode_response(model: Model, text: str, number: int) -> list[int]:
             f"pair {number} has an end-of-turn token inside a response; expected one turn's text."
         )
     return encode_text(model.tokenizer, text)
-
-
-def _stability(report: dict[int, LayerReport]) -> dict[str, dict[str, float | None]]:
-    return {
-        str(layer): {"agreement": _rounded(row.agreement), "noise": _rounded(row.noise)}
-        for layer, row in report.items()
-    }
 
 
 def _rounded(value: float | None) -> float | None:

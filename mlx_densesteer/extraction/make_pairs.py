@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -70,10 +70,6 @@ class Summary:
     rejected: dict[str, int]
     before: dict[str, float | None]
     after: dict[str, float | None]
-
-    def describe(self) -> dict[str, object]:
-        """Return plain values for JSON output."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..model.block import decoder_blocks
 from ..model.cache import EVERYWHERE, Shift
 from ..model.likelihood import head_of
 from ..model.model import Model
+from ..model.residual import Following
 from ..model.token_tree import TokenPair
 from ..steering.request import SMALLEST
 
@@ -70,10 +71,10 @@ def _log_likelihood(
     """Return ``log p(response | prompt)`` under ``shifts``, float32 ``()``, in nats."""
     h = network.model.embed_tokens(mx.array([[*prompt, *response[:-1]]]))
     for layer, block in decoder_blocks(network).items():
-        shift = None
+        cache = Following(0)
         if layer in shifts:
-            shift = Shift.of(shifts[layer].reshape(1, 1, -1), [EVERYWHERE])
-        h = block(h, "causal", _NoCache(shift))
+            cache.shift = Shift.of(shifts[layer].reshape(1, 1, -1), [EVERYWHERE])
+        h = block(h, "causal", cache)
     h = network.model.norm(h)[0, len(prompt) - 1 :]
     parts = [slice(start, start + _SLICE) for start in range(0, len(response), _SLICE)]
     return mx.stack([_score(network, h[part], response[part]) for part in parts]).sum()
@@ -90,16 +91,3 @@ def _score(network: nn.Module, h: mx.array, tokens: Sequence[int]) -> mx.array:
         ).sum()
 
     return mx.checkpoint(score)(h)  # the backward pass computes the logits again: less memory
-
-
-class _NoCache:
-    """The cache of a steered block for a sequence that is read once, from its beginning."""
-
-    offset = 0
-    expecting = False
-
-    def __init__(self, shift: Shift | None):
-        self.shift = shift
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values

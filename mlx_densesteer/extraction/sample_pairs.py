@@ -79,10 +79,6 @@ class SampleSummary:
     before: dict[str, float | None]
     after: dict[str, float | None]
 
-    def describe(self) -> dict[str, object]:
-        """Return plain values for JSON output."""
-        return asdict(self)
-
 
 @takes_model
 def sample_pairs(

@@ -18,7 +18,7 @@ back.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ..errors import InputError
 
@@ -66,10 +66,6 @@ class Braked:
     dropped: int
     strength_before: float
     strength_after: float
-
-    def describe(self) -> dict[str, int | float]:
-        """Return plain values, for JSON."""
-        return asdict(self)
 
 
 class Repetition:

@@ -231,9 +231,6 @@ class Session:
 
         The caches share what this session has computed; the session does not change. ``Batch.add`` also
         takes ``ends``, the ``Model.ends`` of ``prompt(text, turns=turns)``.
-
-        Args:
-            turns: as for ``prompt``.
         """
         self._end_live()
         chunks, last = self._lay_out(self._turns[:turns], text)

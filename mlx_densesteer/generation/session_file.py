@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from .._version import __version__
 from ..errors import DenseSteerError, SessionError
 from ..files import (
     atomic_file,
-    brief,
     check_fields,
     disk_errors,
     file_to_replace,
@@ -21,6 +21,7 @@ from ..files import (
 )
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
+from ..text import cause, one_line
 from .answer import Generation
 from .brake import Braked
 from .conversation import Turn
@@ -33,15 +34,9 @@ _BEGINNING = re.compile(
     rf'\s*\{{\s*"format"\s*:\s*"{FORMAT}",\s*"version"\s*:\s*{FORMAT_VERSION}\b'.encode()
 )
 
-_NUMBER = int | float
-_FIGURES = {
-    "prompt_tokens": int,
-    "tokens_per_second": _NUMBER,
-    "time_to_first_token": _NUMBER,
-    "peak_memory_bytes": int,
-    "draft_accepted": int | None,
-    "draft_proposed": int | None,
-}
+_FIGURES = get_type_hints(Generation)  # which are written as they are; the others are not
+for _other in ("text", "token_ids", "steering", "brakes"):
+    del _FIGURES[_other]
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
             max_tokens=int,
             stop=list,
         )
-        check_fields(document["sampling"], temp=_NUMBER, top_p=_NUMBER, seed=int | None)
+        check_fields(document["sampling"], **get_type_hints(Sampling))
         vectors = {k: _unpack(entry) for k, entry in document["vectors"].items()}
         return SavedSession(
             fingerprint=document["fingerprint"],
@@ -120,7 +115,7 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
         )
     except (KeyError, TypeError, ValueError, AttributeError, DenseSteerError) as error:
         raise SessionError(
-            f"{path}: is a damaged session ({type(error).__name__}: {brief(error)}). Save it again."
+            f"{path}: is a damaged session ({cause(error)}). Save it again."
         ) from error
 
 
@@ -140,7 +135,7 @@ def _parse(path: Path) -> Mapping[str, object]:
         raise SessionError(f"{path}: not a session file. {remedy}")
     if document.get("version") != FORMAT_VERSION:
         raise SessionError(
-            f"{path}: session version {brief(document.get('version'))}, expected {FORMAT_VERSION}. Update "
+            f"{path}: session version {one_line(document.get('version'))}, expected {FORMAT_VERSION}. Update "
             "mlx-densesteer."
         )
     return document
@@ -152,7 +147,6 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
         "user": turn.user,
         "answer": reply.text,
         "token_ids": reply.token_ids,
-        "finish_reason": reply.finish_reason,
         "steering": _plain_steering(reply.steering, vectors),
         "brakes": [asdict(one) for one in reply.brakes],
         **{name: getattr(reply, name) for name in _FIGURES},
@@ -162,17 +156,14 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
 def _turn(
     entry: Mapping[str, object], vectors: Mapping[str, SteeringVector], vocabulary: int
 ) -> Turn:
-    check_fields(entry, user=str, answer=str, finish_reason=str, brakes=list, **_FIGURES)
+    check_fields(entry, user=str, answer=str, brakes=list, **_FIGURES)
     for one in entry["brakes"]:
-        check_fields(
-            one, at_token=int, dropped=int, strength_before=_NUMBER, strength_after=_NUMBER
-        )
+        check_fields(one, **get_type_hints(Braked))
     return Turn(
         entry["user"],
         Generation(
             text=entry["answer"],
             token_ids=token_ids(entry["token_ids"], vocabulary),
-            finish_reason=entry["finish_reason"],
             steering=_steering(entry["steering"], vectors),
             brakes=tuple(Braked(**one) for one in entry["brakes"]),
             **{name: entry[name] for name in _FIGURES},
@@ -205,7 +196,7 @@ def _steering(
 ) -> Steering | None:
     if entry is None:
         return None
-    check_fields(entry, vector=str, strength=_NUMBER, layers=list, positions=str)
+    check_fields(entry, vector=str, strength=float, layers=list, positions=str)
     if not all(type(layer) is int for layer in entry["layers"]):
         raise TypeError("layers that are no numbers")
     return Steering(

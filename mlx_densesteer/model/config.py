@@ -36,6 +36,7 @@ _DEFAULTS = {
     "rope_theta": 10000.0,
 }
 _IGNORED = ("rope_parameters", "rope_traditional", "partial_rotary_factor")
+_REMEDY = "Correct it, or download it again."
 _FLOATS = ("BF16", "F16", "F32")
 _shown = reprlib.Repr()
 _shown.maxstring = 60
@@ -86,13 +87,11 @@ def _check_generation(folder: Path, vocabulary: int) -> None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return
-    where, remedy = f"{folder}: {file.name}", "Correct it, or download it again."
-    given = parse_object(file.read_bytes(), where, error=ModelError, remedy=remedy)
+    where = f"{folder}: {file.name}"
+    given = parse_object(file.read_bytes(), where, error=ModelError, remedy=_REMEDY)
     if not _are_ids(given.get("eos_token_id"), vocabulary):
-        raise ModelError(
-            f"{where} has eos_token_id {_shown.repr(given['eos_token_id'])}, expected ids below "
-            f"{vocabulary}. {remedy}"
-        )
+        found = f"eos_token_id {_shown.repr(given['eos_token_id'])}"
+        raise _wrong(where, found, f"ids below {vocabulary}")
 
 
 def _read(folder: Path) -> bytes:
@@ -123,8 +122,7 @@ def check_adapter(folder: Path) -> None:
         raise ModelError(
             f"{folder}: no adapter_config.json, so no adapter. Expected a folder that mlx_lm.lora wrote."
         )
-    remedy = "Correct it, or download it again."
-    config = parse_object(file.read_bytes(), str(file), error=ModelError, remedy=remedy)
+    config = parse_object(file.read_bytes(), str(file), error=ModelError, remedy=_REMEDY)
     if "peft_type" in config:
         found = f"is an adapter of PEFT (peft_type {_shown.repr(config['peft_type'])})"
     elif config.get("fine_tune_type") != "full" and "num_layers" not in config:
@@ -185,9 +183,7 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     def check(key: str, right: bool, expected: str) -> None:
         if not right:
             found = f"{key} {_shown.repr(config[key])}" if key in config else f"no {key}"
-            raise ModelError(
-                f"{where} has {found}, expected {expected}. Correct it, or download it again."
-            )
+            raise _wrong(where, found, expected)
 
     for key in _COUNTS:
         value = config.get(key)
@@ -212,6 +208,10 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     _check_arithmetic(config, where)
     absent = [key for key in ("quantization", "quantization_config") if config.get(key) is None]
     return {k: v for k, v in config.items() if k not in (*_IGNORED, *absent)} | _rope(config, where)
+
+
+def _wrong(where: str, found: str, expected: str) -> ModelError:
+    return ModelError(f"{where} has {found}, expected {expected}. {_REMEDY}")
 
 
 def _unsupported(where: str, key: str, value: object, expected: str) -> UnsupportedModelError:
@@ -295,10 +295,10 @@ def _rope(config: Mapping[str, object], where: str) -> dict[str, object]:
         value = given.get(key)
         value = otherwise if value is None else value
         if not _is_number(value) or not value:
-            raise ModelError(
-                f"{where} has a rotary embedding of type {_shown.repr(kind)} with {key} "
-                f"{_shown.repr(value)}, expected a number above 0. Correct it, or download it again."
+            found = (
+                f"a rotary embedding of type {_shown.repr(kind)} with {key} {_shown.repr(value)}"
             )
+            raise _wrong(where, found, "a number above 0")
         return value
 
     theta = number("rope_theta", config["rope_theta"])
@@ -366,21 +366,21 @@ def check_target(
 ) -> None:
     """Raise ``error`` if ``folder`` may not be written: only ``force`` replaces a folder of densesteer's."""
     if not folder.name or folder.is_symlink():
-        raise error(f"{folder}: expected the name of a folder, found none or a link. Name it (-o).")
+        raise error(f"{folder}: expected the name of a folder, found none or a link. Name it.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     there = Path(source).expanduser().resolve()
     # samefile, because a Mac's disk ignores case: two spellings may name one folder.
     if any(folder.samefile(place) for place in (there, *there.parents) if place.exists()):
-        raise error(f"{folder}: holds the source itself. Choose another name (-o).")
+        raise error(f"{folder}: holds the source itself. Choose another name.")
     if not folder.is_dir() or not (folder / RECORD).is_file():
         raise error(
             f"{folder}: is no model that densesteer wrote, so it is not replaced. "
-            "Choose another name (-o), or remove it yourself."
+            "Choose another name, or remove it yourself."
         )
     if not force:
         raise error(
-            f"{folder}: exists already. Use it, choose another name (-o), or replace it (--force)."
+            f"{folder}: exists already. Use it, choose another name, or replace it (force)."
         )
 
 

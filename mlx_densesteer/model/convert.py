@@ -14,10 +14,11 @@ import mlx_lm
 from .._version import __version__
 from ..errors import ConversionError, DenseSteerError, ModelError
 from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
+from ..text import cause
 from . import gguf as gguf_model
 from .config import RECORD, check_target, is_hub_id, origin, read_folder
-from .hub import fetch_config, fetch_model
-from .model import cause, load_folder, local_path, mlx_lm_folder
+from .hub import fetch_model
+from .model import load_folder, local_path, mlx_lm_folder
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)
@@ -145,7 +146,6 @@ def _open_source(
             f"{repo}: no such file or folder. Expected a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a "
             "Hugging Face folder, or a GGUF file."
         )
-    fetch_config(repo, revision=revision)
     progress(f"downloading {repo}", 0, 0)
     folder = fetch_model(repo, revision=revision)
     return _folder_source(folder, path.name, {"source": repo, "revision": folder.name}, target)
@@ -207,7 +207,7 @@ def _check_groups(source: _Source, target: _Target) -> None:
         if not isinstance(width, int) or width % target.group_size:
             raise ConversionError(
                 f"{source.name}: group size {target.group_size} does not divide its {key} {width}. "
-                f"Choose another --group-size ({', '.join(map(str, GROUP_SIZES))}) or --bits none."
+                f"Choose another group size ({', '.join(map(str, GROUP_SIZES))}), or no bits."
             )
 
 
@@ -247,7 +247,7 @@ def _finish(out: Path, source: _Source, target: _Target) -> None:
         ) from error
     if not finite:
         raise ConversionError(
-            f"{source.name}: the converted model gives logits that are not finite. Try --dtype "
+            f"{source.name}: the converted model gives logits that are not finite. Try the dtype "
             "bfloat16 or float32."
         )
     record = {

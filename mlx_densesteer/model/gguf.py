@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ConversionError, UnsupportedModelError
-from ..steering.formats.gguf import check_header, damage, gguf_package
+from ..steering.formats.gguf import check_header, contents, damage, gguf_package
 from .config import check_config
 
 if TYPE_CHECKING:
@@ -88,11 +88,9 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
         "qwen2.expert_count": ((0,), changed),
     }
     for key, (values, remedy) in expected.items():
-        field = reader.get_field(key)
-        if field is not None and field.contents() not in values:
-            raise ConversionError(
-                f"{path}: {key} is {field.contents()!r}, expected {values[0]!r}: {remedy}."
-            )
+        found = contents(reader, key)
+        if found is not None and found not in values:
+            raise ConversionError(f"{path}: {key} is {found!r}, expected {values[0]!r}: {remedy}.")
 
 
 def write_hf_folder(
@@ -178,18 +176,13 @@ def gguf_name(name: str) -> str:
 
 
 def _value(reader: "GGUFReader", key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
+    value = contents(reader, key)
+    if value is None:
         raise ConversionError(
             f"the GGUF file lacks {key}: it is incomplete, or made by an old converter. "
             "Get a newer file."
         )
-    return field.contents()
-
-
-def _optional(reader: "GGUFReader", key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+    return value
 
 
 def _count(reader: "GGUFReader", key: str) -> int:
@@ -206,7 +199,7 @@ def _count(reader: "GGUFReader", key: str) -> int:
 
 def _token(reader: "GGUFReader", name: str, tokens: list[str]) -> int | None:
     """Return the number of a token of the metadata, such as ``eos``; ``None`` if it has none."""
-    number = _optional(reader, f"tokenizer.ggml.{name}_token_id")
+    number = contents(reader, f"tokenizer.ggml.{name}_token_id")
     if number is not None and not (type(number) is int and 0 <= number < len(tokens)):
         raise ConversionError(
             f"tokenizer.ggml.{name}_token_id is {str(number)[:20]}, but the vocabulary has {len(tokens)} "
@@ -238,8 +231,8 @@ def read_config(reader: "GGUFReader", dtype: str, where: str) -> dict[str, objec
     names = {tensor.name for tensor in reader.tensors}
     tokens = _value(reader, "tokenizer.ggml.tokens")
     _value(reader, "tokenizer.ggml.eos_token_id")
-    window = _optional(reader, "qwen2.attention.sliding_window") or None
-    pattern = _optional(reader, "qwen2.attention.sliding_window_pattern")
+    window = contents(reader, "qwen2.attention.sliding_window") or None
+    pattern = contents(reader, "qwen2.attention.sliding_window_pattern")
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -267,7 +260,7 @@ def read_config(reader: "GGUFReader", dtype: str, where: str) -> dict[str, objec
     config = check_config(config, where)
     size = config["hidden_size"] // config["num_attention_heads"]
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        found = _optional(reader, f"qwen2.{key}")
+        found = contents(reader, f"qwen2.{key}")
         if found not in (None, size):
             raise ConversionError(
                 f"qwen2.{key} is {str(found)[:20]}, expected {size}, the width of a head: mlx-lm's Qwen2 "
@@ -321,6 +314,6 @@ def _tokenizer(reader: "GGUFReader") -> tuple[Any, dict[str, object]]:
     }
     if (padding := _token(reader, "padding", tokens)) is not None:
         config["pad_token"] = tokens[padding]
-    if template := reader.get_field("tokenizer.chat_template"):
-        config["chat_template"] = template.contents()
+    if template := contents(reader, "tokenizer.chat_template"):
+        config["chat_template"] = template
     return tokenizer, config

@@ -26,7 +26,7 @@ from huggingface_hub.utils import tqdm
 
 from ..errors import HubError
 from ..files import check_disk
-from ..text import printable, unguarded
+from ..text import cause, printable, unguarded
 from .config import parse_config
 from .weights import INDEX, parse_index
 
@@ -43,14 +43,16 @@ _OTHERWISE = {"model": "a local folder", "dataset": "a local JSONL file with the
 def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model's files; download what is not in the cache.
 
-    The weights are the files that the index names, or ``model*.safetensors`` without one. Without a
-    network, a complete copy in the cache is enough.
+    The weights are the files that the index names, or ``model*.safetensors`` without one. They are not
+    downloaded if ``config.json`` is that of another family. Without a network, a complete copy in the
+    cache is enough.
 
     Raises:
         HubError: see ``fetch_file``.
-        ModelError: the index is damaged.
+        ModelError, UnsupportedModelError: the index is damaged, or see ``config.parse_config``.
         DiskError: the cache's disk has no room for what is missing.
     """
+    parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
 
     def download(offline: bool) -> Path:
         weights = _indexed(repo, revision, offline) or [WEIGHT_FILES]
@@ -85,16 +87,6 @@ def fetch_file(repo: str, name: str, *, revision: str | None = None, kind: Kind 
         return Path(hf_hub_download(repo, name, tqdm_class=_Bar, **options))
 
     return _fetch(repo, name, revision, kind, download)
-
-
-def fetch_config(repo: str, *, revision: str | None = None) -> dict[str, object]:
-    """Return a model's ``config.json``, to check its family before the weights are downloaded.
-
-    Raises:
-        HubError: see ``fetch_file``.
-        ModelError, UnsupportedModelError: see ``config.read_config``.
-    """
-    return parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
 
 
 class _Bar(tqdm):
@@ -174,7 +166,6 @@ def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> st
     """Return what was found, what was expected, and the remedy, in one line."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the Hub was reached, and refused
-    shown = " ".join(str(error).split())
     if isinstance(error, HFValidationError):
         return "neither a folder here nor a Hub id such as Qwen/Qwen2.5-1.5B-Instruct."
     if isinstance(error, GatedRepoError):
@@ -207,6 +198,6 @@ def _reason(error: Exception, name: str, revision: str | None, kind: Kind) -> st
             f"the disk of {HF_HUB_CACHE} is full. Make room, or set HF_HOME to a folder elsewhere."
         )
     return (
-        f"the download broke off ({type(error).__name__}: {shown}). Files that came whole are kept; start the same "
+        f"the download broke off ({cause(error)}). Files that came whole are kept; start the same "
         "command again."
     )

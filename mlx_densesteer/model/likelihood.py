@@ -120,7 +120,7 @@ def _fill(
         return caches
     for cache in caches:
         cache.prepare(lengths=lengths, right_padding=[width - length for length in lengths])
-    for part in _slices(_pad([context[:-1] for context in contexts])):
+    for part in _slices(pad_right([context[:-1] for context in contexts])):
         network.model(part, cache=caches)
         mx.eval([(cache.keys, cache.values) for cache in caches])
     for cache in caches:
@@ -142,7 +142,7 @@ def _score(
     inputs = [[last, *tokens[:-1]] for (_, last), tokens in zip(after, continuations, strict=True)]
     totals, greedy = [0.0] * len(after), [True] * len(after)
     start = 0
-    for part in _slices(_pad(inputs)):
+    for part in _slices(pad_right(inputs)):
         h = network.model(part, cache=caches)
         stop = start + part.shape[1]
         places = [
@@ -168,7 +168,7 @@ def _slices(tokens: mx.array) -> Iterator[mx.array]:
         yield tokens[:, start : start + step]
 
 
-def _pad(sequences: Sequence[Sequence[int]]) -> mx.array:
+def pad_right(sequences: Sequence[Sequence[int]]) -> mx.array:
     """Return token ids padded on the right, int32 ``(sequences, tokens)``; the causal mask hides the padding."""
     width = max(len(sequence) for sequence in sequences)
     return mx.array(

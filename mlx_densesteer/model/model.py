@@ -32,10 +32,10 @@ from ..errors import (
 from ..files import full_disk
 from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
-from ..text import count, note, one_line
+from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
 from .config import check_adapter, is_hub_id, origin, read_folder
-from .hub import fetch_config, fetch_model
+from .hub import fetch_model
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 _FILES = {  # hints for files that users mistake for a model
     ".gguf": "is a GGUF file. Convert it with `densesteer convert {}`.",
-    ".npz": "is a steering vector's file: -v takes it. A model is a folder.",
+    ".npz": "is a steering vector's file. A model is a folder.",
     ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
     ".safetensors": "is one file of a model. Name its folder.",
 }
@@ -181,11 +181,7 @@ class Model:
         return token
 
     def ends(self, prompt: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that end the answer to a prompt.
-
-        These are the tokenizer's ``eos_token_ids``, and ``end_of_turn`` if the prompt has a control token of
-        the chat template.
-        """
+        """Return the tokens that end the answer: ``end_of_turn`` too, if the prompt has the template's tokens."""
         ends = frozenset(self.tokenizer.eos_token_ids)
         if self.end_of_turn is None or self._turn_tokens.isdisjoint(prompt):
             return ends
@@ -293,7 +289,7 @@ class Model:
         if strict:
             raise VectorMismatchError(
                 f"{vector.name} {found}. Use a vector that was extracted from this model, or leave "
-                "strict (--strict) out."
+                "strict out."
             )
         return f"warning: {vector.name} {found}"
 
@@ -475,7 +471,7 @@ def check_finite(network: nn.Module, name: str) -> None:
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(
         f"{name}: its logits are not finite: {found} (dtype {dtype_name(network.model.norm.weight.dtype)}). "
-        "Download or convert it again, with --dtype bfloat16 or float32."
+        "Download or convert it again, with the dtype bfloat16 or float32."
     )
 
 
@@ -483,7 +479,8 @@ def check_finite(network: nn.Module, name: str) -> None:
 def loading(path: Path) -> Iterator[None]:
     """Raise ``ModelError`` for whatever mlx-lm, transformers or mlx raise if they cannot load a folder."""
     try:
-        with full_disk(_temporary_folder(), "TMPDIR"):  # mlx_lm_folder writes there
+        place = Path(os.environ.get("TMPDIR", "/tmp"))
+        with full_disk(place, "TMPDIR"):  # mlx_lm_folder writes there
             yield
     except DenseSteerError:
         raise
@@ -491,20 +488,6 @@ def loading(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path}: cannot be loaded ({cause(error)}). Convert or download it again."
         ) from error
-
-
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:  # no candidate can be written, as on a full disk
-        return Path(os.environ.get("TMPDIR", "/tmp"))
-
-
-def cause(error: Exception) -> str:
-    """Return the kind of an exception and what it says, in one line of at most 300 characters."""
-    said = " ".join(str(error).split())
-    shown = said if len(said) <= 300 else f"{said[:300]} ..."
-    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
@@ -526,7 +509,6 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
             f"{repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
             "such as Qwen/Qwen2.5-1.5B-Instruct."
         )
-    fetch_config(repo, revision=revision)
     return fetch_model(repo, revision=revision)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError, ModelError
+from ..text import cause, one_line
 
 Message = Mapping[str, str]  # role and content
 
@@ -47,7 +48,12 @@ def encode_prompt(
     if not isinstance(prompt, str):
         if not len(prompt):
             raise InputError("a prompt has no tokens; expected at least one.")
-        return whole_numbers(prompt, "the prompt")
+        try:
+            return list(map(operator.index, getattr(prompt, "tolist", lambda: prompt)()))
+        except TypeError:
+            raise InputError(
+                "the prompt has a token that is no whole number; expected token ids."
+            ) from None
     check_prompt(tokenizer, prompt, system=system, raw=raw)
     if raw:
         return tokenizer.encode(prompt)
@@ -69,7 +75,7 @@ def check_prompt(
     if raw and system is not None:
         raise InputError("a system message needs the chat template; it cannot go with raw.")
     if not raw and not tokenizer.has_chat_template:
-        raise InputError("the model has no chat template; use --raw (raw=True) for plain text.")
+        raise InputError("the model has no chat template; use raw for plain text.")
 
 
 def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **options: object) -> str:
@@ -184,22 +190,10 @@ def turn_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
     return frozenset(control.ids[t] for t in control.token.findall(_render(tokenizer, [_QUESTION])))
 
 
-def whole_numbers(tokens: Iterable[int], what: str) -> list[int]:
-    """Return token ids as Python's numbers; raise ``InputError`` for anything else."""
-    try:
-        return list(map(operator.index, getattr(tokens, "tolist", lambda: tokens)()))
-    except TypeError:
-        raise InputError(
-            f"{what} has a token that is no whole number; expected token ids."
-        ) from None
-
-
 def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:
-    """Raise ``InputError`` unless the model knows every token: mlx would read memory beyond its rows.
+    """Raise ``InputError`` unless every token, a whole number, is one of the model's ``vocabulary``.
 
-    Args:
-        tokens: Python's whole numbers.
-        vocabulary: how many tokens the model knows.
+    mlx would read memory beyond its rows.
     """
     if not len(tokens) or (min(tokens) >= 0 and max(tokens) < vocabulary):
         return
@@ -279,15 +273,14 @@ def _render(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program: it may raise anything
-        reason = "".join(c if c.isprintable() else " " for c in str(error))[:200]
         if messages != [_QUESTION]:
             _render(tokenizer, [_QUESTION])  # raises if the template does not even take this
             raise InputError(
-                f"the model's chat template refuses this conversation ({reason})."
+                f"the model's chat template refuses this conversation ({one_line(error, 200)})."
             ) from error
         raise ModelError(
-            f"the model's chat template cannot be used ({type(error).__name__}: {reason}). Correct it, or use "
-            "--raw (raw=True) for plain text."
+            f"the model's chat template cannot be used ({cause(error)}). Correct it, or use "
+            "raw for plain text."
         ) from error
 
 

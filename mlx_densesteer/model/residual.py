@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..steering.vector import format_layers
 from .block import decoder_blocks
+from .likelihood import pad_right
 from .prompt import check_ids
 from .token_tree import PairBatch, Tail, TokenTree
 
@@ -88,7 +89,7 @@ def residual_norms(
     return norms
 
 
-class _Following:
+class Following:
     """A block's cache that joins ``earlier`` keys and values with those of the new tokens, ``own``."""
 
     def __init__(self, offset: int | mx.array, *earlier: KeysValues):
@@ -109,10 +110,8 @@ class _Part:
     """Rows of tokens that go through the blocks together, right-padded; the causal mask hides the padding."""
 
     def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]]):
-        width = max(map(len, rows))
-        padded = [[*row, *[0] * (width - len(row))] for row in rows]
-        self.h = network.model.embed_tokens(mx.array(padded))
-        self.width = width
+        self.h = network.model.embed_tokens(pad_right(rows))
+        self.width = self.h.shape[1]
 
     def pad(self, rows: Sequence[np.ndarray]) -> mx.array:
         """Return ``rows`` padded with zeros, float32 ``(rows, tokens, 1)``."""
@@ -146,11 +145,11 @@ def _read(
         if layer > layers[-1]:
             return
         before = [root[layer]] if root else []
-        cache = _Following(offset, *before)
+        cache = Following(offset, *before)
         stem.h = block(stem.h, "causal", cache)
         keys, values = cache.own
         for tail, mask, row, start in zip(tails, masks, rows, starts, strict=True):
-            tail.h = block(tail.h, mask, _Following(start, *before, (keys[row], values[row])))
+            tail.h = block(tail.h, mask, Following(start, *before, (keys[row], values[row])))
         mx.eval(stem.h, [tail.h for tail in tails])
         if layer in layers:
             yield PairStates(layer, numbers, *sums())
@@ -240,7 +239,7 @@ def _stream(
     for layer, block in decoder_blocks(network).items():
         if layer > last:
             return
-        cache = _Following(0)
+        cache = Following(0)
         h = block(h, "causal", cache)
         mx.eval(h, cache.own)
         yield layer, h, cache.own

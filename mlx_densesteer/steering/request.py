@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import InputError, SteeringError
+from ..text import one_line
 from .steering import Positions, Steering
 from .vector import SteeringVector, format_layers
 
 DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
 LARGEST = 1e9  # largest |strength|: far above any under which a model still writes text
 NEAR = 0.1  # a lower layer is preferred if its gain is within this share of the best
+_LONGEST = 10_000  # characters of a list of layers
 SMALLEST = 1e-5  # a vector whose strength 1 is a smaller dose consists of rounding errors
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 
 
 class HasNorms(Protocol):
@@ -55,9 +58,8 @@ class Amount:
         digits = words.removesuffix("%").rstrip()
         number = float(digits) if _NUMBER.fullmatch(digits) else math.nan
         if not abs(number) <= LARGEST:
-            shown = words if len(words) <= 40 else f"{words[:40]}..."
             raise InputError(
-                f"strength {shown!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
+                f"strength {one_line(words, 40)!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
                 f"the residual stream such as 20%; {LARGEST:g} at most."
             )
         return cls(number / 100, True) if percent else cls(number)
@@ -205,24 +207,23 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
     """
     layers: set[int] = set()
     for text in texts:
+        if len(text) > _LONGEST:
+            raise SteeringError(
+                f"layers in {len(text):,} characters: expected a list such as 10-14,20 or all."
+            )
         for part in text.split(","):
             part = part.strip()
-            first, dash, last = part.partition("-")
+            match = _LAYERS.fullmatch(part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if part == "all":
                 layers.update(available)
-            elif _is_layer(part):
-                layers.add(int(part))
-            elif dash and _is_layer(first) and _is_layer(last) and int(first) <= int(last):
-                layers.update(range(int(first), int(last) + 1))
+            elif first <= last:
+                layers.update(range(first, last + 1))
             else:
                 raise SteeringError(
                     f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
                 )
     return tuple(sorted(layers))
-
-
-def _is_layer(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 4
 
 
 def format_dose(dose: float) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +16,8 @@ import numpy as np
 from .. import demo
 from .._version import __version__
 from ..errors import VectorFormatError, VectorMismatchError
-from ..files import atomic_file, brief, parse_object, read_archive, read_file
+from ..files import atomic_file, parse_object, read_archive, read_file
+from ..text import one_line
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
@@ -161,7 +162,7 @@ class SteeringVector:
             )
         if problems:
             raise VectorMismatchError(
-                f"{self.name}: {'; '.join(problems)}. It was made for {brief(self.meta.model)}. "
+                f"{self.name}: {'; '.join(problems)}. It was made for {one_line(self.meta.model)}. "
                 "Use a vector that was extracted from this model."
             )
 
@@ -182,7 +183,7 @@ class SteeringVector:
         """Return the content of the ``.npz`` file."""
         document = json.dumps(self.describe(), indent=1, ensure_ascii=False).encode()
         arrays = {"meta": np.frombuffer(document, dtype=np.uint8)}
-        arrays |= {_entry(layer): array.astype("<f4") for layer, array in self.layers.items()}
+        arrays |= {f"layer.{layer}": array.astype("<f4") for layer, array in self.layers.items()}
         file = io.BytesIO()
         np.savez(file, **arrays)
         return file.getvalue()
@@ -214,14 +215,14 @@ class SteeringVector:
             )
         data = _parse_npy(path, "meta.npy", members["meta.npy"], "|u1")
         meta, listed = parse_document(path, data.tobytes())
-        expected = {f"{_entry(layer)}.npy": layer for layer in listed}
+        expected = {f"layer.{layer}.npy": layer for layer in listed}
         if missing := [layer for entry, layer in expected.items() if entry not in members]:
             raise VectorFormatError(
                 f"{path}: its metadata lists layer {format_layers(missing)}, but the file holds "
                 "no such array. The file is incomplete; make or download it again."
             )
         if unknown := sorted(set(members) - set(expected) - {"meta.npy"}):
-            raise VectorFormatError(f"{path}: {brief(unknown[0])} is not part of the format.")
+            raise VectorFormatError(f"{path}: {one_line(unknown[0])} is not part of the format.")
         layers = {
             layer: _parse_npy(path, entry, members[entry], "<f4")
             for entry, layer in expected.items()
@@ -232,9 +233,8 @@ class SteeringVector:
 def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
     """Return ``sum_i w_i * v_i`` at every layer that one of the vectors holds.
 
-    The metadata is that of the first vector, without what holds for one vector alone (tested strengths,
-    a recommendation). Residual norms belong to the model: they are kept if all vectors were made for the
-    same weights.
+    The metadata says what model the first vector was made for. Residual norms belong to the model: they
+    are kept, as the fingerprint is, if all vectors were made for the same weights.
 
     Raises:
         VectorMismatchError: no vectors, or of models of another width or depth.
@@ -249,29 +249,21 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
                 f"{vector.name}: width {shape[0]} and {shape[1]} layers, but {parts[0][0].name} has "
                 f"{first.hidden_size} and {first.layer_count}. Combine vectors of one model."
             )
-    layers = sorted({layer for vector, _ in parts for layer in vector.layers})
-    sums = {
-        layer: sum(
-            weight * v.layers[layer].astype(np.float64) for v, weight in parts if layer in v.layers
-        )
-        for layer in layers
-    }
-    name = " + ".join(f"{weight:g} {vector.name}" for vector, weight in parts)
     same_weights = len({vector.meta.fingerprint for vector, _ in parts}) == 1
+    sums: dict[int, np.ndarray] = {}
     norms: dict[str, float] = {}
-    for vector, _ in reversed(parts if same_weights and first.fingerprint else ()):
-        norms |= vector.meta.residual_norms or {}
-    meta = replace(
-        first,
-        method=f"combined: {name}",
-        tested=(),
-        residual_norms=norms or None,
-        recommended=None,
-        margin_gain=None,
-        pair_count=None,
-        pairs_sha256=None,
-        token=None,
+    for vector, weight in parts:
+        for layer, array in vector.layers.items():
+            sums[layer] = sums.get(layer, 0) + weight * array.astype(np.float64)
+        norms = (vector.meta.residual_norms or {}) | norms
+    name = " + ".join(f"{weight:g} {vector.name}" for vector, weight in parts)
+    meta = VectorMeta(
+        model=first.model,
+        hidden_size=first.hidden_size,
+        layer_count=first.layer_count,
         fingerprint=first.fingerprint if same_weights else None,
+        method=f"combined: {name}",
+        residual_norms=norms if same_weights and first.fingerprint and norms else None,
     )
     return SteeringVector(sums, meta, name=name)
 
@@ -286,10 +278,6 @@ def format_layers(layers: Iterable[int]) -> str:
             runs.append([layer, layer])
     shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs[:SHOWN_RUNS]]
     return ", ".join([*shown, "..."] if len(runs) > SHOWN_RUNS else shown)
-
-
-def _entry(layer: int) -> str:
-    return f"layer.{layer}"
 
 
 def _meta_problems(meta: VectorMeta) -> list[str]:
@@ -356,19 +344,8 @@ def parse_document(path: Path, data: bytes | str) -> tuple[VectorMeta, list[int]
             f"{path}: format version {reprlib.repr(version)}, but this is mlx-densesteer {__version__}, which "
             f"reads version {FORMAT_VERSION}. Install a newer mlx-densesteer."
         )
-    return _from_document(path, document)
-
-
-_TYPES = {  # every other key is text
-    **dict.fromkeys(("hidden_size", "layer_count", "pair_count"), int),
-    **dict.fromkeys(("residual_norms", "margin_gain", "recommended"), dict),
-    "tested": list,
-}
-
-
-def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta, list[int]]:
-    for key in ("format", "format_version"):
-        document.pop(key, None)
+    del document["format_version"]
+    document.pop("format", None)
     layers = document.pop("layers", None)
     if (
         not isinstance(layers, list)
@@ -394,6 +371,13 @@ def _from_document(path: Path, document: dict[str, object]) -> tuple[VectorMeta,
             )
     known["tested"] = tuple(known.get("tested") or ())
     return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]
+
+
+_TYPES = {  # every other key is text
+    **dict.fromkeys(("hidden_size", "layer_count", "pair_count"), int),
+    **dict.fromkeys(("residual_norms", "margin_gain", "recommended"), dict),
+    "tested": list,
+}
 
 
 _HEADER = re.compile(

@@ -242,7 +242,7 @@ def test_what_was_left_out_or_mistaken_is_said(run, hf_folder, tmp_path):
             "quote it: densesteer generate ... 'What is 3 + 4'",
         ),
         (("hello",), "Try -m demo"),
-        (("-m", demo.VECTOR, "hello"), "is a steering vector's file: -v takes it"),
+        (("-m", demo.VECTOR, "hello"), "is a steering vector's file. A model is a folder"),
         (("-m", tmp_path / "{}.gguf", "hello"), f"`densesteer convert {tmp_path}/{{}}.gguf`"),
         (("-m", tmp_path / "x.txt", "hello"), "is a file, expected a folder"),
         (

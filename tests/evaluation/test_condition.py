@@ -1,7 +1,7 @@
 """Conditions and baselines: what a problem is asked as, and what is compared."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -274,7 +274,7 @@ def test_baselines_are_compared_with_unsteered_and_with_steered(model, steering)
     assert (compared.better, compared.worse, compared.tokens.value) == (0, 3, -1)
     assert scores["steered"].against_unsteered.tokens.value == -5
     assert scores["steered"].against_steered is scores["unsteered"].against_steered is None
-    json.dumps([one.describe() for one in scores.values()], allow_nan=False)
+    json.dumps([asdict(one) for one in scores.values()], allow_nan=False)
 
 
 def test_the_unsteered_answers_may_be_left_out(model, steering):

@@ -174,7 +174,6 @@ def test_a_real_loss_of_the_margin_is_not_waved_through():
         (outcome(None, 0.0, []), [], {}),
         (BASE, [outcome(4, 1.0, RIGHT[:5])], {}),
         (BASE, [Outcome(4, 1.0, 0.1, RIGHT, TOKENS[:5])], {}),
-        (BASE, [], {"confidence": 1.0}),
         (BASE, [], {"margin": 0.0}),
     ],
 )

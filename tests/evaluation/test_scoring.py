@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_everything_can_be_written_as_json():
     import json
 
     rows = answers([True, False], [1, 2], [1, 1], [0.1, np.float64(0.3)])
-    document = json.dumps(score(rows, dict(rows)).describe(), allow_nan=False)
+    document = json.dumps(asdict(score(rows, dict(rows))), allow_nan=False)
     assert json.loads(document)["against_unsteered"]["p"] == 1.0
 
 

@@ -275,7 +275,7 @@ def test_a_wrong_name_or_vector_is_refused(write, tiny_model, make_vector, tmp_p
         export_function(tiny_model, steering, tmp_path / "dense.npz")
     assert not list(tmp_path.iterdir())
     (tmp_path / "tiny.mlxfn").write_text("mine")
-    with pytest.raises(ExportError, match=r"exists already.*--force; in Python force=True"):
+    with pytest.raises(ExportError, match=r"exists already.*replace it .force"):
         write()
     assert (tmp_path / "tiny.mlxfn").read_text() == "mine"
     write(force=True)

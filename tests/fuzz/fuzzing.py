@@ -22,6 +22,7 @@ TIMES, FLOOR = 10, 2**20  # memory: ten times the file, and a mebibyte for the r
 LONGEST = 1500  # characters of a message
 EVERY = 5  # memory is traced for each fifth input: tracing is slow
 HANGS = 30  # seconds
+RAM = Path("/dev/shm")  # writing an input to a disk takes longer than reading it
 
 
 class Faulty(AssertionError):
@@ -42,7 +43,7 @@ def fuzz(
     folder ``keep``.
     """
     reader = READERS[name]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=RAM if RAM.is_dir() else None) as scratch:
         folder = Path(scratch)
         whole = reader.whole(folder)
         path = folder / "input" / reader.file

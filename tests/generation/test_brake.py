@@ -1,10 +1,9 @@
-import json
 import random
 
 import pytest
 
 from mlx_densesteer.errors import InputError
-from mlx_densesteer.generation.brake import Brake, Braked, Repetition
+from mlx_densesteer.generation.brake import Brake, Repetition
 
 WORDS = ["we", "first", "then", "add", "take", "number", "shells", "boxes", "and", "each", "left"]
 DEFAULT = Brake()
@@ -190,13 +189,3 @@ def test_the_values_are_checked():
         Brake(limit=3)
     with pytest.raises(InputError, match="brake window 63: expected at least limit = 64"):
         Brake(window=63)
-
-
-def test_a_brake_describes_itself():
-    described = json.loads(json.dumps(Braked(12, 80, 2.0, 1.0).describe()))
-    assert described == {
-        "at_token": 12,
-        "dropped": 80,
-        "strength_before": 2.0,
-        "strength_after": 1.0,
-    }

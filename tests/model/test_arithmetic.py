@@ -6,16 +6,14 @@ The list was made by reading Qwen2Config, modeling_qwen2, modeling_rope_utils an
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_with_torch
 from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
@@ -167,21 +165,9 @@ def models(write, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stock(models, tmp_path_factory):
     """The logits of stock transformers, by name."""
-    python = ROOT / ".venv-torch/bin/python"
-    if not python.exists():
-        message = "no .venv-torch: make it with scripts/make-torch-env"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
     out = tmp_path_factory.mktemp("stock") / "out.npz"
     folder = next(iter(models.values())).parent
-    done = subprocess.run(
-        [python, "-I", ROOT / "tests/stock_logits.py", folder, out],
-        capture_output=True, text=True, timeout=600,
-        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
+    print(run_with_torch("-I", ROOT / "tests/stock_logits.py", folder, out, timeout=600).stdout)
     with np.load(out) as arrays:
         return dict(arrays)
 

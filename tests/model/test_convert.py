@@ -87,7 +87,7 @@ def test_the_name_says_what_it_is(hf_folder, tmp_path, monkeypatch):
 def test_an_existing_target_is_refused_and_kept_unless_forced(hf_folder, out):
     convert(hf_folder, out)
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(ConversionError, match=r"exists already.*--force"):
+    with pytest.raises(ConversionError, match=r"exists already.*replace it .force"):
         convert(hf_folder, out)
     assert (out / "mine.txt").read_text() == "precious"
     convert(hf_folder, out, force=True)

@@ -214,7 +214,7 @@ def test_refusals(user, hub):
             "v9",
         ): rf"{REPO}: has no revision 'v9'\. Expected a branch",
         ("fetch_file", REPO, "none.json", None): rf"{REPO}: has no file none\.json",
-        ("fetch_config", ADAPTER, None): rf"{ADAPTER}: has no config\.json.*adapter must be merged",
+        ("fetch_model", ADAPTER, None): rf"{ADAPTER}: has no config\.json.*adapter must be merged",
         ("fetch_file", "Org/Token", "config.json", None): r"answered with 401. Check your token",
         ("fetch_model", "Org/bad name", None): r"Org/bad name: neither a folder here nor a Hub id",
     }

@@ -18,6 +18,16 @@ from mlx_densesteer.steering.formats import export_vector, import_vector
 gguf = pytest.importorskip("gguf")  # of the extra dev, so it is there in CI
 
 
+@pytest.mark.parametrize("ending", ["gguf", "pt", "safetensors"])
+def test_a_file_that_cannot_be_one_is_named(tmp_path, ending):
+    path = tmp_path / f"v.{ending}"
+    with pytest.raises(VectorFormatError, match=r"no such file\. Make one"):
+        import_vector(path, model="x")
+    path.mkdir()
+    with pytest.raises(VectorFormatError, match="is a folder; expected a"):
+        import_vector(path, model="x")
+
+
 @pytest.fixture
 def vector(make_vector):
     """Every layer, and every field of the metadata that a file can lose."""
@@ -190,7 +200,7 @@ def test_the_command_line(tmp_path):
     assert back.sha256() == ds.SteeringVector.load(demo.VECTOR).select([4, 5]).sha256()
     assert "ends in .npz" in run("import", out, "-o", tmp_path / "back.gguf").output
     done = run("import", out, "-o", tmp_path / "x.npz", "-m", demo.NAME, "--layer-offset", 1)
-    assert done.exit_code == 1 and "--layer-offset does not fit" in done.output
+    assert done.exit_code == 1 and "layer offset does not fit" in done.output
 
 
 @pytest.mark.slow

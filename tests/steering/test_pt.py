@@ -3,13 +3,12 @@ import io
 import json
 import pickle
 import pickletools
-import subprocess
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SHARED, VALUES, opcodes, pt_file
+from helpers import SHARED, VALUES, opcodes, pt_file, run_with_torch
 
 from mlx_densesteer.errors import VectorFormatError
 from mlx_densesteer.steering.formats import import_vector
@@ -192,12 +191,7 @@ torch.save({3: v, 1: v}, f"{folder}/older.pt", _use_new_zipfile_serialization=Fa
 
 @pytest.mark.slow
 def test_what_torch_itself_writes(tmp_path):
-    python = ROOT / ".venv-torch" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("scripts/make-torch-env makes the environment that this test needs")
-    done = subprocess.run(
-        [python, "-c", TORCH_FILES, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = run_with_torch("-c", TORCH_FILES, tmp_path)
     lines = (line.partition(" ") for line in done.stdout.splitlines())
     expected = {name: json.loads(values) for name, _, values in lines}
     assert len(expected) == 11

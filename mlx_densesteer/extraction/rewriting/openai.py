@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...errors import InputError, install_command
 from ...files import whole_characters
+from ...text import one_line
 from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
 
 try:
@@ -165,15 +166,14 @@ class OpenAIRewriter:
         return Rewrite(text, choice.finish_reason == "length")
 
     def _no_completion(self, found: object) -> str:
-        shown = " ".join(str(found).split())[:200]
-        return f"{self._host}: found {shown!r}, expected a chat completion. Check the address."
+        return f"{self._host}: found {one_line(found, 200)!r}, expected a chat completion. Check the address."
 
     def _refusal(self, error: openai.APIStatusError) -> str:
         status, answer = error.status_code, error.response
         said = error.body
         if isinstance(said, Mapping):
             said = said.get("message") or said.get("detail") or said
-        shown = " ".join(str(said or "").split())[:300]
+        shown = one_line(said or "", 300)
         problem = f"{status} {answer.reason_phrase}" + (f": {shown}" if shown else "")
         if status in (408, 409, 429) or status >= 500:
             pause = answer.headers.get("Retry-After")
@@ -182,13 +182,13 @@ class OpenAIRewriter:
             401: f"Set the right key in the environment: export {KEY}=...",
             403: f"The key in {KEY} may not use this model.",
             404: f"Check the address and the model: {self._shown}.",
-        }.get(status, "Check the address, the model and --rewriter-fields.")
+        }.get(status, "Check the address, the model and the fields.")
         return f"{self._host} refuses: {problem}. {remedy}"
 
     def _failure(self, problem: str) -> str:
         return (
             f"{self._host}: no rewrite in up to {self._attempts} attempts ({problem}). Finished "
-            "rewrites are kept: start the same command again later, or with a lower --requests-per-minute."
+            "rewrites are kept: start the same command again later, or with fewer requests per minute."
         )
 
     def _error(self, text: str) -> InputError:

@@ -38,8 +38,8 @@ def import_vector(
         )
     if not model or layer_offset:
         raise VectorFormatError(
-            f"{path}: a .pt file does not say which model it was made for: name it with --model "
-            "(model=...). Leave out --layer-offset: its layers are counted from 0, as here."
+            f"{path}: a .pt file does not say which model it was made for: name the model. Leave the layer "
+            "offset out: its layers are counted from 0, as here."
         )
     return load_pt(path, model=model)
 
@@ -64,7 +64,5 @@ def export_vector(
     path = Path(path)
     kind = to or path.suffix.lower().removeprefix(".")
     if kind not in _WRITERS:
-        raise VectorFormatError(
-            f"{path}: format {kind!r}, expected {' or '.join(_WRITERS)}: --to, or the file's ending."
-        )
+        raise VectorFormatError(f"{path}: format {kind!r}, expected {' or '.join(_WRITERS)}.")
     return _WRITERS[kind](vector, path, layer_offset=layer_offset)

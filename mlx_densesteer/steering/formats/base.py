@@ -17,17 +17,11 @@ LAYER_NAME = re.compile(r"(?:[A-Za-z_][\w.]*[._])?(\d{1,4})", re.ASCII)
 LARGEST_NUMBER = 9999  # of a layer in a file
 
 
-def check_size(path: Path) -> None:
-    """Raise ``VectorFormatError`` for a file that is too large to be a vector."""
-    if path.stat().st_size > MAX_BYTES:
-        raise VectorFormatError(f"{path}: has more than {MAX_BYTES} bytes; no vector file has.")
-
-
 def check_numbers(path: Path, numbers: Iterable[int]) -> None:
     """Raise ``VectorFormatError`` for a layer number that ``import_vector`` would not read."""
     if bad := [number for number in numbers if number > LARGEST_NUMBER]:
         raise VectorFormatError(
-            f"{path}: --layer-offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
+            f"{path}: the layer offset makes it layer {bad[0]}; expected {LARGEST_NUMBER} at most."
         )
 
 
@@ -52,7 +46,7 @@ def layer_of(path: Path, name: str, number: int, offset: int, taken: Container[i
     layer = number - offset
     if layer < 0:
         raise VectorFormatError(
-            f"{path}: {name} would be layer {layer}; --layer-offset {offset} does not fit."
+            f"{path}: {name} would be layer {layer}; the layer offset {offset} does not fit."
         )
     if layer in taken:
         raise VectorFormatError(f"{path}: layer {layer} is there twice.")
@@ -83,7 +77,7 @@ def meta_of(
         if sorted(listed) != sorted(layers):
             raise VectorFormatError(
                 f"{path}: its metadata lists layer {format_layers(listed)}, but it holds "
-                f"{format_layers(layers)}. The file is incomplete, or --layer-offset does not fit."
+                f"{format_layers(layers)}. The file is incomplete, or the layer offset does not fit."
             )
         if model in (None, meta.model):
             return meta
@@ -93,7 +87,7 @@ def meta_of(
         raise VectorFormatError(f"{path}: its layers have widths {widths}, expected one width.")
     if not model:
         raise VectorFormatError(
-            f"{path}: does not say which model it was made for. Name it: --model (model=...)."
+            f"{path}: does not say which model it was made for. Name the model."
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return VectorMeta(

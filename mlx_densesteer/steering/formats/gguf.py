@@ -28,9 +28,9 @@ from ...errors import (
     VectorFormatError,
     install_command,
 )
-from ...files import atomic_path
+from ...files import atomic_path, read_file
 from ..vector import SteeringVector, format_layers
-from .base import check_numbers, check_size, check_total, layer_of, meta_of
+from .base import check_numbers, check_total, layer_of, meta_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -84,22 +84,22 @@ def load_control_vector(
 ) -> SteeringVector:
     """Do what ``import_vector`` does. ``direction.N`` becomes layer ``N - layer_offset``."""
     gguf = gguf_package(path, VectorFormatError)
-    check_size(path)
+    read_file(path, "a control vector (.gguf)")
     check_header(path, VectorFormatError)
     with damage(path, VectorFormatError):
         reader = gguf.GGUFReader(path)
-        architecture = _contents(reader, "general.architecture")
+        architecture = contents(reader, "general.architecture")
         if architecture != ARCHITECTURE:
             raise VectorFormatError(
                 f"{path}: is a GGUF of architecture {architecture!r}, expected {ARCHITECTURE!r}. "
                 "A model is converted with `densesteer convert`."
             )
-        offset = _contents(reader, _OFFSET) or 0 if layer_offset is None else layer_offset
+        offset = contents(reader, _OFFSET) or 0 if layer_offset is None else layer_offset
         layers = _directions(path, reader, int(offset))
         for name, field in reader.fields.items():
             if name.startswith(_KEPT) and name.removeprefix(_KEPT).isdecimal():
                 layers[int(name.removeprefix(_KEPT))] = np.array(field.contents(), np.float32)
-        document = _contents(reader, _META)
+        document = contents(reader, _META)
         if not isinstance(document, str | None):
             raise VectorFormatError(f"{path}: its {_META} is not text.")
         meta = meta_of(path, "GGUF control vector", layers, model, document)
@@ -124,7 +124,8 @@ def _directions(path: Path, reader: "GGUFReader", offset: int) -> dict[int, np.n
     return layers
 
 
-def _contents(reader: "GGUFReader", key: str) -> object:
+def contents(reader: "GGUFReader", key: str) -> Any:
+    """Return the value of a field, ``None`` if the file has none."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
@@ -146,7 +147,7 @@ def _not_expressed(
         )
     if len(numbers) - len(kept) > 1:
         told.append(
-            "llama.cpp steers every layer of a file, not one. Export one (-l), or name a range there "
+            "llama.cpp steers every layer of a file, not one. Export one, or name a range there "
             "(--control-vector-layer-range)"
         )
     told.append("llama.cpp steers every position, prompt and response")
@@ -185,7 +186,7 @@ def complete(made: Path, path: Path) -> Iterator[None]:
     except DenseSteerError as error:
         raise DiskError(
             f"{path}: what was written did not arrive on the disk ({error.__cause__ or error}). Make "
-            "room on the disk, or choose another place (-o)."
+            "room on the disk, or choose another place."
         ) from error
 
 

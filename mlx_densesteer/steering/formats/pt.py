@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import brief, read_archive, read_file
+from ...files import read_archive, read_file
+from ...text import one_line
 from ..vector import SteeringVector
 from .base import LAYER_NAME, check_total, layer_of, meta_of, upper_halves
 
@@ -38,25 +39,9 @@ class _SteeringVectorState:
 
 
 class _Storage:
-    """Stands in for a storage class of torch: the marker of its dtype."""
+    """Stands in for the storage classes of torch, one subclass each."""
 
     dtype: str
-
-
-class _HalfStorage(_Storage):
-    dtype = "<f2"
-
-
-class _BFloat16Storage(_Storage):
-    dtype = "<u2"  # the upper half of a float32
-
-
-class _FloatStorage(_Storage):
-    dtype = "<f4"
-
-
-class _DoubleStorage(_Storage):
-    dtype = "<f8"
 
 
 class _Refused(Exception):
@@ -97,15 +82,16 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 _OLDER = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # the first object of such a file
 MAX_PICKLE_BYTES = 2**20  # real pickles have 2,000 to 3,000
 
+_DTYPES = {"Half": "<f2", "BFloat16": "<u2", "Float": "<f4", "Double": "<f8"}  # u2: upper halves
 _GLOBALS = {
     ("steering_vectors.steering_vector", "SteeringVector"): _SteeringVectorState,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "HalfStorage"): _HalfStorage,
-    ("torch", "BFloat16Storage"): _BFloat16Storage,
-    ("torch", "FloatStorage"): _FloatStorage,
-    ("torch", "DoubleStorage"): _DoubleStorage,
     ("collections", "OrderedDict"): OrderedDict,
+    **{
+        ("torch", f"{name}Storage"): type(name, (_Storage,), {"dtype": dtype})
+        for name, dtype in _DTYPES.items()
+    },
 }
 
 
@@ -207,7 +193,7 @@ def _unpickle(path: Path, data: bytes, storages: dict[str, bytes]) -> object:
         pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError,
         ValueError, OverflowError, ImportError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
-        raise VectorFormatError(f"{path}: its pickle is damaged ({brief(error)}).") from error
+        raise VectorFormatError(f"{path}: its pickle is damaged ({one_line(error)}).") from error
 
 
 def _check_opcodes(data: bytes) -> None:

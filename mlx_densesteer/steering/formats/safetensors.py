@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import VectorFormatError
-from ...files import atomic_file
+from ...files import atomic_file, read_file
 from ..vector import SteeringVector
-from .base import LAYER_NAME, check_numbers, check_size, layer_of, meta_of, upper_halves
+from .base import LAYER_NAME, check_numbers, layer_of, meta_of, upper_halves
 
 _KEY = "densesteer"
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -29,7 +29,7 @@ def save_safetensors(vector: SteeringVector, path: Path, *, layer_offset: int = 
 
     numbers = {layer: layer + layer_offset for layer in vector.layers}
     if min(numbers.values()) < 0:
-        raise VectorFormatError(f"{path}: --layer-offset {layer_offset} gives a layer below 0.")
+        raise VectorFormatError(f"{path}: the layer offset {layer_offset} gives a layer below 0.")
     check_numbers(path, numbers.values())
     arrays = {f"layer.{numbers[layer]}": np.array(a) for layer, a in vector.layers.items()}
     document = json.dumps(vector.describe(), ensure_ascii=False)
@@ -45,9 +45,9 @@ def load_safetensors(
     """Do what ``import_vector`` does for a file of one float vector a tensor."""
     from safetensors import SafetensorError, deserialize, safe_open
 
-    check_size(path)
+    data = read_file(path, "a vector's file (.safetensors)")
     try:
-        tensors = deserialize(path.read_bytes())
+        tensors = deserialize(data)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
@@ -55,8 +55,15 @@ def load_safetensors(
     offset = _offset(path, metadata) if layer_offset is None else layer_offset
     layers: dict[int, np.ndarray] = {}
     for name, tensor in tensors:
-        layer = layer_of(path, name, _number(path, name, tensor), offset, layers)
-        layers[layer] = _array(tensor)
+        match, kind, shape = LAYER_NAME.fullmatch(name), tensor["dtype"], tensor["shape"]
+        if match is None or kind not in _DTYPES or len(shape) != 1:
+            raise VectorFormatError(
+                f"{path}: {name[:60]!r} of type {kind} and shape {shape}, expected one float vector for each "
+                "layer: layer.14, layer_14, direction.14."
+            )
+        layer = layer_of(path, name, int(match[1]), offset, layers)
+        array = np.frombuffer(tensor["data"], _DTYPES[kind])
+        layers[layer] = upper_halves(array) if kind == "BF16" else array
     meta = meta_of(path, "safetensors", layers, model, metadata.get(_KEY))
     return SteeringVector(layers, meta, name=path.name)
 
@@ -66,22 +73,3 @@ def _offset(path: Path, metadata: Mapping[str, str]) -> int:
     if not re.fullmatch(r"-?\d{1,4}", text):
         raise VectorFormatError(f"{path}: its layer_offset {text[:20]!r} is not a number.")
     return int(text)
-
-
-def _number(path: Path, name: str, tensor: Mapping[str, object]) -> int:
-    match = LAYER_NAME.fullmatch(name)
-    shape = tensor["shape"]
-    if match is None or tensor["dtype"] not in _DTYPES or len(shape) != 1:  # type: ignore[arg-type]
-        raise VectorFormatError(
-            f"{path}: {name[:60]!r} of type {tensor['dtype']} and shape {shape}, expected one float vector "
-            "for each layer: layer.14, layer_14, direction.14."
-        )
-    return int(match[1])
-
-
-def _array(tensor: Mapping[str, object]) -> np.ndarray:
-    array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])  # type: ignore[arg-type,index]
-    if tensor["dtype"] == "BF16":
-        array = upper_halves(array)
-    with np.errstate(over="ignore"):  # SteeringVector refuses an infinity
-        return array.astype(np.float32)
