@@ -243,7 +243,7 @@ def keys_of(problems: Iterable[Problem], conditions: Iterable[Under]) -> list[Ke
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-_KINDS = get_type_hints(Answer) | {"token_ids": list}
+_KINDS = get_type_hints(Answer) | {"token_ids": list | tuple}  # a tuple if this run made it
 
 
 def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
