@@ -76,7 +76,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         file = subject.vector.save(Path(folder) / "random.npz")
         common = ["-m", subject.name, "demo", "-v", str(file), "--limit", str(problems)]
-        common += ["-n", str(max_tokens), "--rows", str(rows), "--no-nll", "--no-baseline"]
+        common += ["-n", str(max_tokens), "--rows", str(rows), "--no-nll", "--no-unsteered"]
         ways = [together, separate]
         if processes:
             ways.append(lambda: _evaluate(grid, common, tell))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import aligned, count, note, percent
+from ..text import aligned, count, note, one_line, percent
 from . import completers
 from .options import (
     json_option,
@@ -22,8 +22,12 @@ from .run import journalled, load_problems
 from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..evaluation.answers import Answer
+    from ..evaluation.condition import Baseline, Example
     from ..evaluation.scoring import Estimate, Score
+    from ..evaluation.tasks import Problem
     from ..steering.request import Amount
     from ..steering.steering import Positions
 
@@ -40,7 +44,23 @@ if TYPE_CHECKING:
     required=False,
 )
 @click.option(
-    "--no-baseline", is_flag=True, help="Leave out strength 0, and the comparison with it."
+    "--baseline",
+    "specs",
+    multiple=True,
+    metavar="SPEC",
+    help="Also answer in another way, to compare with; may be repeated. instruction:TEXT, a system message "
+    "(after --system); prefix:TEXT, with which the response begins; few-shot:N, the first N of "
+    "--examples as earlier turns; budget:N, the question with 'Use at most N tokens.'; random or random:SEED, "
+    "a random direction in the place of the vector's, of the same norm.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.jsonl",
+    help="Pairs or solutions for few-shot:N; none may be among the problems.",
+)
+@click.option(
+    "--no-unsteered", is_flag=True, help="Leave out strength 0, and the comparison with it."
 )
 @no_nll_option
 @json_option
@@ -59,23 +79,41 @@ def evaluate(
     rows: int,
     system: str | None,
     out: str | None,
-    no_baseline: bool,
+    specs: tuple[str, ...],
+    examples: str | None,
+    no_unsteered: bool,
     no_nll: bool,
     as_json: bool,
     task: str,
 ) -> None:
-    """Measure accuracy, steps, tokens and density on a task, steered beside unsteered.
+    """Measure accuracy, steps, tokens and density on a task, steered beside unsteered and baselines.
 
     TASK is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a local
     JSONL file with the fields of one of these. Decoding is greedy, intervals are at 95%, and the
-    steered answers are compared with those at strength 0 to the same problems.
+    answers are compared with those at strength 0, and those of a baseline with the steered ones, problem
+    by problem.
     """
+    from ..evaluation.condition import Baseline
+
     request = read_steering(vector, strength, layers, positions)
+    baselines = [Baseline.parse(spec) for spec in specs]
+    kinds = {baseline.kind for baseline in baselines}
+    if "random" in kinds and request is None:
+        raise click.UsageError(
+            "--baseline random: takes the norm and the place of a vector: add -v FILE."
+        )
+    if ("few-shot" in kinds) != bool(examples):
+        raise click.UsageError("--baseline few-shot:N and --examples FILE: one needs the other.")
     problems, about = load_problems(task, split=split, skip=skip, limit=limit, revision=revision)
+    turns = _read_examples(examples, baselines, problems)
+    for baseline in baselines:
+        if baseline.kind != "random":
+            baseline.condition(None, turns)  # raises before the model is loaded
 
     from ..distributed.loading import load_copies
     from ..distributed.ranks import Ranks
     from ..evaluation.answers import by_steering
+    from ..evaluation.scoring import conditions_of
     from ..evaluation.scoring import evaluate as run
 
     ranks = Ranks.connect()
@@ -84,27 +122,28 @@ def evaluate(
     steering = steering_for(request, loaded)
     if steering is not None and not steering.strength:
         note("strength 0 is the unsteered model: there is nothing to compare")
+    others = [baseline.condition(steering, turns) for baseline in baselines]
+    wanted = {"unsteered": not no_unsteered, "baselines": others}
+    conditions = conditions_of(steering, **wanted)
     path = Path(out or f"eval-{Path(task).stem}-{Path(info.name).name}.jsonl")
-    compared = steering is not None and steering.strength and not no_baseline
     with journalled(
         path,
         loaded,
         ranks,
-        len(problems) * (2 if compared else 1),
+        len(problems) * len(conditions),
         system=system,
         max_tokens=max_tokens,
         rows=rows,
         with_nll=not no_nll,
     ) as options:
-        scores, answers = run(
-            loaded, problems, steering=steering, baseline=not no_baseline, **options
-        )
+        scores, answers = run(loaded, problems, steering=steering, **wanted, **options)
     if as_json:
         document = {
             **about,
             "model": info.name,
             "fingerprint": info.fingerprint,
             "steering": described(steering, loaded),
+            "baselines": {one.name: one.describe() for one in others},
             "max_tokens": max_tokens,
             "answers": str(path),
             "scores": {name: asdict(one) for name, one in scores.items()},
@@ -112,9 +151,24 @@ def evaluate(
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         click.echo("\n".join(_table(scores)))
-    for name, setting in zip(scores, by_steering(answers).values(), strict=True):
-        _tell_disagreements(name, list(setting.values()))
+    groups = by_steering(answers)
+    for name, condition in conditions.items():
+        _tell_disagreements(_short(name), list(groups[condition.fingerprint].values()))
     note(f"every answer is in {path}")
+
+
+def _read_examples(
+    path: str | None, baselines: "Sequence[Baseline]", problems: "Sequence[Problem]"
+) -> "list[Example]":
+    """Return as many examples as the baselines take; refuse those that are among the problems."""
+    from ..evaluation.condition import check_apart, read_examples
+
+    if path is None:
+        return []
+    most = max(one.number for one in baselines if one.kind == "few-shot")
+    examples = read_examples(path)[:most]
+    check_apart(examples, problems)
+    return examples
 
 
 def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
@@ -127,6 +181,10 @@ def _tell_disagreements(name: str, answers: "list[Answer]") -> None:
         note(f"{name}, {one.problem}: {one.found!r} is {verdict} by the reference's string rule")
     if len(differing) > 5:
         note(f"... and {len(differing) - 5} more: see by_math_verify and by_reference in the file")
+
+
+def _short(name: str) -> str:
+    return one_line(name, 32)
 
 
 def _estimate(one: "Estimate | None", digits: int = 1) -> str:
@@ -142,11 +200,21 @@ def _share(one: "Estimate") -> str:
 
 
 def _table(scores: "dict[str, Score]") -> list[str]:
-    rows = [["", "accuracy", "steps", "tokens", "density", "NLL", "truncated", "latency s"]]
+    titles = [
+        "accuracy",
+        "steps",
+        "tokens",
+        "density",
+        "NLL",
+        "truncated",
+        "latency s",
+        "s/correct",
+    ]
+    rows = [["", *titles]]
     for name, s in scores.items():
         rows.append(
             [
-                name,
+                _short(name),
                 _share(s.accuracy),
                 _estimate(s.steps),
                 _estimate(s.tokens),
@@ -154,19 +222,35 @@ def _table(scores: "dict[str, Score]") -> list[str]:
                 _estimate(s.nll, 3),
                 str(s.truncated),
                 f"{s.seconds:.1f}",
+                _estimate(s.seconds_per_correct),
             ]
         )
     lines = aligned(rows)
     total = next(iter(scores.values())).problems
     lines.append(f"{count(total, 'problem')}, greedy; 95% intervals in brackets")
-    compared = scores["steered"].against_unsteered if "steered" in scores else None
-    if compared is not None:
-        lines += [
-            "",
-            f"steered - unsteered: accuracy {_share(compared.accuracy)}, "
-            f"steps {_estimate(compared.steps)}, tokens {_estimate(compared.tokens)}, "
-            f"NLL {_estimate(compared.nll, 3)}",
-            f"right only steered: {compared.better}, right only unsteered: {compared.worse}; "
-            f"McNemar p = {compared.p:.3g}",
-        ]
+    for other in ("unsteered", "steered"):
+        lines += _differences(scores, other)
     return lines
+
+
+def _differences(scores: "dict[str, Score]", other: str) -> list[str]:
+    """Return a table of the differences from one of the conditions; nothing if there are none."""
+    rows = [["", "accuracy", "gained", "lost", "McNemar p", "steps", "tokens", "NLL"]]
+    for name, s in scores.items():
+        compared = s.against_unsteered if other == "unsteered" else s.against_steered
+        if compared is None:
+            continue
+        accuracy = compared.accuracy
+        rows.append(
+            [
+                f"{_short(name)} - {other}",
+                f"{100 * accuracy.value:+.1f}% [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+                str(compared.better),
+                str(compared.worse),
+                f"{compared.p:.3g}",
+                _estimate(compared.steps),
+                _estimate(compared.tokens),
+                _estimate(compared.nll, 3),
+            ]
+        )
+    return ["", *aligned(rows)] if len(rows) > 1 else []

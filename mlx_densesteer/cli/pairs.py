@@ -2,23 +2,34 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from ..text import Live, aligned, count, note
 from . import completers
 from .options import json_option, model_option, out_option, run_options, task_options
-from .run import load_problems, resumable
+from .run import answers_progress, load_problems, resumable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
+    from ..evaluation.tasks import Problem
     from ..extraction.make_pairs import Files, PairsProgress, Summary
     from ..extraction.rewriting import Rewriter
+    from ..extraction.sample_pairs import SampleSummary
     from ..model.model import Model
+
+
+class RunOptions(TypedDict):
+    """What runs with and without a rewriter have in common."""
+
+    count: int | None
+    system: str | None
+    max_tokens: int
+    rows: int
 
 
 @click.command()
@@ -31,11 +42,9 @@ if TYPE_CHECKING:
 @click.option(
     "--rewriter",
     "spec",
-    default="rules",
-    show_default=True,
     metavar="REWRITER",
     help="rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
-    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl.",
+    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
 )
 @click.option(
     "--count",
@@ -50,6 +59,24 @@ if TYPE_CHECKING:
     metavar="NATS",
     help="How much the NLL per token of a rewrite may exceed the original's. [default: 0.5]",
 )
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    metavar="K",
+    help="No rewriter: draw K answers to each problem. The shortest correct one and the longest make a "
+    "pair. Another run with a larger K goes on.",
+)
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Temperature of the samples. [default: 0.7]",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw among the likeliest tokens of this total probability. [default: 1.0]",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the samples. [default: 0]")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -96,9 +123,13 @@ def pairs(
     rows: int,
     system: str | None,
     out: str,
-    spec: str,
+    spec: str | None,
     wanted: int | None,
     nll_margin: float | None,
+    samples: int | None,
+    temp: float | None,
+    top_p: float | None,
+    seed: int | None,
     timeout: float,
     attempts: int,
     at_once: int,
@@ -109,13 +140,23 @@ def pairs(
 ) -> None:
     """Make contrastive pairs: solve problems, make the solutions denser, check both.
 
+    With --samples the model answers each problem several times instead, and its shortest and its longest
+    correct answer make the pair.
+
     PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a local
     JSONL file with the fields of one of these. Take no problem that you will evaluate on: without
     --split, gsm8k and demo are taken from their split train. The same command continues a run that was
     interrupted.
     """
-    kind, _, rest = spec.partition(":")
-    if kind not in ("rules", "mlx", "openai", "file") or (kind == "rules") == bool(rest):
+    drawn = {"temp": temp, "top_p": top_p, "seed": seed}
+    rewritten = {"rewriter": spec, "nll_margin": nll_margin}
+    for name, value in (drawn if samples is None else rewritten).items():
+        if value is not None:
+            message = "needs --samples K" if samples is None else "and --samples exclude each other"
+            raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
+    kind, _, rest = ("" if samples else spec or "rules").partition(":")
+    known = ("rules", "mlx", "openai", "file")
+    if not samples and (kind not in known or (kind == "rules") == bool(rest)):
         raise click.UsageError(
             f"--rewriter {spec}: expected rules, mlx:MODEL, openai:URL#MODEL or file:FILE.jsonl."
         )
@@ -147,7 +188,7 @@ def pairs(
     from ..extraction.make_pairs import Files
 
     files = Files(Path(out))
-    files.check()
+    files.check(files.samples if samples else files.solved)
     chosen, _ = load_problems(
         problems, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
@@ -157,6 +198,10 @@ def pairs(
     from ..model.model import load
 
     loaded = load(model)
+    run: RunOptions = {"count": wanted, "system": system, "max_tokens": max_tokens, "rows": rows}
+    if samples:
+        _sample(loaded, chosen, files, samples, drawn, run, as_json)
+        return
     if rewriter is None:
         rewriter = _local(rest, model, loaded, rows)
     with resumable(files.solved, files.rewrites) as live:
@@ -165,19 +210,23 @@ def pairs(
             chosen,
             rewriter,
             out,
-            count=wanted,
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
-            system=system,
-            max_tokens=max_tokens,
-            rows=rows,
             progress=_progress(live, wanted),
+            **run,
         )
     _tell(summary, files, wanted)
+    _end(summary, files, as_json, files.solved, rewriter=rewriter.name)
+
+
+def _end(
+    summary: "Summary | SampleSummary", files: "Files", as_json: bool, journal: Path, **told: object
+) -> None:
+    """Print the result; a run without a pair is an error."""
     if as_json:
         document = {
             "pairs": str(files.pairs),
             "rejected_pairs": str(files.rejected),
-            "rewriter": rewriter.name,
+            **told,
             **asdict(summary),
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
@@ -185,9 +234,38 @@ def pairs(
         click.echo(files.pairs)
     if not summary.accepted:
         raise click.ClickException(
-            f"no pair was accepted; every solution is in {files.solved}, every rejection and its "
+            f"no pair was accepted; every solution is in {journal}, every rejection and its "
             f"reasons in {files.rejected}."
         )
+
+
+def _sample(
+    model: "Model",
+    problems: "Sequence[Problem]",
+    files: "Files",
+    samples: int,
+    given: "Mapping[str, float | None]",
+    run: RunOptions,
+    as_json: bool,
+) -> None:
+    """Make pairs of the model's own samples; ``given`` has the options of the sampling."""
+    from ..extraction.sample_pairs import SAMPLING, sample_pairs
+
+    sampling = replace(SAMPLING, **{k: v for k, v in given.items() if v is not None})
+    with resumable(files.samples) as live:
+        progress = answers_progress(live, samples * len(problems), with_nll=False)
+        summary = sample_pairs(
+            model,
+            problems,
+            files.pairs,
+            samples=samples,
+            sampling=sampling,
+            progress=progress,
+            **run,
+        )
+    _tell_samples(summary, files, run["count"])
+    told = {"solutions": str(files.solutions), "sampling": asdict(sampling)}
+    _end(summary, files, as_json, files.samples, **told)
 
 
 def _local(name: str, target: str, loaded: "Model", rows: int) -> "Rewriter":
@@ -225,23 +303,49 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
         f"{sum(summary.rejected.values())} rejected, {summary.wrong} solved wrongly, "
         f"{summary.truncated} cut off"
     )
-    for reason in REASONS:
-        if number := summary.rejected.get(reason):
-            note(f"  {number} {reason}: {REASONS[reason]}")
-    if summary.accepted:
-        rows = [["  mean of the accepted", "steps", "tokens", "density", "NLL"]]
-        for name, means in (("original", summary.before), ("rewrite", summary.after)):
-            digits = {"steps": 1, "tokens": 1, "density": 1, "nll": 3}
-            cells = (
-                f"{means[k]:.{d}f}" if means[k] is not None else "-" for k, d in digits.items()
-            )
-            rows.append([f"  {name}", *cells])
-        for line in aligned(rows):
-            note(line)
+    _tell_reasons(summary, REASONS)
+    _tell_means(summary, ("original", "rewrite"))
     if summary.truncated > summary.problems // 4:
         note(
             "many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)"
         )
+    _tell_rest(summary, files, wanted)
+
+
+def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) -> None:
+    from ..extraction.sample_pairs import REASONS
+
+    note(
+        f"{count(summary.problems, 'problem')}, {count(summary.samples, 'sample')}: {summary.correct} "
+        f"correct, {summary.truncated} cut off; {summary.solved} problems solved, {summary.accepted} pairs"
+    )
+    _tell_reasons(summary, REASONS)
+    _tell_means(summary, ("longest", "shortest"))
+    if summary.truncated > summary.samples // 4:
+        note("many samples were cut off at --max-tokens; a larger number may give more pairs (-n)")
+    note(f"the shortest correct sample of every solved problem: {files.solutions}")
+    _tell_rest(summary, files, wanted)
+
+
+def _tell_reasons(summary: "Summary | SampleSummary", reasons: "Mapping[str, str]") -> None:
+    for reason, meaning in reasons.items():
+        if number := summary.rejected.get(reason):
+            note(f"  {number} {reason}: {meaning}")
+
+
+def _tell_means(summary: "Summary | SampleSummary", names: tuple[str, str]) -> None:
+    if not summary.accepted:
+        return
+    rows = [["  mean of the accepted", "steps", "tokens", "density", "NLL"]]
+    for name, means in zip(names, (summary.before, summary.after), strict=True):
+        digits = {"steps": 1, "tokens": 1, "density": 1, "nll": 3}
+        cells = (f"{means[k]:.{d}f}" if means[k] is not None else "-" for k, d in digits.items())
+        rows.append([f"  {name}", *cells])
+    for line in aligned(rows):
+        note(line)
+
+
+def _tell_rest(summary: "Summary | SampleSummary", files: "Files", wanted: int | None) -> None:
     if summary.rejected:
         note(f"rejected pairs with all figures: {files.rejected}")
     if wanted and summary.accepted < wanted:

@@ -100,7 +100,7 @@ def journalled(
         yield {
             "journal": journal,
             "answer": answer_over_ranks(ranks),
-            "progress": _progress(live, expected, table),
+            "progress": answers_progress(live, expected, table, with_nll=with_nll),
             "system": system,
             "max_tokens": max_tokens,
             "rows": rows,
@@ -108,8 +108,12 @@ def journalled(
         }
 
 
-def _progress(
-    live: Live, expected: int, table: "Callable[[list[Answer]], Sequence[str]]"
+def answers_progress(
+    live: Live,
+    expected: int,
+    table: "Callable[[list[Answer]], Sequence[str]]" = lambda answers: (),
+    *,
+    with_nll: bool,
 ) -> "OnAnswers":
     """Return a function that shows the number of answers and the time that the others will take."""
     began, first = time.monotonic(), []
@@ -122,7 +126,7 @@ def _progress(
         done, right = len(answers), sum(one.correct for one in answers)
         rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
         left = ""
-        if done == expected:
+        if done == expected and with_nll:
             rate = ", computing the NLL"
         elif done > first[0]:
             minutes = seconds / (done - first[0]) * (expected - done) / 60

@@ -19,6 +19,7 @@ from ..evaluation.answers import (
     Answer,
     Answerer,
     AnswerOptions,
+    Under,
     answer,
     keys_of,
     read_answers,
@@ -26,7 +27,6 @@ from ..evaluation.answers import (
 from ..evaluation.journal import Journal
 from ..evaluation.tasks import Problem
 from ..model.model import Model
-from ..steering.steering import Steering
 from .ranks import Ranks
 
 
@@ -69,7 +69,7 @@ def answer_over_ranks(ranks: Ranks) -> Answerer:
     and gets all answers; rank 0's journal keeps them. For a single process it is ``answer``.
 
     Raises:
-        DistributedError: the ranks have different problems, steerings, options or versions.
+        DistributedError: the ranks have different problems, conditions, options or versions.
     """
     return answer if ranks.size == 1 else partial(_answer, ranks)
 
@@ -78,26 +78,26 @@ def _answer(
     ranks: Ranks,
     model: Model,
     problems: Sequence[Problem],
-    steerings: Sequence[Steering | None],
+    conditions: Sequence[Under],
     **options: Unpack[AnswerOptions],
 ) -> list[Answer]:
     journal, progress = options["journal"], options.get("progress", lambda answers, tokens: None)
-    ranks.same(_digest(problems, steerings, options), "problems, vectors, settings or versions")
+    ranks.same(_digest(problems, conditions, options), "problems, vectors, settings or versions")
     _exchange(ranks, journal)
     with_nll, vocabulary = options.get("with_nll", True), model.vocabulary
-    done, todo = _split(problems, steerings, journal, with_nll, vocabulary)
-    known = answer(model, done, steerings, **options | {"progress": lambda answers, tokens: None})
+    done, todo = _split(problems, conditions, journal, with_nll, vocabulary)
+    known = answer(model, done, conditions, **options | {"progress": lambda answers, tokens: None})
     mine = options | {
         "progress": lambda answers, tokens: progress([*known, *answers], tokens),
     }
-    answer(model, ranks.mine(todo), steerings, **mine)
+    answer(model, ranks.mine(todo), conditions, **mine)
     _exchange(ranks, journal)
-    return answer(model, problems, steerings, **options)  # from the journal: it has them all
+    return answer(model, problems, conditions, **options)  # from the journal: it has them all
 
 
 def _split(
     problems: Sequence[Problem],
-    steerings: Sequence[Steering | None],
+    conditions: Sequence[Under],
     journal: Journal,
     with_nll: bool,
     vocabulary: int,
@@ -106,7 +106,7 @@ def _split(
     known = read_answers(journal, vocabulary)
 
     def is_done(problem: Problem) -> bool:
-        found = [known.get(key) for key in keys_of([problem], steerings)]
+        found = [known.get(key) for key in keys_of([problem], conditions)]
         return all(one and not (with_nll and one.lacks_nll) for one in found)
 
     done = {problem.id for problem in problems if is_done(problem)}
@@ -146,9 +146,9 @@ def _identity(record: dict) -> str:
 
 
 def _digest(
-    problems: Sequence[Problem], steerings: Sequence[Steering | None], options: AnswerOptions
+    problems: Sequence[Problem], conditions: Sequence[Under], options: AnswerOptions
 ) -> str:
     told = {key: value for key, value in options.items() if key not in ("journal", "progress")}
     versions = [__version__, mlx_lm.__version__]
-    document = json.dumps([keys_of(problems, steerings), told, versions], sort_keys=True)
+    document = json.dumps([keys_of(problems, conditions), told, versions], sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:16]

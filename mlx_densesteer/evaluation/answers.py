@@ -1,6 +1,6 @@
-"""Responses to many problems under many steerings, in shared batches and kept in a journal.
+"""Responses to many problems under many conditions, in shared batches and kept in a journal.
 
-The journal holds one record for each problem and steering, and later one for its NLL. One file can
+The journal holds one record for each problem and condition, and later one for its NLL. One file can
 grow over several runs, and no answer in it is generated again.
 """
 
@@ -11,14 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Protocol, TypedDict, Unpack, get_type_hints
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..files import check_fields, token_ids
-from ..generation.answer import Generation
+from ..generation.answer import Generation, split_steps
 from ..generation.batch import ROWS, generate_batch
+from ..generation.sampling import GREEDY
 from ..model.likelihood import nll
 from ..model.model import Model
-from ..model.prompt import encode_prompt
-from ..steering.steering import UNSTEERED, Steering
+from ..model.prompt import check_prompt, encode_chat, encode_text, render_chat
+from ..steering.steering import Steering
+from ..text import one_line
+from .condition import Condition
 from .grading import grade
 from .journal import Journal, not_a_record
 from .tasks import Problem
@@ -27,6 +30,7 @@ FORMAT = "mlx-densesteer answers 1"
 LIKELIHOODS = 16  # responses whose NLL is computed between two writes to the journal
 
 Key = tuple[str, str, str]  # problem, content, steering
+Under = Steering | Condition | None  # what a problem is answered under
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class Answer:
     """One graded response to one problem.
 
     - ``content``: a hash of prompt and gold answer; it tells problems of equal ids apart.
-    - ``steering``: the steering's fingerprint, ``"unsteered"`` at strength 0.
+    - ``steering``: the fingerprint of the steering or condition, ``"unsteered"`` at strength 0.
     - ``seconds``: from the start of the response to its end, in its batch.
+    - ``compute_seconds``: its share of its batch's time (``Batch``); ``None`` in older journals.
     - ``nll``: the mean negative log-likelihood of the response under the *unsteered* model given
-      its prompt, in nats per token.
+      its prompt, in nats per token. The prompt is the condition's, without the ``prefix``.
     """
 
     problem: str
@@ -53,6 +58,7 @@ class Answer:
     by_math_verify: bool | None
     seconds: float
     nll: float | None = None
+    compute_seconds: float | None = None
 
     @property
     def key(self) -> Key:
@@ -103,13 +109,13 @@ class Answerer(Protocol):
         self,
         model: Model,
         problems: Sequence[Problem],
-        steerings: Sequence[Steering | None],
+        conditions: Sequence[Under],
         **options: Unpack[AnswerOptions],
     ) -> list[Answer]: ...
 
 
 def journal_header(model: Model, max_tokens: int, system: str | None = None) -> dict[str, object]:
-    """Return the settings that runs with one journal share: all but problems and steering."""
+    """Return the settings that runs with one journal share: all but problems and conditions."""
     info = model.info
     return {
         "format": FORMAT,
@@ -126,7 +132,7 @@ def journal_header(model: Model, max_tokens: int, system: str | None = None) -> 
 def answer(
     model: Model,
     problems: Sequence[Problem],
-    steerings: Sequence[Steering | None],
+    conditions: Sequence[Under],
     journal: Journal | None = None,
     *,
     system: str | None = None,
@@ -135,16 +141,18 @@ def answer(
     with_nll: bool = True,
     progress: OnAnswers = lambda answers, tokens: None,
 ) -> list[Answer]:
-    """Return the greedy responses to all problems under all steerings, problem by problem.
+    """Return the responses to all problems under all conditions, problem by problem.
 
-    Answers in the journal are taken from there and graded anew; the others are added to it. The
-    order is by problem, so the settings of an interrupted run can be compared on its whole problems.
+    They are greedy unless a condition samples. Answers in the journal are taken from there and graded
+    anew; the others are added to it. The order is by problem, so the conditions of an interrupted run
+    can be compared on its whole problems.
 
     Raises:
+        InputError: a prefix leaves no room below ``max_tokens``.
         ModelError: an NLL is not finite. The answers are kept.
     """
-    wanted = keys_of(problems, steerings)
-    by_print = {_fingerprint(steering): steering for steering in steerings}
+    wanted = keys_of(problems, conditions)
+    by_print = {one.fingerprint: one for one in map(Condition.of, conditions)}
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
     found = {  # graded again: math-verify (extra ``eval``) may be new here
@@ -153,7 +161,16 @@ def answer(
         if key in there
     }
     missing = [key for key in wanted if key not in found]
+    prefixes = {name: encode_text(model.tokenizer, one.prefix) for name, one in by_print.items()}
+    if long := [name for name, ids in prefixes.items() if len(ids) >= max_tokens]:
+        raise InputError(
+            f"the prefix {one_line(by_print[long[0]].prefix)} has {len(prefixes[long[0]])} tokens, and a "
+            f"response at most {max_tokens}: choose a shorter one."
+        )
     generated = 0
+
+    def prompt(key: Key) -> list[int]:
+        return prompt_tokens(model, by_id[key[0]], by_print[key[2]], system)
 
     def tell(tokens: int) -> None:
         nonlocal generated
@@ -162,16 +179,17 @@ def answer(
 
     runs = generate_batch(
         model,
-        [by_id[key[0]].prompt for key in missing],
-        steering=[by_print[key[2]] for key in missing],
-        system=system,
-        max_tokens=max_tokens,
+        [prompt(key) + prefixes[key[2]] for key in missing],
+        steering=[by_print[key[2]].steering for key in missing],
+        max_tokens=[max_tokens - len(prefixes[key[2]]) for key in missing],
+        sampling=[by_print[key[2]].seeded(by_id[key[0]]) or GREEDY for key in missing],
         rows=rows,
         progress=tell,
     )
     for index, generation in runs:
         key = missing[index]
-        found[key] = _graded(by_id[key[0]], key, generation)
+        prefix = by_print[key[2]].prefix, prefixes[key[2]]
+        found[key] = _graded(by_id[key[0]], key, generation, *prefix)
         if journal:
             journal.append(asdict(found[key]))
         progress(list(found.values()), generated)
@@ -179,9 +197,8 @@ def answer(
         todo = [key for key in wanted if found[key].lacks_nll]
         for first in range(0, len(todo), LIKELIHOODS):
             part = todo[first : first + LIKELIHOODS]
-            texts = [by_id[key[0]].prompt for key in part]
-            prompts = [encode_prompt(model.tokenizer, text, system=system) for text in texts]
-            values = nll(model.network, prompts, [found[key].token_ids for key in part])
+            responses = [found[key].token_ids for key in part]
+            values = nll(model.network, list(map(prompt, part)), responses)
             _check_finite(part, values)
             for key, value in zip(part, values, strict=True):
                 found[key] = replace(found[key], nll=value)
@@ -200,13 +217,33 @@ def _check_finite(keys: Sequence[Key], values: Sequence[float]) -> None:
             )
 
 
-def keys_of(problems: Iterable[Problem], steerings: Iterable[Steering | None]) -> list[Key]:
+def prompt_tokens(
+    model: Model, problem: Problem, condition: Condition, system: str | None = None
+) -> list[int]:
+    """Return the token ids of what ``problem`` is asked as, without the ``prefix`` of the response.
+
+    Raises:
+        InputError, ContextError, ModelError: what the model's chat template or context cannot take.
+    """
+    system, question = condition.system(system), condition.question(problem)
+    texts = [text for example in condition.examples for text in example]
+    model.check_length(system, *texts, question, what=f"the prompt of {problem.id}")
+    check_prompt(model.tokenizer, question, system=system)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for example in condition.examples:
+        messages.append({"role": "user", "content": example.prompt})
+        messages.append({"role": "assistant", "content": example.response})
+    messages.append({"role": "user", "content": question})
+    return encode_chat(model.tokenizer, render_chat(model.tokenizer, messages))
+
+
+def keys_of(problems: Iterable[Problem], conditions: Iterable[Under]) -> list[Key]:
     """Return the keys of all answers, once each, problem by problem."""
-    prints = [_fingerprint(steering) for steering in steerings]
+    prints = [Condition.of(one).fingerprint for one in conditions]
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
-_KINDS = get_type_hints(Answer) | {"token_ids": list}
+_KINDS = get_type_hints(Answer) | {"token_ids": list | tuple}  # a tuple if this run made it
 
 
 def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
@@ -224,7 +261,7 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
                 if key in answers:
                     answers[key] = replace(answers[key], nll=record["nll"])
             else:
-                check_fields({"nll": None} | record, **_KINDS)
+                check_fields({"nll": None, "compute_seconds": None} | record, **_KINDS)
                 ids = token_ids(record["token_ids"], vocabulary)
                 made = Answer(**(record | {"token_ids": ids}))
                 answers[made.key] = made
@@ -234,15 +271,11 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
 
 
 def by_steering(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:
-    """Return ``{steering fingerprint: {problem id: answer}}``."""
+    """Return ``{fingerprint: {problem id: answer}}``."""
     table: dict[str, dict[str, Answer]] = {}
     for one in answers:
         table.setdefault(one.steering, {})[one.problem] = one
     return table
-
-
-def _fingerprint(steering: Steering | None) -> str:
-    return steering.fingerprint if steering else UNSTEERED
 
 
 def _content(problem: Problem) -> str:
@@ -250,17 +283,20 @@ def _content(problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _graded(problem: Problem, key: Key, generation: Generation) -> Answer:
-    verdict = grade(problem, generation.text)
+def _graded(
+    problem: Problem, key: Key, generation: Generation, prefix: str, prefix_ids: Sequence[int]
+) -> Answer:
+    text = prefix + generation.text
     seconds = generation.time_to_first_token
     if generation.tokens_per_second:
         seconds += generation.tokens / generation.tokens_per_second
     return Answer(
         *key,
-        text=generation.text,
-        token_ids=generation.token_ids,
-        steps=generation.steps,
+        text=text,
+        token_ids=(*prefix_ids, *generation.token_ids),
+        steps=len(split_steps(text)),
         finish_reason=generation.finish_reason,
         seconds=round(seconds, 3),
-        **asdict(verdict),
+        compute_seconds=round(generation.compute_seconds or 0.0, 6),
+        **asdict(grade(problem, text)),
     )

@@ -36,6 +36,7 @@ from ..steering.request import Request, parse_layers, request
 from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
 from ..text import printable
+from .condition import Baseline
 
 ROWS = 16  # of --batch_size auto
 # Stands for ``TEXT`` in what lm-eval hands on: a noncharacter of Unicode, which it can hash and write
@@ -58,6 +59,8 @@ class DenseSteerLM(TemplateLM):
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
         positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
             of strength, layer and positions.
+        random: a seed: a random direction in the place of the vector's, of the same norm at each layer; a
+            baseline. The other baselines of ``densesteer eval`` are lm-eval's own options.
         strict: refuse a vector that was made for another model, instead of warning of it.
         revision: of a Hub id.
         max_length: tokens of context and continuation together, by default and at most the model's
@@ -78,6 +81,7 @@ class DenseSteerLM(TemplateLM):
         strength: float | str | None = None,
         layer: int | str | Sequence[int] | None = None,
         positions: Positions | None = None,
+        random: int | None = None,
         strict: bool = False,
         revision: str | None = None,
         max_length: int | None = None,
@@ -92,11 +96,12 @@ class DenseSteerLM(TemplateLM):
         if unknown:
             raise InputError(
                 f"model_args {', '.join(sorted(unknown))}: unknown. Expected some of pretrained, "
-                "vector, strength, layer, positions, strict, revision, max_length, max_gen_toks, seed."
+                "vector, strength, layer, positions, random, strict, revision, max_length, max_gen_toks, seed."
             )
         if pretrained is None:
             raise InputError("no model: expected --model_args pretrained=FOLDER_OR_HUB_ID.")
-        asked = _read_request(vector, strength, layer, positions)
+        asked = _read_request(vector, strength, layer, positions, random)
+        replaced = None if random is None else Baseline.parse(f"random:{random}")
         self.rows = _read_rows(batch_size, max_batch_size)
         self.max_gen_toks, self.seed = _whole("max_gen_toks", max_gen_toks), seed
         length = None if max_length is None else _whole("max_length", max_length)
@@ -108,6 +113,8 @@ class DenseSteerLM(TemplateLM):
             if warning := self.model.other_weights(asked.vector, strict=_yes("strict", strict)):
                 log.warning("%s", printable(warning.removeprefix("warning: ")))
             self.steering = asked.steering(self.model)
+            if replaced is not None:
+                self.steering = replaced.condition(self.steering).steering
             make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
 
     @property
@@ -272,11 +279,15 @@ class DenseSteerLM(TemplateLM):
 
 
 def _read_request(
-    vector: str | None, strength: object, layer: object, positions: Positions | None
+    vector: str | None,
+    strength: object,
+    layer: object,
+    positions: Positions | None,
+    random: object = None,
 ) -> Request | None:
     """Return the steering of the model_args, ``None`` without a vector."""
     if vector is None:
-        asked = {"strength": strength, "layer": layer, "positions": positions}
+        asked = {"strength": strength, "layer": layer, "positions": positions, "random": random}
         if unused := [name for name, value in asked.items() if value is not None]:
             raise InputError(f"model_args {', '.join(unused)}: need a vector; add vector=FILE.")
         return None

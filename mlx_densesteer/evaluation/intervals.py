@@ -1,7 +1,8 @@
 """How sure a figure is: intervals and paired tests, pure functions. numpy only.
 
 Sources: Wilson (1927) for a proportion; McNemar (1947) in its exact form and Tango (1998) for
-two settings on the same problems; the percentile bootstrap of Efron (1979) for means.
+two settings on the same problems; the percentile bootstrap of Efron (1979) for means; the delta
+method for the logarithm of a ratio of means.
 """
 
 import math
@@ -127,6 +128,32 @@ def bootstrap(
         ].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(values.mean()), float(low), float(high)
+
+
+def ratio(
+    tops: Sequence[float] | np.ndarray,
+    bottoms: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return ``sum(tops) / sum(bottoms)`` and the bounds of its interval, one number of each a problem.
+
+        R exp(-+ z s),    s^2 = n/(n-1) sum_i (t_i - R b_i)^2 / (sum t)^2
+
+    by the delta method for log R: the bounds are above 0 and finite, where resampled sums of ``bottoms``
+    may be 0. With one problem there is no interval: the bounds are 0 and infinity.
+
+    Raises:
+        ValueError: other than as many finite numbers of at least 0 in both, a sum of 0, or a confidence
+            outside (0, 1).
+    """
+    t, b = _check_values(tops, 1), _check_values(bottoms, 1)
+    if t.size != b.size or min(t.min(), b.min()) < 0 or not t.sum() or not b.sum():
+        raise ValueError(f"{t.size} over {b.size} numbers: expected pairs, with sums above 0.")
+    z, value = _quantile(confidence), t.sum() / b.sum()
+    if t.size == 1:
+        return float(value), 0.0, math.inf
+    spread = math.sqrt(t.size / (t.size - 1) * float(((t - value * b) ** 2).sum())) / t.sum()
+    return float(value), float(value * math.exp(-z * spread)), float(value * math.exp(z * spread))
 
 
 def sign_flip(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,19 @@ class Case:
     reasons: tuple[str, ...]
 
 
+class Judged(Protocol):
+    """A problem, and why it makes no pair."""
+
+    @property
+    def problem(self) -> Problem: ...
+
+    @property
+    def reasons(self) -> tuple[str, ...]: ...
+
+
+J = TypeVar("J", bound=Judged)
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a run made.
@@ -60,7 +74,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a run: the pairs, and beside them the rejections and two journals."""
+    """The files of a run: the pairs, and beside them the rejections and the journals."""
 
     pairs: Path
 
@@ -76,13 +90,28 @@ class Files:
     def rewrites(self) -> Path:
         return self.pairs.with_name(f"{self.pairs.name}.rewrites.jsonl")
 
-    def check(self) -> None:
-        """Raise ``InputError`` if ``pairs`` exists and no run made it, ``DiskError`` if it cannot be written."""
+    @property
+    def samples(self) -> Path:
+        """The journal of ``sample_pairs``."""
+        return self.pairs.with_name(f"{self.pairs.name}.samples.jsonl")
+
+    @property
+    def solutions(self) -> Path:
+        """What ``sample_pairs`` writes of every solved problem."""
+        return self.pairs.with_name(f"{self.pairs.stem}.solutions{self.pairs.suffix}")
+
+    def check(self, journal: Path) -> None:
+        """Raise unless a run with this journal may write ``pairs``.
+
+        Raises:
+            InputError: ``pairs`` exists, and the journal does not.
+            DiskError: it cannot be written.
+        """
         file_to_replace(self.pairs)
-        if self.pairs.exists() and not self.solved.exists():
+        if self.pairs.exists() and not journal.exists():
             raise InputError(
                 f"{self.pairs}: is there already, without the journal of a run that could go on "
-                f"({self.solved.name}). Name another file, or move this one away."
+                f"({journal.name}). Name another file, or move this one away."
             )
 
 
@@ -136,18 +165,18 @@ def make_pairs(
     if np.isnan(nll_margin):
         raise InputError("an NLL margin of nan; expected nats per token, such as 0.5.")
     files = Files(Path(out))
-    files.check()
+    files.check(files.solved)
     header = journal_header(model, max_tokens, system)
     work_header = {**header, "format": FORMAT}
     cases: list[Case] = []
     answers: list[Answer] = []
     with Journal(files.solved, header) as solved, Journal(files.rewrites, work_header) as rewrites:
         run = _Run(model, rewriter, solved, rewrites, system, nll_margin, len(problems), progress)
-        for wave in _waves(problems, count, rows, cases):
+        for wave in waves(problems, count, rows, cases):
             found = run.solve(wave, max_tokens, rows)
             cases += run.rewrite(wave, found)
             answers += found
-    cases, taken = _first(cases, count, problems[: len(answers)])
+    cases, taken = up_to_count(cases, count, problems[: len(answers)])
     accepted = [case for case in cases if not case.reasons]
     rejected = [case for case in cases if case.reasons]
     for path, kept in ((files.pairs, accepted), (files.rejected, rejected)):
@@ -162,13 +191,13 @@ def make_pairs(
         truncated=sum(one.truncated for one in answers[:taken]),
         accepted=len(accepted),
         rejected=dict(Counter(case.reasons[0] for case in rejected)),
-        before=_means([case.original for case in accepted]),
-        after=_means([case.rewrite for case in accepted if case.rewrite]),
+        before=means([case.original for case in accepted]),
+        after=means([case.rewrite for case in accepted if case.rewrite]),
     )
 
 
-def _waves(
-    problems: Sequence[Problem], count: int | None, rows: int, cases: list[Case]
+def waves(
+    problems: Sequence[Problem], count: int | None, rows: int, cases: Sequence[Judged]
 ) -> Iterator[Sequence[Problem]]:
     """Yield problems until ``cases`` holds ``count`` pairs; all at once without ``count``."""
     if count is None:
@@ -185,9 +214,9 @@ def _waves(
         begin += size
 
 
-def _first(
-    cases: list[Case], count: int | None, problems: Sequence[Problem]
-) -> tuple[list[Case], int]:
+def up_to_count(
+    cases: list[J], count: int | None, problems: Sequence[Problem]
+) -> tuple[list[J], int]:
     """Cut the cases after pair number ``count``; return them and how many problems that took.
 
     The files then do not depend on the size of the waves.
@@ -211,16 +240,11 @@ def _record(case: Case, rewriter: str, info: ModelInfo, system: str | None) -> d
         "positive": rewrite.text if rewrite else None,
         "negative": original.text,
         "figures": {
-            "positive": _figures(rewrite) if rewrite else None,
-            "negative": _figures(original),
+            "positive": figures(rewrite) if rewrite else None,
+            "negative": figures(original),
         },
         "rewriter": rewriter,
-        "model": {
-            "name": info.name,
-            "fingerprint": info.fingerprint,
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-        },
+        "model": described(info),
     }
     if case.reasons:
         record["reasons"] = list(case.reasons)
@@ -229,7 +253,18 @@ def _record(case: Case, rewriter: str, info: ModelInfo, system: str | None) -> d
     return record
 
 
-def _figures(response: Response) -> dict[str, float | None]:
+def described(info: ModelInfo) -> dict[str, object]:
+    """Return what a line says of the target model."""
+    return {
+        "name": info.name,
+        "fingerprint": info.fingerprint,
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+    }
+
+
+def figures(response: Response) -> dict[str, float | None]:
+    """Return tokens, steps, density and NLL as plain values."""
     rho, loss = response.density, response.nll
     return {
         "tokens": response.tokens,
@@ -239,8 +274,9 @@ def _figures(response: Response) -> dict[str, float | None]:
     }
 
 
-def _means(responses: Sequence[Response]) -> dict[str, float | None]:
-    rows = [_figures(response) for response in responses]
+def means(responses: Sequence[Response]) -> dict[str, float | None]:
+    """Return the means of the figures, ``None`` where no response has one."""
+    rows = [figures(response) for response in responses]
     names = ("steps", "tokens", "density", "nll")
     found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     return {n: round(sum(v) / len(v), 4) if v else None for n, v in found.items()}

@@ -38,6 +38,7 @@ class Generation:
     stop text), ``"length"``, or ``"interrupted"``. ``steering`` is the one in force at the end.
     With a draft model, ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the
     target chose too. ``brakes`` lists where repetition was cut off and the strength lowered.
+    ``compute_seconds`` is the answer's share of the time of a ``Batch``; ``None`` outside of one.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Generation:
     draft_accepted: int | None = None
     draft_proposed: int | None = None
     brakes: tuple[Braked, ...] = ()
+    compute_seconds: float | None = None
 
     @property
     def tokens(self) -> int:

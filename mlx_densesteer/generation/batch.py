@@ -24,7 +24,7 @@ from ..model.block import make_cache
 from ..model.cache import SteeredKVCache, twin_of
 from ..model.model import Model, takes_model
 from ..model.prompt import check_ids, encode_prompt
-from ..steering.steering import Steering
+from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .sampling import GREEDY, Sampler, Sampling
 
@@ -37,6 +37,8 @@ PREFILL = 2048  # prompt tokens of a row that a step reads while no row decodes
 # Prompts of at most this length are read whole, all new ones together: the sooner they are read, the
 # sooner the batch is full.
 PREFILL_BESIDE = 256
+SHARED = 64  # tokens of a common beginning that are worth a reading of their own
+SHARED_AT_ONCE = 8192  # tokens of common beginnings in memory at most
 
 
 class TokenLogprob(NamedTuple):
@@ -83,6 +85,8 @@ class _Row:
     ends: Collection[int]
     alternatives: int | None = None
     uid: int | None = None
+    read: int = 0  # tokens of ``prompt`` so far
+    seconds: float = 0.0  # its share of the steps so far
     first: float = 0.0
     reason: str | None = None
     untold: list[TokenLogprob] = field(default_factory=list)
@@ -126,6 +130,7 @@ class _Row:
             peak_memory_bytes=mx.get_peak_memory(),
             finish_reason=self.reason or "interrupted",
             steering=self.steering,
+            compute_seconds=self.seconds,
         )
 
 
@@ -135,6 +140,10 @@ class Batch:
     ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in
     any order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step
     reads a part of at most ``PREFILL_BESIDE`` tokens of new prompts.
+
+    The time of a step is divided among its rows (``Generation.compute_seconds``): equally among those that
+    decode, and by tokens among those that read. Where a step does both, decoding bears what the last
+    step without reading took, reading the rest.
 
     If ``step`` raises (out of memory, Ctrl-C), the batch is closed, because half a step is done.
     ``cancel`` still returns a row's text.
@@ -153,6 +162,7 @@ class Batch:
         self._waiting: deque[_Row] = deque()
         self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
+        self._decoding: float | None = None  # seconds of the last step that only decoded
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
             self._model.network,
@@ -236,8 +246,14 @@ class Batch:
             return []
         with contextlib.ExitStack() as half_done:
             half_done.callback(self.close)
+            began = time.perf_counter()
             self._admit()
-            _, responses = self._generator.next()
+            reading, responses = self._generator.next()
+            self._charge(
+                time.perf_counter() - began,
+                [self._inside[one.uid] for one in responses],
+                [(self._inside[one.uid], one.progress[0]) for one in reading],
+            )
             pieces = [
                 self._take(self._inside[one.uid], one.token, one.finish_reason, one.logprobs)
                 for one in responses
@@ -264,6 +280,24 @@ class Batch:
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
+
+    def _charge(
+        self, seconds: float, decoding: Sequence[_Row], reading: Sequence[tuple[_Row, int]]
+    ) -> None:
+        """Divide the time of a step among its rows. ``reading`` has the tokens that were read so far."""
+        tokens = sum(read - row.read for row, read in reading)
+        if not tokens:
+            share = 1.0 if decoding else 0.0
+            self._decoding = seconds if decoding else self._decoding
+        elif self._decoding is None:
+            share = len(decoding) / (len(decoding) + tokens)
+        else:
+            share = min(1.0, self._decoding / seconds) if decoding else 0.0
+        for row in decoding:
+            row.seconds += seconds * share / len(decoding)
+        for row, read in reading:
+            row.seconds += seconds * (1 - share) * (read - row.read) / max(1, tokens)
+            row.read = read
 
     def _part(self) -> int:
         """Return how many tokens of each prompt the next step reads."""
@@ -305,7 +339,7 @@ def generate_batch(
     raw: bool = False,
     special_tokens: bool = False,
     max_tokens: int | Sequence[int] = 2048,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop: Sequence[str] = (),
     rows: int = ROWS,
     progress: Callable[[int], None] | None = None,
@@ -313,14 +347,16 @@ def generate_batch(
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
     Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
-    whole batch.
+    whole batch. A beginning of ``SHARED`` tokens or more that prompts under one steering have in common
+    is read once, and its time divided among them.
 
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.
         special_tokens: let the text of control tokens in a message be control tokens.
         steering: one for all rows, or one (or ``None``) for each.
         max_tokens: one for all rows, or one for each.
-        sampling: of all rows; with a temperature, a row's draws depend on the other rows.
+        sampling: one for all rows, whose draws then depend on each other; or one for each: with a seed a
+            row draws what it draws alone.
         stop: texts that end a response; they are not part of it.
         rows: how many decode together at most; memory grows with it.
         progress: called with the number of tokens generated so far, every few steps.
@@ -334,37 +370,104 @@ def generate_batch(
     if rows < 1:
         raise InputError(f"{rows} rows at once: expected at least 1.")
     steerings = _for_each("steerings", steering, len(prompts))
+    if isinstance(sampling, Sampling) and sampling.seed is not None:
+        # Of each row, the seed would give equal prompts equal answers.
+        seed, sampling = sampling.seed, replace(sampling, seed=None)
+    else:
+        seed = None
+    samplings = _for_each("samplings", sampling, len(prompts))
     for number, prompt in enumerate(prompts):
         model.check_length(prompt, system, what=f"prompt {number}")
     options = {"system": system, "raw": raw, "special_tokens": special_tokens}
-    tokens = [encode_prompt(model.tokenizer, prompt, **options) for prompt in prompts]
-    jobs = list(zip(tokens, steerings, limits, strict=True))
-    for number, (ids, _, limit) in enumerate(jobs):
-        check_ids(ids, model.vocabulary, f"prompt {number}")
-        model.room(len(ids), limit, what=f"prompt {number}")
-    for ids, how, _ in {id(job[1]): job for job in jobs}.values():
-        make_cache(model, how, prompt_length=len(ids))
-    return _run(model, jobs, sampling, tuple(stop), rows, progress or (lambda _: None))
+    jobs = [
+        _Prompt(encode_prompt(model.tokenizer, prompt, **options), how, limit, drawn)
+        for prompt, how, limit, drawn in zip(prompts, steerings, limits, samplings, strict=True)
+    ]
+    for number, job in enumerate(jobs):
+        check_ids(job.tokens, model.vocabulary, f"prompt {number}")
+        model.room(len(job.tokens), job.limit, what=f"prompt {number}")
+    for distinct in {id(job.steering): job for job in jobs}.values():
+        make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
+    _find_beginnings(jobs)
+    return _run(model, jobs, seed, tuple(stop), rows, progress or (lambda _: None))
+
+
+@dataclass(eq=False)
+class _Beginning:
+    """The first tokens of several prompts under one steering; ``caches`` once they are read.
+
+    ``rows`` prompts have it, ``left`` of them are still to be added.
+    """
+
+    tokens: list[int]
+    rows: int
+    left: int
+    caches: Sequence[KVCache] = ()
+    seconds: float = 0.0
+
+    def read(self, model: Model, steering: Steering | None) -> None:
+        began = time.perf_counter()
+        self.caches = make_cache(model, steering, prompt_length=len(self.tokens) + 1)
+        for start in range(0, len(self.tokens), PREFILL):
+            model.network.model(mx.array([self.tokens[start : start + PREFILL]]), cache=self.caches)
+            mx.eval([cache.state for cache in self.caches])
+        self.seconds = time.perf_counter() - began
+
+
+@dataclass(eq=False)
+class _Prompt:
+    tokens: list[int]
+    steering: Steering | None
+    limit: int
+    sampling: Sampling
+    beginning: _Beginning | None = None
+
+
+def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
+    """Give a beginning to the jobs of one steering whose prompts begin alike."""
+    prints = {id(job.steering): job.steering for job in jobs}
+    prints = {key: one.fingerprint if one else UNSTEERED for key, one in prints.items()}
+    ordered = sorted(jobs, key=lambda job: (prints[id(job.steering)], job.tokens))
+    alike, depth = ordered[:1], 0
+    for job in [*ordered[1:], None]:
+        last = alike[-1] if alike else None
+        same = 0
+        if job and last and prints[id(job.steering)] == prints[id(last.steering)]:
+            same = _common(job.tokens, last.tokens)
+        if same >= SHARED:
+            depth = min(depth, same) if len(alike) > 1 else same
+            alike.append(job)
+            continue
+        if len(alike) > 1:
+            beginning = _Beginning(alike[0].tokens[:depth], len(alike), len(alike))
+            for one in alike:
+                one.beginning = beginning
+        alike = [job]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many first tokens are equal, without the last token of either."""
+    length = min(len(a), len(b)) - 1
+    return next((i for i in range(length) if a[i] != b[i]), length)
 
 
 def _run(
     model: Model,
-    jobs: Sequence[tuple[list[int], Steering | None, int]],
-    sampling: Sampling,
+    jobs: Sequence[_Prompt],
+    seed: int | None,
     stop: tuple[str, ...],
     rows: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Generation], None, None]:
-    if sampling.seed is not None:  # of each row, it would give equal prompts equal answers
-        mx.random.seed(sampling.seed)
-        sampling = replace(sampling, seed=None)
+    if seed is not None:
+        mx.random.seed(seed)
     waiting = iter(jobs)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
+        held: set[_Beginning] = set()
         while True:
-            for tokens, steering, limit in islice(waiting, rows - batch.running):
-                options = {"max_tokens": limit, "sampling": sampling, "stop": stop}
-                batch.add(tokens, steering=steering, **options)
+            for job in islice(waiting, rows - batch.running):
+                _add(batch, model, job, stop, held)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
@@ -373,6 +476,33 @@ def _run(
                 if steps % TOLD_EVERY == 0:
                     progress(batch.tokens)
             yield from ((piece.row, piece.result) for piece in pieces if piece.result)
+
+
+def _add(
+    batch: Batch, model: Model, job: _Prompt, stop: tuple[str, ...], held: set[_Beginning]
+) -> None:
+    """Add a job, after its beginning if that is in memory (``held``) or has room there."""
+    options = {"max_tokens": job.limit, "sampling": job.sampling, "stop": stop}
+    beginning = job.beginning
+    if beginning is not None and beginning not in held:
+        total = sum(len(one.tokens) for one in held) + len(beginning.tokens)
+        if total <= SHARED_AT_ONCE and beginning.left > 1:
+            beginning.read(model, job.steering)
+            held.add(beginning)
+    if beginning is None or beginning not in held:
+        batch.add(job.tokens, steering=job.steering, **options)
+    else:
+        caches = make_cache(model, job.steering, prompt_length=len(job.tokens))
+        for cache, filled in zip(caches, map(twin_of, beginning.caches), strict=True):
+            cache.keys, cache.values, cache.offset = filled.keys, filled.values, filled.offset
+        rest, ends = job.tokens[len(beginning.tokens) :], model.ends(job.tokens)
+        row = batch.add(rest, steering=job.steering, cache=caches, ends=ends, **options)
+        batch._rows[row].seconds = beginning.seconds / beginning.rows
+    if beginning is not None:
+        beginning.left -= 1
+        if not beginning.left:
+            held.discard(beginning)
+            beginning.caches = ()
 
 
 def _for_each(what: str, value, count: int) -> list:

@@ -11,6 +11,7 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.steering.request import request
 
 FEW = ("--limit", "3", "-n", "96")
@@ -37,7 +38,7 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     first = run(*words)
     lines = first.stdout.splitlines()
     assert lines[1].startswith("unsteered") and lines[2].startswith("steered")
-    assert "McNemar p = " in lines[-1]
+    assert "McNemar p" in lines[-2] and lines[-1].startswith("steered - unsteered")
     kept = tmp_path / "eval-demo-demo.jsonl"
     answers = [r for r in records(kept) if "text" in r]
     assert {(r["problem"], r["steering"]) for r in answers} == {
@@ -62,6 +63,54 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     assert alone.stdout.splitlines()[1] == lines[1]  # the unsteered row is the same row
     refused = run("eval", "-m", "demo", "demo", "--limit", "3", "-n", "60", code=1)
     assert '{"max_tokens": 96}, this one {"max_tokens": 60}' in refused.stderr
+
+
+def test_eval_compares_baselines_in_the_same_table(run, tmp_path):
+    examples = tmp_path / "e.jsonl"
+    example = {"prompt": "Tom has 4 cups and buys 5. How many?", "response": "4 + 5 = 9.\n#### 9"}
+    examples.write_text(json.dumps(example))
+    words = ("eval", "-m", "demo", "demo", "--limit", 2, "-n", 48, "-v", "demo", "--no-nll")
+    specs = ("prefix:So", "few-shot:1", "random:3", "budget:20")
+    given = [word for spec in specs for word in ("--baseline", spec)]
+    table = run(*words, *given, "--examples", examples).stdout
+    rows = [line.split("  ")[0] for line in table.splitlines()]
+    names = ["unsteered", "steered", *specs]
+    assert rows[0] == "" and rows[1:7] == names
+    assert [row for row in rows if row.endswith("- unsteered")] == [
+        f"{name} - unsteered" for name in names[1:]
+    ]
+    assert [row for row in rows if row.endswith("- steered")] == [
+        f"{name} - steered" for name in specs
+    ]
+    document = json.loads(run(*words, *given, "--examples", examples, "--json").stdout)
+    assert list(document["scores"]) == names
+    prints = {one["steering"] for one in records(tmp_path / "eval-demo-demo.jsonl")}
+    assert len(prints) == 6
+    described = document["baselines"]
+    assert {described[spec]["fingerprint"] for spec in specs} < prints
+    assert described["few-shot:1"]["examples"] == 1 and described["prefix:So"]["prefix"] == "So"
+    assert described["random:3"]["steering"]["layers"] == document["steering"]["layers"]
+    assert document["scores"]["budget:20"]["against_steered"]["problems"] == 2
+
+
+def test_eval_refuses_baselines_that_cannot_be(run, tmp_path):
+    words, steered = ("eval", "-m", "demo", "demo", "--limit", 2), ("-v", "demo")
+    examples = tmp_path / "e.jsonl"
+    problem = load_task("demo", limit=1)[0]
+    examples.write_text(json.dumps({"prompt": problem.prompt, "positive": "4"}))
+    some = ("--examples", examples)
+    for more, code, message in (
+        (("--baseline", "brief"), 1, "expected instruction:TEXT"),
+        (("--baseline", "random"), 2, "add -v FILE"),
+        (("--baseline", "few-shot:1"), 2, "one needs the other"),
+        (some, 2, "one needs the other"),
+        (("--baseline", "few-shot:1", *some), 1, "example 1 is demo-test-0, which is among"),
+        (("--baseline", "few-shot:2", *some, "--skip", 1), 1, "few-shot:2: there are 1 examples"),
+        ((*steered, "-s", "0", "--baseline", "random"), 1, "needs a steering"),
+        (("--baseline", "budget:2", "--baseline", "budget:2"), 1, "have one name, or are the same"),
+    ):
+        assert message in run(*words, *more, code=code).stderr
+    assert not list(tmp_path.glob("eval-*"))
 
 
 def test_eval_reads_a_local_file_and_grades_it(run, tmp_path):
@@ -120,7 +169,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
 
     def applied(*words):
         words = ("eval", "-m", "demo", "demo", "--limit", 1, "-n", 4, "-v", file, "--json", *words)
-        found = json.loads(run(*words, "--no-baseline", "--no-nll").stdout)["steering"]
+        found = json.loads(run(*words, "--no-unsteered", "--no-nll").stdout)["steering"]
         return found["layers"], found["strength"], found["positions"]
 
     assert applied() == ([4], 3.5, "generated")

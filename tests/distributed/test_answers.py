@@ -6,8 +6,10 @@ from mlx_densesteer.distributed.answers import answer_over_ranks, journal_over_r
 from mlx_densesteer.distributed.ranks import Ranks
 from mlx_densesteer.errors import DistributedError
 from mlx_densesteer.evaluation.answers import answer, journal_header
+from mlx_densesteer.evaluation.condition import Condition
 from mlx_densesteer.evaluation.scoring import evaluate
 from mlx_densesteer.evaluation.tasks import load_task
+from mlx_densesteer.generation.sampling import Sampling
 from mlx_densesteer.steering.request import resolve
 
 OPTIONS = {"max_tokens": 16}
@@ -111,3 +113,18 @@ def test_other_problems_on_another_rank_are_refused(demo_model, run, tmp_path):
 
     with pytest.raises(DistributedError, match="the ranks have different problems, vectors"):
         split(demo_model, run, Differs(0), tmp_path / "a.jsonl")
+
+
+def test_other_conditions_than_steerings_are_spread_too(demo_model, tmp_path):
+    problems = load_task("demo", limit=2)
+    conditions = [Condition(prefix="So"), Condition(sampling=Sampling(1.0, seed=2), number=1)]
+    path = tmp_path / "alone.jsonl"
+    with journal_over_ranks(path, journal_header(demo_model, 16), Ranks()) as journal:
+        expected = answer(demo_model, problems, conditions, journal, **OPTIONS)
+        theirs = [
+            r for r in journal.records if problems[1].id in (r.get("problem"), *r.get("nll_of", ()))
+        ]
+    zero = OneOfTwo(0, [], theirs)
+    found, kept, _ = split(demo_model, (problems, conditions), zero, tmp_path / "a.jsonl")
+    assert plain(found) == plain(expected) and len(kept) == 8
+    assert all(one.text.startswith("So") for one in found[::2])

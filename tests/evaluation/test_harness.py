@@ -124,6 +124,15 @@ def test_steered_likelihoods(plain, steered, positions):
     assert max(abs(a - b) for (a, _), (b, _) in zip(found, unsteered, strict=True)) > 0.1
 
 
+def test_a_random_direction_takes_the_vectors_place(steered):
+    theirs, drawn, other = (
+        steered(**more).steering for more in ({}, {"random": 0}, {"random": "1"})
+    )
+    assert drawn.layers == theirs.layers and drawn.strength == theirs.strength
+    assert drawn.vector.norms() == pytest.approx(theirs.vector.norms(), rel=1e-6)
+    assert len({one.fingerprint for one in (theirs, drawn, other)}) == 3
+
+
 def test_what_the_model_writes_is_greedy(steered):
     lm = steered(positions="generated")
     (text,) = responses(lm, ["hello"], until=[])
@@ -235,6 +244,8 @@ def test_chat_template(plain):
         ({"vector": None, "layer": None, "strength": 2.0, "positions": "all"}, "strength, positio"),
         ({"strength": "strong"}, "strength 'strong': expected a number"),
         ({"strength": float("nan")}, "strength 'nan'"),
+        ({"vector": None, "layer": None, "random": 1}, "model_args random: need a vector"),
+        ({"random": "x"}, "baseline random:x: expected"),
         ({"lambda": 2, "dtype": "float32"}, "model_args dtype, lambda: unknown"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"max_length": "long"}, "max_length 'long'"),

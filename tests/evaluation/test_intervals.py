@@ -12,6 +12,7 @@ from mlx_densesteer.evaluation.intervals import (
     bootstrap,
     mcnemar,
     paired_difference,
+    ratio,
     sign_flip,
     wilson,
 )
@@ -175,9 +176,33 @@ def test_sign_flip_is_right_where_the_bootstrap_is_not():
     assert boot > flip
 
 
+def test_a_ratio_covers_the_true_one():
+    """Seconds by correct answers: 40 problems, 30 % right, wrong answers twice as long."""
+    rng, covered = np.random.default_rng(4), 0
+    for _ in range(400):
+        right = rng.random(40) < 0.3
+        seconds = rng.normal(5, 1, 40) * np.where(right, 1, 2)
+        value, low, high = ratio(seconds, right)
+        assert low < value < high and value == pytest.approx(seconds.sum() / right.sum())
+        covered += low <= (0.3 * 5 + 0.7 * 10) / 0.3 <= high
+    assert 365 <= covered <= 395  # 380 expected
+
+
+def test_a_ratio_of_few_or_equal_problems():
+    assert ratio([2, 2, 2], [1, 1, 1]) == (2, 2, 2)
+    assert ratio([3.0], [1]) == (3, 0, math.inf)
+    value, low, high = ratio([1, 1, 1, 1], [0, 0, 0, 1])
+    assert value == 4 and 0 < low < 4 < high < math.inf
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: ratio([1.0], [0.0]),
+        lambda: ratio([0.0], [1.0]),
+        lambda: ratio([1.0, 2.0], [1.0]),
+        lambda: ratio([1.0, -1.0], [1.0, 1.0]),
+        lambda: ratio([], []),
         lambda: wilson(1, 0),
         lambda: wilson(3, 2),
         lambda: wilson(-1, 2),

@@ -140,7 +140,7 @@ def test_strength_zero_is_the_unsteered_model_and_needs_no_comparison(model, vec
     assert list(scores) == ["unsteered"]
     assert {one.steering for one in answers} == {"unsteered"}
     assert list(evaluate(
-        model, PROBLEMS, steering=ds.Steering(vector, 1.0, (1,)), baseline=False, max_tokens=TOKENS
+        model, PROBLEMS, steering=ds.Steering(vector, 1.0, (1,)), unsteered=False, max_tokens=TOKENS
     )[0]) == ["steered"]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 import itertools
 import random
+import time
 
 import mlx.core as mx
 import pytest
@@ -119,6 +120,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(model, make_vector):
         ({"steering": at_every_layer(wide)}, VectorMismatchError, "width 96"),
         ({"max_tokens": [1, 0]}, InputError, "max tokens 0"),
         ({"rows": 0}, InputError, "0 rows"),
+        ({"sampling": [ds.Sampling()]}, InputError, "1 samplings for 2 prompts"),
         ({"stop": [""]}, InputError, "stop text is empty"),
     ]
     for options, error, message in cases:
@@ -371,6 +373,73 @@ def test_equal_prompts_of_a_seeded_batch_draw_different_answers(model):
     sampling = ds.Sampling(temp=1.0, seed=3)
     found = generate_batch(model, [PROMPTS[1]] * 4, max_tokens=12, sampling=sampling)
     assert len({one.token_ids for _, one in found}) == 4
+
+
+def test_a_row_with_a_sampling_of_its_own_draws_what_it_draws_alone(model):
+    samplings = [ds.Sampling(temp=1.0, seed=seed) for seed in (3, 4, 3)] + [ds.Sampling()]
+    prompts = [PROMPTS[1], PROMPTS[1], PROMPTS[1], PROMPTS[2]]
+    found = dict(generate_batch(model, prompts, max_tokens=12, sampling=samplings, rows=3))
+    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        alone = ds.generate(model, prompt, max_tokens=12, sampling=sampling)
+        assert found[number].token_ids == alone.token_ids
+    assert found[0].token_ids == found[2].token_ids != found[1].token_ids
+
+
+def test_the_time_of_the_steps_is_divided_among_their_rows(model):
+    began = time.perf_counter()
+    with Batch(model, rows=3) as batch:
+        rows = [
+            batch.add(prompt, max_tokens=12) for prompt in ([3] * 9, [4] * 400, [5] * 9, [6] * 9)
+        ]
+        results = run(batch)
+    seconds = [results[row].compute_seconds for row in rows]
+    assert min(seconds) > 0 and sum(seconds) <= time.perf_counter() - began
+    assert seconds[1] == max(seconds)  # it read most
+
+
+def test_a_step_charges_those_that_decode_with_what_decoding_takes(model):
+    with Batch(model) as batch:
+        a, b, c = (batch._rows[batch.add([5] * 9)] for _ in range(3))
+        batch._charge(4.0, [], [(a, 6), (b, 2)])
+        assert (a.seconds, b.seconds) == (3.0, 1.0)
+        batch._charge(3.0, [a], [(b, 4)])  # decoding alone is not known yet: by tokens
+        assert (a.seconds, b.seconds) == (4.0, 3.0)
+        batch._charge(2.0, [a, b], [])
+        assert (a.seconds, b.seconds) == (5.0, 4.0)
+        batch._charge(6.0, [a, b], [(c, 8)])
+        assert (a.seconds, b.seconds, c.seconds) == (6.0, 5.0, 4.0)
+        batch._charge(5.0, [], [(c, 9)])
+        assert (c.seconds, c.read) == (9.0, 9)
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+def test_a_common_beginning_is_read_once_and_changes_nothing(
+    model, make_vector, monkeypatch, positions
+):
+    """Two steerings, each with prompts of other lengths after the beginning; and equal prompts."""
+    steerings = [None, at_every_layer(make_vector(), 2.0, positions)]
+    beginning = [3 + i % 50 for i in range(120)]
+    prompts = [[*beginning, *PROMPTS[i]] for i in (1, 2, 3, 3)] * 2 + [PROMPTS[1]]
+    how = [steerings[0]] * 4 + [steerings[1]] * 5
+    drawn = [ds.Sampling(temp=0.5, seed=seed) for seed in range(9)]  # more than greedy tokens tell
+    options = {"steering": how, "sampling": drawn, "max_tokens": 6, "rows": 3}
+    read, stock = [], type(model.network.model).__call__
+
+    def spy(self, inputs, *args, **options):
+        read.append(inputs.size)
+        return stock(self, inputs, *args, **options)
+
+    monkeypatch.setattr(type(model.network.model), "__call__", spy)
+    found = dict(generate_batch(model, prompts, **options))
+    together = sum(read)
+    monkeypatch.setattr(batch_module, "SHARED_AT_ONCE", 0)
+    apart = dict(generate_batch(model, prompts, **options))
+    assert together < sum(read) - together - 5 * 120
+    for number, one in apart.items():
+        assert found[number].token_ids == one.token_ids
+        assert found[number].prompt_tokens == one.prompt_tokens == len(prompts[number])
+        assert found[number].compute_seconds > 0
+    assert len({one.token_ids for one in apart.values()}) > 5
 
 
 @pytest.fixture
