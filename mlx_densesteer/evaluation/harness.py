@@ -56,7 +56,7 @@ class DenseSteerLM(TemplateLM):
         vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
         strength: lambda, or a dose such as ``20%``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
-        positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
+        positions: ``"all"``, ``"prompt"``, ``"generated"`` or ``"steps"``. ``steering.request`` has the defaults
             of strength, layer and positions.
         strict: refuse a vector that was made for another model, instead of warning of it.
         revision: of a Hub id.

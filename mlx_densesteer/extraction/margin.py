@@ -7,9 +7,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.block import decoder_blocks
-from ..model.cache import EVERYWHERE, Shift
+from ..model.cache import Shift
 from ..model.likelihood import head_of
 from ..model.model import Model
+from ..model.places import EVERYWHERE
 from ..model.token_tree import TokenPair
 from ..steering.request import SMALLEST
 

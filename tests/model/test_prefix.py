@@ -6,7 +6,7 @@ from helpers import at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
-from mlx_densesteer.model.cache import EVERYWHERE, NOWHERE, Span
+from mlx_densesteer.model.places import EVERYWHERE, NOWHERE, Span, span_in_chunk
 from mlx_densesteer.model.prefix import (
     STEP,
     Chunk,
@@ -14,7 +14,6 @@ from mlx_densesteer.model.prefix import (
     Work,
     common_beginning,
     pieces,
-    steered_span,
 )
 
 CHUNKS = [Chunk((1, 2, 3, 4)), Chunk((5, 6, 7), answer=True), Chunk((8, 9))]
@@ -191,10 +190,10 @@ def test_the_beginning_of_an_answer_leaves_its_start_where_it_was(tiny, steering
 
 
 def test_spans_and_common_beginnings():
-    assert steered_span("all", False, 3) == steered_span("all", True, 3) == EVERYWHERE
-    assert steered_span("generated", True, 3) == EVERYWHERE
-    assert steered_span("generated", False, 3) == NOWHERE
-    assert steered_span("prompt", False, 3) == EVERYWHERE
-    assert steered_span("prompt", True, 3) == Span(0, 4)
+    assert span_in_chunk("all", False, 3) == span_in_chunk("all", True, 3) == EVERYWHERE
+    assert span_in_chunk("generated", True, 3) == EVERYWHERE
+    assert span_in_chunk("generated", False, 3) == NOWHERE
+    assert span_in_chunk("prompt", False, 3) == EVERYWHERE
+    assert span_in_chunk("prompt", True, 3) == Span(0, 4)
     assert common_beginning(CHUNKS, CHUNKS[:2]) == 2
     assert common_beginning(CHUNKS, [Chunk((1, 2, 3, 4), answer=True)]) == 0
