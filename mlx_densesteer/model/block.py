@@ -89,7 +89,8 @@ def patch(network: nn.Module, tokenizer: TokenizerWrapper | None = None) -> nn.M
         block.__class__ = SteeredBlock
     if type(network.model) is Qwen2Model:
         network.model.__class__ = SteeredQwen2Model
-    if tokenizer is not None:
+    known = getattr(network.model, "step_ends", None)
+    if tokenizer is not None and (known is None or known.tokenizer is not tokenizer):
         network.model.step_ends = StepEnds(tokenizer, network.args.vocab_size)
     # Not a bound method: the cycle would keep the network alive after its last reference.
     network.make_cache = partial(_unsteered_caches, len(blocks))
