@@ -60,12 +60,15 @@ def extract(
     """
     path = output_file(out, force, ending=".npz")
 
+    from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.extract import ReadOut, extract_with_report
     from ..extraction.pairs import read_pairs
     from ..model.model import load
     from ..steering.request import parse_layers
 
     read = read_pairs(pairs)
+    if warning := warn_of_test_problems(pair.prompt for pair in read):
+        note(warning)
     ReadOut.of(token)  # before the model is loaded
     loaded = load(model)
     chosen = parse_layers(layers, range(loaded.layer_count)) if layers else None
