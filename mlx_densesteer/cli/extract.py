@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     default="-1",
     show_default=True,
     metavar="WHERE",
-    help="Read-out: -N, counted from the end of the response; mean-response; or first-N, the mean of "
-    "its first N tokens.",
+    help="Read-out: -N, counted from the end of the response; mean-response; first-N, the mean of "
+    "its first N tokens; or steps, the mean of those that end a step.",
 )
 @click.option(
     "--method",
