@@ -276,7 +276,8 @@ class Prefix:
     def _tell(self, tokens: Sequence[int]) -> mx.array:
         """Return the next tokens, ``(1, tokens)``, after telling the caches which end a step."""
         ids = mx.array([tokens])
-        if (step_ends := self.network.model.step_ends) is not None:
+        step_ends = getattr(self.network.model, "step_ends", None)
+        if step_ends is not None:
             note_step_ends(self.caches, ids, step_ends)
         return ids
 

@@ -86,6 +86,7 @@ def test_extract_and_pairs_warn(asked, hf_folder, tmp_path):
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0 and "1 problem of known test sets" in done.stderr
     problems.write_text(json.dumps({"question": asked[0], "answer": "#### 5"}))
-    words = ["pairs", "-m", str(hf_folder), str(problems), "-o", str(tmp_path / "p.jsonl"), "-n", "1"]
+    words = ["pairs", "-m", str(hf_folder), str(problems), "-n", "1"]
+    words += ["-o", str(tmp_path / "p.jsonl")]
     done = CliRunner().invoke(main, words)
     assert "1 problem of known test sets in the data (1 of gsm8k)" in done.stderr

@@ -143,8 +143,12 @@ def test_the_first_answer_is_that_of_generate(loaded, make_vector, positions):
 
 @pytest.mark.parametrize(
     ("positions", "where"),
-    [("all", range(9)), ("generated", (2, 3, 4, 8)), ("prompt", (0, 1, 2, 5, 6, 7, 8)),
-     ("steps", (2, 8))],
+    [
+        ("all", range(9)),
+        ("generated", (2, 3, 4, 8)),
+        ("prompt", (0, 1, 2, 5, 6, 7, 8)),
+        ("steps", (2, 8)),
+    ],
 )
 def test_earlier_answers_are_steered_as_they_were_generated(loaded, make_vector, positions, where):
     """Tokens 3 and 4 are an answer, 8 is about to begin one; 2 and 8 are prompt as well."""

@@ -32,7 +32,6 @@ from mlx_densesteer.model.cache import (
 from mlx_densesteer.steering.steering import Steering
 
 
-
 @pytest.fixture
 def tiny(tiny):
     return every_third_ends_a_step(tiny)

@@ -13,6 +13,7 @@ from mlx_densesteer.model.block import make_cache, patch
 from mlx_densesteer.model.likelihood import log_likelihoods, nll
 from mlx_densesteer.steering.steering import Steering
 
+
 @pytest.fixture
 def tiny(tiny):
     return every_third_ends_a_step(tiny)

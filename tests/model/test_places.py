@@ -75,7 +75,10 @@ def test_where_no_token_ends_a_step_nothing_changes_and_strength_zero_is_stock(t
 def test_a_mixed_batch_is_its_rows(tiny, make_vector):
     """Rows with and without a condition on tokens; the last prompt token may end a step too."""
     vector = make_vector()
-    rows = [None, *(Steering(vector, 2.0, (1, 3), where) for where in ("steps", "all", "generated"))]
+    rows = [
+        None,
+        *(Steering(vector, 2.0, (1, 3), where) for where in ("steps", "all", "generated")),
+    ]
     prompts = [[5, 6], [7, 8, 9], [3, 3, 1], [2, 6, 4]]
     tokens = [[*p, 12, 13, 50, 51, 52][:7] for p in prompts]
     alone = [
@@ -181,6 +184,6 @@ def test_the_demo_writes_what_the_slow_reference_writes(demo_model):
 @pytest.mark.checkpoint
 def test_the_real_tokenizer_ends_every_blank_line_with_one_token(real_model):
     texts = ["So $x = 2$.\n\nNext:\n\n\\[ 3 \\]\n\n- a\n \n- b)\n\n\n```\nx\n\n\ty\n```\n\n**4**"]
-    texts += [f"Ends in {end}\n\nNext" for end in "a 1 . ! ) } ] $ * ` : ; , | \" ' % 。 é".split()]
+    texts += [f"Ends in {end}\n\nNext" for end in "a1.!)}]$*`:;,|\"'%。é"]
     for text in texts:
         check_text(real_model.tokenizer, step_ends_of(real_model.network), text)
