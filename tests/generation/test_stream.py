@@ -200,7 +200,7 @@ def test_the_brake_cuts_a_loop_off_and_goes_on_at_a_lower_strength(toy, overdose
             assert one.dropped > 0 and one.strength_before > one.strength_after
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "steps"])
+@pytest.mark.parametrize("positions", ["all", "generated"])
 def test_what_follows_a_brake_is_what_the_lower_strength_says(toy, overdose, positions):
     """The whole sequence is read again under the new strength, the question too."""
     question = held_out(1)[0].question
@@ -222,7 +222,7 @@ def by_hand(model, tokens, steering, prompt_length, count) -> tuple[int, ...]:
     return tuple(said)
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "steps"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
 def test_after_a_brake_the_same_positions_are_steered(toy, overdose, positions):
     checked = 0
     for text, strength, factor in [(".\n\n" * 6 + ".", 8.0, 0.8), (".\n\n" * 7, 8.0, 0.6)]:
