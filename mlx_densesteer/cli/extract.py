@@ -61,7 +61,7 @@ def extract(
     path = output_file(out, force, ending=".npz")
 
     from ..evaluation.contamination import warn_of_test_problems
-    from ..extraction.extract import ReadOut, extract_with_report
+    from ..extraction.extract import ReadOut, extract_with_report, has_single_step
     from ..extraction.pairs import read_pairs
     from ..model.model import load
     from ..steering.request import parse_layers
@@ -69,7 +69,13 @@ def extract(
     read = read_pairs(pairs)
     if warning := warn_of_test_problems(pair.prompt for pair in read):
         note(warning)
-    ReadOut.of(token)  # before the model is loaded
+    readout = ReadOut.of(token)  # before the model is loaded
+    if readout.step_ends and (single := sum(has_single_step(pair) for pair in read)):
+        note(
+            f"warning: in {count(single, 'pair')} of {len(read)} a response is one step: only the end of the "
+            "answer is read of it, and of the other response mostly ends of steps. The vector then tells "
+            "where an answer ends. Take rewrites of two steps and more, or another --token."
+        )
     loaded = load(model)
     chosen = parse_layers(layers, range(loaded.layer_count)) if layers else None
     live = Live()

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import ContextError, InputError, ModelError
+from ..generation.answer import split_steps
 from ..model.model import Model, takes_model
 from ..model.places import StepEnds, step_ends_of
 from ..model.prompt import encode_prompt, encode_text
@@ -115,6 +116,11 @@ class ReadOut:
         return weights / weights.sum()
 
 
+def has_single_step(pair: Pair) -> bool:
+    """Tell whether a response of the pair has no end of a step but its own."""
+    return any(len(split_steps(text)) < 2 for text in (pair.positive, pair.negative))
+
+
 @takes_model
 def extract(
     model: Model,
@@ -138,7 +144,7 @@ def extract(
         token: a negative number, counted from the end of the response; ``"mean-response"``, the
             mean over all its tokens; ``"first-N"``, the mean over its first N; or ``"steps"``, the
             mean over those that end a step: where positions ``"steps"`` add the vector, and the last
-            one (SEAL, arXiv 2504.07986).
+            one (SEAL, arXiv 2504.07986). Both responses should have two steps or more.
         method: ``"mean"``, or ``"pca"`` for the first principal component of the differences
             (``directions.PrincipalComponent``).
 

@@ -13,7 +13,13 @@ import mlx.nn as nn
 import pytest
 
 import mlx_densesteer as ds
-from mlx_densesteer.errors import InputError, SteeringError, VectorFormatError, VectorMismatchError
+from mlx_densesteer.errors import (
+    InputError,
+    ModelError,
+    SteeringError,
+    VectorFormatError,
+    VectorMismatchError,
+)
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.prompt import encode_prompt
 from mlx_densesteer.steering import request
@@ -122,6 +128,11 @@ def test_steered_likelihoods(plain, steered, positions):
     assert [s for s, _ in found] == pytest.approx([s for s, _ in by_hand], abs=2e-5)
     unsteered = likelihoods(plain, pairs())
     assert max(abs(a - b) for (a, _), (b, _) in zip(found, unsteered, strict=True)) > 0.1
+
+
+def test_positions_that_the_tokenizer_cannot_tell_are_refused_at_once(steered):
+    with pytest.raises(ModelError, match="writes a blank line as several tokens"):
+        steered(positions="steps")
 
 
 def test_what_the_model_writes_is_greedy(steered):
