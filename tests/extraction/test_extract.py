@@ -217,6 +217,18 @@ def test_the_tokens_that_end_a_step_are_read(demo_model, tmp_path):
         assert ends > len(pairs)
 
 
+def test_the_command_warns_where_a_response_is_one_step(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    texts = ["He has 4. He has 5.\n#### 5", "He has 4.\n\nHe has 5.\n#### 5"]
+    rows = [{"prompt": "How many?", "positive": texts[0], "negative": texts[1]}]
+    rows.append(rows[0] | {"positive": texts[1], "negative": texts[1].replace(".\n#", ".\n\n#")})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["extract", "-m", "demo", str(file), "--layers", "2", "-o", str(tmp_path / "v.npz")]
+    told = CliRunner().invoke(main, [*words, "--token", "steps"]).stderr
+    assert "warning: in 1 pair of 2 a response is one step" in told
+    assert "is one step" not in CliRunner().invoke(main, [*words, "--force"]).stderr
+
+
 def test_a_tokenizer_without_step_ends_is_refused(loaded):
     with pytest.raises(ModelError, match="writes a blank line as several tokens"):
         ds.extract(loaded, PAIRS, token="steps")
