@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     show_default=True,
     metavar="WHERE",
     help="Read-out: -N, counted from the end of the response; mean-response; first-N, the mean of "
-    "its first N tokens; or steps, the mean of those that end a step.",
+    "its first N tokens; or steps, the mean of those that end a step before the last.",
 )
 @click.option(
     "--method",
@@ -72,9 +72,9 @@ def extract(
     readout = ReadOut.of(token)  # before the model is loaded
     if readout.step_ends and (single := sum(has_single_step(pair) for pair in read)):
         note(
-            f"warning: in {count(single, 'pair')} of {len(read)} a response is one step: only the end of the "
-            "answer is read of it, and of the other response mostly ends of steps. The vector then tells "
-            "where an answer ends. Take rewrites of two steps and more, or another --token."
+            f"warning: in {count(single, 'pair')} of {len(read)} a response is one step: its last token is "
+            "read, and of the other response the ends of its steps. The vector then tells where an answer "
+            "ends. Take rewrites of two steps and more, or another --token."
         )
     loaded = load(model)
     chosen = parse_layers(layers, range(loaded.layer_count)) if layers else None

@@ -70,7 +70,9 @@ class Extraction:
 class ReadOut:
     """The tokens that are averaged: ``response[start:stop]``, of ``needs`` tokens at least.
 
-    With ``step_ends`` only the tokens that end a step (``places.StepEnds``) and the last one.
+    With ``step_ends`` only the tokens that end a step (``places.StepEnds``). The last one of a response
+    is not read: where the sides differ in steps, the vector would be its share, 1 / steps, of the mean.
+    A response of one step has no other.
     """
 
     start: int | None
@@ -109,15 +111,15 @@ class ReadOut:
         """
         weights = np.zeros(len(response), np.float32)
         if self.step_ends:
-            weights[:] = step_ends.among(response)
-            weights[-1] = 1
+            weights[:-1] = step_ends.among(response[:-1])
+            weights[-1] = not weights.any()
         else:
             weights[self.start : self.stop] = 1
         return weights / weights.sum()
 
 
 def has_single_step(pair: Pair) -> bool:
-    """Tell whether a response of the pair has no end of a step but its own."""
+    """Tell whether the read-out ``"steps"`` takes the last token of a response, as it has no other."""
     return any(len(split_steps(text)) < 2 for text in (pair.positive, pair.negative))
 
 
@@ -143,8 +145,8 @@ def extract(
         layers: 0-based layer numbers, by default all. Nothing above the last one is computed.
         token: a negative number, counted from the end of the response; ``"mean-response"``, the
             mean over all its tokens; ``"first-N"``, the mean over its first N; or ``"steps"``, the
-            mean over those that end a step: where positions ``"steps"`` add the vector, and the last
-            one (SEAL, arXiv 2504.07986). Both responses should have two steps or more.
+            mean over those that end a step before the last: where positions ``"steps"`` add the
+            vector (SEAL, arXiv 2504.07986). Both responses should have two steps or more.
         method: ``"mean"``, or ``"pca"`` for the first principal component of the differences
             (``directions.PrincipalComponent``).
 

@@ -192,7 +192,7 @@ def test_weights_of_a_read_out_are_a_mean():
 
 
 def test_the_tokens_that_end_a_step_are_read(demo_model, tmp_path):
-    """The ends of the steps and the last token: of the dense side often the last token alone."""
+    """The ends of the steps but the last; the last token of a response of one step."""
     pairs = []
     for problem in calibration(6):
         texts = [draw_solution(problem, random.Random(seed)) for seed in range(2)]
@@ -211,7 +211,7 @@ def test_the_tokens_that_end_a_step_are_read(demo_model, tmp_path):
                 at = [i for i, t in enumerate(response[:-1]) if tokenizer.decode([t]) == ".\n\n"]
                 assert len(at) + 1 == len(split_steps(text))
                 ends += len(at)
-                rows.append(h[[*at, -1]].mean(axis=0))
+                rows.append(h[at or [-1]].mean(axis=0))
         expected = np.array(rows[::2]).mean(axis=0) - np.array(rows[1::2]).mean(axis=0)
         np.testing.assert_allclose(vector.layers[layer], expected, rtol=0, atol=2e-4)
         assert ends > len(pairs)
