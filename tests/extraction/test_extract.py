@@ -191,7 +191,7 @@ def test_weights_of_a_read_out_are_a_mean():
         assert ReadOut.of(token).weights([5, 6, 7, 8]).tolist() == expected
 
 
-def test_the_tokens_that_end_a_step_are_read(demo_model, tmp_path):
+def test_the_tokens_that_end_a_step_are_read(demo_model):
     """The ends of the steps but the last; the last token of a response of one step."""
     pairs = []
     for problem in calibration(6):
@@ -213,7 +213,7 @@ def test_the_tokens_that_end_a_step_are_read(demo_model, tmp_path):
                 ends += len(at)
                 rows.append(h[at or [-1]].mean(axis=0))
         expected = np.array(rows[::2]).mean(axis=0) - np.array(rows[1::2]).mean(axis=0)
-        np.testing.assert_allclose(vector.layers[layer], expected, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(vector.layers[layer], expected, rtol=0, atol=2e-3)
         assert ends > len(pairs)
 
 
