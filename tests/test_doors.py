@@ -30,6 +30,7 @@ ASKED = [
     {"layers": (3,)},
     {"layers": (2, 4)},
     {"positions": "prompt"},
+    {"positions": "steps"},
     {"strength": "20%", "layers": (4, 5)},
     {"strength": -2, "layers": (3,), "positions": "all"},
 ]

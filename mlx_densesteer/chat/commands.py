@@ -44,7 +44,7 @@ COMMANDS = (
         "steer with this vector (.npz or demo), at its own layer and strength; or off",
         "vector",
     ),
-    Command("positions", "WHERE", "steer all, generated or prompt tokens", "positions"),
+    Command("positions", "WHERE", "steer all, generated, prompt or steps", "positions"),
     Command(
         "compare",
         "[TEXT]",

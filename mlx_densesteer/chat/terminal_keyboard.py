@@ -82,7 +82,7 @@ class _Commands(Completer):
                     )
             return
         kind = BY_NAME[name].completes if name in BY_NAME else ""
-        words = {"positions": ("all", "generated", "prompt"), "vector": ("demo", "off")}
+        words = {"positions": ("all", "generated", "prompt", "steps"), "vector": ("demo", "off")}
         for word in words.get(kind, ()):
             if word.startswith(argument):
                 yield Completion(word, start_position=-len(argument))

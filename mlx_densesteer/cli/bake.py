@@ -59,6 +59,7 @@ def bake(
     transformers or llama.cpp. The checkpoint has one strength, at every position. It is compared
     with run-time steering before it gets its name, which is printed on standard output.
     """
+    from dataclasses import replace
     from pathlib import Path
 
     from .steering import read_steering, steering_for
@@ -69,7 +70,14 @@ def bake(
     format = format or ("gguf" if path.suffix == ".gguf" else "mlx")
     if check:
         strength, layers = _recorded(path, strength, layers)
-    request = read_steering(vector, strength, layers, "all")
+    request = read_steering(vector, strength, layers, None if strength is None else "all")
+    assert request is not None  # a vector is required
+    if request.positions == "steps":
+        raise click.UsageError(
+            f"{vector}: its strength was found for tokens that end a step, and a baked vector is added "
+            "at every token. Choose a strength for that: -s STRENGTH."
+        )
+    request = replace(request, positions="all")
 
     from ..export import bake as baking
     from ..model.model import load

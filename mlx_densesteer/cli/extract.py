@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     default="-1",
     show_default=True,
     metavar="WHERE",
-    help="Read-out: -N, counted from the end of the response; mean-response; or first-N, the mean of "
-    "its first N tokens.",
+    help="Read-out: -N, counted from the end of the response; mean-response; first-N, the mean of "
+    "its first N tokens; or steps, the mean of those that end a step before the last.",
 )
 @click.option(
     "--method",
@@ -60,13 +60,22 @@ def extract(
     """
     path = output_file(out, force, ending=".npz")
 
-    from ..extraction.extract import ReadOut, extract_with_report
+    from ..evaluation.contamination import warn_of_test_problems
+    from ..extraction.extract import ReadOut, extract_with_report, has_single_step
     from ..extraction.pairs import read_pairs
     from ..model.model import load
     from ..steering.request import parse_layers
 
     read = read_pairs(pairs)
-    ReadOut.of(token)  # before the model is loaded
+    if warning := warn_of_test_problems(pair.prompt for pair in read):
+        note(warning)
+    readout = ReadOut.of(token)  # before the model is loaded
+    if readout.step_ends and (single := sum(has_single_step(pair) for pair in read)):
+        note(
+            f"warning: in {count(single, 'pair')} of {len(read)} a response is one step: its last token is "
+            "read, and of the other response the ends of its steps. The vector then tells where an answer "
+            "ends. Take rewrites of two steps and more, or another --token."
+        )
     loaded = load(model)
     chosen = parse_layers(layers, range(loaded.layer_count)) if layers else None
     live = Live()

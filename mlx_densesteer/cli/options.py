@@ -105,8 +105,8 @@ def layers_option(remark: str = _BEST_LAYER) -> Decorator:
 
 positions_option = click.option(
     "--positions",
-    type=click.Choice(["all", "generated", "prompt"]),
-    help="At which tokens to steer. [default: all]",
+    type=click.Choice(["all", "generated", "prompt", "steps"]),
+    help="At which tokens to steer; steps: those of the answer that end a step. [default: all]",
 )
 
 STRICT = f"{__name__}.strict"  # its key in the context's ``meta``, where ``tell_fit`` finds it

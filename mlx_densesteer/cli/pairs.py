@@ -185,6 +185,7 @@ def pairs(
 
         rewriter = RulesRewriter()
 
+    from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.make_pairs import Files
 
     files = Files(Path(out))
@@ -192,6 +193,8 @@ def pairs(
     chosen, _ = load_problems(
         problems, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
+    if warning := warn_of_test_problems(problem.question for problem in chosen):
+        note(warning)
 
     from ..extraction.make_pairs import make_pairs
     from ..extraction.verification import NLL_MARGIN

@@ -200,6 +200,10 @@ def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
         strength = asked.amount.strength(vector, {layer: norms[layer]})
     elif asked.amount.is_dose:
         strength, remark = 1.0, "; the strength 1 is a guess, because no norms are recorded"
+    if asked.positions != "all":
+        remark += (
+            f"; it was recommended for positions {asked.positions}, and llama.cpp adds it at all"
+        )
     only = f" --control-vector-layer-range {layer} {layer}" if len(vector.layers) > 1 else ""
     return f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:.4g}{only}{remark}"
 

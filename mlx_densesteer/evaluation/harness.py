@@ -57,7 +57,7 @@ class DenseSteerLM(TemplateLM):
         vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
         strength: lambda, or a dose such as ``20%``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
-        positions: ``"all"``, ``"prompt"`` or ``"generated"``. ``steering.request`` has the defaults
+        positions: ``"all"``, ``"prompt"``, ``"generated"`` or ``"steps"``. ``steering.request`` has the defaults
             of strength, layer and positions.
         random: a seed: a random direction in the place of the vector's, of the same norm at each layer; a
             baseline. The other baselines of ``densesteer eval`` are lm-eval's own options.

@@ -25,9 +25,10 @@ from .._version import __version__
 from ..errors import ExportError
 from ..files import atomic_path, check_disk, file_to_replace, full_disk
 from ..model.block import deltas, make_cache
-from ..model.cache import EVERYWHERE, Shift
+from ..model.cache import Shift
 from ..model.likelihood import head_of
 from ..model.model import Model, dtype_name, takes_model
+from ..model.places import EVERYWHERE
 from ..steering.steering import LARGE_DOSE, Steering
 
 FORMAT = "mlx-densesteer function"
@@ -85,13 +86,18 @@ def export_function(
         force: replace ``path`` if it exists.
 
     Raises:
-        ExportError: a wrong path, capacity or chunk length, or the check fails.
+        ExportError: a wrong path, capacity or chunk length, positions ``"steps"``, or the check fails.
         VectorMismatchError, SteeringError: the vector does not fit, or its strength overflows.
         DiskError: no such folder, or the disk is full.
     """
     path = Path(path).expanduser()
     check_path(path, force)
     network = model.network
+    if steering.positions == "steps":
+        raise ExportError(
+            "positions 'steps' cannot be exported: the file has no tokenizer, and a program would have "
+            "to tell it which tokens end a step. Expected positions all, prompt or generated."
+        )
     deltas(network, steering)  # refuses what does not fit
     capacity = _capacity(model, capacity)
     lengths = _lengths(capacity, chunks)

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from ..errors import ContextError, InputError, ModelError
+from ..generation.answer import split_steps
 from ..model.model import Model, takes_model
+from ..model.places import StepEnds, step_ends_of
 from ..model.prompt import encode_prompt, encode_text
 from ..model.residual import record_pairs
 from ..model.token_tree import TokenPair, TokenTree
@@ -65,16 +68,22 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """The tokens that are averaged: ``response[start:stop]``, of ``needs`` tokens at least."""
+    """The tokens that are averaged: ``response[start:stop]``, of ``needs`` tokens at least.
+
+    With ``step_ends`` only the tokens that end a step (``places.StepEnds``). The last one of a response
+    is not read: where the sides differ in steps, the vector would be its share, 1 / steps, of the mean.
+    A response of one step has no other.
+    """
 
     start: int | None
     stop: int | None
     needs: int
     name: str
+    step_ends: bool = False
 
     @classmethod
     def of(cls, token: int | str) -> "ReadOut":
-        """Read ``-1``, ``"-1"``, ``"mean-response"`` or ``"first-16"``.
+        """Read ``-1``, ``"-1"``, ``"mean-response"``, ``"first-16"`` or ``"steps"``.
 
         Raises:
             InputError: none of these.
@@ -82,6 +91,8 @@ class ReadOut:
         text = str(token).strip()
         if text == "mean-response":
             return cls(None, None, 1, "mean of the response")
+        if text == "steps":
+            return cls(None, None, 1, "mean of the tokens that end a step of the response", True)
         if match := re.fullmatch(r"first-([1-9]\d{0,5})", text, re.ASCII):
             count = int(match[1])
             return cls(0, count, count, f"mean of the first {count} of the response")
@@ -90,14 +101,26 @@ class ReadOut:
             return cls(-back, 1 - back or None, back, f"{-back} of the response")
         raise InputError(
             f"token {text}: expected a negative number, counted from the end of the response (-1 "
-            "is its last token), mean-response, or first-N with N from 1 on."
+            "is its last token), mean-response, first-N with N from 1 on, or steps."
         )
 
-    def weights(self, length: int) -> np.ndarray:
-        """Return the weight of each token of a response, float32 ``(length,)``; their sum is 1."""
-        weights = np.zeros(length, np.float32)
-        weights[self.start : self.stop] = 1
+    def weights(self, response: Sequence[int], step_ends: StepEnds | None = None) -> np.ndarray:
+        """Return the weight of each token of a response, float32 ``(tokens,)``; their sum is 1.
+
+        ``step_ends`` are those of the model's vocabulary, needed for the read-out ``"steps"``.
+        """
+        weights = np.zeros(len(response), np.float32)
+        if self.step_ends:
+            weights[:-1] = step_ends.among(response[:-1])
+            weights[-1] = not weights.any()
+        else:
+            weights[self.start : self.stop] = 1
         return weights / weights.sum()
+
+
+def has_single_step(pair: Pair) -> bool:
+    """Tell whether the read-out ``"steps"`` takes the last token of a response, as it has no other."""
+    return any(len(split_steps(text)) < 2 for text in (pair.positive, pair.negative))
 
 
 @takes_model
@@ -121,14 +144,17 @@ def extract(
     Args:
         layers: 0-based layer numbers, by default all. Nothing above the last one is computed.
         token: a negative number, counted from the end of the response; ``"mean-response"``, the
-            mean over all its tokens; or ``"first-N"``, the mean over its first N.
+            mean over all its tokens; ``"first-N"``, the mean over its first N; or ``"steps"``, the
+            mean over those that end a step before the last: where positions ``"steps"`` add the
+            vector (SEAL, arXiv 2504.07986). Both responses should have two steps or more.
         method: ``"mean"``, or ``"pca"`` for the first principal component of the differences
             (``directions.PrincipalComponent``).
 
     Raises:
         InputError: no pairs, pairs without a difference at the read-out, a response shorter than
             the read-out, a pair longer than the model's context, a layer that the model lacks.
-        ModelError: the residual stream holds NaN or infinity.
+        ModelError: the residual stream holds NaN or infinity; or ``"steps"``, and the tokenizer
+            writes a blank line as several tokens.
     """
     return extract_with_report(model, pairs, layers=layers, token=token, method=method).vector
 
@@ -225,7 +251,8 @@ def _read_layers(
     found = {layer: (kind(halves), kind(others)) for layer in layers}
     norms = dict.fromkeys(layers, 0.0)
     done = 0
-    for reading in record_pairs(model.network, tree, layers, readout.weights):
+    weigh = partial(readout.weights, step_ends=step_ends_of(model.network))
+    for reading in record_pairs(model.network, tree, layers, weigh):
         _check_finite(reading.layer, reading.pairs, reading.rows)
         differences = reading.rows[:, 0] - reading.rows[:, 1]
         everything, rest = found[reading.layer]

@@ -1,18 +1,16 @@
 """One answer, while it is generated and afterwards."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
+from ..model.places import BLANK_LINE
 from ..model.prompt import decode
 from ..steering.steering import Steering
 from ..text import count, signed
 from .brake import Brake, Braked, Repetition
-
-_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 def split_steps(text: str) -> list[str]:
@@ -20,7 +18,7 @@ def split_steps(text: str) -> list[str]:
 
     Source: arXiv 2605.29247, section 2.
     """
-    return [step.strip() for step in _BLANK_LINE.split(text) if step.strip()]
+    return [step.strip() for step in BLANK_LINE.split(text) if step.strip()]
 
 
 def density(tokens: int, steps: int) -> float | None:

@@ -3,7 +3,8 @@
 Steering belongs to the KV cache, not to the model. ``patch`` changes the class of each Qwen2
 ``TransformerBlock``, so that a block looks at its cache. If the cache has no ``Shift``, the block
 is mlx-lm's own, bit for bit. If it has one, the block adds ``lambda * v`` in the same fused
-operation that adds its MLP to the residual stream.
+operation that adds its MLP to the residual stream. For positions that depend on the tokens it also
+changes the class of the ``Qwen2Model`` around them, which sees the tokens before they are embedded.
 
 Not covered: other model families.
 """
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
-from mlx_lm.models.qwen2 import TransformerBlock
+from mlx_lm.models.qwen2 import Qwen2Model, TransformerBlock
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ModelError, SteeringError
 from ..steering.steering import Steering
-from ..steering.vector import Positions
-from .cache import EVERYWHERE, Shift, Span, SteeredKVCache
+from .cache import Shift, SteeredKVCache, note_step_ends, where_in
+from .places import StepEnds, span_of, step_ends_of
 
 if TYPE_CHECKING:
     from .model import Model
@@ -34,7 +36,7 @@ class SteeredBlock(TransformerBlock):
         shift = getattr(cache, "shift", None)
         if shift is None:
             return super().__call__(x, mask, cache)
-        where = shift.where(cache.offset, x.shape[1])
+        where = where_in(cache, cache.offset, x.shape[1])
         cache.expecting = True
         try:
             r = self.self_attn(self.input_layernorm(x), mask, cache)
@@ -45,7 +47,23 @@ class SteeredBlock(TransformerBlock):
         return shift.add(h, r, where)
 
 
-def patch(network: nn.Module) -> nn.Module:
+class SteeredQwen2Model(Qwen2Model):
+    """mlx-lm's stack of Qwen2 blocks; it tells caches that ask for it which tokens end a step."""
+
+    step_ends: StepEnds | None = None
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Any | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        if cache is not None and self.step_ends is not None:
+            note_step_ends(cache, inputs, self.step_ends)
+        return super().__call__(inputs, cache, input_embeddings)
+
+
+def patch(network: nn.Module, tokenizer: TokenizerWrapper | None = None) -> nn.Module:
     """Change the class of every Qwen2 block to ``SteeredBlock``; return ``network``.
 
     No parameter, weight or output changes, and a second call changes nothing. mlx-lm's
@@ -53,6 +71,9 @@ def patch(network: nn.Module) -> nn.Module:
     batch can have its own steering. While patched, ``make_prompt_cache`` ignores ``max_kv_size``, and
     ``load_prompt_cache`` raises ``KeyError`` for a file that was saved from these caches. After
     ``unpatch`` new caches are stock again.
+
+    Args:
+        tokenizer: needed once for positions ``"steps"``; the network remembers what it says.
 
     Raises:
         ModelError: a block of another class, even a subclass of Qwen2's.
@@ -66,6 +87,11 @@ def patch(network: nn.Module) -> nn.Module:
             )
     for block in blocks.values():
         block.__class__ = SteeredBlock
+    if type(network.model) is Qwen2Model:
+        network.model.__class__ = SteeredQwen2Model
+    known = getattr(network.model, "step_ends", None)
+    if tokenizer is not None and (known is None or known.tokenizer is not tokenizer):
+        network.model.step_ends = StepEnds(tokenizer, network.args.vocab_size)
     # Not a bound method: the cycle would keep the network alive after its last reference.
     network.make_cache = partial(_unsteered_caches, len(blocks))
     return network
@@ -80,6 +106,8 @@ def unpatch(network: nn.Module) -> nn.Module:
     for block in decoder_blocks(network).values():
         if type(block) is SteeredBlock:
             block.__class__ = TransformerBlock
+    if type(network.model) is SteeredQwen2Model:
+        network.model.__class__ = Qwen2Model
     if "make_cache" in vars(network):
         del network.make_cache
     return network
@@ -124,9 +152,9 @@ def make_cache(
         prompt_length: tokens of the prompt; needed for positions other than ``"all"``.
 
     Raises:
-        ModelError: not a Qwen2 model.
+        ModelError: not a Qwen2 model, or as ``deltas``.
         VectorMismatchError: the vector does not fit the model.
-        SteeringError: ``prompt_length`` is missing, or ``lambda * v`` overflows the stream's dtype.
+        SteeringError: ``prompt_length`` is missing, or as ``deltas``.
     """
     network = getattr(model, "network", model)
     blocks = decoder_blocks(patch(network))
@@ -138,7 +166,7 @@ def make_cache(
         caches[layer].shift = Shift.of(delta, [span])
     shifts = [cache.shift for cache in caches.values() if cache.shift]
     # mlx computes an array on the thread that made it, but another thread may use the caches.
-    mx.eval([(s.delta, s.start, s.stop) for s in shifts])
+    mx.eval([shift.arrays for shift in shifts])
     return list(caches.values())
 
 
@@ -147,7 +175,9 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
 
     Raises:
         VectorMismatchError: the vector does not fit the model.
-        SteeringError: ``lambda * v`` overflows the stream's dtype.
+        SteeringError: ``lambda * v`` overflows the stream's dtype, or positions ``"steps"`` without
+            the tokenizer.
+        ModelError: positions ``"steps"``, and the tokenizer writes a blank line as several tokens.
     """
     if steering is None:
         return {}
@@ -155,6 +185,8 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
     steering.vector.select(steering.layers).check_fits(
         hidden_size=hidden_size, layer_count=layer_count, model="the model"
     )
+    if steering.positions == "steps":
+        _ = step_ends_of(network).table  # raises now, and not with the first token
     if not steering.strength:
         return {}
     dtype = network.model.norm.weight.dtype
@@ -169,22 +201,3 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
             )
         made[layer] = mx.array(delta).reshape(1, 1, hidden_size)
     return made
-
-
-def span_of(positions: Positions, prompt_length: int | None) -> Span:
-    """Return the positions of a sequence that are steered.
-
-    Raises:
-        SteeringError: ``prompt_length`` is missing where ``positions`` need it.
-    """
-    if positions == "all":
-        return EVERYWHERE
-    if prompt_length is None or prompt_length < 1:
-        raise SteeringError(
-            f"positions {positions!r} need the prompt's length, found {prompt_length}: "
-            "make_cache(model, steering, prompt_length=len(tokens))."
-        )
-    # The output at the last prompt token chooses the first generated token.
-    if positions == "generated":
-        return Span(start=prompt_length - 1)
-    return Span(stop=prompt_length)

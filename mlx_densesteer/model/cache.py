@@ -11,26 +11,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from ..errors import SteeringError
-
-FOREVER = 2**31 - 1
-
-
-class Span(NamedTuple):
-    """Steered positions of one sequence: ``start <= position < stop``."""
-
-    start: int = 0
-    stop: int = FOREVER
-
-
-EVERYWHERE = Span()
-NOWHERE = Span(0, 0)
+from .places import EVERYWHERE, Span, StepEnds
 
 
 @partial(mx.compile, shapeless=True)
@@ -51,30 +38,50 @@ def _add_within(
     return ((h + r).astype(mx.float32) + mx.where(within, delta, 0.0)).astype(h.dtype)
 
 
+@partial(mx.compile, shapeless=True)
+def _add_where(h: mx.array, r: mx.array, delta: mx.array, mask: mx.array) -> mx.array:
+    return ((h + r).astype(mx.float32) + mx.where(mask, delta, 0.0)).astype(h.dtype)
+
+
 @dataclass(frozen=True)
 class Shift:
     """What one layer adds to the residual stream of each row of a batch.
 
     ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``, zero for an unsteered row. ``start``
-    and ``stop`` are int32 ``(rows, 1, 1)``.
+    and ``stop`` are int32 ``(rows, 1, 1)``. ``any_token``, bool ``(rows, 1, 1)``, says which rows are
+    steered at tokens that end no step too; ``None`` for all of them.
     """
 
     delta: mx.array
     spans: tuple[Span, ...]
     start: mx.array
     stop: mx.array
+    any_token: mx.array | None = None
 
     @cached_property
     def everywhere(self) -> bool:
         """Whether every row is steered at every position."""
         return all(span == EVERYWHERE for span in self.spans)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether ``where`` has to know which tokens end a step."""
+        return self.any_token is not None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated on the thread that made the shift."""
+        made = [self.delta, self.start, self.stop]
+        return made if self.any_token is None else [*made, self.any_token]
+
     @classmethod
     def of(cls, delta: mx.array, spans: Sequence[Span]) -> "Shift":
-        start, stop = (
-            mx.array(bound, dtype=mx.int32)[:, None, None] for bound in zip(*spans, strict=True)
-        )
-        return cls(delta, tuple(spans), start, stop)
+        start, stop, step_ends = zip(*spans, strict=True)
+        bounds = (mx.array(bound, dtype=mx.int32)[:, None, None] for bound in (start, stop))
+        any_token = None
+        if any(step_ends):
+            any_token = mx.array([not one for one in step_ends])[:, None, None]
+        return cls(delta, tuple(spans), *bounds, any_token)
 
     @classmethod
     def stack(cls, rows: Sequence["Shift | None"]) -> "Shift | None":
@@ -86,23 +93,33 @@ class Shift:
         delta = mx.concatenate([zero if row is None else row.delta for row in rows])
         return cls.of(delta, [EVERYWHERE if row is None else row.spans[0] for row in rows])
 
-    def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
+    def where(
+        self, offset: int | mx.array, length: int, step_ends: mx.array | None = None
+    ) -> bool | mx.array:
         """Tell which of ``length`` tokens from position ``offset`` on are steered.
 
-        Return ``True`` for all, ``False`` for none, else the int32 positions ``(rows, length, 1)``
-        to compare with the bounds. ``offset``, one number or ``(rows,)``, counts the tokens that the
-        cache holds already: call this before attention, which advances it.
+        Return ``True`` for all, ``False`` for none; else the int32 positions ``(rows, length, 1)``
+        to compare with the bounds, or with ``needs_tokens`` a bool mask ``(rows, length, 1)``.
+
+        Args:
+            offset: how many tokens the cache holds already, one number or ``(rows,)``: call this
+                before attention, which advances it.
+            step_ends: with ``needs_tokens``, which tokens end a step, bool ``(rows, length)``.
         """
         if self.everywhere:
             return True
         if isinstance(offset, int) and len(self.spans) == 1:  # no mask where none is needed
-            start, stop = self.spans[0]
-            if start <= offset and offset + length <= stop:
-                return True
+            start, stop, _ = self.spans[0]
             if offset + length <= start or stop <= offset:
                 return False
+            if start <= offset and offset + length <= stop:
+                return step_ends[..., None] if self.needs_tokens else True
         at = mx.array(offset).reshape(-1, 1, 1)
-        return at if length == 1 else at + mx.arange(length)[None, :, None]
+        at = at if length == 1 else at + mx.arange(length)[None, :, None]
+        if not self.needs_tokens:
+            return at
+        within = mx.logical_and(at >= self.start, at < self.stop)
+        return mx.logical_and(within, mx.logical_or(step_ends[..., None], self.any_token))
 
     def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h``, plus ``delta`` at the steered positions; shapes as in ``add``.
@@ -114,7 +131,7 @@ class Shift:
             return _add_alone(h, self.delta)
         if where is False:
             return h
-        return _add_within(h, mx.zeros((), h.dtype), self.delta, where, self.start, self.stop)
+        return self._add_some(h, mx.zeros((), h.dtype), where)
 
     def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
         """Return ``h + r``, plus ``delta`` at the steered positions.
@@ -127,6 +144,11 @@ class Shift:
             return _add(h, r, self.delta)
         if where is False:
             return h + r
+        return self._add_some(h, r, where)
+
+    def _add_some(self, h: mx.array, r: mx.array, where: mx.array) -> mx.array:
+        if self.needs_tokens:
+            return _add_where(h, r, self.delta, where)
         return _add_within(h, r, self.delta, where, self.start, self.stop)
 
 
@@ -135,6 +157,7 @@ class _Carrier:
 
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
+    step_ends: mx.array | None = None  # which of the tokens to come end a step, (rows, tokens)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         if self.shift is not None and not self.expecting:
@@ -206,6 +229,35 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         extracted = SteeredKVCache(self._rows[idx])
         extracted.__dict__.update(super().extract(idx).__dict__)
         return extracted
+
+
+def note_step_ends(caches: Sequence[KVCache], tokens: mx.array, step_ends: StepEnds) -> None:
+    """Tell the caches that need it which of ``tokens``, ``(rows, tokens)``, end a step.
+
+    The tokens go through the blocks next. The look-up is lazy: nothing waits for the device.
+    """
+    shifts = [(cache, getattr(cache, "shift", None)) for cache in caches]
+    if curious := [cache for cache, shift in shifts if shift is not None and shift.needs_tokens]:
+        found = step_ends.table[tokens]
+        for cache in curious:
+            cache.step_ends = found
+
+
+def where_in(cache: KVCache, offset: int | mx.array, length: int) -> bool | mx.array:
+    """Return ``Shift.where`` of the next ``length`` tokens for a cache that holds a shift.
+
+    Raises:
+        SteeringError: the shift needs to know which of them end a step, and nothing told the cache.
+    """
+    step_ends = None
+    if cache.shift.needs_tokens:
+        step_ends, cache.step_ends = cache.step_ends, None  # of these tokens only
+        if step_ends is None or step_ends.shape[-1] != length:
+            raise SteeringError(
+                "positions 'steps' need the token ids: call the patched network with them, not its "
+                "blocks or embeddings alone."
+            )
+    return cache.shift.where(offset, length, step_ends)
 
 
 def twin_of(cache: KVCache) -> KVCache:

@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..steering.vector import Positions
-from .block import decoder_blocks, span_of
+from .block import decoder_blocks
 from .cache import Shift
 from .likelihood import head_of
+from .places import span_of, step_ends_of
 from .residual import Following
 
 _SLICE = 128  # positions whose logits are in memory at a time
@@ -47,11 +48,15 @@ def response_log_likelihood(
     if below is None:
         below = stream_below(network, prompt, response, lowest)
 
+    step_ends = None
+    if span.step_ends:
+        step_ends = step_ends_of(network).table[mx.array([[*prompt, *response[:-1]]])]
+
     def shift(delta: mx.array) -> Shift:
         return Shift.of(delta.reshape(1, 1, -1), [span])
 
     first = shift(deltas[lowest])
-    h = first.add_alone(below, first.where(0, below.shape[1]))
+    h = first.add_alone(below, first.where(0, below.shape[1], step_ends))
     for layer, block in decoder_blocks(network).items():
         if layer <= lowest:
             continue
@@ -62,7 +67,7 @@ def response_log_likelihood(
         ) -> mx.array:
             cache = Following(0)
             if delta is not None:
-                cache.shift = shift(delta)
+                cache.shift, cache.step_ends = shift(delta), step_ends
             return block(h, "causal", cache)
 
         h = (mx.checkpoint(output) if recompute else output)(*given)

@@ -92,7 +92,7 @@ class Model:
     """
 
     def __init__(self, network: nn.Module, tokenizer: TokenizerWrapper, name: str | None = None):
-        self.network = patch(network)
+        self.network = patch(network, tokenizer)
         self.tokenizer = tokenizer
         self.name = origin(tokenizer.name_or_path) if name is None else name
 

@@ -23,14 +23,14 @@ from ..errors import SteeringError
 from ..steering.steering import Steering
 from .block import decoder_blocks, deltas, patch
 from .cache import (
-    EVERYWHERE,
-    NOWHERE,
     Shift,
-    Span,
     SteeredKVCache,
     SteeredQuantizedKVCache,
+    note_step_ends,
     twin_of,
+    where_in,
 )
+from .places import span_in_chunk
 from .prompt import check_ids
 
 STEP = 2048  # tokens that go through the blocks together at most
@@ -45,19 +45,6 @@ class Chunk(NamedTuple):
 
     tokens: tuple[int, ...]
     answer: bool = False
-
-
-def steered_span(positions: str, answer: bool, start: int) -> Span:
-    """Return the steered positions of a chunk that begins at ``start``.
-
-    The first token of an ``answer`` chunk, the last of the prompt, is ``"prompt"`` and
-    ``"generated"``.
-    """
-    if positions == "all":
-        return EVERYWHERE
-    if positions == "generated":
-        return EVERYWHERE if answer else NOWHERE
-    return Span(stop=start + 1) if answer else EVERYWHERE
 
 
 def common_beginning(a: Sequence[Chunk], b: Sequence[Chunk]) -> int:
@@ -235,7 +222,8 @@ class Prefix:
         for chunk, kept in zip(chunks, self._residual, strict=True):
             start = self.length
             self._steer(answer=chunk.answer, start=start)
-            for h in kept:
+            for tokens, h in zip(pieces(chunk.tokens), kept, strict=True):
+                self._tell(tokens)
                 h = self._steered(self._captured, h, start)
                 start += h.shape[1]
                 self._blocks_from(first, h)
@@ -248,7 +236,7 @@ class Prefix:
         keep = self._captured is not None and len(self._residual) == len(self._chunks)
         kept = []
         for tokens in pieces(chunk.tokens):
-            h = self.network.model.embed_tokens(mx.array([tokens]))
+            h = self.network.model.embed_tokens(self._tell(tokens))
             kept.append(self._blocks_from(0, h, capture=keep))
         if keep and self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
             self._residual.append(kept)
@@ -280,8 +268,18 @@ class Prefix:
         return kept
 
     def _steered(self, layer: int, h: mx.array, start: int) -> mx.array:
-        shift = self.caches[layer].shift
-        return h if shift is None else shift.add_alone(h, shift.where(start, h.shape[1]))
+        cache = self.caches[layer]
+        if cache.shift is None:
+            return h
+        return cache.shift.add_alone(h, where_in(cache, start, h.shape[1]))
+
+    def _tell(self, tokens: Sequence[int]) -> mx.array:
+        """Return the next tokens, ``(1, tokens)``, after telling the caches which end a step."""
+        ids = mx.array([tokens])
+        step_ends = getattr(self.network.model, "step_ends", None)
+        if step_ends is not None:
+            note_step_ends(self.caches, ids, step_ends)
+        return ids
 
     def _add(self, chunk: Chunk) -> None:
         self._ends.append(self.length + len(chunk.tokens))
@@ -289,11 +287,11 @@ class Prefix:
 
     def _steer(self, *, answer: bool, start: int) -> None:
         """Set the shift of every cache for a chunk that begins at ``start``."""
-        span = steered_span(self._positions, answer, start)
+        span = span_in_chunk(self._positions, answer, start)
         for layer, cache in enumerate(self.caches):
             cache.shift = Shift.of(self._deltas[layer], [span]) if layer in self._deltas else None
         shifts = [cache.shift for cache in self.caches if cache.shift]
-        mx.eval([(s.delta, s.start, s.stop) for s in shifts])  # here, on the thread that made them
+        mx.eval([shift.arrays for shift in shifts])  # here, on the thread that made them
 
     def _new_cache(self) -> KVCache:
         if self._quantization is None:

@@ -19,7 +19,7 @@ from .prompt import check_ids
 from .token_tree import PairBatch, Tail, TokenTree
 
 KeysValues = tuple[mx.array, mx.array]
-Weigh = Callable[[int], np.ndarray]
+Weigh = Callable[[Sequence[int]], np.ndarray]
 
 
 class PairStates(NamedTuple):
@@ -49,7 +49,7 @@ def record_pairs(
     Args:
         layers: layer numbers; ``h_l`` is the output of that block. Hugging Face calls it
             ``hidden_states[l + 1]``; of the last block it is the output before the final norm.
-        weigh: maps the number of a response's tokens to their weights w, float32 ``(tokens,)``.
+        weigh: maps the token ids of a response to their weights w, float32 ``(tokens,)``.
 
     Raises:
         InputError: a layer that the model does not have, or a token that it does not know.
@@ -206,12 +206,12 @@ class _Sums:
 def _weights(batch: PairBatch, place: Tail, weigh: Weigh) -> np.ndarray:
     """Return the weights of the tokens at ``place``; prompt tokens have weight 0."""
     pair = batch.stems[place.row]
-    response = weigh(len(pair.whole[place.side]) - pair.prompt)
+    response = weigh(pair.whole[place.side][pair.prompt :])
     return np.concatenate([np.zeros(pair.prompt), response])[place.start : place.stop]
 
 
-def _uniform(length: int) -> np.ndarray:
-    return np.full(length, 1 / length, np.float32)
+def _uniform(response: Sequence[int]) -> np.ndarray:
+    return np.full(len(response), 1 / len(response), np.float32)
 
 
 def _norms(h: mx.array) -> mx.array:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
 from ..model.cache import twin_of
+from ..model.places import NOWHERE, span_in_chunk
 from ..model.prefix import Chunk, Prefix, common_beginning
 from ..steering.steering import UNSTEERED, Steering
 
@@ -105,7 +106,7 @@ class PromptCache:
         """Return the steering of the prompt without its last token."""
         if steering is None or not steering.strength:
             return self._usual
-        if steering.positions == "generated":
+        if span_in_chunk(steering.positions, answer=False, start=0) == NOWHERE:
             return replace(steering, strength=0.0)
         return replace(steering, positions="all")
 

@@ -40,13 +40,16 @@ class Steering:
             ``"prompt"``: at every prompt token.
             ``"generated"``: at every token whose output chooses a generated one: from the *last
             prompt token* on (which belongs to ``"prompt"`` too).
+            ``"steps"``: at those of ``"generated"`` whose own text holds a blank line: they end a
+            step, and their output begins the next one.
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
             ``strength * v_l`` overflows float32.
         VectorMismatchError: a layer that the vector does not hold.
 
-    Source: arXiv 2605.29247, section 3; one layer there, any number here.
+    Source: arXiv 2605.29247, section 3; one layer there, any number here. ``"steps"``: SEAL, arXiv
+    2504.07986.
     """
 
     vector: SteeringVector

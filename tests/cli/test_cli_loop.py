@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
@@ -176,6 +177,26 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     assert applied("-s", "1", "-l", "4") == ([4], 1.0, "generated")
     assert applied("-l", "5", "-s", "2") == ([5], 2.0, "all")
     assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
+
+
+def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_steps(run, tmp_path):
+    vector = ds.SteeringVector.load(demo.VECTOR)
+    best = {"layer": 4, "strength": 3.5, "positions": "steps"}
+    made = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best))
+    file = made.save(tmp_path / "best.npz")
+    refused = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked", code=2)
+    assert "at every token. Choose a strength" in refused.stderr
+    told = run("vector", "export", file, "-o", tmp_path / "v.gguf").stderr
+    assert "recommended for positions steps, and llama.cpp adds it at all" in told
+
+
+def test_the_options_name_all_positions():
+    from mlx_densesteer.cli.options import positions_option
+    from mlx_densesteer.steering.vector import Positions
+
+    command = positions_option(lambda: None)
+    (option,) = command.__click_params__
+    assert set(option.type.choices) == set(get_args(Positions))
 
 
 @pytest.mark.parametrize(

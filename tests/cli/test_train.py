@@ -61,7 +61,19 @@ def test_what_is_refused(run, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_work(run, tmp_path):
-    words = ["train", "-m", "demo", str(PAIRS), "-o", "t.npz", *FAST, "--epochs", "4000", "--rate", "1e-5"]
+    words = [
+        "train",
+        "-m",
+        "demo",
+        str(PAIRS),
+        "-o",
+        "t.npz",
+        *FAST,
+        "--epochs",
+        "4000",
+        "--rate",
+        "1e-5",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_densesteer", *words],
         cwd=tmp_path,

@@ -13,7 +13,13 @@ import mlx.nn as nn
 import pytest
 
 import mlx_densesteer as ds
-from mlx_densesteer.errors import InputError, SteeringError, VectorFormatError, VectorMismatchError
+from mlx_densesteer.errors import (
+    InputError,
+    ModelError,
+    SteeringError,
+    VectorFormatError,
+    VectorMismatchError,
+)
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.prompt import encode_prompt
 from mlx_densesteer.steering import request
@@ -131,6 +137,11 @@ def test_a_random_direction_takes_the_vectors_place(steered):
     assert drawn.layers == theirs.layers and drawn.strength == theirs.strength
     assert drawn.vector.norms() == pytest.approx(theirs.vector.norms(), rel=1e-6)
     assert len({one.fingerprint for one in (theirs, drawn, other)}) == 3
+
+
+def test_positions_that_the_tokenizer_cannot_tell_are_refused_at_once(steered):
+    with pytest.raises(ModelError, match="writes a blank line as several tokens"):
+        steered(positions="steps")
 
 
 def test_what_the_model_writes_is_greedy(steered):

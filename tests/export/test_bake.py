@@ -338,6 +338,8 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     source, baked = plain
     with pytest.raises(ExportError, match="positions 'generated' cannot be baked"):
         ds.bake(source, ds.Steering(vector, 1.0, (4,), "generated"), tmp_path / "x")
+    with pytest.raises(ExportError, match="positions 'steps' cannot be baked"):
+        ds.bake(source, ds.Steering(vector, 1.0, (4,), "steps"), tmp_path / "x")
     with pytest.raises(ExportError, match="exists already"):
         ds.bake(source, steering, baked.path)
     with pytest.raises(ExportError, match="is no model that densesteer wrote"):

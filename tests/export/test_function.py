@@ -264,6 +264,12 @@ def test_what_cannot_be_written_is_refused(options, message, write, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_tokens_that_end_a_step_are_not_known_to_a_file(demo_model, tmp_path):
+    at_steps = request(DEMO_VECTOR, positions="steps").steering(demo_model)
+    with pytest.raises(ExportError, match="'steps' cannot be exported: the file has no tokenizer"):
+        export_function(demo_model, at_steps, tmp_path / "f.mlxfn")
+
+
 def test_a_wrong_name_or_vector_is_refused(write, tiny_model, make_vector, tmp_path):
     steering = Steering(make_vector(hidden=32), 1.0, (1,))
     with pytest.raises(VectorMismatchError, match="hidden size 64"):

@@ -1,4 +1,5 @@
 import json
+import random
 
 import mlx.core as mx
 import numpy as np
@@ -8,9 +9,11 @@ from helpers import streams
 
 import mlx_densesteer as ds
 from mlx_densesteer.cli import main
+from mlx_densesteer.demo.problems import calibration, draw_solution
 from mlx_densesteer.errors import InputError, ModelError
 from mlx_densesteer.extraction.extract import ReadOut, extract_with_report
 from mlx_densesteer.extraction.pairs import pairs_sha256
+from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.model.model import Model
 from mlx_densesteer.model.prompt import encode_prompt
 
@@ -185,7 +188,50 @@ def test_weights_of_a_read_out_are_a_mean():
         (-1, [0, 0, 0, 1]), (-4, [1, 0, 0, 0]), ("first-2", [0.5, 0.5, 0, 0]),
         ("mean-response", [0.25] * 4),
     ]:  # fmt: skip
-        assert ReadOut.of(token).weights(4).tolist() == expected
+        assert ReadOut.of(token).weights([5, 6, 7, 8]).tolist() == expected
+
+
+def test_the_tokens_that_end_a_step_are_read(demo_model):
+    """The ends of the steps but the last; the last token of a response of one step."""
+    pairs = []
+    for problem in calibration(6):
+        texts = [draw_solution(problem, random.Random(seed)) for seed in range(2)]
+        if texts[0] != texts[1]:
+            pairs.append(ds.Pair(problem.question, *texts))
+    network, tokenizer = demo_model
+    vector = ds.extract(demo_model, pairs, layers=[2, 5], token="steps")
+    assert vector.meta.token == "mean of the tokens that end a step of the response"
+    for layer in (2, 5):
+        rows, ends = [], 0
+        for pair in pairs:
+            prompt = encode_prompt(tokenizer, pair.prompt)
+            for text in (pair.positive, pair.negative):
+                response = tokenizer.encode(text)
+                h = np.array(streams(network, prompt + response)[layer][0, len(prompt) :])
+                at = [i for i, t in enumerate(response[:-1]) if tokenizer.decode([t]) == ".\n\n"]
+                assert len(at) + 1 == len(split_steps(text))
+                ends += len(at)
+                rows.append(h[at or [-1]].mean(axis=0))
+        expected = np.array(rows[::2]).mean(axis=0) - np.array(rows[1::2]).mean(axis=0)
+        np.testing.assert_allclose(vector.layers[layer], expected, rtol=0, atol=2e-3)
+        assert ends > len(pairs)
+
+
+def test_the_command_warns_where_a_response_is_one_step(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    texts = ["He has 4. He has 5.\n#### 5", "He has 4.\n\nHe has 5.\n#### 5"]
+    rows = [{"prompt": "How many?", "positive": texts[0], "negative": texts[1]}]
+    rows.append(rows[0] | {"positive": texts[1], "negative": texts[1].replace(".\n#", ".\n\n#")})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["extract", "-m", "demo", str(file), "--layers", "2", "-o", str(tmp_path / "v.npz")]
+    told = CliRunner().invoke(main, [*words, "--token", "steps"]).stderr
+    assert "warning: in 1 pair of 2 a response is one step" in told
+    assert "is one step" not in CliRunner().invoke(main, [*words, "--force"]).stderr
+
+
+def test_a_tokenizer_without_step_ends_is_refused(loaded):
+    with pytest.raises(ModelError, match="writes a blank line as several tokens"):
+        ds.extract(loaded, PAIRS, token="steps")
 
 
 def test_a_residual_stream_that_is_not_finite(hf_folder):

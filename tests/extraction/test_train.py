@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import every_third_ends_a_step
 from mlx.utils import tree_flatten
 
 from mlx_densesteer.errors import InputError, ModelError
@@ -24,14 +25,14 @@ PROMPT, RESPONSE = [5, 7, 11, 2], [9, 3, 8, 1, 30]
 @pytest.fixture
 def patched(tiny):
     make_cache(tiny)  # patches the blocks
-    return tiny
+    return every_third_ends_a_step(tiny)
 
 
 def deltas_of(steering):
     return {layer: mx.array(steering.delta(layer)) for layer in steering.layers}
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
 @pytest.mark.parametrize("layers", [(0,), (1, 3)])
 def test_it_is_the_likelihood_of_the_steered_model(patched, make_vector, positions, layers):
     steering = Steering(make_vector(), 0.3, layers, positions)
@@ -48,7 +49,7 @@ def test_it_is_the_likelihood_of_the_steered_model(patched, make_vector, positio
     assert abs(kept.item() - expected) < 1e-4
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
 def test_the_gradient_is_that_of_finite_differences(patched, make_vector, positions):
     vector = make_vector(layers=(1, 3), size=0.3)
     at = {k: mx.array(v) for k, v in vector.layers.items()}

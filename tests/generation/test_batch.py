@@ -4,7 +4,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from helpers import at_every_layer
+from helpers import at_every_layer, every_third_ends_a_step
 from mlx_lm.generate import BatchGenerator
 
 import mlx_densesteer as ds
@@ -22,6 +22,7 @@ PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
 def model(hf_folder):
     model = ds.load(hf_folder)
     model.network.set_dtype(mx.float32)
+    every_third_ends_a_step(model.network, model.tokenizer)
     return model
 
 
@@ -32,7 +33,7 @@ def rows_of(vector, positions="all"):
     return [None, at_every_layer(vector, 0.0), *steered, None]
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_every_row_equals_its_solo_run(model, make_vector, positions, rows):
     steering = rows_of(make_vector(), positions)
@@ -239,7 +240,7 @@ def test_rows_that_join_and_leave_at_random_times_equal_their_solo_runs(
         steering = rng.choice([None, True, True, True])
         if steering:
             layers = tuple(sorted(rng.sample(range(4), rng.randrange(1, 4))))
-            positions = rng.choice(["all", "generated", "prompt"])
+            positions = rng.choice(["all", "generated", "prompt", "steps"])
             strength = rng.choice([0.0, -2.0, 0.5, 1.0, 3.0])
             steering = ds.Steering(rng.choice(vectors), strength, layers, positions)
         jobs.append(
@@ -259,7 +260,7 @@ def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs(demo_model):
     vector, rng = ds.SteeringVector.load("demo"), random.Random(4)
     jobs = []
     for number, problem in enumerate(problems.held_out(12)):
-        where = ("all", "generated", "prompt")[number % 3]
+        where = ("all", "generated", "prompt", "steps")[number % 4]
         layers = tuple(sorted(vector.layers)[:: 1 + number % 2])
         steering = ds.Steering(vector, (-6.0, 0.0, 4.0, 9.0)[number % 4], layers, where)
         prompt = encode_prompt(demo_model.tokenizer, problem.question)
@@ -282,7 +283,7 @@ def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(model):
     assert "".join(pieces[row]) == results[row].text == free.text[: free.text.find(stop)]
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
 def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(model, make_vector, positions):
     steering = ds.Steering(make_vector(), 2.0, (1, 3), positions)
     prompt, cut = PROMPTS[2], 21

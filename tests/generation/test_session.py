@@ -6,6 +6,7 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import every_third_ends_a_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.base import create_attention_mask
@@ -27,7 +28,7 @@ EXAMPLES = int(os.environ.get("DENSESTEER_EXAMPLES", "120"))
 def loaded(hf_folder):
     model, tokenizer = ds.load(hf_folder)
     model.set_dtype(mx.float32)
-    return model, tokenizer
+    return every_third_ends_a_step(model, tokenizer), tokenizer
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("strength"), st.sampled_from([0.0, -2.0, 0.5, 1.0, 30.0])),
         st.tuples(st.just("layers"), st.sampled_from([(0,), (1,), (3,), (0, 2), (1, 2, 3)])),
         st.tuples(st.just("vector"), st.sampled_from([0, 1, None])),
-        st.tuples(st.just("positions"), st.sampled_from(["all", "prompt", "generated"])),
+        st.tuples(st.just("positions"), st.sampled_from(["all", "prompt", "generated", "steps"])),
         st.tuples(st.just("system"), st.sampled_from([None, "Be brief."])),
         st.tuples(st.sampled_from(["undo", "regenerate", "drop", "look"]), st.none()),
     ),
@@ -114,13 +115,14 @@ def look(session: Session) -> None:
 
 @pytest.fixture(scope="module")
 def bfloat16(hf_folder):
-    return ds.load(hf_folder)
+    model, tokenizer = ds.load(hf_folder)
+    return every_third_ends_a_step(model, tokenizer), tokenizer
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     operations=OPERATIONS,
-    positions=st.sampled_from(["all", "prompt", "generated"]),
+    positions=st.sampled_from(["all", "prompt", "generated", "steps"]),
     keep=st.sampled_from([0, 9_000, 2**20]),
     half=st.sampled_from([False, False, True]),  # twice as slow on a CPU
 )
@@ -136,7 +138,7 @@ def test_random_operations_leave_the_cache_right_bit_for_bit(
     look(session)
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "steps"])
 def test_the_first_answer_is_that_of_generate(loaded, make_vector, positions):
     steering = ds.Steering(make_vector(size=2.0), 1.0, (1,), positions)
     alone = ds.generate(*loaded, "hello", steering=steering, max_tokens=10, system="Be kind.")
@@ -148,7 +150,12 @@ def test_the_first_answer_is_that_of_generate(loaded, make_vector, positions):
 
 @pytest.mark.parametrize(
     ("positions", "where"),
-    [("all", range(9)), ("generated", (2, 3, 4, 8)), ("prompt", (0, 1, 2, 5, 6, 7, 8))],
+    [
+        ("all", range(9)),
+        ("generated", (2, 3, 4, 8)),
+        ("prompt", (0, 1, 2, 5, 6, 7, 8)),
+        ("steps", (2, 8)),
+    ],
 )
 def test_earlier_answers_are_steered_as_they_were_generated(loaded, make_vector, positions, where):
     """Tokens 3 and 4 are an answer, 8 is about to begin one; 2 and 8 are prompt as well."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -33,7 +35,8 @@ def truncated(model, layers: int):
 def test_the_text_is_that_without_a_draft(loaded, steering, tokens):
     model, tokenizer = loaded
     draft = Draft((truncated(model, 5), tokenizer), tokens)
-    for how in (None, steering, ds.Steering(steering.vector, 3.0, (2, 4), "generated")):
+    at_steps = ds.Steering(steering.vector, 9.0, (2, 4), "steps")
+    for how in (None, steering, replace(at_steps, strength=3.0, positions="generated"), at_steps):
         for problem in held_out(3):
             alone = ds.generate(*loaded, problem.question, steering=how, max_tokens=90)
             drafted = ds.generate(

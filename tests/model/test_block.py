@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers import at_every_layer, streams
+from helpers import at_every_layer, every_third_ends_a_step, streams
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
@@ -30,6 +30,12 @@ from mlx_densesteer.model.cache import (
     SteeredQuantizedKVCache,
 )
 from mlx_densesteer.steering.steering import Steering
+
+
+@pytest.fixture
+def tiny(tiny):
+    return every_third_ends_a_step(tiny)
+
 
 PROMPT = [5, 17, 99, 3, 42, 8, 77, 21, 60, 11, 34, 2]
 
@@ -119,6 +125,7 @@ WITHIN = {
     "all": lambda p: True,
     "prompt": lambda p: p < len(PROMPT),
     "generated": lambda p: p >= len(PROMPT) - 1,
+    "steps": lambda p: p == len(PROMPT) + 1,  # 51; the prompt's multiples of three are not steered
 }
 
 
@@ -190,7 +197,7 @@ def settings_for_batch(make_vector):
             steering = Steering(
                 make_vector(seed=number), [0, 2.0, -3.0, 4.0][number % 4],
                 layers=[(1,), (0, 2), (3,)][number % 3],
-                positions=["all", "generated", "prompt"][number % 3],
+                positions=["all", "generated", "steps", "prompt"][number // 2],
             )  # fmt: skip
         rows.append((prompt, steering))
     return rows

@@ -3,6 +3,7 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import every_third_ends_a_step
 from mlx_lm.models.qwen2 import Model as Network
 from mlx_lm.models.qwen2 import ModelArgs
 
@@ -11,6 +12,12 @@ from mlx_densesteer.model import likelihood
 from mlx_densesteer.model.block import make_cache, patch
 from mlx_densesteer.model.likelihood import log_likelihoods, nll
 from mlx_densesteer.steering.steering import Steering
+
+
+@pytest.fixture
+def tiny(tiny):
+    return every_third_ends_a_step(tiny)
+
 
 PROMPTS = [[1, 2, 3], [9] * 17, [1, 2, 3], [5], [7, 7, 8], [1, 2, 3], [9] * 17, [5]]
 RESPONSES = [[4, 5], [6], [8] * 21, [3, 1, 4, 1, 5, 9, 2, 6], [2], [4, 5], [5, 4, 3, 2], [5, 5, 5]]
@@ -122,7 +129,7 @@ def test_what_has_no_nll(tiny):
             nll(tiny, prompts, responses)
 
 
-@pytest.mark.parametrize("positions", [None, "all", "prompt", "generated"])
+@pytest.mark.parametrize("positions", [None, "all", "prompt", "generated", "steps"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_batches_equal_one_at_a_time(tiny, make_vector, positions, rows):
     steering = positions and Steering(make_vector(), 1.5, (1, 2), positions)
@@ -135,7 +142,7 @@ def test_batches_equal_one_at_a_time(tiny, make_vector, positions, rows):
 def test_the_steering_and_its_positions_matter(tiny, make_vector):
     contexts, continuations = requests()
     found = [scores(tiny, contexts, continuations)]
-    for positions in ("all", "prompt", "generated"):
+    for positions in ("all", "prompt", "generated", "steps"):
         steering = Steering(make_vector(), 1.5, (1,), positions)
         found.append(scores(tiny, contexts, continuations, steering=steering))
     sums = [sum(score for score, _ in row) for row in found]

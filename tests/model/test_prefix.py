@@ -2,11 +2,11 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
-from helpers import at_every_layer
+from helpers import at_every_layer, every_third_ends_a_step
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
-from mlx_densesteer.model.cache import EVERYWHERE, NOWHERE, Span
+from mlx_densesteer.model.places import EVERYWHERE, NOWHERE, Span, span_in_chunk
 from mlx_densesteer.model.prefix import (
     STEP,
     Chunk,
@@ -14,7 +14,6 @@ from mlx_densesteer.model.prefix import (
     Work,
     common_beginning,
     pieces,
-    steered_span,
 )
 
 CHUNKS = [Chunk((1, 2, 3, 4)), Chunk((5, 6, 7), answer=True), Chunk((8, 9))]
@@ -190,11 +189,38 @@ def test_the_beginning_of_an_answer_leaves_its_start_where_it_was(tiny, steering
     assert not mx.allclose(tiny(mx.array([[6]]), cache=question.caches), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("layers", [(1,), (3,), (1, 2)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_tokens_that_end_a_step_are_told_apart_bit_for_bit(tiny, make_vector, layers, dtype):
+    """Of the answer (5, 6, 7) token 6; read anew, from the kept stream, and by mlx-lm's own loop."""
+    every_third_ends_a_step(tiny)
+    tiny.set_dtype(dtype)
+    at_steps = ds.Steering(make_vector(size=2.0), 1.0, layers, "steps")
+    expected = filled(tiny, at_steps)
+    generated = dataclasses.replace(at_steps, positions="generated")
+    assert not same(expected, filled(tiny, generated)) or layers == (3,)
+    for before in (None, generated, dataclasses.replace(at_steps, strength=-3.0)):
+        prefix = filled(tiny, before, keep_bytes=2**20)
+        prefix.fill(CHUNKS, at_steps)
+        assert same(prefix, expected)
+    begun = [CHUNKS[0], Chunk((4, *CHUNKS[1].tokens), answer=True)]
+    prefix = Prefix(tiny)
+    prefix.fill(begun, at_steps, answering=True)
+    cache = ds.make_cache(tiny, at_steps, prompt_length=5)
+    for chunk in begun:
+        tiny(mx.array([chunk.tokens]), cache=cache)
+    for ours, theirs in zip(prefix.caches, cache, strict=True):
+        assert mx.array_equal(ours.keys[..., :8, :], theirs.keys[..., :8, :])
+        assert ours.step_ends is None and theirs.step_ends is None
+
+
 def test_spans_and_common_beginnings():
-    assert steered_span("all", False, 3) == steered_span("all", True, 3) == EVERYWHERE
-    assert steered_span("generated", True, 3) == EVERYWHERE
-    assert steered_span("generated", False, 3) == NOWHERE
-    assert steered_span("prompt", False, 3) == EVERYWHERE
-    assert steered_span("prompt", True, 3) == Span(0, 4)
+    assert span_in_chunk("all", False, 3) == span_in_chunk("all", True, 3) == EVERYWHERE
+    assert span_in_chunk("generated", True, 3) == EVERYWHERE
+    assert span_in_chunk("generated", False, 3) == NOWHERE
+    assert span_in_chunk("prompt", False, 3) == EVERYWHERE
+    assert span_in_chunk("prompt", True, 3) == Span(0, 4)
+    assert span_in_chunk("steps", True, 3) == Span(step_ends=True)
+    assert span_in_chunk("steps", False, 3) == NOWHERE
     assert common_beginning(CHUNKS, CHUNKS[:2]) == 2
     assert common_beginning(CHUNKS, [Chunk((1, 2, 3, 4), answer=True)]) == 0

@@ -295,7 +295,7 @@ DOORS = {
     "response": lambda model, ids: nll(model.network, [[1]], [ids]),
     "norms": lambda model, ids: residual_norms(model.network, ids, [0]),
     "pairs": lambda model, ids: list(
-        record_pairs(model.network, pairs_of(ids[1]), [0], lambda n: np.ones(n, np.float32))
+        record_pairs(model.network, pairs_of(ids[1]), [0], lambda ids: np.ones(len(ids), np.float32))
     ),
 }  # fmt: skip
 

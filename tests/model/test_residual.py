@@ -18,9 +18,10 @@ PAIRS = [
 ]
 LINE = [99, 98, 97, 96]
 WEIGHS = {
-    "last": lambda n: np.eye(n, dtype=np.float32)[-1],
-    "first": lambda n: np.eye(n, dtype=np.float32)[0],
-    "uneven": lambda n: np.arange(1, n + 1, dtype=np.float32) / n,
+    "last": lambda ids: np.eye(len(ids), dtype=np.float32)[-1],
+    "first": lambda ids: np.eye(len(ids), dtype=np.float32)[0],
+    "uneven": lambda ids: np.arange(1, len(ids) + 1, dtype=np.float32) / len(ids),
+    "by token": lambda ids: np.array([token % 3 + 0.5 for token in ids], np.float32),
 }
 
 
@@ -43,7 +44,7 @@ def alone(model, prompt, response, weigh):
     rows, norms = [], []
     for h in streams(model, [*prompt, *response]):
         response_h = np.array(h[0, len(prompt) :].astype(mx.float32)).astype(np.float64)
-        rows.append(weigh(len(response)) @ response_h)
+        rows.append(weigh(response) @ response_h)
         norms.append(np.linalg.norm(response_h, axis=-1).mean())
     return rows, norms
 

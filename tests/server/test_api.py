@@ -121,7 +121,7 @@ def test_many_clients_each_get_the_answer_of_their_own_steering(server, solo):
             "prompt": rng.choice(QUESTIONS),
             "strength": rng.choice([0, 2.4, "20%", "-30%", 9.0]),
             "layers": rng.choice([(5,), (3,), (2, 4)]),
-            "positions": rng.choice(["all", "prompt", "generated"]),
+            "positions": rng.choice(["all", "prompt", "generated", "steps"]),
         }
         for _ in range(20)
     ]
@@ -140,7 +140,7 @@ def test_many_clients_each_get_the_answer_of_their_own_steering(server, solo):
     assert len(set(answers)) > 10
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "steps"])
 def test_a_conversation_is_answered_as_without_the_prompt_cache(server, solo, positions):
     messages, cached = [{"role": "system", "content": "You add numbers. " * 6}], []
     for turn, strength in enumerate((0, "20%", "20%", 2.4)):

@@ -1,6 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import every_third_ends_a_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,11 @@ from mlx_densesteer.server.prompt_cache import FIRST, LARGE, SMALL, PromptCache,
 from mlx_densesteer.steering.steering import Steering
 
 OPEN = 1
+
+
+@pytest.fixture
+def tiny(tiny):
+    return every_third_ends_a_step(tiny)
 
 
 def read(cache, tokens, steering):
@@ -59,7 +65,7 @@ def test_what_comes_from_the_cache_is_what_reading_anew_gives_bit_for_bit(tiny, 
     spared = 0
     for tokens in prompts(rng):
         strength, layers = float(rng.choice([0, 0.5, 2])), [(1,), (2,), (1, 3)][rng.integers(3)]
-        positions = ["all", "prompt", "generated"][rng.integers(3)]
+        positions = ["all", "prompt", "generated", "steps"][rng.integers(4)]
         steering = Steering(vector, strength, layers, positions) if rng.integers(4) else None
         reading = read(cache, tokens, steering)
         fresh = read(PromptCache(tiny, max_bytes=0), tokens, steering)
