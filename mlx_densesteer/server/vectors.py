@@ -283,4 +283,6 @@ def exact(amount: Amount) -> str:
     short = str(amount)
     if Amount.parse(short) == amount:
         return short
-    return f"{100 * amount.number:.15g}%" if amount.is_dose else repr(amount.number)
+    if amount.unit == "dose":
+        return f"{100 * amount.number:.15g}%"
+    return f"{amount.number!r}{'nats' if amount.unit == 'kl' else ''}"
