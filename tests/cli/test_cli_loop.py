@@ -87,7 +87,7 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
              "--strengths=0,20%", "-o", "out", "--write")  # fmt: skip
     first = run(*words)
     lines = first.stdout.splitlines()
-    assert lines[0].split()[:3] == ["layer", "dose", "strength"]
+    assert lines[0].split()[:3] == ["layers", "dose", "strength"]
     cells = [line.split()[:3] for line in lines[1:4]]
     assert [cell[:2] for cell in cells] == [["-", "0%"], ["4", "+20%"], ["5", "+20%"]]
     assert all(float(cell[2]) > 1 for cell in cells[1:])
@@ -100,21 +100,27 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     monkeypatch.setattr("mlx_densesteer.evaluation.plot.plot_sweep", lambda *_: [])
     document = json.loads(run(*words, "--json").stdout)
     assert (folder / "answers.jsonl").read_bytes() == before
-    assert [row["layer"] for row in document["rows"]] == [None, 4, 5]
+    assert [row["layers"] for row in document["rows"]] == [None, [4], [5]]
     assert [row["dose"] for row in document["rows"]] == [0, 0.2, 0.2]
     grown = json.loads(run(*words[:-3], "--json", "--strengths=5", "-o", "out").stdout)
     assert [row["strength"] for row in grown["rows"]] == [0, 5, 5]
     other = run(*words[:-1], "--positions", "prompt", code=1)
     assert "results of a sweep with other positions. Name another folder (-o)" in other.stderr
     stored = ds.SteeringVector.load(vector).meta
-    assert [row["layer"] for row in stored.tested] == [None, 4, 5]
+    assert [row["layers"] for row in stored.tested] == [None, [4], [5]]
     assert stored.recommended is None
     assert "3 settings" in run("vector", "show", vector).stdout
 
 
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layer": 4, "strength": 3.5, "dose": 0.2, "positions": "generated", "text": "because"}
+    best = {
+        "layers": [4],
+        "strength": 3.5,
+        "dose": 0.2,
+        "positions": "generated",
+        "text": "because",
+    }
     made = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
     file = made.save(tmp_path / "best.npz")
 
