@@ -174,6 +174,27 @@ def test_every_door_gives_the_steering_of_resolve(demo_model, files, door, name,
             assert found.fingerprint == expected.fingerprint
 
 
+def test_a_running_server_measures_no_kl(demo_model):
+    from mlx_densesteer.model.model import Model
+    from mlx_densesteer.server.faults import Fault
+    from mlx_densesteer.server.schema import SteeringField
+    from mlx_densesteer.server.settings import Settings
+    from mlx_densesteer.server.vectors import NamedVector, Vectors
+    from mlx_densesteer.steering.request import Amount
+
+    model, demo = Model(*demo_model, "demo"), ds.SteeringVector.load("demo")
+    vectors = Vectors([NamedVector(demo, Amount(0.07, "kl"))], model, Settings("demo"))
+    known = ds.resolve(demo_model, demo, "0.07nats")
+    for name in ("demo@demo", "demo@demo=0.07nats"):
+        found = vectors.asked(name, None)
+        assert (found.steering.strength, found.model) == (known.strength, "demo@demo=0.07nats")
+    with pytest.raises(
+        Fault, match="a KL of 0.3 nats is not known for demo at layer 5.*--kl"
+    ) as told:
+        vectors.asked(None, SteeringField(strength="0.3nats"))
+    assert told.value.status == 400
+
+
 def test_the_kinds_of_vector_differ(demo_model, files):
     found = [ds.resolve(demo_model, path) for path in sorted(files.glob("*.npz"))]
     assert len({one.layers for one in found}) >= 3

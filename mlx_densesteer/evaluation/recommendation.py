@@ -160,7 +160,7 @@ def _unproven(c: _Comparison, baseline: Outcome, confidence: float, margin: floa
     else:
         saved = baseline.tokens - c.outcome.tokens.astype(np.float64)
         spread = float(saved.std(ddof=1)) if count > 1 else 0.0
-        shorter = math.ceil((_power_quantiles(confidence) * spread / c.saving) ** 2)
+        shorter = math.ceil((sum(_quantiles(confidence)) * spread / c.saving) ** 2)
         needed = problems_to_know(c.better, c.worse, count, confidence=confidence, margin=margin)
         needed = max(needed, shorter)
     o = c.outcome
@@ -187,8 +187,7 @@ def problems_to_know(
         ValueError: no difference, or with ``margin`` a loss that is not below it.
     """
     share, difference = (better + worse) / total, (better - worse) / total
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    power = NormalDist().inv_cdf(POWER)
+    z, power = _quantiles(confidence)
     spread = max(share - difference**2, 0.0)
     if margin is not None:
         if difference <= -margin:
@@ -201,8 +200,9 @@ def problems_to_know(
     return math.ceil(root**2)
 
 
-def _power_quantiles(confidence: float) -> float:
-    return NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(POWER)
+def _quantiles(confidence: float) -> tuple[float, float]:
+    normal = NormalDist()
+    return normal.inv_cdf((1 + confidence) / 2), normal.inv_cdf(POWER)
 
 
 def _recommendation(

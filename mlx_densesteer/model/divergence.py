@@ -215,7 +215,9 @@ def strengths_for(
             return measure([Steering(vector, sign * s, layers, positions) for s in strengths])
 
         made = solve(kl_of, wanted, start=start, bounds=bounds)
-        found.strengths.update({sign * kl: sign * s for kl, s in made.strengths.items()})
+        # Four digits, more than the KL has: so another run finds the same, and an evaluation goes on.
+        rounded = {kl: float(f"{s:.4g}") for kl, s in made.strengths.items()}
+        found.strengths.update({sign * kl: sign * s for kl, s in rounded.items()})
         found.missed.update({sign * kl: f"{where}: {why}" for kl, why in made.missed.items()})
     return found
 

@@ -114,7 +114,7 @@ def test_texts_that_cannot_be_read(tiny):
     for text, message in [
         (([1, 2], 0), "response at token 0 of 2"),
         (([1, 2], 2), "response at token 2 of 2"),
-        (([1, 999], 1), "the text has token 999"),
+        (([1, 999], 1), "the text has the token 999"),
     ]:
         with pytest.raises(InputError, match=message):
             Branches(tiny, text, [0])
@@ -180,8 +180,8 @@ def test_smooth_curves_take_few_rounds(scale, power, most, targets):
         (lambda s: 0.03, "cannot be reached: it is 0.03 even at strength 1e\\+04"),
         (lambda s: 5.0, "cannot be reached: it is 5 even at strength 1e-06, .*a larger KL"),
         (lambda s: math.inf, "cannot be reached: it is inf even at strength 1e-06"),
-        (lambda s: 0.0 if s < 3 else 7.0, "it jumps from 0 at 2.9.* to 7 at 3"),
-        (lambda s: 0.01 if s < 3 else math.inf, "it jumps from 0.01 at 2.9.* to inf at 3"),
+        (lambda s: 0.0 if s < 3 else 7.0, "it jumps from 0 at .* to 7 at 3"),
+        (lambda s: 0.01 if s < 3 else math.inf, "it jumps from 0.01 at .* to inf at 3"),
     ],
 )
 def test_a_search_that_fails_says_why(curve, message):
