@@ -1,16 +1,15 @@
 """Calibrating and generating for the best settings, against generating for a grid of settings."""
 
 import time
-from random import Random
 
+from extract import drawn_pairs
 from script import main
 
 from mlx_densesteer.bench.figures import Figure, Measurement, Tell, quiet
 from mlx_densesteer.bench.subject import Subject
-from mlx_densesteer.demo.problems import DemoProblem, calibration, draw_solution, held_out
+from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.evaluation.sweep import settings_of
 from mlx_densesteer.extraction.calibrate import calibrate
-from mlx_densesteer.extraction.pairs import Pair
 from mlx_densesteer.generation.batch import generate_batch
 from mlx_densesteer.steering.steering import Steering
 
@@ -38,7 +37,7 @@ def run(
     not, and `details` has the seconds of each part.
 
     Args:
-        pairs: contrastive pairs, made of the demo's problems: solutions with and without blank lines.
+        pairs: contrastive pairs, drawn from the demo's problems.
         problems: how many of the demo's problems are answered.
         layers: how many layers around the middle are tried.
         best: settings that are generated for after the calibration.
@@ -47,7 +46,7 @@ def run(
     """
     model, depth = subject.model, subject.model.layer_count
     tried = sorted({depth * (k + 1) // (layers + 1) for k in range(layers)})
-    made = [Pair(p.question, t.replace("\n\n", " "), t) for p, t in _solutions(pairs)]
+    made = drawn_pairs(pairs)
     prompts = [problem.question for problem in held_out(problems)]
     grid = [one.steering for one in settings_of(model, subject.vector, tried, DOSES)[1:]]
 
@@ -94,12 +93,6 @@ def run(
         ),
     ]
     return Measurement(table, {"seconds": seconds, "unreached": list(found.unreached)})
-
-
-def _solutions(count: int) -> list[tuple[DemoProblem, str]]:
-    """Return problems with solutions of several steps."""
-    drawn = [(one, draw_solution(one, Random(one.id))) for one in calibration(4 * count)]
-    return [(one, text) for one, text in drawn if "\n\n" in text][:count]
 
 
 if __name__ == "__main__":
