@@ -103,8 +103,8 @@ PAIRS = 16  # with which a sweep calibrates, at most
 @click.option(
     "--write",
     is_flag=True,
-    help="Store table and recommendation in the vector's file; every command then uses that layer "
-    "and strength by default.",
+    help="Store table and recommendation in the vector's file; every command then uses these "
+    "layers and that strength by default.",
 )
 @json_option
 @click.argument("task", shell_complete=completers.tasks)
@@ -241,6 +241,8 @@ def sweep(
         words = ["densesteer", "sweep", "-m", model, "-v", vector]
         words += ["-l", joined(unproven.layers), f"--strengths={unproven.strength!r}"]
         words += ["--skip", str(skip + len(problems)), "--limit", str(unproven.problems_needed)]
+        if where != "all" or _given("positions"):
+            words += ["--positions", where]
         words += ["-o", f"{folder}-confirm", *_same(), task]
         document["next"] = shlex.join(words)
     with atomic_file(folder / "table.json") as file:
@@ -292,7 +294,7 @@ def _given(option: str) -> bool:
 def _same() -> list[str]:
     """Return the options of this command that a confirming sweep takes over, where they were given."""
     kept = {"split": "--split", "revision": "--revision", "max_tokens": "-n", "rows": "--rows",
-            "system": "--system", "positions": "--positions", "margin": "--margin"}  # fmt: skip
+            "system": "--system", "margin": "--margin"}  # fmt: skip
     words, params = [], click.get_current_context().params
     for name, option in kept.items():
         if _given(name):

@@ -135,6 +135,12 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
 
 
+CODE_2 = (
+    "need a vector", "expected a number", "nothing to sweep", "embedded", "a KL other than 0",
+    "goes without --kl", "add --pairs FILE", "give one",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -146,16 +152,17 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=nan%"], "strength 'nan%'"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=0"], "nothing to sweep"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "-l", "9", "--strengths=1"], "layer 9"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo"], "nothing to sweep"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1,0"], "a KL other than 0"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1", "-s", "1"], "goes without --kl"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1", "--best", "2"], "add --pairs FILE"),
+        (["eval", "-m", "demo", "demo", "-v", "demo", "-s", "1", "--kl", "0.1"], "give one"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=1", "--write"], "embedded"),
         (["sweep", "-m", "demo", "demo", "-v", "none.npz", "--strengths=1"], "none.npz: no such file. Make one with"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_anything_is_written(run, tmp_path, words, message):
-    code = (
-        2
-        if message in ("need a vector", "expected a number", "nothing to sweep", "embedded")
-        else 1
-    )
+    code = 2 if message in CODE_2 else 1
     result = run(*words, code=code)
     assert message in result.stderr
     assert not [p for p in tmp_path.rglob("*.jsonl") if p.stat().st_size > 2000]
