@@ -28,7 +28,7 @@ TOLERANCE = 0.1  # of the logarithm of the KL; what is left is interpolated
 ROUNDS = 12  # of the search at most; a smooth curve takes two or three
 FACTOR = 8.0  # by which a guess leaves the measured strengths at most
 DOSES = (1e-5, 20.0)  # between which a strength is looked for
-PROBE = 0.1  # the dose that is measured first, for a KL of PROBE_KL
+PROBE = 0.2  # the dose that is measured first, for a KL of PROBE_KL
 PROBE_KL = 0.1
 SMALLEST_KL = 1e-4
 
