@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .evaluation.sweep import sweep as sweep
     from .export.bake import bake as bake
     from .export.function import export_function as export_function
+    from .extraction.calibrate import calibrate as calibrate
     from .extraction.extract import extract as extract
     from .extraction.pairs import Pair as Pair
     from .generation.answer import Generation as Generation
@@ -54,6 +55,7 @@ _HOMES = {
     "SteeringVector": "steering.vector",
     "VectorMeta": "steering.vector",
     "bake": "export.bake",
+    "calibrate": "extraction.calibrate",
     "convert": "model.convert",
     "evaluate": "evaluation.scoring",
     "export_function": "export.function",

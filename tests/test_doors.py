@@ -13,12 +13,21 @@ from helpers import without_added_tokens
 import mlx_densesteer as ds
 from mlx_densesteer.steering.request import request
 
-RECOMMENDED = {"layer": 3, "strength": 2.5, "positions": "generated"}
+RECOMMENDED = {"layers": [3], "strength": 2.5, "positions": "generated"}
+CALIBRATION = {
+    "fingerprint": ds.SteeringVector.load("demo").meta.fingerprint,
+    "points": [
+        {"layers": [5], "positions": "all", "kl": kl, "strength": strength}
+        for kl, strength in [(0.05, 7.25), (0.2, 9.5)]
+    ],
+}
 VECTORS = {
     "as embedded": {},
     "swept": {"recommended": RECOMMENDED},
     "measured": {"recommended": None, "margin_gain": {"1": 0.9, "4": 0.5}},
     "neither": {"recommended": None, "margin_gain": None},
+    "trained": {"recommended": {"layers": [1, 3], "strength": 0.5, "reason": "trained"}},
+    "calibrated": {"recommended": None, "calibration": CALIBRATION},
     "of other weights": {"recommended": None, "margin_gain": None, "fingerprint": "0" * 16},
 }
 ASKED = [
@@ -26,6 +35,8 @@ ASKED = [
     {"strength": 1.5},
     {"strength": "20%"},
     {"strength": "-5%"},
+    {"strength": "0.1nats"},
+    {"strength": "-0.1nats", "layers": (5,)},
     {"strength": 0},
     {"layers": (3,)},
     {"layers": (2, 4)},
@@ -81,7 +92,9 @@ def by_command_line(model, path, asked):
         found.append(steering_for(read_steering(vector, strength, layers, positions), model))
 
     words = ["-v", str(path)]
-    if "strength" in asked:
+    if "--kl" in asked:
+        words += ["--kl", asked["--kl"]]
+    elif "strength" in asked:
         words += ["-s", str(asked["strength"])]
     if "layers" in asked:
         words += ["-l", ",".join(map(str, asked["layers"]))]
@@ -90,6 +103,13 @@ def by_command_line(model, path, asked):
     done = CliRunner().invoke(command, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return found[0]
+
+
+def by_kl_option(model, path, asked):
+    if not str(asked.get("strength")).endswith("nats"):
+        raise CannotSay("--kl says a KL only")
+    kl = str(asked["strength"]).removesuffix("nats")
+    return by_command_line(model, path, asked | {"--kl": kl})
 
 
 def by_server(model, path, asked):
@@ -128,7 +148,15 @@ def by_lm_eval(model, path, asked):
     return made.steering(model)
 
 
-DOORS = [by_request, by_session, by_command_line, by_server, by_model_name, by_lm_eval]
+DOORS = [
+    by_request,
+    by_session,
+    by_command_line,
+    by_kl_option,
+    by_server,
+    by_model_name,
+    by_lm_eval,
+]
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -145,6 +173,27 @@ def test_every_door_gives_the_steering_of_resolve(demo_model, files, door, name,
             assert (found.layers, found.positions) == (expected.layers, expected.positions)
             assert found.strength == expected.strength
             assert found.fingerprint == expected.fingerprint
+
+
+def test_a_running_server_measures_no_kl(demo_model):
+    from mlx_densesteer.model.model import Model
+    from mlx_densesteer.server.faults import Fault
+    from mlx_densesteer.server.schema import SteeringField
+    from mlx_densesteer.server.settings import Settings
+    from mlx_densesteer.server.vectors import NamedVector, Vectors
+    from mlx_densesteer.steering.request import Amount
+
+    model, demo = Model(*demo_model, "demo"), ds.SteeringVector.load("demo")
+    vectors = Vectors([NamedVector(demo, Amount(0.07, "kl"))], model, Settings("demo"))
+    known = ds.resolve(demo_model, demo, "0.07nats")
+    for name in ("demo@demo", "demo@demo=0.07nats"):
+        found = vectors.asked(name, None)
+        assert (found.steering.strength, found.model) == (known.strength, "demo@demo=0.07nats")
+    with pytest.raises(
+        Fault, match="a KL of 0.3 nats is not known for demo at layer 5.*--kl"
+    ) as told:
+        vectors.asked(None, SteeringField(strength="0.3nats"))
+    assert told.value.status == 400
 
 
 def test_the_kinds_of_vector_differ(demo_model, files):

@@ -35,7 +35,7 @@ COMMANDS = (
     Command(
         "strength",
         "STRENGTH",
-        "how strongly to steer: 20% of the residual stream, or lambda as a number (1.5, -2, 0)",
+        "how strongly to steer: 20% of the residual stream, lambda as a number (1.5, -2, 0), or a KL (0.1nats)",
     ),
     Command("layer", "LAYERS", "steer these layers: 14, 10-14, 10,12 or all"),
     Command(
@@ -54,7 +54,7 @@ COMMANDS = (
     Command(
         "sweep",
         "[STRENGTHS]",
-        "the last question at five strengths, one line each; or at those named: 0 10% 20% 1.5",
+        "the last question at five strengths, one line each; or at those named: 0 10% 20% 1.5 0.1nats",
     ),
     Command("stats", "", "the receipt of the last answer, beside that of the unsteered model"),
     Command("retry", "", "answer the last question again, under the settings in force"),

@@ -17,6 +17,7 @@ from ..errors import DenseSteerError
 from ..text import guard_terminals, silence
 from .bake import bake
 from .bench import bench
+from .calibrate import calibrate
 from .chat import chat
 from .completers import completion
 from .convert import convert
@@ -153,6 +154,7 @@ for command in (
     pairs,
     extract,
     train,
+    calibrate,
     evaluate,
     sweep,
     vector,

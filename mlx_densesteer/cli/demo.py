@@ -42,7 +42,7 @@ def demo(problems: int, as_json: bool) -> None:
         click.echo(WHAT_IT_IS)
     model = load(NAME)
     vector = SteeringVector.load(NAME)
-    doses = [Amount(dose, is_dose=True) for dose in DOSES]
+    doses = [Amount(dose, "dose") for dose in DOSES]
     layers = request(vector).layers
     settings = settings_of(model, vector, layers, doses)
     settings.sort(key=lambda setting: setting.strength)

@@ -1,5 +1,6 @@
 """Options that commands share, and what reads them without a model."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,16 @@ def vector_option(remark: str, *, required: bool = False) -> Decorator:
 
 
 class StrengthType(click.ParamType):
-    """A strength (lambda) or a dose in per cent; the value is a ``steering.request.Amount``."""
+    """A strength (lambda), a dose in per cent or a KL; the value is a ``steering.request.Amount``.
+
+    Args:
+        unit: what a number without a unit means: ``""`` (lambda) or ``"nats"``.
+    """
 
     name = "strength"
+
+    def __init__(self, unit: str = ""):
+        self.unit = unit
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -72,21 +80,43 @@ class StrengthType(click.ParamType):
         from ..errors import InputError
         from ..steering.request import Amount
 
+        if self.unit and isinstance(value, str):
+            value = value.strip().removesuffix(self.unit) + self.unit
         try:
             return Amount.parse(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
 
 
-strength_option = click.option(
+_lambda_option = click.option(
     "-s",
     "--strength",
     "--lambda",
     type=StrengthType(),
     metavar="STRENGTH",
-    help="A dose in per cent of the residual stream (20%), or lambda as a number (1.5). Positive "
-    "is towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
+    help="A dose in per cent of the residual stream (20%), lambda as a number (1.5), or a KL (0.1nats). "
+    "Positive is towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
 )
+_kl_option = click.option(
+    "--kl",
+    type=StrengthType("nats"),
+    metavar="NATS",
+    help="In place of -s: as strong as moves the model by this KL from the unsteered one, in nats per "
+    "token. 0.05 to 0.2 is usual. Measured, unless `densesteer calibrate --write` stored it.",
+)
+
+
+def strength_option(command: Command) -> Command:
+    """Add ``-s/--strength`` and ``--kl``; the command gets the one that is given as ``strength``."""
+
+    @functools.wraps(command)
+    def call(*given: Any, strength: object, kl: object, **options: Any) -> Any:
+        if strength is not None and kl is not None:
+            raise click.UsageError("--strength and --kl both say how strongly to steer: give one.")
+        return command(*given, strength=strength if kl is None else kl, **options)
+
+    return _options(_lambda_option, _kl_option)(call)
+
 
 _BEST_LAYER = "[default: what a sweep recommended, else one of the best that extraction measured]"
 
@@ -100,6 +130,18 @@ def layers_option(remark: str = _BEST_LAYER) -> Decorator:
         multiple=True,
         metavar="LAYERS",
         help=f"0-based: 14, 10-14, 10,12 or all; may be repeated. {remark}",
+    )
+
+
+def layer_sets_option(default: str) -> Decorator:
+    """Make ``-l/--layers`` of a command that tries several settings."""
+    return click.option(
+        "-l",
+        "--layers",
+        multiple=True,
+        metavar="LAYERS",
+        help="0-based: 8,12-16 or all are layers alone, 8+12+16 is one setting of three layers together; "
+        f"may be repeated. {default}",
     )
 
 

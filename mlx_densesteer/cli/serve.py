@@ -222,7 +222,9 @@ def _read_vectors(
     if model == demo.NAME and demo.NAME not in vectors:
         vectors = (*vectors, demo.NAME)
     if not vectors and (strength is not None or layers or positions):
-        raise click.UsageError("--strength, --layer and --positions need a vector: add -v FILE.")
+        raise click.UsageError(
+            "--strength, --kl, --layer and --positions need a vector: add -v FILE."
+        )
     found: dict[str, NamedVector] = {}
     for file in vectors:
         vector = read_vector(file)

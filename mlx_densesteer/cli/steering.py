@@ -37,7 +37,7 @@ def read_steering(
     if vector is None:
         if strength is not None or layers or positions:
             raise click.UsageError(
-                "--strength, --layer and --positions need a vector: add -v FILE."
+                "--strength, --kl, --layer and --positions need a vector: add -v FILE."
             )
         return None
     from ..steering.request import parse_layers, request
@@ -56,6 +56,12 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
     if request is None:
         return None
     tell_fit(request.vector, model)
+    asked = request.vector, request.layers, request.positions, request.amount.number
+    if request.amount.unit == "kl" and request.amount.number:
+        if model.known_kl_strength(*asked) is None:
+            note(f"finding the strength at which the KL is {asked[-1]:g} nats per token ...")
+        else:
+            note(f"the strength for a KL of {asked[-1]:g} nats is that of the vector's calibration")
     steering = request.steering(model)
     tell_steering(steering, model.dose(steering), request.why)
     return steering

@@ -1,16 +1,22 @@
 """``densesteer sweep``."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import install_command
 from ..text import aligned, count, note, percent, signed, signed_dose
 from . import completers
+from .calibrate import read_kl, read_layer_sets, store, warn_of_own_pairs
+from .calibrate import run as calibrate
+from .calibrate import table as calibration_table
 from .options import (
     json_option,
+    layer_sets_option,
     model_option,
     no_nll_option,
     out_option,
@@ -26,30 +32,53 @@ from .steering import read_vector, tell_fit
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..distributed.ranks import Ranks
     from ..evaluation.answers import Answer
     from ..evaluation.sweep import GridRow, Setting, Sweep
+    from ..extraction.calibrate import Calibration
+    from ..extraction.pairs import Pair
+    from ..model.model import Model
     from ..steering.steering import Positions
     from ..steering.vector import SteeringVector
+
+
+PAIRS = 16  # with which a sweep calibrates, at most
 
 
 @click.command()
 @model_option()
 @vector_option("", required=True)
-@click.option(
-    "-l",
-    "--layers",
-    multiple=True,
-    metavar="LAYERS",
-    help="0-based: 8,12-16 or all; may be repeated. [default: five around the middle; all if there are "
-    "six at most]",
+@layer_sets_option(
+    "[default: the layers of a trained vector together; else five around the middle, with --pairs the "
+    "best five; all if there are six at most]"
 )
 @click.option(
     "-s",
     "--strengths",
-    required=True,
     metavar="LIST",
-    help="Doses in per cent of the residual stream, or strengths (lambda), separated by commas: "
-    "--strengths=-10%,10%,20%. 0 is always added.",
+    help="Doses in per cent of the residual stream, strengths (lambda) or KLs, separated by commas: "
+    "--strengths=-10%,10%,20%,0.1nats. 0 is always added.",
+)
+@click.option(
+    "--kl",
+    metavar="LIST",
+    help="KL(steered || unsteered) in nats per token, in place of -s. [default with --pairs: "
+    "0.05,0.1,0.2]",
+)
+@click.option(
+    "--pairs",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Calibrate first, as `densesteer calibrate` does with these pairs, and generate only for the "
+    "best settings.",
+)
+@click.option(
+    "--best",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="With --pairs: settings to generate for. The best at each KL come first.",
 )
 @positions_option
 @strict_option
@@ -74,8 +103,8 @@ if TYPE_CHECKING:
 @click.option(
     "--write",
     is_flag=True,
-    help="Store table and recommendation in the vector's file; every command then uses that layer "
-    "and strength by default.",
+    help="Store table and recommendation in the vector's file; every command then uses these "
+    "layers and that strength by default.",
 )
 @json_option
 @click.argument("task", shell_complete=completers.tasks)
@@ -83,7 +112,10 @@ def sweep(
     model: str,
     vector: str,
     layers: tuple[str, ...],
-    strengths: str,
+    strengths: str | None,
+    kl: str | None,
+    pairs: str | None,
+    best: int,
     positions: "Positions | None",
     split: str | None,
     skip: int,
@@ -101,38 +133,54 @@ def sweep(
 ) -> None:
     """Find the layer and strength at which a vector works best, or that none does.
 
-    Tries a grid of layers and strengths on TASK, which is named as for `densesteer eval`. Use problems
-    that you will not evaluate on: gsm8k and demo are taken from their split train. The recommendation is
-    the most accurate setting whose gain over strength 0 the paired test supports; else the setting with
-    the fewest tokens whose accuracy is worse by less than --margin; else none.
+    Tries a grid of layers and strengths on TASK, which is named as for `densesteer eval`; with --pairs
+    only the best settings by a calibration, which takes minutes. Use problems that you will not evaluate
+    on: gsm8k and demo are taken from their split train. The recommendation is the most accurate setting
+    whose gain over strength 0 the paired test supports; else the setting with the fewest tokens whose
+    accuracy is worse by less than --margin; else none, and what it would take to know.
     """
     from dataclasses import asdict
 
     from .. import demo
     from ..files import atomic_file, disk_errors, file_to_replace
-    from ..steering.request import Amount
+    from ..steering.request import Amount, joined
 
     steering_vector = read_vector(vector)
     if write and vector == demo.NAME:
         raise click.UsageError("--write: the embedded vector cannot be changed; extract your own.")
     if write:
         file_to_replace(Path(vector))
-    chosen = _layers(layers, steering_vector)
-    amounts = [Amount.parse(part) for part in strengths.split(",")]
+    if strengths and (kl or pairs):
+        raise click.UsageError(
+            "--strengths goes without --kl and --pairs, which find the strengths."
+        )
+    if not pairs and _given("best"):
+        raise click.UsageError("--best chooses among calibrated settings: add --pairs FILE.")
+    if not (strengths or kl or pairs):
+        raise click.UsageError(
+            "nothing to sweep: name strengths (--strengths=10%,20%), or pairs to calibrate with (--pairs "
+            "FILE)."
+        )
+    chosen = read_layer_sets(layers, steering_vector)
+    amounts = [Amount.parse(part) for part in (strengths or "0").split(",")]
+    if kl or pairs:
+        amounts = [Amount(target, "kl") for target in read_kl(kl or "0.05,0.1,0.2")]
     if not any(amount.number for amount in amounts):
         raise click.UsageError("nothing to sweep: name at least one strength other than 0.")
+    held_out = _read_pairs(pairs, steering_vector) if pairs else []
     problems, about = load_problems(
         task, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
-    where = positions or "all"
+    where = positions or _positions(steering_vector, chosen)
     subject = {"vector_sha256": steering_vector.sha256(), "positions": where}
     folder = Path(out)
     _check_folder(folder, {"task": task, "split": about["split"], **subject})
 
     from ..distributed.loading import load_copies
     from ..distributed.ranks import Ranks
-    from ..evaluation.sweep import settings_of, with_recommendation
+    from ..evaluation.sweep import Setting, settings_of, with_recommendation
     from ..evaluation.sweep import sweep as run
+    from ..steering.steering import Steering
 
     ranks = Ranks.connect()
     loaded = load_copies(model, ranks)
@@ -143,9 +191,21 @@ def sweep(
             "--write: the vector was extracted from other weights, and the recommendation would be "
             "taken for theirs. Leave --write out, or extract a vector from this model."
         )
-    settings = settings_of(loaded, steering_vector, chosen, amounts, positions=where)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    found = None
+    if pairs:
+        targets = [amount.number for amount in amounts]
+        found = _calibrated(
+            folder, loaded, ranks, steering_vector, held_out, chosen, targets, where
+        )
+        settings = [Setting()]
+        for row in found.best(best):
+            steering = Steering(steering_vector, row.strength, row.layers, where)
+            settings.append(Setting(row.layers, row.strength, row.dose, steering))
+    else:
+        chosen = chosen or _usual_layers(steering_vector)
+        settings = settings_of(loaded, steering_vector, chosen, amounts, positions=where)
     note(
         f"{count(len(settings), 'setting')} x {count(len(problems), 'problem')}; results in {folder}"
     )
@@ -174,18 +234,32 @@ def sweep(
         "margin": margin,
         "rows": [row.describe() for row in result.rows],
         "recommendation": asdict(result.recommendation),
+        "calibration": found and found.describe(),
+        "next": None,
     }
+    if (unproven := result.recommendation.unproven) is not None:
+        words = ["densesteer", "sweep", "-m", model, "-v", vector]
+        words += ["-l", joined(unproven.layers), f"--strengths={unproven.strength!r}"]
+        words += ["--skip", str(skip + len(problems)), "--limit", str(unproven.problems_needed)]
+        if where != "all" or _given("positions"):
+            words += ["--positions", where]
+        words += ["-o", f"{folder}-confirm", *_same(), task]
+        document["next"] = shlex.join(words)
     with atomic_file(folder / "table.json") as file:
         file.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode())
     _draw(folder, result)
     if write:
-        if steering_vector.meta.recommended and result.recommendation.layer is None:
+        updated = with_recommendation(steering_vector, result, task=about, positions=where)
+        if steering_vector.meta.recommended and updated.meta.recommended is None:
             note("this sweep recommends nothing; the vector's older recommendation is removed")
-        _write(vector, with_recommendation(steering_vector, result, task=about, positions=where))
+        store(vector, found.on(updated) if found else updated, read_vector(vector))
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
-        click.echo("\n".join([*_table(result.rows), _LEGEND, "", result.recommendation.text]))
+        lines = [*_table(result.rows), _LEGEND, "", result.recommendation.text]
+        if document["next"]:
+            lines.append(f"To know: {document['next']}")
+        click.echo("\n".join(lines))
 
 
 _LEGEND = (
@@ -211,27 +285,101 @@ def _check_folder(folder: Path, subject: dict[str, object]) -> None:
         )
 
 
-def _write(file: str, updated: "SteeringVector") -> None:
-    """Store the recommendation in the vector's file, unless the file holds another vector by now."""
-    if read_vector(file).sha256() != updated.sha256():
-        raise click.ClickException(
-            f"{file}: holds another vector than when the sweep began; nothing is stored. The table "
-            "is kept. For the new vector run the same command again with another folder (-o)."
-        )
-    updated.save(file)
-    note(f"stored in {file}")
+def _given(option: str) -> bool:
+    """Tell whether the command line names an option of this command."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is ParameterSource.COMMANDLINE
 
 
-def _layers(texts: tuple[str, ...], vector: "SteeringVector") -> tuple[int, ...]:
-    from ..steering.request import parse_layers
+def _same() -> list[str]:
+    """Return the options of this command that a confirming sweep takes over, where they were given."""
+    kept = {"split": "--split", "revision": "--revision", "max_tokens": "-n", "rows": "--rows",
+            "system": "--system", "margin": "--margin"}  # fmt: skip
+    words, params = [], click.get_current_context().params
+    for name, option in kept.items():
+        if _given(name):
+            words += [option, str(params[name])]
+    return words + ["--no-nll"] * bool(params["no_nll"])
 
-    if texts:
-        return tuple(vector.select(parse_layers(texts, vector.layers)).layers)
+
+def _read_pairs(file: str, vector: "SteeringVector") -> "list[Pair]":
+    from ..extraction.pairs import read_pairs
+
+    found = read_pairs(file)
+    warn_of_own_pairs(vector, found)
+    return found[:PAIRS]
+
+
+def _calibrated(
+    folder: Path,
+    model: "Model",
+    ranks: "Ranks",
+    vector: "SteeringVector",
+    pairs: "list[Pair]",
+    layers: "list[tuple[int, ...]] | None",
+    targets: list[float],
+    positions: "Positions",
+) -> "Calibration":
+    """Return the calibration in the sweep's folder if it is of the same things; else make and keep it.
+
+    A sweep that goes on must have the same strengths to the last digit, and takes no minutes for them.
+    """
+    from ..extraction.calibrate import Calibration
+    from ..extraction.pairs import pairs_sha256
+    from ..files import atomic_file, parse_object
+
+    path = folder / "calibration.json"
+    asked = {
+        "fingerprint": model.info.fingerprint,
+        "quantization": model.info.quantization,
+        "dtype": model.info.dtype,
+        "vector_sha256": vector.sha256(),
+        "pairs_sha256": pairs_sha256(pairs),
+        "layers": layers and [list(one) for one in layers],
+        "kl": targets,
+        "positions": positions,
+    }
+    kept = None
+    if ranks.speaks and path.exists():
+        kept = parse_object(path.read_bytes(), f"{path}")
+        kept = kept["calibration"] if kept.get("asked") == json.loads(json.dumps(asked)) else None
+    if (kept := ranks.share(kept)) is None:
+        made = calibrate(model, vector, pairs, layers, targets, positions)
+        kept = ranks.share(made.describe())
+        if ranks.speaks:
+            with atomic_file(path) as file:
+                document = {"asked": asked, "calibration": kept}
+                file.write(json.dumps(document, indent=1, allow_nan=False).encode())
+    try:
+        found = Calibration.read(kept)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise click.ClickException(f"{path}: is damaged ({error!r}). Delete it.") from error
+    if ranks.speaks:
+        click.echo("\n".join([*calibration_table(found), ""]), err=True)
+    return found
+
+
+def _positions(vector: "SteeringVector", layers: "list[tuple[int, ...]] | None") -> "Positions":
+    """Return the default positions: those of a trained vector at its own layers, else all."""
+    from ..steering.request import recommended_layers, request
+
+    trained = recommended_layers(vector)
+    if len(trained) > 1 and layers in (None, [trained]):
+        return request(vector).positions
+    return "all"
+
+
+def _usual_layers(vector: "SteeringVector") -> list[tuple[int, ...]]:
+    from ..steering.request import recommended_layers
+
+    trained = recommended_layers(vector)
+    if len(trained) > 1:
+        return [trained]
     if len(vector.layers) <= 6:
-        return tuple(vector.layers)
+        return [(layer,) for layer in vector.layers]
     wanted = [vector.meta.layer_count * k // 8 for k in (2, 3, 4, 5, 6)]
     near = {min(vector.layers, key=lambda have: (abs(have - want), have)) for want in wanted}
-    return tuple(sorted(near))
+    return [(layer,) for layer in sorted(near)]
 
 
 def _so_far(settings: "Sequence[Setting]", answers: "list[Answer]") -> list[str]:
@@ -253,7 +401,7 @@ def _so_far(settings: "Sequence[Setting]", answers: "list[Answer]") -> list[str]
     return aligned(rows)
 
 
-_SETTING = ("layer", "dose", "strength")
+_SETTING = ("layers", "dose", "strength")
 FIGURES = ("accuracy", "95%", "steps", "tokens", "density", "NLL")
 
 
@@ -270,8 +418,9 @@ def figures(row: "Mapping[str, Any]", *, nll_digits: int) -> list[str]:
 
 
 def _cells(setting: "Setting") -> list[str]:
-    layer = "-" if setting.layer is None else str(setting.layer)
-    return [layer, signed_dose(setting.dose), signed(setting.strength)]
+    from ..steering.request import joined
+
+    return [joined(setting.layers) or "-", signed_dose(setting.dose), signed(setting.strength)]
 
 
 def _table(rows: "Sequence[GridRow]") -> list[str]:

@@ -1,7 +1,8 @@
 """``densesteer vector``."""
 
 import json
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,6 +46,7 @@ def show(file: str, as_json: bool) -> None:
         "layers": format_layers(loaded.layers),
         "tested": count(len(loaded.meta.tested), "setting") if loaded.meta.tested else None,
         "recommended": _recommended(loaded.meta.recommended),
+        "calibration": _calibration(loaded.meta.calibration),
         "default": default_setting(loaded),
         "residual_norms": None,  # these three are columns of the table
         "margin_gain": None,
@@ -58,9 +60,20 @@ def show(file: str, as_json: bool) -> None:
 
 
 def _recommended(best: "Mapping[str, object] | None") -> str | None:
+    from ..steering.vector import format_layers
+
     if best is None:
         return None
-    return f"layer {best['layer']}, strength {best['strength']:g}. {best.get('text', '')}".strip()
+    where = format_layers(best["layers"])
+    return f"layer {where}, strength {best['strength']:g}. {best.get('text', '')}".strip()
+
+
+def _calibration(found: "Mapping[str, Any] | None") -> str | None:
+    if found is None:
+        return None
+    targets = sorted({math.copysign(p["kl"], p["strength"]) for p in found["points"]})
+    listed = ", ".join(f"{kl:g}" for kl in targets)
+    return f"{count(len(found['points']), 'setting')}, KL {listed} nats per token"
 
 
 def default_setting(vector: "SteeringVector") -> str:
@@ -69,7 +82,7 @@ def default_setting(vector: "SteeringVector") -> str:
     from ..steering.vector import format_layers
 
     asked = request(vector)
-    unit = "" if asked.amount.is_dose else "strength "
+    unit = "strength " if asked.amount.unit == "strength" else ""
     return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}"
 
 
@@ -190,21 +203,24 @@ def export(
 
 def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
     """Return llama.cpp's options for the vector at its default layer and strength."""
-    from ..steering.request import request
+    from ..steering.request import request, unit_dose
 
     asked = request(vector)
-    layer = asked.layers[0]
+    low, high = asked.layers[0], asked.layers[-1]
     norms = vector.residual_norms or {}
     strength, remark = asked.amount.number, ""
-    if asked.amount.is_dose and layer in norms:
-        strength = asked.amount.strength(vector, {layer: norms[layer]})
-    elif asked.amount.is_dose:
+    if asked.amount.unit == "dose" and set(asked.layers) <= set(norms):
+        strength /= unit_dose(vector, {layer: norms[layer] for layer in asked.layers})
+    elif asked.amount.unit == "dose":
         strength, remark = 1.0, "; the strength 1 is a guess, because no norms are recorded"
     if asked.positions != "all":
         remark += (
             f"; it was recommended for positions {asked.positions}, and llama.cpp adds it at all"
         )
-    only = f" --control-vector-layer-range {layer} {layer}" if len(vector.layers) > 1 else ""
+    between = [layer for layer in vector.layers if low <= layer <= high]
+    if len(between) > len(asked.layers):
+        remark += f"; export only these layers (-l {','.join(map(str, asked.layers))}) for that"
+    only = f" --control-vector-layer-range {low} {high}" if len(vector.layers) > 1 else ""
     return f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:.4g}{only}{remark}"
 
 

@@ -8,7 +8,7 @@ last rank the first ones; the residual stream passes from rank to rank. Layers k
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..errors import DistributedError
 from ..model.block import decoder_blocks, patch
 from ..model.config import origin
 from ..model.model import Model, check_finite, find, load, open_folder, set_dtype
-from ..steering.vector import SteeringVector
+from ..steering.vector import Positions, SteeringVector
 from .ranks import Ranks
 
 
@@ -48,6 +48,22 @@ class RankModel(Model):
         """Return what ``Model.norms`` returns on rank 0, so that every rank has the same doses."""
         self.ranks.same([vector.sha256(), vector.residual_norms is None], "vectors")
         return dict(self.ranks.share(list(super().norms(vector, layers).items())))
+
+    def kl_strength(
+        self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+    ) -> float:
+        """Return what ``Model.kl_strength`` returns on rank 0; all ranks have to call it.
+
+        Raises:
+            DistributedError: it would have to be measured, and each rank has only some of the blocks.
+        """
+        unknown = self.known_kl_strength(vector, layers, positions, kl) is None
+        if unknown and is_pipeline(self.network):
+            raise DistributedError(
+                f"a KL of {kl:g} nats: its strength cannot be measured over a pipeline. Store it first on "
+                "one machine (densesteer calibrate --write), or name a strength or dose."
+            )
+        return float(self.ranks.share(super().kl_strength(vector, layers, positions, kl)))
 
     @cached_property
     def measured_norms(self) -> dict[int, float]:

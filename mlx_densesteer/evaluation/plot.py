@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError, install_command
 from ..files import atomic_file
+from ..steering.request import joined
 from ..text import signed_dose
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Row = Mapping[str, float | int | None]
+Row = Mapping[str, Any]
+Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ _DPI = 150
 def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
     """Write ``heatmap.png`` and ``curves.png`` into ``folder`` and return their paths.
 
-    Each row of the table is one setting (``sweep.GridRow.describe``): layer (``None`` for the unsteered
+    Each row of the table is one setting (``sweep.GridRow.describe``): layers (``None`` for the unsteered
     row, of which there is one), dose, strength, problems, accuracy with accuracy_low and accuracy_high,
     steps, tokens, density, nll. A figure that is ``None`` or not finite is left out of the pictures.
     The settings are shown by dose, with the strength below it where all layers share it; by strength
@@ -77,39 +79,39 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The table by layer and column; the unsteered row is column 0 of every layer.
+    """The table by layers and column; the unsteered row is column 0 of all layers.
 
     A column is a dose or a strength; ``labels`` say which, in the order of ``columns``.
     """
 
     unsteered: Row
-    steered: Mapping[tuple[int, float], Row]
-    layers: list[int]
+    steered: Mapping[tuple[Layers, float], Row]
+    layers: list[Layers]
     columns: list[float]  # with 0
     labels: list[str]
     unit: str  # what the columns are
 
-    def value(self, layer: int, column: float, key: str) -> float:
+    def value(self, layers: Layers, column: float, key: str) -> float:
         """Return a figure of a setting, NaN where there is none."""
-        row = self.unsteered if column == 0 else self.steered.get((layer, column), {})
+        row = self.unsteered if column == 0 else self.steered.get((layers, column), {})
         return _number(row, key)
 
 
 def _arrange(table: Sequence[Row]) -> _Grid:
-    unsteered = [row for row in table if row["layer"] is None]
-    others = [row for row in table if row["layer"] is not None]
+    unsteered = [row for row in table if row["layers"] is None]
+    others = [row for row in table if row["layers"] is not None]
     strengths = [float(row["strength"]) for row in others]
     doses = [float(f"{row['dose']:.6g}") for row in others]  # rounded: computed from lambda
     by_dose = len(set(doses)) <= len(set(strengths))
     keys = doses if by_dose else strengths
-    steered = {(row["layer"], key): row for row, key in zip(others, keys, strict=True)}
+    steered = {(tuple(row["layers"]), key): row for row, key in zip(others, keys, strict=True)}
     if len(unsteered) != 1 or not steered or len(steered) < len(others) or 0.0 in keys:
         raise InputError(
             f"the table has {len(unsteered)} unsteered rows and {len(others)} others, "
             f"{len(steered)} of them different; expected 1 and at least 1, all different, none "
             "of them at strength 0."
         )
-    layers = sorted({row["layer"] for row in others})
+    layers = sorted({tuple(row["layers"]) for row in others})
     columns = sorted({0.0, *keys})
     labels, unit = _labels(columns, zip(keys, strengths, strict=True), by_dose)
     return _Grid(unsteered[0], steered, layers, columns, labels, unit)
@@ -154,8 +156,8 @@ def _heatmap(grid: _Grid) -> "Figure":
 
 def _heat_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
     values = np.array([
-        [grid.value(layer, column, panel.key) for column in grid.columns]
-        for layer in grid.layers
+        [grid.value(layers, column, panel.key) for column in grid.columns]
+        for layers in grid.layers
     ])  # fmt: skip
     axes.set_facecolor("#dddddd")  # settings without a figure
     image = axes.imshow(
@@ -170,7 +172,7 @@ def _heat_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
                 ha="center", va="center", size=8, color="white" if dark else "black",
             )  # fmt: skip
     _label_columns(axes, grid)
-    axes.set_yticks(range(len(grid.layers)), [str(layer) for layer in grid.layers])
+    axes.set_yticks(range(len(grid.layers)), [joined(layers) for layers in grid.layers])
     axes.set(title=panel.title, ylabel="layer")
     zero = grid.columns.index(0.0)
     for edge in (zero - 0.5, zero + 0.5):
@@ -246,20 +248,20 @@ def _curve_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
     if accuracy:
         low, high = (_number(grid.unsteered, f"accuracy_{end}") for end in ("low", "high"))
         axes.axhspan(panel.scale * low, panel.scale * high, color="#000000", alpha=0.06, zorder=0)
-    for index, layer in enumerate(grid.layers):
-        y = np.array([panel.scale * grid.value(layer, s, panel.key) for s in grid.columns])
+    for index, layers in enumerate(grid.layers):
+        y = np.array([panel.scale * grid.value(layers, s, panel.key) for s in grid.columns])
         known, style = np.isfinite(y), _line_style(index, len(grid.layers))
         x = np.arange(len(y), dtype=float)
         if accuracy:  # shifted a little, so that bars do not cover each other; all meet at 0
             away = np.array(grid.columns) != 0
             x += 0.5 * ((index + 0.5) / len(grid.layers) - 0.5) * away
-            bars = _bars(grid, layer, panel)
+            bars = _bars(grid, layers, panel)
             drawn = known & away
             axes.errorbar(
                 x[drawn], y[drawn], bars[:, drawn],
                 fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=2, alpha=0.7,
             )  # fmt: skip
-        axes.plot(x[known], y[known], label=f"layer {layer}", **style)
+        axes.plot(x[known], y[known], label=f"layer {joined(layers)}", **style)
     _label_columns(axes, grid)
     axes.set_title(panel.title)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -278,10 +280,10 @@ def _line_style(index: int, count: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _bars(grid: _Grid, layer: int, panel: _Panel) -> np.ndarray:
+def _bars(grid: _Grid, layers: Layers, panel: _Panel) -> np.ndarray:
     """Return how far each interval reaches below and above its value, ``(2, columns)``."""
     value, low, high = (
-        np.array([panel.scale * grid.value(layer, s, key) for s in grid.columns])
+        np.array([panel.scale * grid.value(layers, s, key) for s in grid.columns])
         for key in (panel.key, f"{panel.key}_low", f"{panel.key}_high")
     )
     return np.nan_to_num(np.clip([value - low, high - value], 0, None))

@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from ..steering.request import format_dose
+from ..steering.request import format_dose, joined
 from ..text import count
 from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
 
 RISK = 0.05  # of recommending a setting if none has an effect
+POWER = 0.8  # the chance that the problems asked for show an effect that is there
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +26,10 @@ class Outcome:
     """The results of one setting, problem by problem, in the order of the baseline's.
 
     ``correct``: bool, shape ``(problems,)``. ``tokens``: whole numbers, shape ``(problems,)``.
-    ``dose`` has the sign of the strength; 0.2 is 20 %. ``layer`` is ``None`` for the baseline.
+    ``dose`` has the sign of the strength; 0.2 is 20 %. ``layers`` is empty for the baseline.
     """
 
-    layer: int | None
+    layers: tuple[int, ...]
     strength: float
     dose: float
     correct: np.ndarray
@@ -36,17 +37,34 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Unproven:
+    """The setting that looked best where none is supported: an impression, not a recommendation.
+
+    ``problems_needed`` is for a test of this setting alone on other problems (``problems_to_know``).
+    """
+
+    layers: tuple[int, ...]
+    strength: float
+    dose: float
+    better: int
+    worse: int
+    problems_needed: int
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """A setting, the reason for it, and a text with the figures for the user.
 
-    Without a reason ("none") the layer is ``None`` and the strength 0: the unsteered model.
+    Without a reason ("none") there are no layers and the strength is 0: the unsteered model. ``unproven`` is
+    then what looked best, if anything did.
     """
 
-    layer: int | None
+    layers: tuple[int, ...]
     strength: float
     dose: float
     reason: Literal["accuracy", "tokens", "none"]
     text: str
+    unproven: Unproven | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,9 @@ class _Comparison:
     @property
     def name(self) -> str:
         one = self.outcome
-        return f"layer {one.layer} at {format_dose(one.dose)} (strength {one.strength:.3g})"
+        return (
+            f"layer {joined(one.layers)} at {format_dose(one.dose)} (strength {one.strength:.3g})"
+        )
 
     @property
     def accuracy(self) -> float:
@@ -89,7 +109,9 @@ def recommend(
        the paired bootstrap's interval is above 0 and the sign-flip test agrees: the bootstrap alone
        is wrong too often for few problems and responses that run to the limit. All at the
        confidence 1 - 5 % / settings (Bonferroni).
-    3. "none".
+    3. "none", with the setting that looked best as ``unproven``: of those that solve more problems than
+       the baseline the one that solves most; else, of those that save tokens and lose less than
+       ``margin``, the one with the fewest tokens.
 
     Strength 0 among ``others`` is left out.
 
@@ -99,7 +121,7 @@ def recommend(
     _check(baseline, others, margin)
     comparisons = _compare(baseline, [o for o in others if o.strength != 0])
     if not comparisons:
-        return Recommendation(None, 0.0, 0.0, "none", "Nothing but strength 0 was tried.")
+        return Recommendation((), 0.0, 0.0, "none", "Nothing but strength 0 was tried.")
     supported = [c for c in comparisons if c.gain > 0 and c.p <= RISK]
     if supported:
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
@@ -113,10 +135,77 @@ def recommend(
             continue
         if (saving := _saving(c, baseline, each)) is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
-            one = c.outcome
-            return Recommendation(one.layer, one.strength, one.dose, "tokens", text)
+            return _recommendation(c, "tokens", text)
     text = _say_none(comparisons, baseline, margin)
-    return Recommendation(None, 0.0, 0.0, "none", text)
+    unproven = None
+    if (looks_best := _looks_best(comparisons, margin)) is not None:
+        unproven = _unproven(looks_best, baseline, margin)
+        text += f" {_say_unproven(looks_best, unproven, baseline)}"
+    return Recommendation((), 0.0, 0.0, "none", text, unproven)
+
+
+def _looks_best(comparisons: Sequence[_Comparison], margin: float) -> _Comparison | None:
+    better = [c for c in comparisons if c.gain > 0]
+    if better:
+        return max(better, key=lambda c: (c.gain, c.saving, -abs(c.outcome.strength)))
+    shorter = [c for c in comparisons if c.gain > -margin and c.saving > 0]
+    return max(shorter, key=lambda c: (c.saving, c.gain), default=None)
+
+
+def _unproven(c: _Comparison, baseline: Outcome, margin: float) -> Unproven:
+    count = len(baseline.correct)
+    if c.gain > 0:
+        needed = problems_to_know(c.better, c.worse, count)
+    else:
+        saved = baseline.tokens - c.outcome.tokens.astype(np.float64)
+        spread = float(saved.std(ddof=1)) if count > 1 else 0.0
+        shorter = math.ceil((sum(_quantiles()) * spread / c.saving) ** 2)
+        needed = problems_to_know(c.better, c.worse, count, margin=margin)
+        needed = max(needed, shorter)
+    o = c.outcome
+    return Unproven(o.layers, o.strength, o.dose, c.better, c.worse, needed)
+
+
+def problems_to_know(better: int, worse: int, total: int, *, margin: float | None = None) -> int:
+    """Return how many problems show a difference of accuracies as large as the one observed.
+
+    ``better`` and ``worse`` of ``total`` problems were solved by the setting or the baseline only. If these
+    shares are the true ones, psi = (better + worse) / total and d = (better - worse) / total, McNemar's test
+    of this one setting finds the difference with a probability (power) of 80 % from
+
+        n = (z sqrt(psi) + z' sqrt(psi - d^2))^2 / d^2        z, z': quantiles of 95 % and of the power
+
+    problems on. With ``margin`` the question is whether the setting loses less than that, and
+    n = (z + z')^2 (psi - d^2) / (d + margin)^2, at least ``problems_needed(1)``.
+
+    Source: Connor, Biometrics 43 (1987), 207-211.
+
+    Raises:
+        ValueError: no difference, or with ``margin`` a loss that is not below it.
+    """
+    share, difference = (better + worse) / total, (better - worse) / total
+    z, power = _quantiles()
+    spread = max(share - difference**2, 0.0)
+    if margin is not None:
+        if difference <= -margin:
+            raise ValueError(f"a difference of {difference:g}: expected more than {-margin:g}.")
+        root = (z + power) * math.sqrt(spread) / (difference + margin)
+        return max(math.ceil(root**2), problems_needed(1, margin))
+    if not difference:
+        raise ValueError("no difference: no number of problems shows it.")
+    root = (z * math.sqrt(share) + power * math.sqrt(spread)) / difference
+    return math.ceil(root**2)
+
+
+def _quantiles() -> tuple[float, float]:
+    normal = NormalDist()
+    return normal.inv_cdf(1 - RISK / 2), normal.inv_cdf(POWER)
+
+
+def _recommendation(
+    c: _Comparison, reason: Literal["accuracy", "tokens"], text: str
+) -> Recommendation:
+    return Recommendation(c.outcome.layers, c.outcome.strength, c.outcome.dose, reason, text)
 
 
 def _check(baseline: Outcome, others: Sequence[Outcome], margin: float) -> None:
@@ -126,7 +215,7 @@ def _check(baseline: Outcome, others: Sequence[Outcome], margin: float) -> None:
     for outcome in (baseline, *others):
         if outcome.correct.shape != (count,) or outcome.tokens.shape != (count,):
             raise ValueError(
-                f"layer {outcome.layer}, strength {outcome.strength:g}: results of shape "
+                f"layer {joined(outcome.layers)}, strength {outcome.strength:g}: results of shape "
                 f"{outcome.correct.shape} and {outcome.tokens.shape}, expected ({count},)."
             )
     if not 0 < margin < 1:
@@ -216,6 +305,18 @@ def _say_none(comparisons: Sequence[_Comparison], baseline: Outcome, margin: flo
             f"{need} problems on. Use more problems or fewer settings."
         )
     return text
+
+
+def _say_unproven(c: _Comparison, unproven: Unproven, baseline: Outcome) -> str:
+    count = len(baseline.correct)
+    seen = f"{c.better} of {count} problems gained and {c.worse} lost"
+    if c.gain <= 0:
+        seen += f", {c.saving:.1f} tokens saved"
+    return (
+        f"Best visible, and unproven: {c.name} ({seen}). If that is its true effect, about "
+        f"{unproven.problems_needed} other problems with this setting alone would show it ({POWER:.0%} "
+        "power)."
+    )
 
 
 def problems_needed(settings: int, margin: float = 0.02) -> int:

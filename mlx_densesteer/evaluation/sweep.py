@@ -4,6 +4,7 @@ All settings of all problems share batches, so the weights are read once for man
 is always one of the settings; it has no layer.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.model import Model, takes_model
-from ..steering.request import Amount, HasNorms
+from ..steering.request import Amount, MeasuredModel
 from ..steering.steering import UNSTEERED, Positions, Steering
 from ..steering.vector import SteeringVector
 from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
@@ -23,12 +24,12 @@ from .tasks import Problem
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of the grid; at strength 0 ``layer`` and ``steering`` are ``None``.
+    """One cell of the grid: layers that are steered together. At strength 0 it has none, and no steering.
 
-    ``dose`` is ``strength * ||v_l|| / mean ||h_l||``, with the sign of the strength; 0.2 is 20 %.
+    ``dose`` is that of ``Steering.dose``, with the sign of the strength; 0.2 is 20 %.
     """
 
-    layer: int | None = None
+    layers: tuple[int, ...] = ()
     strength: float = 0.0
     dose: float = 0.0
     steering: Steering | None = None
@@ -52,7 +53,7 @@ class GridRow:
         """
         setting, s = self.setting, self.score
         return {
-            "layer": setting.layer,
+            "layers": list(setting.layers) or None,
             "dose": setting.dose,
             "strength": setting.strength,
             "problems": s.problems,
@@ -83,34 +84,36 @@ class Sweep:
 
 
 def settings_of(
-    model: HasNorms,
+    model: MeasuredModel,
     vector: SteeringVector,
-    layers: Iterable[int],
+    layers: Iterable[int | Sequence[int]],
     strengths: Iterable[str | float | Amount],
     *,
     positions: Positions = "all",
 ) -> list[Setting]:
-    """Return the settings of a grid, the unsteered one first, then by layer and strength.
+    """Return the settings of a grid, the unsteered one first, then by layers and strength.
 
         settings_of(model, vector, [12, 14], ["-10%", "10%", "20%"])  # doses
-        settings_of(model, vector, [14], [1, "20%"])                  # lambda = 1, and a dose
+        settings_of(model, vector, [14], [1, "20%", "0.1nats"])       # lambda = 1, a dose, a KL
+        settings_of(model, vector, [(8, 12, 16)], ["20%"])            # three layers together
 
     Raises:
-        InputError: a strength that is neither a number nor a per cent, or a dose of a zero vector.
+        InputError: a strength that ``Amount.parse`` cannot read, or that the vector cannot reach.
         SteeringError, VectorMismatchError: a strength or layer that does not fit the vector.
     """
     amounts = [Amount.parse(strength) for strength in strengths]
-    wanted = sorted(vector.select(layers).layers)
-    norms, sizes = model.norms(vector, wanted), vector.norms()
+    wanted = sorted({(k,) if isinstance(k, int) else tuple(sorted(set(k))) for k in layers})
+    norms = model.norms(vector, vector.select({k for one in wanted for k in one}).layers)
     settings = [Setting()]
-    for layer in wanted:
+    for together in wanted:
         found: dict[float, Setting] = {}
         for amount in amounts:
-            strength = amount.strength(vector, {layer: norms[layer]})
+            strength = amount.strength(model, vector, together, positions)
             if strength and strength not in found:
-                dose = amount.number if amount.is_dose else strength * sizes[layer] / norms[layer]
-                steering = Steering(vector, strength, (layer,), positions)
-                found[strength] = Setting(layer, strength, dose, steering)
+                steering = Steering(vector, strength, together, positions)
+                dose = math.copysign(steering.dose(norms), strength)
+                dose = amount.number if amount.unit == "dose" else dose
+                found[strength] = Setting(together, strength, dose, steering)
         settings += [found[strength] for strength in sorted(found)]
     return settings
 
@@ -175,7 +178,7 @@ def _recommend(
         rows = [groups[setting.fingerprint][name] for name in order]
         correct = np.array([row.correct for row in rows])
         tokens = np.array([row.tokens for row in rows])
-        return Outcome(setting.layer, setting.strength, setting.dose, correct, tokens)
+        return Outcome(setting.layers, setting.strength, setting.dose, correct, tokens)
 
     others = [outcome(setting) for setting in settings if setting.steering]
     return recommend(outcome(Setting()), others, margin=margin)
@@ -186,14 +189,15 @@ def with_recommendation(
 ) -> SteeringVector:
     """Return the vector with the grid's figures and recommendation in its metadata.
 
-    ``task`` names the problems. Without a recommendation an older one is removed: it was not
-    confirmed.
+    ``task`` names the problems. Without a recommendation an older one of a sweep is removed: it was not
+    confirmed. The setting at which a vector was trained stays.
     """
     tested = [{"task": task, "positions": positions, **row.describe()} for row in result.rows]
-    best, recommended = result.recommendation, None
-    if best.layer is not None:
+    best, older = result.recommendation, vector.meta.recommended
+    recommended = older if older and older.get("reason") == "trained" else None
+    if best.layers:
         recommended = {
-            "layer": best.layer,
+            "layers": list(best.layers),
             "strength": best.strength,
             "dose": best.dose,
             "positions": positions,

@@ -195,10 +195,10 @@ class Session:
         self._steering = steering
 
     def set_strength(self, strength: str | float | Amount) -> None:
-        """Set lambda, or a dose such as ``"20%"``; 0 is the unsteered model, bit for bit.
+        """Set lambda, a dose (``"20%"``) or a KL (``"0.1nats"``); 0 is the unsteered model, bit for bit.
 
         Raises:
-            InputError: neither a number nor per cent.
+            InputError: no number, per cent or KL.
             SessionError: there is no vector.
         """
         now = self._need_steering("strength")

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
@@ -30,11 +30,13 @@ from ..errors import (
     VectorMismatchError,
 )
 from ..files import full_disk
-from ..steering.steering import Steering
+from ..steering.request import stored_strength, unit_dose
+from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
 from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
 from .config import check_adapter, is_hub_id, origin, read_folder
+from .divergence import Divergence, strengths_for
 from .hub import fetch_model
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
@@ -229,6 +231,45 @@ class Model:
             return 0.0
         return steering.dose(self.norms(steering.vector, steering.layers))
 
+    def kl_strength(
+        self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+    ) -> float:
+        """Return the strength at which KL(steered || unsteered) is ``|kl|`` nats per token.
+
+        It has the sign of ``kl``. It comes from the vector's calibration, if that was made with these weights
+        at the same layers and positions; else it is measured on ``solutions`` by some forward passes, once.
+
+        Raises:
+            InputError: no strength gives this KL.
+            VectorMismatchError: the vector does not fit the model.
+        """
+        found = self.known_kl_strength(vector, layers, positions, kl)
+        if found is None:
+            self.check_fits(vector)
+            chosen = tuple(sorted(layers))
+            unit = unit_dose(vector, self.norms(vector, chosen))
+            measure = Divergence(self.network, self.solutions(), [chosen[0]])
+            made = strengths_for(measure, vector, chosen, positions, [kl], unit_dose=unit)
+            if made.missed:
+                raise InputError(made.missed[kl])
+            found = made.strengths[kl]
+            self._kl_strengths[_kl_key(vector, layers, positions, kl)] = found
+        return found
+
+    def known_kl_strength(
+        self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+    ) -> float | None:
+        """Return ``kl_strength`` where it takes no forward pass; else ``None``."""
+        stored = stored_strength(vector, layers, positions, kl, fingerprint=self.fingerprint)
+        if stored is not None:
+            return stored
+        return self._kl_strengths.get(_kl_key(vector, layers, positions, kl))
+
+    @cached_property
+    def _kl_strengths(self) -> dict[tuple, float]:
+        """What ``kl_strength`` has measured."""
+        return {}
+
     def room(
         self, tokens: int, wanted: int, *, limit: int | None = None, what: str = "the prompt"
     ) -> int:
@@ -328,6 +369,12 @@ class Model:
             response = encode_text(self.tokenizer, text)
             made.append(([*prompt, *response], len(prompt)))
         return made
+
+
+def _kl_key(
+    vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+) -> tuple[str, tuple[int, ...], Positions, float]:
+    return vector.sha256(), tuple(sorted(layers)), positions, kl
 
 
 def takes_model(function: Callable[P, R]) -> Callable[P, R]:

@@ -36,8 +36,8 @@ class SteeringField(BaseModel):
     vector: str | None = Field(None, description="A vector's name, as in /v1/steering.")
     strength: Strength | None = Field(
         None,
-        description="Lambda as a number, or a dose in per cent of the residual stream as text; positive is "
-        "towards dense.",
+        description="Lambda as a number; as text a dose in per cent of the residual stream, or a KL in nats "
+        "that the vector's calibration knows (0.1nats). Positive is towards dense.",
         examples=["20%", 1.5],
     )
     layer: Layer | Layers | None = Field(

@@ -9,15 +9,15 @@ client can send.
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DenseSteerError, InputError
 from ..model.model import Model
-from ..steering.request import Amount, Request, format_dose, request
+from ..steering.request import Amount, MeasuredModel, Request, format_dose, request
 from ..steering.steering import LARGE_DOSE, Positions, Steering
-from ..steering.vector import SteeringVector
+from ..steering.vector import SteeringVector, format_layers
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
 from .settings import Settings
@@ -83,12 +83,14 @@ class Vectors:
 
     def __init__(self, given: Sequence[NamedVector], model: Model, settings: Settings):
         self.model, self.base = model, settings.name
+        self._asked_of: MeasuredModel = model  # until the server runs; then what measures nothing
         self._folder, self._strict = settings.folder, settings.strict
         self._given: dict[str, NamedVector] = {}
         self._files: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
         for one in given:
             self._check(one)
             self._given[one.name] = one
+        self._asked_of = _Known(model)
 
     def all(self) -> list[NamedVector]:
         """Return every vector that can be used now, those given at the start first."""
@@ -142,10 +144,10 @@ class Vectors:
 
         The preset's name asks for exactly this steering.
         """
-        usual = one.request().steering(self.model)
+        usual = one.request().steering(self._asked_of)
         dose = self.model.dose(usual)
         text = format_dose(-dose if usual.strength < 0 else dose)
-        return Asked(one.request(text).steering(self.model), f"{self.base}@{one.name}={text}")
+        return Asked(one.request(text).steering(self._asked_of), f"{self.base}@{one.name}={text}")
 
     def describe(self, steering: Steering) -> dict[str, object]:
         """Return a steering as JSON, with its dose (0.2 is 20 %) and a warning if that is large."""
@@ -163,7 +165,7 @@ class Vectors:
         return {
             "name": one.name,
             "layers": list(vector.layers),
-            "default": self.describe(one.request().steering(self.model)),
+            "default": self.describe(one.request().steering(self._asked_of)),
             "unit_dose": {str(layer): sizes[layer] / norms[layer] for layer in vector.layers},
             "recommended": meta.recommended,
             "tested": list(meta.tested),
@@ -180,7 +182,7 @@ class Vectors:
     ) -> Asked | None:
         try:
             found = one.request(strength, layers, positions)
-            steering = found.steering(self.model)
+            steering = found.steering(self._asked_of)
         except DenseSteerError as error:
             raise bad(str(error), param) from error
         return Asked(steering, self._name_of(one, found)) if steering.strength else None
@@ -278,9 +280,41 @@ class Vectors:
         return self.model.other_weights(one.vector, strict=self._strict)
 
 
+class _Known:
+    """A running server's model: it gives what is known, and refuses what takes a forward pass.
+
+    Requests are read on the loop's thread, which must not run the model, nor wait while others' answers run.
+    """
+
+    def __init__(self, model: Model):
+        self._model = model
+
+    def norms(self, vector: SteeringVector, layers: Iterable[int]) -> Mapping[int, float]:
+        return self._model.norms(vector, layers)
+
+    def other_weights(self, vector: SteeringVector, *, strict: bool = False) -> str | None:
+        return self._model.other_weights(vector, strict=strict)
+
+    def kl_strength(
+        self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+    ) -> float:
+        found = self._model.known_kl_strength(vector, layers, positions, kl)
+        if found is None:
+            where = "" if positions == "all" else f", positions {positions}"
+            raise InputError(
+                f"the strength for a KL of {kl:g} nats is not known for {vector.name} at layer "
+                f"{format_layers(layers)}{where}, and a running server measures none: expected a "
+                "strength, a dose such as 20%, or a KL between those that `densesteer calibrate --write` "
+                "stored, or that the server was started with (--kl)."
+            )
+        return found
+
+
 def exact(amount: Amount) -> str:
     """Write an amount so that ``Amount.parse`` reads the same again, as short as that allows."""
     short = str(amount)
     if Amount.parse(short) == amount:
         return short
-    return f"{100 * amount.number:.15g}%" if amount.is_dose else repr(amount.number)
+    if amount.unit == "dose":
+        return f"{100 * amount.number:.15g}%"
+    return f"{amount.number!r}{'nats' if amount.unit == 'kl' else ''}"

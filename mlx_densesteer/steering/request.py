@@ -7,10 +7,10 @@ passes the model, which knows its norms.
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..errors import InputError, SteeringError
 from ..text import one_line
@@ -24,14 +24,23 @@ _LONGEST = 10_000  # characters of a list of layers
 SMALLEST = 1e-5  # a vector whose strength 1 is a smaller dose consists of rounding errors
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_LAYER = re.compile(r"\s*\d{1,4}\s*", re.ASCII)
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 
 
-class HasNorms(Protocol):
+class MeasuredModel(Protocol):
     """The model that a request is for; ``model.model.Model`` is one."""
 
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> Mapping[int, float]:
         """Return the mean ``||h_l||`` at each layer, to which a dose refers."""
+
+    def kl_strength(
+        self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float
+    ) -> float:
+        """Return the strength at which KL(steered || unsteered) is ``|kl|`` nats per token.
+
+        It has the sign of ``kl``.
+        """
 
     def other_weights(self, vector: SteeringVector, *, strict: bool = False) -> str | None:
         """Return a warning if the vector was made for another model."""
@@ -39,57 +48,120 @@ class HasNorms(Protocol):
 
 @dataclass(frozen=True)
 class Amount:
-    """How strongly to steer: a strength (lambda), or a dose as a fraction (0.2 is 20 %)."""
+    """How strongly to steer, in one of three units.
+
+    - ``"strength"``: lambda.
+    - ``"dose"``: a fraction of the residual stream's norm; 0.2 is 20 %.
+    - ``"kl"``: KL(steered || unsteered) in nats per token, with the sign of the strength.
+    """
 
     number: float
-    is_dose: bool = False
+    unit: Literal["strength", "dose", "kl"] = "strength"
 
     @classmethod
     def parse(cls, text: "str | float | Amount") -> "Amount":
-        """Read ``1.5``, ``"1.5"``, ``"-2"`` (strengths) or ``"20%"``, ``"-10 %"`` (doses).
+        """Read ``1.5``, ``"-2"`` (strengths), ``"20%"``, ``"-10 %"`` (doses), ``"0.1nats"`` (KL).
 
         Raises:
-            InputError: anything else, or a strength beyond 1e9.
+            InputError: anything else, or a number beyond 1e9.
         """
         if isinstance(text, Amount):
             return text
         words = str(text).strip() if not isinstance(text, bool) else "a truth value"
-        percent = words.endswith("%")
-        digits = words.removesuffix("%").rstrip()
+        end = next((end for end in ("%", "nats") if words.endswith(end)), "")
+        digits = words.removesuffix(end).rstrip()
         number = float(digits) if _NUMBER.fullmatch(digits) else math.nan
         if not abs(number) <= LARGEST:
             raise InputError(
-                f"strength {one_line(words, 40)!r}: expected a number such as 1.5, -2 or 0, or a dose in per cent of "
-                f"the residual stream such as 20%; {LARGEST:g} at most."
+                f"strength {one_line(words, 40)!r}: expected a number such as 1.5, -2 or 0, a dose in per cent of the "
+                f"residual stream such as 20%, or a KL such as 0.1nats; {LARGEST:g} at most."
             )
-        return cls(number / 100, True) if percent else cls(number)
+        if end == "%":
+            return cls(number / 100, "dose")
+        return cls(number, "kl" if end else "strength")
 
     def __str__(self) -> str:
-        return format_dose(self.number) if self.is_dose else f"{self.number:.4g}"
+        if self.unit == "dose":
+            return format_dose(self.number)
+        return f"{self.number:.4g}{'nats' if self.unit == 'kl' else ''}"
 
-    def strength(self, vector: SteeringVector, norms: Mapping[int, float]) -> float:
-        """Return lambda; ``norms`` is the mean ``||h_l||`` of each steered layer.
-
-            lambda = dose / sum_l( ||v_l|| / mean ||h_l|| )
+    def strength(
+        self,
+        model: MeasuredModel,
+        vector: SteeringVector,
+        layers: Sequence[int],
+        positions: Positions = "all",
+    ) -> float:
+        """Return lambda. Only a dose needs the model's norms, and only a KL its forward passes.
 
         Raises:
-            InputError: the vector is zero at these layers, or not above float32's rounding errors.
+            InputError: the vector is zero at these layers, or not above float32's rounding errors;
+                or no strength gives this KL.
         """
-        if not self.is_dose or not self.number:
+        if not self.number or self.unit == "strength":
             return self.number
-        sizes = vector.norms()
-        unit = sum(sizes[layer] / norm for layer, norm in norms.items())
-        if unit < SMALLEST:
-            raise InputError(
-                f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no "
-                "more than a rounding error, so a dose means nothing there. Choose another layer."
-            )
-        return self.number / unit
+        if self.unit == "kl":
+            return model.kl_strength(vector, layers, positions, self.number)
+        return self.number / unit_dose(vector, model.norms(vector, layers))
+
+
+def unit_dose(vector: SteeringVector, norms: Mapping[int, float]) -> float:
+    """Return the dose of strength 1; ``norms`` is the mean ``||h_l||`` of each steered layer.
+
+        dose = sum_l( ||v_l|| / mean ||h_l|| )
+
+    Raises:
+        InputError: the vector is zero at these layers, or not above float32's rounding errors.
+    """
+    sizes = vector.norms()
+    unit = sum(sizes[layer] / norm for layer, norm in norms.items())
+    if unit < SMALLEST:
+        raise InputError(
+            f"layer {format_layers(norms)}: the vector is {unit:.1g} of the residual stream, no "
+            "more than a rounding error, so a dose means nothing there. Choose another layer."
+        )
+    return unit
+
+
+def stored_strength(
+    vector: SteeringVector,
+    layers: Sequence[int],
+    positions: Positions,
+    kl: float,
+    *,
+    fingerprint: str,
+) -> float | None:
+    """Return the strength for a KL from the vector's calibration, or ``None`` if it has none.
+
+    The calibration must be of the model with this ``fingerprint``. Between two of its points, at the same
+    layers and positions and of the same sign, log strength is linear in log KL; nothing is extrapolated.
+    """
+    found = vector.meta.calibration or {}
+    if found.get("fingerprint") != fingerprint:
+        return None
+    sign, wanted = math.copysign(1, kl), tuple(sorted(layers))
+    points = sorted(
+        (math.log(point["kl"]), math.log(abs(point["strength"])))
+        for point in found["points"]  # type: ignore[attr-defined]
+        if tuple(sorted(point["layers"])) == wanted
+        and point["positions"] == positions
+        and point["strength"] * sign > 0
+    )
+    at = math.log(abs(kl))
+    for x, y in points:
+        if math.isclose(x, at, abs_tol=1e-9):
+            return sign * math.exp(y)
+    below = [point for point in points if point[0] < at]
+    above = [point for point in points if point[0] > at]
+    if not below or not above:
+        return None
+    (x0, y0), (x1, y1) = below[-1], above[0]
+    return sign * math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
 
 
 @dataclass(frozen=True)
 class Request:
-    """A requested steering with every default filled in; a dose still needs the model.
+    """A requested steering with every default filled in; a dose or KL still needs the model.
 
     ``why`` tells the user why this layer was chosen; it is empty if the layers were given.
     """
@@ -100,12 +172,9 @@ class Request:
     positions: Positions = "all"
     why: str = ""
 
-    def steering(self, model: HasNorms) -> Steering:
-        """Return the steering. Only a dose needs the model's norms."""
-        norms: Mapping[int, float] = {}
-        if self.amount.is_dose and self.amount.number:
-            norms = model.norms(self.vector, self.layers)
-        strength = self.amount.strength(self.vector, norms)
+    def steering(self, model: MeasuredModel) -> Steering:
+        """Return the steering; raises as ``Amount.strength``."""
+        strength = self.amount.strength(model, self.vector, self.layers, self.positions)
         return Steering(self.vector, strength, self.layers, self.positions)
 
 
@@ -117,39 +186,40 @@ def request(
 ) -> Request:
     """Fill in what is not given; no other function has defaults of its own.
 
-    - ``layers``: the layer that a sweep recommended, if the vector holds it; else ``default_layer``.
-    - ``strength``: what a sweep recommended, at the layer that it recommended; else a dose of 20 %.
-    - ``positions``: what a sweep recommended, with its layer; else ``"all"``, as in the paper.
+    - ``layers``: those that the file recommends, from a sweep or from training, if the vector holds
+      them; else ``default_layer``.
+    - ``strength``: what the file recommends, at the layers that it recommends; else a dose of 20 %.
+    - ``positions``: what the file recommends, with its layers; else ``"all"``, as in the paper.
 
     Raises:
-        InputError: ``strength`` is neither a number nor per cent.
+        InputError: ``strength`` is no number, per cent or KL.
         SteeringError, VectorMismatchError: as ``Steering``.
     """
     best = vector.meta.recommended or {}
     chosen, why = (None if layers is None else tuple(sorted(set(layers)))), ""
-    tried = tuple(best.get("layers", [best.get("layer")]))
-    swept = set(tried) <= set(vector.layers) and chosen in (None, tried)
-    if chosen is None:
-        if swept:
-            chosen, why = tried, "a sweep recommends it"
-        else:
-            layer, why = default_layer(vector)
-            chosen = (layer,)
+    usual = recommended_layers(vector)
+    swept = bool(usual) and chosen in (None, usual)
+    if chosen is None and swept:
+        trained = best.get("reason") == "trained"
+        chosen, why = usual, "trained so" if trained else "a sweep recommends it"
+    elif chosen is None:
+        layer, why = default_layer(vector)
+        chosen = (layer,)
     if strength is not None:
         amount = Amount.parse(strength)
     elif swept:
         amount = Amount(float(best["strength"]))
     else:
-        amount = Amount(DEFAULT_DOSE, is_dose=True)
+        amount = Amount(DEFAULT_DOSE, "dose")
     where = positions or (best.get("positions") if swept else None) or "all"
     # Made only for its checks: what can never be applied fails before a model is loaded.
-    # A dose has no lambda yet; 0 stands in.
-    Steering(vector, 0.0 if amount.is_dose else amount.number, chosen, where)
+    # A dose and a KL have no lambda yet; 0 stands in.
+    Steering(vector, amount.number if amount.unit == "strength" else 0.0, chosen, where)
     return Request(vector, amount, chosen, where, why)
 
 
 def resolve(
-    model: HasNorms,
+    model: MeasuredModel,
     vector: SteeringVector | str | Path,
     strength: str | float | Amount | None = None,
     layers: Iterable[int] | None = None,
@@ -164,11 +234,13 @@ def resolve(
         resolve(model, "dense.npz")                    # this vector's own layer and strength
         resolve(model, "dense.npz", "20%")             # a dose: 20 % of the residual stream
         resolve(model, "dense.npz", 1.5, layers=[14])  # lambda = 1.5 at layer 14
+        resolve(model, "dense.npz", "0.1nats")         # what moves the model by a KL of 0.1
 
     Args:
         model: what ``load`` returns.
         vector: a steering vector, or its ``.npz`` file; ``"demo"`` is the embedded one.
-        strength: lambda, or a dose such as ``"20%"``.
+        strength: lambda, a dose such as ``"20%"``, or a KL in nats per token such as ``"0.1nats"``,
+            which takes some forward passes unless the vector holds its calibration.
         strict: refuse a vector of another model.
 
     Raises:
@@ -181,6 +253,13 @@ def resolve(
     if warning := model.other_weights(vector, strict=strict):
         warnings.warn(warning.removeprefix("warning: "), stacklevel=2)
     return request(vector, strength, layers, positions).steering(model)
+
+
+def recommended_layers(vector: SteeringVector) -> tuple[int, ...]:
+    """Return the layers at which the vector's file recommends it together; empty if it does not."""
+    listed = (vector.meta.recommended or {}).get("layers") or ()
+    found = tuple(sorted(listed))  # type: ignore[call-overload]
+    return found if set(found) <= set(vector.layers) else ()
 
 
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
@@ -204,12 +283,24 @@ def default_layer(vector: SteeringVector) -> tuple[int, str]:
 
 
 def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, ...]:
-    """Read layers as users type them: ``14``, ``10-14``, ``10,12``, ``all``.
+    """Read layers as users type them: ``14``, ``10-14``, ``10,12``, ``10+12``, ``all``.
 
     Raises:
         SteeringError: a text of another form.
     """
-    layers: set[int] = set()
+    return tuple(sorted({k for one in parse_layer_sets(texts, available) for k in one}))
+
+
+def parse_layer_sets(texts: Iterable[str], available: Iterable[int]) -> list[tuple[int, ...]]:
+    """Read the layers of several settings: commas part them, ``+`` joins layers that are steered together.
+
+    ``8,12`` and ``8-12`` are layers alone, ``8+12+16`` is one setting of three layers, ``all`` is each
+    layer alone.
+
+    Raises:
+        SteeringError: a text of another form.
+    """
+    found: list[tuple[int, ...]] = []
     for text in texts:
         if len(text) > _LONGEST:
             raise SteeringError(
@@ -217,17 +308,26 @@ def parse_layers(texts: Iterable[str], available: Iterable[int]) -> tuple[int, .
             )
         for part in text.split(","):
             part = part.strip()
+            together = part.split("+")
             match = _LAYERS.fullmatch(part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if part == "all":
-                layers.update(available)
+                found += [(layer,) for layer in available]
             elif first <= last:
-                layers.update(range(first, last + 1))
+                found += [(layer,) for layer in range(first, last + 1)]
+            elif len(together) > 1 and all(map(_LAYER.fullmatch, together)):
+                found.append(tuple(sorted({int(one) for one in together})))
             else:
                 raise SteeringError(
-                    f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12) or all."
+                    f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12), layers "
+                    "together (10+12) or all."
                 )
-    return tuple(sorted(layers))
+    return list(dict.fromkeys(found))
+
+
+def joined(layers: Iterable[int]) -> str:
+    """Write the layers of one setting as ``parse_layer_sets`` reads them: ``8+12+16``."""
+    return "+".join(map(str, layers))
 
 
 def format_dose(dose: float) -> str:

@@ -35,7 +35,8 @@ class VectorMeta:
 
     By layer: ``residual_norms`` is the mean ``||h_l||``; ``margin_gain`` is how much steering there
     favours the dense responses of held-out pairs, in nats per token (``extraction.margin``).
-    ``recommended`` is the setting that a sweep found.
+    ``recommended`` is the setting that a sweep found, or at which the vector was trained;
+    ``calibration`` holds the strengths that ``extraction.calibrate`` measured.
     """
 
     model: str
@@ -52,6 +53,7 @@ class VectorMeta:
     residual_norms: Mapping[str, float] | None = None
     margin_gain: Mapping[str, float] | None = None
     recommended: Mapping[str, object] | None = None
+    calibration: Mapping[str, object] | None = None
     source: str | None = None
     created_by: str = f"mlx-densesteer {__version__}"
     hook_point: str = HOOK_POINT
@@ -302,18 +304,42 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
         problems.append("`margin_gain` does not give a number for each layer")
     best = meta.recommended
     if best is not None and not (
-        (type(best.get("layer")) is int or isinstance(best.get("layers"), list))
+        is_layers(best.get("layers"))
         and _is_number(best.get("strength"))
         and best.get("positions") in (None, *get_args(Positions))
         and isinstance(best.get("text", ""), str)
     ):
-        problems.append("`recommended` has no layer, strength and positions that can be applied")
+        problems.append("`recommended` has no layers, strength and positions that can be applied")
     if not all(isinstance(setting, Mapping) for setting in meta.tested):
         problems.append("`tested` is not a list of settings")
+    if meta.calibration is not None and not _is_calibration(meta.calibration):
+        problems.append("`calibration` has no points that can be looked up")
     return problems
 
 
 _LAYER = re.compile(r"\d{1,5}", re.ASCII)  # the key of a layer's figure
+
+
+def is_layers(value: object) -> bool:
+    """Tell whether a value of a JSON document is a list of layer numbers, at least one."""
+    return (
+        isinstance(value, list | tuple)
+        and 0 < len(value) == len(set(map(str, value)))
+        and all(type(layer) is int and layer >= 0 for layer in value)
+    )
+
+
+def _is_calibration(found: Mapping[str, object]) -> bool:
+    points = found.get("points")
+    return isinstance(points, list | tuple) and all(
+        isinstance(point, Mapping)
+        and is_layers(point.get("layers"))
+        and point.get("positions") in get_args(Positions)
+        and _is_number(point.get("kl"), above=0)
+        and _is_number(point.get("strength"))
+        and point["strength"] != 0
+        for point in points
+    )
 
 
 def _is_number(value: object, *, above: float = -math.inf) -> bool:
@@ -369,15 +395,25 @@ def parse_document(path: Path, data: bytes | str) -> tuple[VectorMeta, list[int]
             raise VectorFormatError(
                 f"{path}: `{key}` in its metadata has {len(value)} characters, expected at most {MAX_TEXT}."
             )
-    known["tested"] = tuple(known.get("tested") or ())
+    known["tested"] = tuple(map(_with_layers, known.get("tested") or ()))
+    known["recommended"] = _with_layers(known.get("recommended"))
     return VectorMeta(**known, extra=document), layers  # type: ignore[arg-type]
 
 
 _TYPES = {  # every other key is text
     **dict.fromkeys(("hidden_size", "layer_count", "pair_count"), int),
-    **dict.fromkeys(("residual_norms", "margin_gain", "recommended"), dict),
+    **dict.fromkeys(("residual_norms", "margin_gain", "recommended", "calibration"), dict),
     "tested": list,
 }
+
+
+def _with_layers(setting: object) -> object:
+    """Return a setting with ``layers`` for the ``layer`` that older files have."""
+    if not isinstance(setting, dict) or "layer" not in setting or "layers" in setting:
+        return setting
+    layer = setting["layer"]
+    old = {key: value for key, value in setting.items() if key != "layer"}
+    return {"layers": None if layer is None else [layer]} | old
 
 
 _HEADER = re.compile(

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 
+import calibrate
 import extract
 import mlx.core as mx
 import pytest
@@ -99,6 +100,15 @@ def test_the_first_token_of_both_programs(subject):
     }  # fmt: skip
     assert min(figures.values()) > 0
     assert table["unsteered: the text is mlx_lm's"]["value"] is True
+
+
+def test_a_calibration_is_timed_against_its_grid(subject):
+    made = calibrate.run(subject, pairs=1, problems=1, layers=2, best=1, max_tokens=3)
+    figures, table = figures_of(made)
+    assert set(figures) == {"calibrate_speedup", "calibrate_problems"}
+    assert set(made.details["seconds"]) == {"calibrating", "best", "grid"}
+    speedup = table["seconds, grid / calibration and best"]
+    assert speedup["remark"] == "6 settings against 1, 1 problems of 3 tokens at most"
 
 
 def test_a_process_that_fails_gives_its_own_last_words():

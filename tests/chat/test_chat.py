@@ -414,7 +414,7 @@ def test_another_vector_comes_with_its_own_layer_and_strength(script, tmp_path, 
     import dataclasses
 
     vector = SteeringVector.load(VECTOR)
-    best = {"layer": 3, "strength": 2.5, "positions": "generated"}
+    best = {"layers": [3], "strength": 2.5, "positions": "generated"}
     meta = dataclasses.replace(vector.meta, recommended=best, fingerprint="0" * 16, model="another")
     SteeringVector(vector.layers, meta).save(tmp_path / "other.npz")
     chat = script(["/strength -9", f"/vector {tmp_path}/other.npz"])

@@ -137,7 +137,7 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
              "--strengths=0,20%", "-o", "out", "--write")  # fmt: skip
     first = run(*words)
     lines = first.stdout.splitlines()
-    assert lines[0].split()[:3] == ["layer", "dose", "strength"]
+    assert lines[0].split()[:3] == ["layers", "dose", "strength"]
     cells = [line.split()[:3] for line in lines[1:4]]
     assert [cell[:2] for cell in cells] == [["-", "0%"], ["4", "+20%"], ["5", "+20%"]]
     assert all(float(cell[2]) > 1 for cell in cells[1:])
@@ -150,21 +150,27 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     monkeypatch.setattr("mlx_densesteer.evaluation.plot.plot_sweep", lambda *_: [])
     document = json.loads(run(*words, "--json").stdout)
     assert (folder / "answers.jsonl").read_bytes() == before
-    assert [row["layer"] for row in document["rows"]] == [None, 4, 5]
+    assert [row["layers"] for row in document["rows"]] == [None, [4], [5]]
     assert [row["dose"] for row in document["rows"]] == [0, 0.2, 0.2]
     grown = json.loads(run(*words[:-3], "--json", "--strengths=5", "-o", "out").stdout)
     assert [row["strength"] for row in grown["rows"]] == [0, 5, 5]
     other = run(*words[:-1], "--positions", "prompt", code=1)
     assert "results of a sweep with other positions. Name another folder (-o)" in other.stderr
     stored = ds.SteeringVector.load(vector).meta
-    assert [row["layer"] for row in stored.tested] == [None, 4, 5]
+    assert [row["layers"] for row in stored.tested] == [None, [4], [5]]
     assert stored.recommended is None
     assert "3 settings" in run("vector", "show", vector).stdout
 
 
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layer": 4, "strength": 3.5, "dose": 0.2, "positions": "generated", "text": "because"}
+    best = {
+        "layers": [4],
+        "strength": 3.5,
+        "dose": 0.2,
+        "positions": "generated",
+        "text": "because",
+    }
     made = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
     file = made.save(tmp_path / "best.npz")
 
@@ -199,6 +205,12 @@ def test_the_options_name_all_positions():
     assert set(option.type.choices) == set(get_args(Positions))
 
 
+CODE_2 = (
+    "need a vector", "expected a number", "nothing to sweep", "embedded", "a KL other than 0",
+    "goes without --kl", "add --pairs FILE", "give one",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -210,16 +222,17 @@ def test_the_options_name_all_positions():
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=nan%"], "strength 'nan%'"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=0"], "nothing to sweep"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "-l", "9", "--strengths=1"], "layer 9"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo"], "nothing to sweep"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1,0"], "a KL other than 0"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1", "-s", "1"], "goes without --kl"),
+        (["sweep", "-m", "demo", "demo", "-v", "demo", "--kl=0.1", "--best", "2"], "add --pairs FILE"),
+        (["eval", "-m", "demo", "demo", "-v", "demo", "-s", "1", "--kl", "0.1"], "give one"),
         (["sweep", "-m", "demo", "demo", "-v", "demo", "--strengths=1", "--write"], "embedded"),
         (["sweep", "-m", "demo", "demo", "-v", "none.npz", "--strengths=1"], "none.npz: no such file. Make one with"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_anything_is_written(run, tmp_path, words, message):
-    code = (
-        2
-        if message in ("need a vector", "expected a number", "nothing to sweep", "embedded")
-        else 1
-    )
+    code = 2 if message in CODE_2 else 1
     result = run(*words, code=code)
     assert message in result.stderr
     assert not [p for p in tmp_path.rglob("*.jsonl") if p.stat().st_size > 2000]

@@ -30,7 +30,7 @@ def evil(tmp_path, hf_folder):
     meta = VectorMeta(
         model=f"other {EVIL}", hidden_size=64, layer_count=4, method=EVIL, source=EVIL,
         fingerprint=EVIL, extra={EVIL: EVIL, "a": {EVIL: [EVIL]}},
-        recommended={"layer": 1, "strength": 1.0, "text": EVIL},
+        recommended={"layers": [1], "strength": 1.0, "text": EVIL},
     )  # fmt: skip
     vector = SteeringVector({1: np.ones(64), 2: np.ones(64)}, meta)
     vector.save(tmp_path / f"v{EVIL}.npz")

@@ -296,7 +296,7 @@ def test_ways_to_name_layers(steered, vector, make_vector, tmp_path):
 
 def test_what_a_sweep_recommended_is_the_default(steered, make_vector, tmp_path):
     vector = make_vector()
-    best = {"layer": 2, "strength": -0.5, "positions": "prompt"}
+    best = {"layers": [2], "strength": -0.5, "positions": "prompt"}
     vector = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
     path = str(vector.save(tmp_path / "best.npz"))
 

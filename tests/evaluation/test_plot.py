@@ -19,10 +19,12 @@ def matplotlib():
     return pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 
-def row(layer, strength, **figures):
+def row(layers, strength, **figures):
+    layers = (layers,) if isinstance(layers, int) else layers
+    layer = layers and layers[0]
     accuracy = 0.8 - 0.01 * abs(strength) - 0.01 * (layer or 0)
     return {
-        "layer": layer, "strength": strength, "dose": strength / (20 + (layer or 0)), "problems": 50, "accuracy": accuracy,
+        "layers": layers and list(layers), "strength": strength, "dose": strength / (20 + (layer or 0)), "problems": 50, "accuracy": accuracy,
         "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1, "steps": 5 - strength / 4,
         "tokens": 80 - strength, "density": 15.0 + strength, "nll": 0.1 + strength**2 / 100,
     } | figures  # fmt: skip
@@ -58,6 +60,14 @@ def test_a_full_disk_leaves_no_picture(matplotlib, tmp_path):
     with disk_of(4096), pytest.raises(DiskError, match=r"heatmap\.png.*Make room"):
         plot_sweep(TABLE, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_are_steered_together_are_a_row(matplotlib, tmp_path, monkeypatch):
+    table = [row(None, 0.0), row((4, 12), 0.5), row((4,), 0.5), row((12,), 0.5)]
+    heat, curves = figures(monkeypatch, table, tmp_path)
+    assert [t.get_text() for t in heat.axes[0].get_yticklabels()] == ["4", "4+12", "12"]
+    texts = [t.get_text() for t in curves.legends[0].get_texts()]
+    assert texts == ["unsteered", "layer 4", "layer 4+12", "layer 12"]
 
 
 def test_two_pictures(matplotlib, tmp_path):

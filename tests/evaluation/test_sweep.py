@@ -148,10 +148,10 @@ def test_doses_are_signed_fractions_of_the_residual_norm_and_mix_with_strengths(
     norms, sizes = {1: 10.0, 2: 40.0}, vector.norms()
     settings = settings_of(Norms(norms), vector, [1, 2], ["-10%", 0, "30%", "0%"])
     assert [s.dose for s in settings] == [0, -0.1, 0.3, -0.1, 0.3]  # exact
-    assert [s.layer for s in settings] == [None, 1, 1, 2, 2]
+    assert [s.layers for s in settings] == [(), (1,), (1,), (2,), (2,)]
     for setting in settings[1:]:
-        added = setting.strength * sizes[setting.layer]
-        assert added == pytest.approx(setting.dose * norms[setting.layer])
+        added = setting.strength * sizes[setting.layers[0]]
+        assert added == pytest.approx(setting.dose * norms[setting.layers[0]])
     mixed = settings_of(Norms(norms), vector, [1], [-2, "20%", 2, "2.0"])
     assert [s.strength for s in mixed[1:]] == sorted([-2, 2, 0.2 * 10 / sizes[1]])
     assert mixed[1].dose == pytest.approx(-2 * sizes[1] / 10)
@@ -159,6 +159,29 @@ def test_doses_are_signed_fractions_of_the_residual_norm_and_mix_with_strengths(
         settings_of(Norms(norms), vector, [1], ["x%"])
     with pytest.raises(VectorMismatchError, match="no vector for layer 9"):
         settings_of(Norms(norms), vector, [9], ["10%"])
+
+
+def test_layers_that_are_steered_together_are_one_setting(model, vector):
+    settings = settings_of(NORMS, vector, [3, (2, 0), [0, 2, 2]], ["20%", -1.5])
+    assert [s.layers for s in settings] == [(), (0, 2), (0, 2), (3,), (3,)]
+    joint = settings[1:3]
+    assert joint[1].dose == 0.2 and joint[1].steering.layers == (0, 2)
+    sizes = vector.norms()
+    assert joint[0].dose == pytest.approx(-1.5 * (sizes[0] + sizes[2]) / 10)
+    result = sweep(model, PROBLEMS[:1], settings, max_tokens=2, with_nll=False)
+    rows = [row.describe() for row in result.rows]
+    assert [row["layers"] for row in rows] == [None, [0, 2], [0, 2], [3], [3]]
+
+
+def test_the_setting_of_a_trained_vector_outlives_a_sweep_that_recommends_nothing(model, vector):
+    result = sweep(model, PROBLEMS[:1], settings_of(NORMS, vector, [1], [1.0]), max_tokens=2)
+    for older, kept in [
+        ({"layers": [1], "strength": 1.0, "reason": "trained"}, True),
+        ({"layers": [1], "strength": 1.0, "reason": "tokens"}, False),
+    ]:
+        before = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=older))
+        after = with_recommendation(before, result, task={}, positions="all")
+        assert after.meta.recommended == (older if kept else None)
 
 
 def test_a_sweep_has_rows_a_recommendation_and_stores_both(model, vector, tmp_path):
@@ -171,7 +194,7 @@ def test_a_sweep_has_rows_a_recommendation_and_stores_both(model, vector, tmp_pa
     result = sweep(model, PROBLEMS, settings, max_tokens=TOKENS, progress=watch)
     assert [row.setting.strength for row in result.rows] == [0, -3, 3, -3, 3]
     assert seen[-1] == 5
-    assert result.recommendation.layer is None  # four problems support nothing
+    assert result.recommendation.layers == ()  # four problems support nothing
     rows = [row.describe() for row in result.rows]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert rows[0]["p"] is None and all(row["p"] == 1 for row in rows[1:])
@@ -179,12 +202,12 @@ def test_a_sweep_has_rows_a_recommendation_and_stores_both(model, vector, tmp_pa
     again = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
     assert again.meta.recommended is None
     assert [row["strength"] for row in again.meta.tested] == [0, -3, 3, -3, 3]
-    best = Recommendation(2, 3.0, 0.25, "tokens", "shorter")
+    best = Recommendation((2,), 3.0, 0.25, "tokens", "shorter")
     stored = with_recommendation(
         vector, replace(result, recommendation=best), task={"task": "tiny"}, positions="prompt"
     )
     kept = ds.SteeringVector.load(stored.save(tmp_path / "v.npz"))
-    assert {"layer": 2, "strength": 3.0, "dose": 0.25, "positions": "prompt"}.items() <= (
+    assert {"layers": [2], "strength": 3.0, "dose": 0.25, "positions": "prompt"}.items() <= (
         kept.meta.recommended.items()
     )
     asked = ds.resolve(model, kept)

@@ -69,8 +69,8 @@ def vectors() -> Iterator[SteeringVector]:
         meta = VectorMeta(
             model="Qwen/Qwen2.5-1.5B-Instruct", hidden_size=width, layer_count=4, fingerprint="0123456789abcdef",
             method="mean difference", token="-1 of the response", pair_count=50, pairs_sha256="ab" * 32,
-            tested=({"layer": 1, "strength": 0.1, "accuracy": 0.5},), residual_norms={"0": 1.5, "3": 2.5},
-            recommended={"layer": 1, "strength": 0.25}, margin_gain={"1": 0.5}, extra={"note": "Grüße"},
+            tested=({"layers": [1], "strength": 0.1, "accuracy": 0.5},), residual_norms={"0": 1.5, "3": 2.5},
+            recommended={"layers": [1], "strength": 0.25}, margin_gain={"1": 0.5}, extra={"note": "Grüße"},
         )  # fmt: skip
         yield SteeringVector({n: rng.normal(size=width).astype(np.float32) for n in layers}, meta)
 

@@ -690,7 +690,7 @@ def test_a_sweep_is_shown_and_sets_the_dial(open_page, with_sweep, tested):
     stock, *rows = tested
     detail = page.locator("#sweep-detail")
     assert f"Unsteered: {100 * stock['accuracy']:.0f}%" in detail.inner_text()
-    (row,) = (one for one in rows if one["layer"] == 4 and one["dose"] == pytest.approx(0.4))
+    (row,) = (one for one in rows if one["layers"] == [4] and one["dose"] == pytest.approx(0.4))
     strength = f"{row['strength']:.3g}"
     named = f"Layer 4, 40% (strength {strength}): accuracy {100 * row['accuracy']:.0f}%,"
     page.get_by_role("button", name=re.compile("^" + re.escape(named))).focus()
@@ -704,7 +704,7 @@ def test_a_sweep_is_shown_and_sets_the_dial(open_page, with_sweep, tested):
     page.get_by_text("As a table").click()
     lines = page.locator("#sweep-table tr").all_inner_texts()
     assert len(lines) == 8 and lines[0].split() == [
-        "layer", "dose", "strength", "accuracy", "tokens", "steps", "density",
+        "layers", "dose", "strength", "accuracy", "tokens", "steps", "density",
     ]  # fmt: skip
     assert [line.split()[1] for line in lines[1:]] == ["0%", *("10%", "20%", "40%") * 2]
     ask(page)
@@ -716,7 +716,7 @@ def test_a_sweep_whose_layers_share_strengths_has_columns_of_strengths(
     open_page, with_sweep, tested
 ):
     rows = [one | {"strength": round(20 * one["dose"])} for one in tested]
-    rows = [one | {"dose": one["strength"] / (one["layer"] or 1)} for one in rows]
+    rows = [one | {"dose": one["strength"] / ((one["layers"] or [1])[0])} for one in rows]
     page = open_page(before=lambda page: with_sweep(page, rows))
     page.locator("#sweep-picture [role=button]").first.wait_for()
     assert column_labels(page) == ["2", "4", "8"]
@@ -726,9 +726,9 @@ def test_a_sweep_whose_layers_share_strengths_has_columns_of_strengths(
 def test_a_sweep_without_doses_is_shown_by_strength(open_page, with_sweep, tested):
     """A file may hold any measurements (docs/vector-format.md)."""
     rows = [
-        {key: one[key] for key in ("layer", "strength", "accuracy")} | {"task": "mine"}
+        {key: one[key] for key in ("layers", "strength", "accuracy")} | {"task": "mine"}
         for one in tested
-        if one["layer"] != 4
+        if one["layers"] != [4]
     ]
     page = open_page(before=lambda page: with_sweep(page, rows))
     page.locator("#sweep-picture [role=button]").first.wait_for()

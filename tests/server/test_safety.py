@@ -574,7 +574,7 @@ def test_the_folder_of_vectors(tmp_path):
     strange = {
         "huge": {"residual_norms": {"0": 10**400}},
         "deep": {"tested": [deep(2000)]},
-        "nan": {"recommended": {"layer": 5, "strength": 1.0, "text": float("nan")}},
+        "nan": {"recommended": {"layers": [5], "strength": 1.0, "text": float("nan")}},
     }
     for name, changes in strange.items():
         rewritten(good, tmp_path / f"{name}.npz", changes)

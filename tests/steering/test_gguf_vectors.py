@@ -35,8 +35,8 @@ def vector(make_vector):
     meta = replace(
         made.meta, model="Qwen/Qwen2.5-1.5B-Instruct", fingerprint="0123456789abcdef", method="mean difference",
         token="-1 of the response", pair_count=50, pairs_sha256="ab" * 32, quantization="none",
-        tested=({"layer": 2, "strength": 0.1, "accuracy": 0.5},), residual_norms={"0": 1.5, "3": 1e-9},
-        recommended={"layer": 2, "strength": 0.25}, extra={"note": "Grüße, 日本"},
+        tested=({"layers": [2], "strength": 0.1, "accuracy": 0.5},), residual_norms={"0": 1.5, "3": 1e-9},
+        recommended={"layers": [2], "strength": 0.25}, extra={"note": "Grüße, 日本"},
     )  # fmt: skip
     return ds.SteeringVector(made.layers, meta)
 

@@ -13,9 +13,11 @@ from mlx_densesteer.steering.request import (
     Amount,
     default_layer,
     format_dose,
+    parse_layer_sets,
     parse_layers,
     request,
     resolve,
+    stored_strength,
 )
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
@@ -33,37 +35,44 @@ class Norms:
         self.asked.append(tuple(layers))
         return {layer: self.given.get(layer, 10.0 + layer) for layer in layers}
 
+    def kl_strength(self, vector, layers, positions, kl):
+        self.asked.append((tuple(layers), positions))
+        return 10 * kl
+
 
 def measured(vector, **meta):
     return SteeringVector(vector.layers, replace(vector.meta, **meta))
 
 
 @pytest.mark.parametrize(
-    ("text", "number", "is_dose"),
+    ("text", "number", "unit"),
     [
-        (1.5, 1.5, False),
-        (0, 0.0, False),
-        ("1.5", 1.5, False),
-        ("-2", -2.0, False),
-        ("+2.", 2.0, False),
-        (".5", 0.5, False),
-        ("1e-3", 0.001, False),
-        ("1E3", 1000.0, False),
-        (1e-05, 1e-05, False),
-        (np.float32(0.25), 0.25, False),
-        ("1000000000", 1e9, False),
-        (" 3\n", 3.0, False),
-        ("20%", 0.2, True),
-        ("-10 %", -0.1, True),
-        ("2.5%", 0.025, True),
-        ("0%", 0.0, True),
-        (" +1e2% ", 1.0, True),
-        (Amount(0.3, True), 0.3, True),
+        (1.5, 1.5, "strength"),
+        (0, 0.0, "strength"),
+        ("1.5", 1.5, "strength"),
+        ("-2", -2.0, "strength"),
+        ("+2.", 2.0, "strength"),
+        (".5", 0.5, "strength"),
+        ("1e-3", 0.001, "strength"),
+        ("1E3", 1000.0, "strength"),
+        (1e-05, 1e-05, "strength"),
+        (np.float32(0.25), 0.25, "strength"),
+        ("1000000000", 1e9, "strength"),
+        (" 3\n", 3.0, "strength"),
+        ("20%", 0.2, "dose"),
+        ("-10 %", -0.1, "dose"),
+        ("2.5%", 0.025, "dose"),
+        ("0%", 0.0, "dose"),
+        (" +1e2% ", 1.0, "dose"),
+        (Amount(0.3, "dose"), 0.3, "dose"),
+        ("0.1nats", 0.1, "kl"),
+        (" -5e-2 nats\n", -0.05, "kl"),
+        (Amount(0.3, "kl"), 0.3, "kl"),
     ],
 )
-def test_a_number_is_a_strength_and_per_cent_is_a_dose(text, number, is_dose):
+def test_a_number_is_a_strength_per_cent_a_dose_and_nats_a_kl(text, number, unit):
     found = Amount.parse(text)
-    assert (found.number, found.is_dose) == (pytest.approx(number, rel=1e-12, abs=0), is_dose)
+    assert (found.number, found.unit) == (pytest.approx(number, rel=1e-12, abs=0), unit)
 
 
 NO_AMOUNTS = [
@@ -77,9 +86,7 @@ NO_AMOUNTS = [
 
 @pytest.mark.parametrize("text", NO_AMOUNTS, ids=lambda text: repr(text)[:20])
 def test_what_is_no_amount(text):
-    with pytest.raises(
-        InputError, match="expected a number such as 1.5, -2 or 0, or a dose"
-    ) as told:
+    with pytest.raises(InputError, match="expected a number such as 1.5, -2 or 0, a dose") as told:
         Amount.parse(text)
     assert len(str(told.value)) < 200
     "".join(str(told.value)).encode("utf-8", "replace")
@@ -94,10 +101,10 @@ def test_any_text_is_a_finite_amount_or_refused(text):
     assert math.isfinite(found.number) and re.search(r"\d", str(text))
 
 
-@given(st.floats(-1e6, 1e6), st.booleans())
-def test_what_is_written_is_read_again(number, is_dose):
-    found = Amount.parse(str(Amount(number, is_dose)))
-    assert found.is_dose == is_dose
+@given(st.floats(-1e6, 1e6), st.sampled_from(["strength", "dose", "kl"]))
+def test_what_is_written_is_read_again(number, unit):
+    found = Amount.parse(str(Amount(number, unit)))
+    assert found.unit == unit
     assert found.number == pytest.approx(number, rel=5e-3, abs=1e-300)
 
 
@@ -113,7 +120,7 @@ def test_the_dose_that_is_asked_for_is_the_dose_that_is_told(dose, layers, norms
     arrays = {layer: rng.normal(size=8).astype(np.float32) for layer in range(4)}
     vector = SteeringVector(arrays, VectorMeta(model="tiny", hidden_size=8, layer_count=4))
     model = Norms(dict(enumerate(norms)))
-    steering = request(vector, Amount(dose, True), layers).steering(model)
+    steering = request(vector, Amount(dose, "dose"), layers).steering(model)
     assert steering.dose(model.norms(vector, layers)) == pytest.approx(abs(dose), rel=1e-9)
     assert math.copysign(1, steering.strength) == math.copysign(1, dose)
 
@@ -137,34 +144,80 @@ def test_only_a_dose_asks_the_model_for_its_norms(make_vector):
     assert model.asked == [(1, 2)]
 
 
-RECOMMENDED = {"layer": 3, "strength": 2.5, "positions": "generated"}
+def test_only_a_kl_asks_the_model_to_measure_it(make_vector):
+    model = Norms()
+    assert request(make_vector(), "0nats", [1]).steering(model).strength == 0
+    assert model.asked == []
+    found = request(make_vector(), "-0.1nats", [1, 2], "prompt").steering(model)
+    assert (found.strength, found.positions) == (-1.0, "prompt")
+    assert model.asked == [((1, 2), "prompt")]
+
+
+POINTS = [
+    {"layers": [1], "positions": "all", "kl": kl, "strength": strength}
+    for kl, strength in [(0.01, 1.0), (0.16, 4.0), (0.64, 16.0), (0.1, -3.0)]
+] + [{"layers": [2, 1], "positions": "generated", "kl": 0.1, "strength": 7.0}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "strength"),
+    [
+        (([1], "all", 0.01), 1.0),
+        (([1], "all", 0.64), 16.0),
+        (([1], "all", 0.04), 2.0),  # KL as the square of the strength
+        (([1], "all", 0.32), 8.0),  # more slowly above
+        (([1], "all", -0.1), -3.0),
+        (([1, 2], "generated", 0.1), 7.0),
+        # nothing is extrapolated, and other layers, positions and signs are other settings
+        (([1], "all", 0.005), None),
+        (([1], "all", 1.0), None),
+        (([1], "all", -0.2), None),
+        (([1], "generated", 0.01), None),
+        (([2], "all", 0.01), None),
+    ],
+)
+def test_a_stored_calibration_gives_strengths(make_vector, asked, strength):
+    vector = measured(make_vector(), calibration={"fingerprint": "a" * 16, "points": POINTS})
+    found = stored_strength(vector, *asked, fingerprint="a" * 16)
+    assert found == (strength and pytest.approx(strength, rel=1e-12))
+    assert stored_strength(vector, *asked, fingerprint="b" * 16) is None
+    assert stored_strength(make_vector(), *asked, fingerprint="a" * 16) is None
+
+
+RECOMMENDED = {"layers": [3], "strength": 2.5, "positions": "generated"}
+TRAINED = {"layers": [0, 2], "strength": 1.0, "reason": "trained"}
 
 
 @pytest.mark.parametrize(
     ("meta", "given", "expected"),
     [
         # what is given, else the best known layer, else the middle; else 20 %
-        ({}, {}, (Amount(0.2, True), (2,), "all")),
+        ({}, {}, (Amount(0.2, "dose"), (2,), "all")),
         ({}, {"strength": 1.5}, (Amount(1.5), (2,), "all")),
-        ({}, {"layers": [3, 0, 3]}, (Amount(0.2, True), (0, 3), "all")),
-        ({}, {"positions": "prompt"}, (Amount(0.2, True), (2,), "prompt")),
-        ({"margin_gain": {"0": 0.1, "1": 0.9, "3": 0.5}}, {}, (Amount(0.2, True), (1,), "all")),
-        ({"margin_gain": {"1": 0.9}}, {"layers": [0]}, (Amount(0.2, True), (0,), "all")),
+        ({}, {"layers": [3, 0, 3]}, (Amount(0.2, "dose"), (0, 3), "all")),
+        ({}, {"positions": "prompt"}, (Amount(0.2, "dose"), (2,), "prompt")),
+        ({"margin_gain": {"0": 0.1, "1": 0.9, "3": 0.5}}, {}, (Amount(0.2, "dose"), (1,), "all")),
+        ({"margin_gain": {"1": 0.9}}, {"layers": [0]}, (Amount(0.2, "dose"), (0,), "all")),
         # a sweep's strength belongs to its layer, and so do its positions
         ({"recommended": RECOMMENDED}, {}, (Amount(2.5), (3,), "generated")),
         ({"recommended": RECOMMENDED, "margin_gain": {"1": 1.0}}, {}, (Amount(2.5), (3,), "generated")),
         ({"recommended": RECOMMENDED}, {"layers": [3]}, (Amount(2.5), (3,), "generated")),
-        ({"recommended": RECOMMENDED}, {"layers": [1]}, (Amount(0.2, True), (1,), "all")),
-        ({"recommended": RECOMMENDED}, {"layers": [1, 3]}, (Amount(0.2, True), (1, 3), "all")),
-        ({"recommended": RECOMMENDED}, {"strength": "5%"}, (Amount(0.05, True), (3,), "generated")),
+        ({"recommended": RECOMMENDED}, {"layers": [1]}, (Amount(0.2, "dose"), (1,), "all")),
+        ({"recommended": RECOMMENDED}, {"layers": [1, 3]}, (Amount(0.2, "dose"), (1, 3), "all")),
+        ({"recommended": RECOMMENDED}, {"strength": "5%"}, (Amount(0.05, "dose"), (3,), "generated")),
         ({"recommended": RECOMMENDED}, {"positions": "all"}, (Amount(2.5), (3,), "all")),
-        ({"recommended": {"layer": 3, "strength": 2.5}}, {}, (Amount(2.5), (3,), "all")),
+        ({"recommended": {"layers": [3], "strength": 2.5}}, {}, (Amount(2.5), (3,), "all")),
+        # a trained vector's layers belong together
+        ({"recommended": TRAINED}, {}, (Amount(1.0), (0, 2), "all")),
+        ({"recommended": TRAINED}, {"layers": [2, 0]}, (Amount(1.0), (0, 2), "all")),
+        ({"recommended": TRAINED}, {"layers": [2]}, (Amount(0.2, "dose"), (2,), "all")),
+        ({"recommended": TRAINED | {"layers": [0, 9]}}, {}, (Amount(0.2, "dose"), (2,), "all")),
     ],
 )  # fmt: skip
 def test_defaults(make_vector, meta, given, expected):
     made = request(measured(make_vector(), **meta), **given)
     assert (made.amount, made.layers, made.positions) == expected
-    assert Amount(DEFAULT_DOSE, True) == Amount(0.2, True)
+    assert Amount(DEFAULT_DOSE, "dose") == Amount(0.2, "dose")
 
 
 def test_why_tells_where_the_layer_comes_from(make_vector):
@@ -175,6 +228,7 @@ def test_why_tells_where_the_layer_comes_from(make_vector):
     why = request(measured(vector, margin_gain={"1": 0.5})).why
     assert why == "among the best that extraction measured"
     assert request(make_vector([3])).why == "it is the vector's only one"
+    assert request(measured(vector, recommended=TRAINED)).why == "trained so"
 
 
 @pytest.mark.parametrize(
@@ -226,13 +280,45 @@ def test_resolve_reads_a_file_and_the_embedded_vector(make_vector, tmp_path):
         (["2, 4"], (2, 4)),
         (["all"], (0, 2)),
         (["7-7"], (7,)),
+        (["4+2", "1"], (1, 2, 4)),
     ],
 )
 def test_layers_as_they_are_typed(texts, layers):
     assert parse_layers(texts, [0, 2]) == layers
 
 
-@pytest.mark.parametrize("text", ["", "-1", "5-3", "a", "1-", "1.5", "1-99999999", "9" * 5000, "³"])
+@pytest.mark.parametrize(
+    ("texts", "sets"),
+    [
+        (["8,12"], [(8,), (12,)]),
+        (["3-5"], [(3,), (4,), (5,)]),
+        (["8+12+16", "2"], [(8, 12, 16), (2,)]),
+        (["16 + 8,all,0"], [(8, 16), (0,), (2,)]),
+        (["4+4"], [(4,)]),
+    ],
+)
+def test_layers_of_several_settings(texts, sets):
+    assert parse_layer_sets(texts, [0, 2]) == sets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "-1",
+        "5-3",
+        "a",
+        "1-",
+        "1.5",
+        "1-99999999",
+        "9" * 5000,
+        "³",
+        "1+",
+        "+1",
+        "1-2+4",
+        "all+1",
+    ],
+)
 def test_layers_that_make_no_sense(text):
     with pytest.raises(SteeringError, match=r"expected a number \(14\), a range"):
         parse_layers([text], [0])

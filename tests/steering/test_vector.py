@@ -15,6 +15,7 @@ from mlx_densesteer import demo
 from mlx_densesteer.errors import DiskError, VectorFormatError, VectorMismatchError
 from mlx_densesteer.steering.vector import FORMAT_VERSION, SteeringVector, VectorMeta, format_layers
 
+POINT = {"layers": [0], "positions": "all", "kl": 0.1, "strength": 2.0}
 META = VectorMeta(
     model="Qwen/Tiny",
     hidden_size=8,
@@ -26,7 +27,7 @@ META = VectorMeta(
     pairs_sha256="a" * 64,
     chat_template_sha256="b" * 64,
     quantization="4-bit, group 64",
-    tested=({"layer": 2, "strength": 1.5, "accuracy": 0.5},),
+    tested=({"layers": [2], "strength": 1.5, "accuracy": 0.5},),
     extra={"later_key": [1, 2]},
 )
 
@@ -401,8 +402,26 @@ class TestHostileFiles:
             ({"margin_gain": {"\u0663": 1.0}}, "`margin_gain` does not give"),
             ({"margin_gain": {"0": [1]}}, "`margin_gain` does not give"),
             ({"recommended": {}}, "`recommended` has no layer"),
-            ({"recommended": {"layer": 0, "strength": 1, "positions": []}}, "`recommended` has no"),
+            (
+                {"recommended": {"layers": [0], "strength": 1, "positions": []}},
+                "`recommended` has no",
+            ),
             ({"recommended": {"layer": 0, "strength": 1, "text": 5}}, "`recommended` has no"),
+            ({"recommended": {"layers": [], "strength": 1}}, "`recommended` has no"),
+            ({"recommended": {"layers": [1, 1], "strength": 1}}, "`recommended` has no"),
+            ({"recommended": {"layers": 1, "strength": 1}}, "`recommended` has no"),
+            ({"calibration": {}}, "`calibration` has no points"),
+            (
+                {"calibration": {"points": [{"layers": [0], "positions": "all", "kl": 0.1}]}},
+                "`calibration` has",
+            ),
+            (
+                {"calibration": {"points": [POINT | {"kl": -0.1}]}},
+                "`calibration` has no points that can be looked up",
+            ),
+            ({"calibration": {"points": [POINT | {"strength": 0}]}}, "`calibration` has"),
+            ({"calibration": {"points": [POINT | {"layers": ["0"]}]}}, "`calibration` has"),
+            ({"calibration": {"points": [POINT | {"positions": "here"}]}}, "`calibration` has"),
             ({"later_key": {"a": 2**80}}, "more than 64 bits"),
             ({"later_key": json.loads("[" * 500 + "]" * 500)}, "nested too deeply"),
             ({"layers": list(range(0, 9999, 2))}, r"lists layer 4, .*, \.\.\., but the file holds"),
@@ -428,7 +447,7 @@ class TestHostileFiles:
 ODD = (
     None, True, 0, -1, 2**63, 1e300, "", "x", "\x1b[2J", [], [[]], [None], [{"layer": 0}], ["x"], {},
     {"0": 1}, {"0": None}, {"x": {}}, {"layer": 0, "strength": 1}, {"layer": 9, "strength": 1e9},
-    {"layer": None, "strength": None}, {"0": {"agreement": "x"}}, {"0": {"agreement": 0.5, "noise": 1}},
+    {"layer": None, "strength": None}, {"layers": [0], "strength": 1}, {"points": []}, {"points": [{}]}, {"0": {"agreement": "x"}}, {"0": {"agreement": 0.5, "noise": 1}},
 )  # fmt: skip
 
 
@@ -436,7 +455,12 @@ ODD = (
     "key", sorted({one.name for one in fields(VectorMeta)} | {"layers", "format", "stability"})
 )
 def test_metadata_of_any_shape_is_refused_or_can_be_shown(file, tmp_path, key):
-    from mlx_densesteer.cli.vector import _recommended, default_setting, layer_table
+    from mlx_densesteer.cli.vector import (
+        _calibration,
+        _recommended,
+        default_setting,
+        layer_table,
+    )
 
     whole = file.read_bytes()
     for value in ODD:
@@ -450,7 +474,15 @@ def test_metadata_of_any_shape_is_refused_or_can_be_shown(file, tmp_path, key):
         json.dumps(vector.describe(), allow_nan=False)
         assert layer_table(vector) and default_setting(vector)
         _recommended(vector.meta.recommended)
+        _calibration(vector.meta.calibration)
         assert SteeringVector.load(vector.save(tmp_path / "again.npz")).meta == vector.meta
+
+
+def test_older_files_have_one_layer(file):
+    edit_meta(file, recommended={"layer": 0, "strength": 2}, tested=[{"layer": None}, {"layer": 1}])
+    meta = SteeringVector.load(file).meta
+    assert meta.recommended == {"layers": [0], "strength": 2}
+    assert meta.tested == ({"layers": None}, {"layers": [1]})
 
 
 def test_unknown_metadata_keys_are_kept(file, tmp_path):

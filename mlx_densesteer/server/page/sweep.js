@@ -22,13 +22,13 @@ export class Sweep {
       this.group();
     }
     for (const { row, group } of this.cells) {
-      const here = rounded(row.strength) === rounded(setting.strength) && setting.layers.length === 1 &&
-        row.layer === setting.layers[0] && (row.positions ?? "all") === setting.positions;
+      const here = rounded(row.strength) === rounded(setting.strength) &&
+        joined(row.layers) === joined(setting.layers) && (row.positions ?? "all") === setting.positions;
       group.setAttribute("aria-pressed", String(here));
     }
   }
 
-  /** Group the rows by their problems; a row without a layer is the unsteered model's. */
+  /** Group the rows by their problems; a row without layers is the unsteered model's. */
   group() {
     const groups = new Map();
     for (const row of this.vector?.tested ?? []) {
@@ -49,16 +49,16 @@ export class Sweep {
     const stock = this.stock(all);
     const rows = all.filter((row) => !unsteered(row));
     const { unit, columnOf, write } = columnsOf(rows);
-    const [layers, columns] = [sorted(rows.map((row) => row.layer)), sorted(rows.map(columnOf))];
+    const [layers, columns] = [setsOf(rows), sorted(rows.map(columnOf))];
     const [width, height] = [LEFT + CELL * columns.length, TOP + HEIGHT * layers.length];
     const svg = node("svg", { width, height, role: "group", "aria-label": `Accuracy by layer and ${unit}` });
     columns.forEach((column, x) => svg.append(label(write(column), LEFT + CELL * (x + 0.5), TOP - 6, "middle")));
-    layers.forEach((layer, y) => svg.append(label(`layer ${layer}`, LEFT - 6, TOP + HEIGHT * (y + 0.62), "end")));
+    layers.forEach((name, y) => svg.append(label(`layer ${name}`, LEFT - 6, TOP + HEIGHT * (y + 0.62), "end")));
     const found = rows.map((row) => row.accuracy ?? 0);
     const [least, most] = [Math.min(...found), Math.max(...found)];
     this.cells = rows.map((row) => {
       const share = most > least ? ((row.accuracy ?? 0) - least) / (most - least) : 0;
-      const group = this.cell(row, LEFT + CELL * columns.indexOf(columnOf(row)), TOP + HEIGHT * layers.indexOf(row.layer), share);
+      const group = this.cell(row, LEFT + CELL * columns.indexOf(columnOf(row)), TOP + HEIGHT * layers.indexOf(joined(row.layers)), share);
       svg.append(group);
       return { row, group };
     });
@@ -80,7 +80,7 @@ export class Sweep {
     group.append(rect, label(whole(row.accuracy), x + CELL / 2, y + HEIGHT * 0.63, "middle"));
     const detail = () => { element("sweep-detail").textContent = told; };
     const use = () =>
-      this.use({ vector: this.vector.name, strength: row.strength, layers: [row.layer], positions: row.positions ?? "all" });
+      this.use({ vector: this.vector.name, strength: row.strength, layers: row.layers, positions: row.positions ?? "all" });
     group.onmouseenter = detail;
     group.onfocus = detail;
     group.onclick = use;
@@ -93,7 +93,15 @@ export class Sweep {
   }
 }
 
-const unsteered = (row) => row.layer === null || row.layer === undefined;
+const unsteered = (row) => !Array.isArray(row.layers);
+
+/** The layers of a setting that are steered together: "8+12+16". */
+const joined = (layers) => layers.join("+");
+
+/** The names of the rows' layers, by number. */
+const setsOf = (rows) =>
+  [...new Map(rows.map((row) => [joined(row.layers), row.layers]))]
+    .sort(([, a], [, b]) => a[0] - b[0] || a.length - b.length).map(([name]) => name);
 
 /** Name the problems of a row: "gsm8k train, 300 problems". */
 function taskName(row) {
@@ -113,14 +121,18 @@ function columnsOf(rows) {
 }
 
 function tell(row) {
-  return `Layer ${row.layer}, ${amount(row.strength, row.dose)}: accuracy ${whole(row.accuracy)}, ` +
+  return `Layer ${joined(row.layers)}, ${amount(row.strength, row.dose)}: accuracy ${whole(row.accuracy)}, ` +
     `${shown(row.tokens)} tokens, ${shown(row.steps)} steps, density ${shown(row.density)}`;
 }
 
 function table(rows) {
-  const names = ["layer", "dose", "strength", "accuracy", "tokens", "steps", "density"];
+  const names = ["layers", "dose", "strength", "accuracy", "tokens", "steps", "density"];
   const head = make("tr", {}, ...names.map((name) => make("th", { textContent: name, scope: "col" })));
-  const writers = { accuracy: whole, dose: (dose) => (typeof dose === "number" ? percent(dose) : "-") };
+  const writers = {
+    layers: (layers) => (layers ? joined(layers) : "-"),
+    accuracy: whole,
+    dose: (dose) => (typeof dose === "number" ? percent(dose) : "-"),
+  };
   const body = rows.map((row) => make("tr", {}, ...names.map((name) =>
     make("td", { textContent: (writers[name] ?? shown)(row[name]) }))));
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
