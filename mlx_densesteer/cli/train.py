@@ -101,6 +101,7 @@ def train(
     path = output_file(out, force, ending=".npz")
     state = path.with_name(f"{path.name}.training")
 
+    from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.pairs import read_pairs, read_solutions
     from ..extraction.train import Recipe
     from ..extraction.train import train as run
@@ -108,6 +109,8 @@ def train(
     from ..steering.request import parse_layers
 
     read = read_pairs(data) if loss == "bipo" else read_solutions(data)
+    if warning := warn_of_test_problems(one.prompt for one in read):
+        note(warning)
     loaded = load(model)
     every = range(loaded.layer_count)
     recipe = Recipe(

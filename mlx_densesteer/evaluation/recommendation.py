@@ -126,8 +126,7 @@ def recommend(
     if supported:
         best = max(supported, key=lambda c: (c.accuracy, -c.tokens, -abs(c.outcome.strength)))
         text = _say_accuracy(best, baseline, len(comparisons))
-        one = best.outcome
-        return Recommendation(one.layer, one.strength, one.dose, "accuracy", text)
+        return _recommendation(best, "accuracy", text)
     each = 1 - RISK / len(comparisons)
     for c in sorted(comparisons, key=lambda c: (-c.saving, abs(c.outcome.strength))):
         loss = -paired_difference(c.better, c.worse, len(c.outcome.correct), each)[0]

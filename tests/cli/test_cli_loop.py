@@ -187,7 +187,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
 
 def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_steps(run, tmp_path):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layer": 4, "strength": 3.5, "positions": "steps"}
+    best = {"layers": [4], "strength": 3.5, "positions": "steps"}
     made = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best))
     file = made.save(tmp_path / "best.npz")
     refused = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked", code=2)

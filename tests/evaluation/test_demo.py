@@ -125,7 +125,7 @@ def test_the_effect_on_its_plateaus_with_a_random_direction_as_the_null(demo_mod
     norms = vector.norms()
     arrays = {k: a * norms[k] / np.linalg.norm(a) for k, a in arrays.items()}
     noise = ds.SteeringVector(arrays, vector.meta, name="random")
-    overdose = Amount(DOSES[-1], is_dose=True)
+    overdose = Amount(DOSES[-1], "dose")
     dense = settings_of(demo_model, vector, [LAYER], ["25%", overdose])
     null = settings_of(demo_model, noise, [LAYER], ["-25%", "25%"])[1:]
     answers = answer(

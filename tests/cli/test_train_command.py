@@ -59,6 +59,18 @@ def test_what_is_refused(run, tmp_path):
     assert not (tmp_path / "x.npz").exists()
 
 
+def test_a_test_problem_in_the_data_is_told(run, tmp_path):
+    question = (
+        "Janet\u2019s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins "
+        "for her friends every day with four. She sells the remainder at the farmers' market daily for $2 "
+        "per fresh duck egg. How much in dollars does she make every day at the farmers' market?"
+    )
+    line = json.dumps({"prompt": question, "response": "It is 18."})
+    (tmp_path / "test.jsonl").write_text(line)
+    words = ("train", "-m", "demo", "test.jsonl", "-o", "x.npz", "-l", "9")
+    assert "1 of gsm8k" in run(*words, code=1).stderr
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_work(run, tmp_path):
     words = [
