@@ -300,7 +300,7 @@ def parse_layer_sets(texts: Iterable[str], available: Iterable[int]) -> list[tup
     Raises:
         SteeringError: a text of another form.
     """
-    found: list[tuple[int, ...]] = []
+    found: dict[tuple[int, ...], None] = {}  # in their order, once each
     for text in texts:
         if len(text) > _LONGEST:
             raise SteeringError(
@@ -312,17 +312,17 @@ def parse_layer_sets(texts: Iterable[str], available: Iterable[int]) -> list[tup
             match = _LAYERS.fullmatch(part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if part == "all":
-                found += [(layer,) for layer in available]
+                found |= dict.fromkeys((layer,) for layer in available)
             elif first <= last:
-                found += [(layer,) for layer in range(first, last + 1)]
+                found |= dict.fromkeys((layer,) for layer in range(first, last + 1))
             elif len(together) > 1 and all(map(_LAYER.fullmatch, together)):
-                found.append(tuple(sorted({int(one) for one in together})))
+                found[tuple(sorted({int(one) for one in together}))] = None
             else:
                 raise SteeringError(
                     f"layer {part!r}: expected a number (14), a range (10-14), a list (10,12), layers "
                     "together (10+12) or all."
                 )
-    return list(dict.fromkeys(found))
+    return list(found)
 
 
 def joined(layers: Iterable[int]) -> str:
