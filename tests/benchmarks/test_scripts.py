@@ -18,6 +18,7 @@ import script
 import speculative
 import startup
 import sweep
+import train
 from helpers import ROOT
 
 from mlx_densesteer import generate, load, resolve
@@ -166,9 +167,16 @@ def run_script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_a_vector_and_lora_are_trained_on_the_same_texts(subject):
+    made = train.run(subject, examples=2, rounds=1)
+    figures, _ = figures_of(made)
+    assert set(figures) == {"train_ratio", "train_memory_ratio"}
+    assert made.details["tokens"] > 0
+
+
 def test_the_scripts_are_those_of_the_documentation():
     page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) == 11
     assert not [name for name in SCRIPTS if f"`{name}`" not in page]
 
 
