@@ -24,7 +24,7 @@ Text = tuple[Sequence[int], int]  # token ids, and where the response begins
 
 POSITIONS = 48  # of a response at which the KL is measured, spread evenly
 RESPONSE = 192  # tokens of a response that are read for the KL at most
-TOLERANCE = 0.1  # of the logarithm of the KL; what is left is interpolated
+TOLERANCE = 0.03  # of the logarithm of the KL
 ROUNDS = 12  # of the search at most; a smooth curve takes two or three
 FACTOR = 8.0  # by which a guess leaves the measured strengths at most
 DOSES = (1e-5, 20.0)  # between which a strength is looked for
@@ -219,7 +219,8 @@ def strengths_for(
         rounded = {kl: float(f"{s:.4g}") for kl, s in made.strengths.items()}
         found.strengths.update({sign * kl: sign * s for kl, s in rounded.items()})
         found.missed.update({sign * kl: f"{where}: {why}" for kl, why in made.missed.items()})
-    return found
+    in_order = {target: found.strengths[target] for target in targets if target in found.strengths}
+    return Found(in_order, found.missed)
 
 
 def solve(
@@ -247,7 +248,7 @@ def solve(
         for target in list(guesses):
             close = min(points, key=lambda point: _apart(point[1], target))
             if _apart(close[1], target) <= TOLERANCE:
-                found.strengths[target] = _corrected(points, close, target)
+                found.strengths[target] = close[0]
             elif why := _unreachable(points, target, bounds):
                 found.missed[target] = why
             else:
@@ -330,13 +331,6 @@ def _slope(points: Sequence[tuple[float, float]], at: tuple[float, float]) -> fl
         return 2.0
     s, kl = min(others, key=lambda point: abs(math.log(point[0] / at[0])))
     return min(max(math.log(kl / at[1]) / math.log(s / at[0]), 0.7), 8.0)
-
-
-def _corrected(
-    points: Sequence[tuple[float, float]], close: tuple[float, float], target: float
-) -> float:
-    """Move a strength whose KL is nearly the target onto it, along the curve's slope there."""
-    return close[0] * (target / close[1]) ** (1 / _slope(points, close))
 
 
 def _between(points: Sequence[tuple[float, float]], target: float) -> str:

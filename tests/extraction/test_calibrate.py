@@ -70,7 +70,7 @@ def test_each_setting_has_its_kl_and_its_margin(model, vector):
     for row in found.rows:
         steering = ds.Steering(vector, row.strength, row.layers, "generated")
         (kl,) = Divergence(model.network, texts, [min(row.layers)])([steering])
-        assert kl == pytest.approx(abs(row.kl), rel=0.03)
+        assert kl == pytest.approx(abs(row.kl), rel=0.035)
         assert row.strength * row.kl > 0
         assert abs(row.dose) == pytest.approx(model.dose(steering)) and row.dose * row.kl > 0
         gains = np.array([gain(model, pair, steering) for pair in encoded])
