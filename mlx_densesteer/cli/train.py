@@ -139,7 +139,6 @@ def train(
         raise
     finally:
         live.clear()
-    state.unlink(missing_ok=True)
     _tell(done, recipe, loaded.norms(done.vector, done.vector.layers))
     click.echo(json.dumps(_to_json(done, path), allow_nan=False) if as_json else path)
     if done.ended == "not finite":

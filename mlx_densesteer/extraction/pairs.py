@@ -42,12 +42,9 @@ class Solution:
     system: str | None = None
 
 
-def pairs_sha256(pairs: Iterable[Pair]) -> str:
-    """Return the SHA-256 of the pairs' texts in order, in hexadecimal."""
-    rows = [
-        [pair.prompt, pair.positive, pair.negative, *([] if pair.system is None else [pair.system])]
-        for pair in pairs
-    ]
+def pairs_sha256(data: Iterable[Pair] | Iterable[Solution]) -> str:
+    """Return the SHA-256 of the texts of pairs or solutions in order, in hexadecimal."""
+    rows = [[text for text in vars(one).values() if text is not None] for one in data]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -97,12 +94,6 @@ def read_solutions(path: str | Path) -> list[Solution]:
         response = text_of(place, fields, ("response", *_POSITIVE, "answer"))
         solutions.append(Solution(prompt, _CALCULATOR.sub("", response), system))
     return solutions
-
-
-def solutions_sha256(data: Iterable[Solution] | Iterable[Pair]) -> str:
-    """Return ``pairs_sha256`` of pairs, and the same of solutions."""
-    rows = [[*vars(one).values()] for one in data]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def text_of(place: str, fields: Mapping[str, object], names: tuple[str, ...]) -> str:

@@ -21,13 +21,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import InputError, ModelError, SteeringError
 from ..files import atomic_path, disk_errors, parse_object
-from ..model.block import decoder_blocks
 from ..model.gradient import response_log_likelihood, stream_below
 from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
-from ..steering.vector import Positions, SteeringVector, VectorMeta, format_layers
+from ..model.residual import check_layers
+from ..steering.vector import Positions, SteeringVector, VectorMeta
 from .extract import encode_response
-from .pairs import Pair, Solution, solutions_sha256
+from .pairs import Pair, Solution, pairs_sha256
 
 Loss = Literal["sft", "bipo"]
 FORMAT = "mlx-densesteer training 1"
@@ -162,14 +162,7 @@ def train(
         ModelError: a loss is not finite at the first step, or no step is better than no vector.
         DiskError: ``state`` cannot be written.
     """
-    layers = tuple(sorted(set(recipe.layers)))
-    there = decoder_blocks(model.network)
-    if not layers or (strange := [layer for layer in layers if layer not in there]):
-        raise InputError(
-            f"layers {format_layers(strange) if layers else 'none'}: expected some of "
-            f"{format_layers(there)}."
-        )
-    recipe = replace(recipe, layers=layers)
+    recipe = replace(recipe, layers=tuple(check_layers(model.network, recipe.layers)))
     examples, left_out = _encode(model, data, recipe)
     run = _Run(model, recipe, examples, _identity(model, data, recipe), state)
     try:
@@ -201,7 +194,7 @@ def train(
 
 
 class _Run:
-    """A training under way. What ``save`` writes is that of the last whole step."""
+    """A training under way. ``save`` writes the last whole step, if there is one."""
 
     def __init__(
         self,
@@ -231,7 +224,7 @@ class _Run:
         self._u = mx.zeros(shape)  # v_l = scale_l u_l
         self._best = self._u
         self._adam.init({"u": self._u})
-        self._whole = self._snapshot()
+        self._whole: tuple[dict[str, mx.array], dict[str, str]] | None = None
         self._saved = time.monotonic()
         self._restore()
 
@@ -375,7 +368,7 @@ class _Run:
             fingerprint=info.fingerprint,
             method=f"trained: {recipe.loss}",
             pair_count=len(data),
-            pairs_sha256=solutions_sha256(data),
+            pairs_sha256=pairs_sha256(data),
             chat_template_sha256=self._model.chat_template_sha256,
             quantization=info.quantization,
             residual_norms={str(k): float(f"{norm:.6g}") for k, norm in self._norms.items()},
@@ -410,9 +403,9 @@ class _Run:
 
     def save(self) -> None:
         """Write the last whole step."""
-        arrays, about = self._whole
-        if self._state is None or not (json.loads(about["figures"])["held_out"] or self.step):
+        if self._state is None or self._whole is None:
             return
+        arrays, about = self._whole
         with atomic_path(self._state) as made:
             mx.save_safetensors(str(made.with_suffix(".safetensors")), arrays, about)
             made.with_suffix(".safetensors").rename(made)
@@ -505,7 +498,7 @@ def _encode(
 
 
 def _identity(model: Model, data: Sequence[Solution] | Sequence[Pair], recipe: Recipe) -> str:
-    about = [asdict(recipe), solutions_sha256(data), model.fingerprint, asdict(model.info)]
+    about = [asdict(recipe), pairs_sha256(data), asdict(model.info)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

@@ -54,7 +54,7 @@ def record_pairs(
     Raises:
         InputError: a layer that the model does not have, or a token that it does not know.
     """
-    layers = _check_layers(network, layers)
+    layers = check_layers(network, layers)
     for pair in (pair for batch in tree.batches for pair in batch.stems):
         for tokens in pair.whole:
             check_ids(tokens, network.args.vocab_size, f"pair {pair.number}")
@@ -79,7 +79,7 @@ def residual_norms(
     """
     if not 0 <= first < len(tokens):
         raise InputError(f"first token {first} of {len(tokens)}: expected 0 to {len(tokens) - 1}.")
-    layers = _check_layers(network, layers)
+    layers = check_layers(network, layers)
     check_ids(tokens, network.args.vocab_size, "the text")
     norms = {}
     for layer, h, _ in _stream(network, tokens, layers[-1]):
@@ -245,7 +245,12 @@ def _stream(
         yield layer, h, cache.own
 
 
-def _check_layers(network: nn.Module, layers: Iterable[int]) -> list[int]:
+def check_layers(network: nn.Module, layers: Iterable[int]) -> list[int]:
+    """Return the layers in order, once each.
+
+    Raises:
+        InputError: none, or one that the model does not have.
+    """
     wanted, there = sorted(set(layers)), decoder_blocks(network)
     if not wanted or (strange := [layer for layer in wanted if layer not in there]):
         raise InputError(
