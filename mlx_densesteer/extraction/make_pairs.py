@@ -7,7 +7,7 @@ killed run repeats nothing. The files of pairs and of rejections are written fro
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -180,11 +180,7 @@ def make_pairs(
     accepted = [case for case in cases if not case.reasons]
     rejected = [case for case in cases if case.reasons]
     for path, kept in ((files.pairs, accepted), (files.rejected, rejected)):
-        with atomic_file(path) as file:
-            for case in kept:
-                record = _record(case, rewriter.name, model.info, system)
-                line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-                file.write(f"{line}\n".encode())
+        write_records(path, (_record(case, rewriter.name, model.info, system) for case in kept))
     return Summary(
         problems=taken,
         wrong=sum(not one.correct and not one.truncated for one in answers[:taken]),
@@ -194,6 +190,13 @@ def make_pairs(
         before=means([case.original for case in accepted]),
         after=means([case.rewrite for case in accepted if case.rewrite]),
     )
+
+
+def write_records(path: Path, records: Iterable[dict[str, object]]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    with atomic_file(path) as file:
+        for record in records:
+            file.write(f"{json.dumps(record, ensure_ascii=False, allow_nan=False)}\n".encode())
 
 
 def waves(

@@ -6,9 +6,8 @@ later one with more samples goes on. The other files are written from it at the 
 Source: rejection sampling as in STaR (arXiv 2203.14465); the choice by length is this project's.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +16,20 @@ from ..evaluation.answers import Answer, OnAnswers, answer, journal_header
 from ..evaluation.condition import Condition
 from ..evaluation.journal import Journal
 from ..evaluation.tasks import Problem
-from ..files import atomic_file
 from ..generation.batch import ROWS
 from ..generation.sampling import Sampling
 from ..model.model import Model, takes_model
 from ..model.prompt import encode_text
-from .make_pairs import PAIR_FORMAT, Files, described, figures, means, up_to_count, waves
+from .make_pairs import (
+    PAIR_FORMAT,
+    Files,
+    described,
+    figures,
+    means,
+    up_to_count,
+    waves,
+    write_records,
+)
 from .verification import Response
 
 SOLUTION_FORMAT = "mlx-densesteer solution 1"
@@ -157,9 +164,9 @@ def sample_pairs(
     accepted = [case for case in cases if not case.reasons]
     rejected = [case for case in cases if case.reasons]
     solved = [case for case in cases if case.positive]
-    _write(files.pairs, map(told.pair, accepted))
-    _write(files.rejected, map(told.pair, rejected))
-    _write(files.solutions, map(told.solution, solved))
+    write_records(files.pairs, map(told.pair, accepted))
+    write_records(files.rejected, map(told.pair, rejected))
+    write_records(files.solutions, map(told.solution, solved))
     return SampleSummary(
         problems=taken,
         samples=len(answers),
@@ -243,9 +250,3 @@ class _Told:
             "system": self.system,
             "answer": problem.answer,
         }
-
-
-def _write(path: Path, records: Iterable[dict[str, object]]) -> None:
-    with atomic_file(path) as file:
-        for record in records:
-            file.write(f"{json.dumps(record, ensure_ascii=False, allow_nan=False)}\n".encode())
