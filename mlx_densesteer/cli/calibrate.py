@@ -78,7 +78,7 @@ def calibrate(
     computed, and those of the layers below the steered one once.
     """
     from .. import demo
-    from ..extraction.pairs import read_pairs
+    from ..extraction.pairs import read_pairs, warn_of_other_model
     from ..files import file_to_replace
 
     loaded_vector = read_vector(vector)
@@ -95,6 +95,8 @@ def calibrate(
 
     loaded = load(model)
     tell_fit(loaded_vector, loaded)
+    if warning := warn_of_other_model(pairs, loaded.fingerprint):
+        note(warning)
     found = run(loaded, loaded_vector, read[:limit], chosen, targets, positions)
     if write:
         store(vector, found.on(read_vector(vector)), loaded_vector)

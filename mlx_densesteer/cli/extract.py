@@ -62,7 +62,7 @@ def extract(
 
     from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.extract import ReadOut, extract_with_report, has_single_step
-    from ..extraction.pairs import read_pairs
+    from ..extraction.pairs import read_pairs, warn_of_other_model
     from ..model.model import load
     from ..steering.request import parse_layers
 
@@ -77,6 +77,8 @@ def extract(
             "ends. Take rewrites of two steps and more, or another --token."
         )
     loaded = load(model)
+    if warning := warn_of_other_model(pairs, loaded.fingerprint):
+        note(warning)
     chosen = parse_layers(layers, range(loaded.layer_count)) if layers else None
     live = Live()
     try:

@@ -180,12 +180,15 @@ def sweep(
     from ..distributed.ranks import Ranks
     from ..evaluation.sweep import Setting, settings_of, with_recommendation
     from ..evaluation.sweep import sweep as run
+    from ..extraction.pairs import warn_of_other_model
     from ..steering.steering import Steering
 
     ranks = Ranks.connect()
     loaded = load_copies(model, ranks)
     info = loaded.info
     tell_fit(steering_vector, loaded)
+    if pairs and (warning := warn_of_other_model(pairs, info.fingerprint)):
+        note(warning)
     if write and steering_vector.meta.fingerprint not in (None, info.fingerprint):
         raise click.ClickException(
             "--write: the vector was extracted from other weights, and the recommendation would be "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import DiskError
 from ..text import Live, count, note, percent
 from .options import (
     force_option,
@@ -102,7 +103,7 @@ def train(
     state = path.with_name(f"{path.name}.training")
 
     from ..evaluation.contamination import warn_of_test_problems
-    from ..extraction.pairs import read_pairs, read_solutions
+    from ..extraction.pairs import read_pairs, read_solutions, warn_of_other_model
     from ..extraction.train import Recipe
     from ..extraction.train import train as run
     from ..model.model import load
@@ -112,6 +113,8 @@ def train(
     if warning := warn_of_test_problems(one.prompt for one in read):
         note(warning)
     loaded = load(model)
+    if warning := warn_of_other_model(data, loaded.fingerprint):
+        note(warning)
     every = range(loaded.layer_count)
     recipe = Recipe(
         loss=loss,
@@ -130,12 +133,13 @@ def train(
             note(f"going on from {state}")
         done = run(loaded, read, recipe, state=state, progress=_progress(live))
         done.vector.save(path)
-    except KeyboardInterrupt:
+        state.unlink(missing_ok=True)
+    except (KeyboardInterrupt, DiskError):
         live.clear()
         if state.exists():
-            note(f"interrupted; what is done is in {state}. The same command goes on from there.")
+            note(f"stopped; what is done is in {state}. The same command goes on from there.")
         else:
-            note("interrupted before the first step; nothing was written.")
+            note("stopped before the first step; nothing was written.")
         raise
     finally:
         live.clear()

@@ -6,12 +6,14 @@ A file has one JSON object a line, in UTF-8. ``docs/pairs.md`` describes the fie
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
 from ..files import read_jsonl
+from ..text import count
 
 # this package's field first, then those of the reference's files
 _PROMPT = ("prompt", "doc.question")
@@ -94,6 +96,27 @@ def read_solutions(path: str | Path) -> list[Solution]:
         response = text_of(place, fields, ("response", *_POSITIVE, "answer"))
         solutions.append(Solution(prompt, _CALCULATOR.sub("", response), system))
     return solutions
+
+
+def warn_of_other_model(path: str | Path, fingerprint: str) -> str | None:
+    """Return one sentence if lines of the file say that another model answered, or ``None``.
+
+    ``fingerprint`` is that of the model at hand (``Model.fingerprint``). Lines without one count as its own.
+    """
+    others: Counter[str] = Counter()
+    for _, fields in read_jsonl(Path(path)):
+        maker = fields.get("model")
+        if isinstance(maker, dict) and maker.get("fingerprint") not in (None, fingerprint):
+            others[str(maker.get("name"))] += 1
+    if not others:
+        return None
+    names = ", ".join(
+        f"{count(number, 'line')} of {name}" for name, number in others.most_common(3)
+    )
+    return (
+        f"warning: {path} has answers of another model ({names}). A vector is meant to be the difference "
+        "between a model's own answers. Make pairs with this model: densesteer pairs."
+    )
 
 
 def text_of(place: str, fields: Mapping[str, object], names: tuple[str, ...]) -> str:

@@ -154,7 +154,8 @@ def train(
 
     Args:
         data: solutions or pairs for ``sft`` (of a pair the dense side), pairs for ``bipo``.
-        state: keeps a run that was interrupted; the same call goes on from it. Removed at the end.
+        state: keeps the run; the same call goes on from there, and returns at once if all is done. Remove
+            it when the vector is saved.
 
     Raises:
         InputError: no data, a response that is empty or has an end of turn inside, data of the wrong kind, a
@@ -167,9 +168,8 @@ def train(
     run = _Run(model, recipe, examples, _identity(model, data, recipe), state)
     try:
         ended = run.go(progress)
-    except BaseException:
+    finally:
         run.save()
-        raise
     if run.best_step == 0:
         raise ModelError(
             f"no step made the held-out loss smaller than it is without a vector "
@@ -178,8 +178,6 @@ def train(
             else "the loss is not finite from the first step on. Load the model in bfloat16 or float32, or "
             "convert it again."
         )
-    if state is not None:
-        state.unlink(missing_ok=True)
     return Training(
         vector=run.vector(data, ended),
         step=run.best_step,

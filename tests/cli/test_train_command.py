@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from helpers import ROOT
 
 from mlx_densesteer.cli import main
+from mlx_densesteer.errors import DiskError
 from mlx_densesteer.steering.vector import SteeringVector
 
 PAIRS = ROOT / "scripts" / "demo-pairs.jsonl"
@@ -69,6 +70,50 @@ def test_a_test_problem_in_the_data_is_told(run, tmp_path):
     (tmp_path / "test.jsonl").write_text(line)
     words = ("train", "-m", "demo", "test.jsonl", "-o", "x.npz", "-l", "9")
     assert "1 of gsm8k" in run(*words, code=1).stderr
+
+
+def test_answers_of_another_model_are_told(run, tmp_path):
+    lines = [json.loads(line) for line in PAIRS.read_text().splitlines()[:3]]
+    for line in lines[1:]:
+        line["model"] = {"name": "elsewhere/other", "fingerprint": "0123456789abcdef"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "p.jsonl has answers of another model (2 lines of elsewhere/other)"
+    words = ("-m", "demo", "p.jsonl", "-o")
+    assert said in run("train", *words, "t.npz", *FAST).stderr
+    assert said in run("extract", *words, "e.npz").stderr
+    assert said in run("calibrate", "-m", "demo", "-v", "e.npz", "p.jsonl", "-l", "4").stderr
+    words = (
+        "-m",
+        "demo",
+        "-v",
+        "e.npz",
+        "--pairs",
+        "p.jsonl",
+        "-l",
+        "4",
+        "--limit",
+        "1",
+        "-n",
+        "4",
+    )
+    assert said in run("sweep", *words, "demo").stderr
+    assert "another model" not in run("train", "-m", "demo", PAIRS, "-o", "p.npz", *FAST).stderr
+
+
+def test_a_vector_that_cannot_be_saved_does_not_lose_the_training(run, tmp_path, monkeypatch):
+    words = ("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST)
+
+    def full(self, path):
+        raise DiskError(f"{path}: no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeringVector, "save", full)
+        failed = run(*words, code=1).stderr
+    assert "no space left" in failed and "t.npz.training. The same command goes on" in failed
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_densesteer.extraction.train.Adam.apply_gradients", None)  # no step more
+        assert run(*words).stdout == "t.npz\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
 @pytest.mark.slow
