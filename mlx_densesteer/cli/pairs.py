@@ -43,8 +43,9 @@ class RunOptions(TypedDict):
     "--rewriter",
     "spec",
     metavar="REWRITER",
-    help="rules; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible "
-    "endpoint, its key in OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
+    help="rules; instruction:TEXT, the model itself, asked again with a system message such as 'Be brief.'; "
+    "mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible endpoint, its key in "
+    "OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
 )
 @click.option(
     "--count",
@@ -155,10 +156,11 @@ def pairs(
             message = "needs --samples K" if samples is None else "and --samples exclude each other"
             raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
     kind, _, rest = ("" if samples else spec or "rules").partition(":")
-    known = ("rules", "mlx", "openai", "file")
-    if not samples and (kind not in known or (kind == "rules") == bool(rest)):
+    known = ("rules", "instruction", "mlx", "openai", "file")
+    if not samples and (kind not in known or (kind == "rules") == bool(rest.strip())):
         raise click.UsageError(
-            f"--rewriter {spec}: expected rules, mlx:MODEL, openai:URL#MODEL or file:FILE.jsonl."
+            f"--rewriter {spec}: expected rules, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
+            "file:FILE.jsonl."
         )
     rewriter: Rewriter | None = None
     if kind == "openai":
@@ -205,7 +207,11 @@ def pairs(
     if samples:
         _sample(loaded, chosen, files, samples, drawn, run, as_json)
         return
-    if rewriter is None:
+    if kind == "instruction":
+        from ..extraction.rewriting.model import InstructionRewriter
+
+        rewriter = InstructionRewriter(loaded, rest, system=system, rows=rows)
+    elif rewriter is None:
         rewriter = _local(rest, model, loaded, rows)
     with resumable(files.solved, files.rewrites) as live:
         summary = make_pairs(

@@ -345,7 +345,7 @@ class _Run:
             if key not in made and original.steps > 1
         ]
         asked = [
-            Original(problem.id, problem.question, original.text, original.tokens)
+            Original(problem.id, problem.question, original.text, original.tokens, problem.prompt)
             for _, problem, original in missing
         ]
         for index, rewrite in self.rewriter.rewrite(asked):

@@ -21,7 +21,7 @@ from mlx_densesteer.extraction.make_pairs import PairsProgress, make_pairs
 from mlx_densesteer.extraction.pairs import read_pairs
 from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
-from mlx_densesteer.extraction.rewriting.model import ModelRewriter
+from mlx_densesteer.extraction.rewriting.model import InstructionRewriter, ModelRewriter
 from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
 from mlx_densesteer.extraction.verification import most_tokens
 from mlx_densesteer.generation.answer import split_steps
@@ -276,13 +276,31 @@ def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path, mo
         if i in (3, WRONG):
             assert problem.id not in made
             continue
-        draft = Original(problem.id, problem.question, SOLUTIONS[i], 0)
+        draft = Original(problem.id, problem.question, SOLUTIONS[i], 0, problem.prompt)
         alone = generate(
             model, tokenizer, request(draft), system=SYSTEM,
             max_tokens=most_tokens(len(tokenizer.encode(SOLUTIONS[i]))),
         )  # fmt: skip
         assert made[problem.id]["text"] == read_answer(alone.text) != ""
         assert made[problem.id]["truncated"] == (alone.finish_reason == "length")
+
+
+def test_the_model_itself_answers_again(solver, problems, tmp_path):
+    words = ("--rewriter", "instruction:Be brief.", "--json")
+    document = json.loads(call(solver, problems, tmp_path / "p.jsonl", *words).stdout)
+    model = load(solver)
+    rewriter = InstructionRewriter(model, "Be brief.")
+    assert document["rewriter"] == rewriter.name
+    made = [r for r in lines(tmp_path / "p.jsonl.rewrites.jsonl") if "key" in r]
+    assert made
+    found = {problem.id: (i, problem) for i, problem in enumerate(load_task(problems))}
+    for record in made:
+        i, problem = found[record["problem"]]
+        alone = generate(
+            model, problem.prompt, system="Be brief.",
+            max_tokens=most_tokens(len(model.tokenizer.encode(SOLUTIONS[i]))),
+        )  # fmt: skip
+        assert record["text"] == alone.text
 
 
 def test_rewrites_from_a_file(solver, problems, tmp_path):
@@ -431,8 +449,9 @@ def test_what_endpoint_fields_hold_is_in_no_file(solver, problems, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rewriter", "magic"], "expected rules, mlx:MODEL"),
-        (["--rewriter", "mlx:"], "expected rules, mlx:MODEL"),
+        (["--rewriter", "magic"], "expected rules, instruction:TEXT"),
+        (["--rewriter", "instruction: "], "expected rules, instruction:TEXT"),
+        (["--rewriter", "mlx:"], "expected rules, instruction:TEXT"),
         (["--rewriter", "openai:nowhere"], "expected openai:URL#model"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "["], "is not JSON"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "[" * 99999], "is not JSON"),

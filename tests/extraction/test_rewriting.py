@@ -56,7 +56,11 @@ Therefore, the change is \(\boxed{9}\)."""
 def originals(count=3, steps=3):
     return [
         Original(
-            f"t-{i}", f"Question {i}?", "\n\n".join(f"{c}{i}." for c in "ABCDEFGHI"[:steps]), 9
+            f"t-{i}",
+            f"Question {i}?",
+            "\n\n".join(f"{c}{i}." for c in "ABCDEFGHI"[:steps]),
+            9,
+            f"Question {i}?\n\nUse a box.",
         )
         for i in range(count)
     ]
@@ -230,6 +234,28 @@ def test_a_local_model_is_asked_for_every_rewrite(hf_folder):
     for index, original in enumerate(originals()):
         alone = generate(model, tokenizer, request(original), system=SYSTEM, max_tokens=9 + 2 + 64)
         assert found[index] == Rewrite(read_answer(alone.text), alone.finish_reason == "length")
+
+
+def test_the_target_answers_again_under_an_instruction(hf_folder):
+    from mlx_densesteer.extraction.rewriting.model import InstructionRewriter
+    from mlx_densesteer.generation.stream import generate
+    from mlx_densesteer.model.model import load
+
+    model = load(hf_folder)
+    model.network.set_dtype(mx.float32)
+    names = []
+    for system, whole in ((None, "Be brief."), ("Count.", "Count.\n\nBe brief.")):
+        rewriter = InstructionRewriter(model, "Be brief.", system=system, rows=2)
+        names.append(rewriter.name)
+        found = dict(rewriter.rewrite(originals()))
+        assert sorted(found) == [0, 1, 2]
+        for index, original in enumerate(originals()):
+            alone = generate(model, original.prompt, system=whole, max_tokens=9 + 2 + 64)
+            assert found[index] == Rewrite(alone.text, alone.finish_reason == "length")
+    names.append(InstructionRewriter(model, "Be short.").name)
+    assert len(set(names)) == 3 and names[0].startswith("instruction:Be brief. ")
+    too_long = Original("t", "?", "A.\n\nB.", 9, "word " * model.context)
+    assert dict(rewriter.rewrite([too_long])) == {0: None}
 
 
 def test_each_precision_of_a_model_is_another_rewriter(hf_folder):

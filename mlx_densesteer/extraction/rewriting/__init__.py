@@ -46,12 +46,16 @@ _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.S)
 
 @dataclass(frozen=True)
 class Original:
-    """A correct response to make denser; ``tokens`` are those of the target's tokenizer."""
+    """A correct response to make denser; ``tokens`` are those of the target's tokenizer.
+
+    ``prompt`` is the user turn that it answers: the question, and what the task adds to it.
+    """
 
     id: str
     question: str
     response: str
     tokens: int
+    prompt: str
 
 
 @dataclass(frozen=True)
