@@ -15,7 +15,7 @@ from script import main
 from mlx_densesteer.bench.figures import Figure, Measurement, Tell, alternate, quiet, ratio, timed
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.demo.problems import calibration, draw_solution
-from mlx_densesteer.extraction.pairs import Solution, read_solutions
+from mlx_densesteer.evaluation.solutions import Solution, read_solutions
 from mlx_densesteer.extraction.train import Recipe, train
 from mlx_densesteer.model.model import find
 from mlx_densesteer.model.prompt import encode_prompt, encode_text

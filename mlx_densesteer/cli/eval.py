@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..evaluation.answers import Answer
-    from ..evaluation.condition import Baseline, Example
+    from ..evaluation.condition import Baseline
     from ..evaluation.scoring import Estimate, Score
+    from ..evaluation.solutions import Solution
     from ..evaluation.tasks import Problem
     from ..steering.request import Amount
     from ..steering.steering import Positions
@@ -159,14 +160,15 @@ def evaluate(
 
 def _read_examples(
     path: str | None, baselines: "Sequence[Baseline]", problems: "Sequence[Problem]"
-) -> "list[Example]":
+) -> "list[Solution]":
     """Return as many examples as the baselines take; refuse those that are among the problems."""
-    from ..evaluation.condition import check_apart, read_examples
+    from ..evaluation.condition import check_apart
+    from ..evaluation.solutions import read_solutions
 
     if path is None:
         return []
     most = max(one.number for one in baselines if one.kind == "few-shot")
-    examples = read_examples(path)[:most]
+    examples = read_solutions(path)[:most]
     check_apart(examples, problems)
     return examples
 

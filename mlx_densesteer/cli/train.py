@@ -103,7 +103,8 @@ def train(
     state = path.with_name(f"{path.name}.training")
 
     from ..evaluation.contamination import warn_of_test_problems
-    from ..extraction.pairs import read_pairs, read_solutions, warn_of_other_model
+    from ..evaluation.solutions import read_solutions
+    from ..extraction.pairs import read_pairs, warn_of_other_model
     from ..extraction.train import Recipe
     from ..extraction.train import train as run
     from ..model.model import load

@@ -226,13 +226,13 @@ def prompt_tokens(
         InputError, ContextError, ModelError: what the model's chat template or context cannot take.
     """
     system, question = condition.system(system), condition.question(problem)
-    texts = [text for example in condition.examples for text in example]
+    texts = [text for turn in condition.turns for text in turn]
     model.check_length(system, *texts, question, what=f"the prompt of {problem.id}")
     check_prompt(model.tokenizer, question, system=system)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    for example in condition.examples:
-        messages.append({"role": "user", "content": example.prompt})
-        messages.append({"role": "assistant", "content": example.response})
+    for asked, response in condition.turns:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": response})
     messages.append({"role": "user", "content": question})
     return encode_chat(model.tokenizer, render_chat(model.tokenizer, messages))
 

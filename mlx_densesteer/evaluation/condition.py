@@ -9,29 +9,21 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import read_jsonl
 from ..steering.steering import UNSTEERED, Steering
 from ..steering.vector import SteeringVector
 from ..text import one_line
+from .solutions import Solution
 from .tasks import Problem
 
 if TYPE_CHECKING:
     from ..generation.sampling import Sampling
 
 SPECS = "instruction:TEXT, prefix:TEXT, few-shot:N, random, random:SEED or budget:N"
-
-
-class Example(NamedTuple):
-    """An earlier turn of the conversation: what the user said, and the response."""
-
-    prompt: str
-    response: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Condition:
         name: in tables.
         steering: what is added to the residual stream.
         instruction: the system message; it follows the run's own system message, if there is one.
-        examples: turns before the question.
+        examples: turns before the question; their own system messages have no part.
         suffix: follows the question after a blank line.
         prefix: the response begins with it. It is part of the response: its tokens and steps count.
             For the steering's ``positions`` it is part of the prompt.
@@ -59,7 +51,7 @@ class Condition:
     name: str = ""
     steering: Steering | None = None
     instruction: str | None = None
-    examples: tuple[Example, ...] = ()
+    examples: tuple[Solution, ...] = ()
     suffix: str = ""
     prefix: str = ""
     sampling: "Sampling | None" = None
@@ -70,7 +62,7 @@ class Condition:
             raise InputError(
                 "a sampling without a seed: a run that goes on could not repeat it. Give it a seed."
             )
-        texts = [self.instruction or "", self.suffix, self.prefix, *sum(self.examples, ())]
+        texts = [self.instruction or "", self.suffix, self.prefix, *sum(self.turns, ())]
         if any(re.search("[\ud800-\udfff]", text) for text in texts):
             raise InputError(
                 f"{one_line(self.name)}: is not valid UTF-8 text; convert it to UTF-8."
@@ -82,12 +74,17 @@ class Condition:
         return given if isinstance(given, Condition) else cls(steering=given)
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """What the user said in each earlier turn, and the response."""
+        return tuple((one.prompt, one.response) for one in self.examples)
+
+    @property
     def fingerprint(self) -> str:
         """Identify the condition in a journal."""
         steering = self.steering.fingerprint if self.steering else UNSTEERED
         told = {
             "instruction": self.instruction,
-            "examples": self.examples,
+            "examples": self.turns,
             "suffix": self.suffix,
             "prefix": self.prefix,
             "sampling": self.sampling and [asdict(self.sampling), self.number],
@@ -154,7 +151,7 @@ class Baseline(NamedTuple):
             return cls(spec, kind, number=int(rest))
         raise InputError(f"baseline {one_line(spec)}: expected {SPECS}, with N of at least 1.")
 
-    def condition(self, steering: Steering | None, examples: Sequence[Example] = ()) -> Condition:
+    def condition(self, steering: Steering | None, examples: Sequence[Solution] = ()) -> Condition:
         """Return the condition, for a run with this steering and these examples.
 
         Raises:
@@ -193,27 +190,7 @@ def random_like(vector: SteeringVector, seed: int = 0) -> SteeringVector:
     return SteeringVector(layers, vector.meta, name=f"random:{seed}")
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """Return the examples of a JSONL file of pairs or solutions, in its order.
-
-    The user turn is ``prompt``; the response is ``positive`` or ``response``.
-
-    Raises:
-        InputError: no file, or a line that is none; the message has its number.
-    """
-    examples = []
-    for number, fields in read_jsonl(Path(path).expanduser()):
-        texts = fields.get("prompt"), fields.get("positive", fields.get("response"))
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise InputError(
-                f"{path}: line {number}: expected the texts `prompt`, and `positive` or `response`, none "
-                "of them empty. Name a file of pairs or solutions."
-            )
-        examples.append(Example(*texts))
-    return examples
-
-
-def check_apart(examples: Iterable[Example], problems: Iterable[Problem]) -> None:
+def check_apart(examples: Iterable[Solution], problems: Iterable[Problem]) -> None:
     """Raise ``InputError`` if an example is one of the problems."""
     asked = {
         text.strip(): problem for problem in problems for text in (problem.prompt, problem.question)

@@ -19,15 +19,17 @@ import numpy as np
 from mlx.optimizers import Adam
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import InputError, ModelError, SteeringError
+from ..errors import InputError, ModelError
+from ..evaluation.solutions import Solution
 from ..files import atomic_path, disk_errors, parse_object
 from ..model.gradient import response_log_likelihood, stream_below
 from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
 from ..model.residual import check_layers
+from ..steering.steering import check_positions
 from ..steering.vector import Positions, SteeringVector, VectorMeta
 from .extract import encode_response
-from .pairs import Pair, Solution, pairs_sha256
+from .pairs import Pair, pairs_sha256
 
 Loss = Literal["sft", "bipo"]
 FORMAT = "mlx-densesteer training 1"
@@ -70,10 +72,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.loss not in get_args(Loss):
             raise InputError(f"loss {self.loss!r}: expected one of {', '.join(get_args(Loss))}.")
-        if self.positions not in get_args(Positions):
-            raise SteeringError(
-                f"positions {self.positions!r}: expected one of {', '.join(get_args(Positions))}."
-            )
+        check_positions(self.positions)
         for name in ("epochs", "batch_tokens", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1.")

@@ -23,6 +23,13 @@ LARGE_DOSE_WARNING = (
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 
 
+def check_positions(positions: str) -> None:
+    """Raise ``SteeringError`` unless it is one of ``Positions``."""
+    if positions not in get_args(Positions):
+        expected = ", ".join(get_args(Positions))
+        raise SteeringError(f"positions {positions!r}: expected one of {expected}.")
+
+
 @dataclass(frozen=True)
 class Steering:
     """Add ``lambda * v_l`` to the residual stream at the output of some decoder blocks.
@@ -59,10 +66,7 @@ class Steering:
     _deltas: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.positions not in get_args(Positions):
-            raise SteeringError(
-                f"positions {self.positions!r}: expected one of {', '.join(get_args(Positions))}."
-            )
+        check_positions(self.positions)
         strength = float(self.strength)
         if not math.isfinite(strength):
             raise SteeringError(f"strength {self.strength}: expected a finite number.")

@@ -12,13 +12,12 @@ from mlx_densesteer.evaluation.answers import Answer, answer, journal_header, pr
 from mlx_densesteer.evaluation.condition import (
     Baseline,
     Condition,
-    Example,
     check_apart,
     random_like,
-    read_examples,
 )
 from mlx_densesteer.evaluation.journal import Journal
 from mlx_densesteer.evaluation.scoring import evaluate
+from mlx_densesteer.evaluation.solutions import Solution, read_solutions
 from mlx_densesteer.evaluation.tasks import Problem
 from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.model.likelihood import nll
@@ -28,7 +27,7 @@ PROBLEMS = [
     Problem(f"p-{i}", text, text, gold, "number")
     for i, (text, gold) in enumerate([("What is 1 + 1?", "2"), ("And 30 / 5?", "6")])
 ]
-EXAMPLES = (Example("Two and 2?", "2 + 2 = 4.\n\n#### 4"), Example("3 * 3?", "#### 9"))
+EXAMPLES = (Solution("Two and 2?", "2 + 2 = 4.\n\n#### 4"), Solution("3 * 3?", "#### 9"))
 TOKENS = 12
 
 
@@ -79,10 +78,9 @@ def test_a_problem_is_asked_as_the_condition_says(model, system):
     assert plain == encode_prompt(tokenizer, problem.prompt, system=system)
     whole = Condition(instruction="Be brief.", examples=EXAMPLES, suffix="Use 9.", prefix="So")
     first = "You solve.\n\nBe brief." if system else "Be brief."
-    turns = [
-        ("system", first),
-        *zip(["user", "assistant"] * 2, EXAMPLES[0] + EXAMPLES[1], strict=True),
-    ]
+    turns = [("system", first)]
+    for one in EXAMPLES:
+        turns += [("user", one.prompt), ("assistant", one.response)]
     turns.append(("user", "What is 1 + 1?\n\nUse 9."))
     text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
     found = prompt_tokens(model, problem, whole, system)
@@ -205,25 +203,33 @@ def test_a_random_direction_has_the_norm_and_the_place_of_the_steering(steering)
 
 def test_examples_of_pairs_and_of_solutions(tmp_path):
     file = tmp_path / "e.jsonl"
-    lines = [{"prompt": "a?", "positive": "b", "negative": "c"}, {"prompt": "d?", "response": "e"}]
+    lines = [
+        {"prompt": "a?", "positive": "b", "negative": "c"},
+        {"prompt": "d?", "response": "e"},
+        {"question": "g?", "answer": "4/2=<<4/2=2>>2\n#### 2"},
+    ]
     file.write_text("\n".join(map(json.dumps, lines)))
-    examples = read_examples(file)
-    assert examples == [Example("a?", "b"), Example("d?", "e")]
-    with pytest.raises(InputError, match="few-shot:3: there are 2 examples"):
-        Baseline.parse("few-shot:3").condition(None, examples)
+    examples = read_solutions(file)
+    assert examples == [
+        Solution("a?", "b"),
+        Solution("d?", "e"),
+        Solution("g?", "4/2=2\n#### 2"),
+    ]
+    with pytest.raises(InputError, match="few-shot:4: there are 3 examples"):
+        Baseline.parse("few-shot:4").condition(None, examples)
     check_apart(examples, PROBLEMS)
     with pytest.raises(InputError, match="example 2 is p-1, which is among the problems"):
-        check_apart([examples[0], Example("And 30 / 5? ", "6")], PROBLEMS)
+        check_apart([examples[0], Solution("And 30 / 5? ", "6")], PROBLEMS)
     for bad in (
         {"prompt": "a?"},
         {"prompt": " ", "positive": "b"},
         {"prompt": "a?", "response": 4},
     ):
         file.write_text(json.dumps(bad))
-        with pytest.raises(InputError, match="line 1: expected the texts `prompt`, and"):
-            read_examples(file)
+        with pytest.raises(InputError, match="line 1: "):
+            read_solutions(file)
     with pytest.raises(InputError, match="cannot be read"):
-        read_examples(tmp_path / "none.jsonl")
+        read_solutions(tmp_path / "none.jsonl")
 
 
 # what is compared

@@ -9,9 +9,10 @@ from helpers import every_third_ends_a_step
 from mlx.utils import tree_flatten
 
 from mlx_densesteer.errors import InputError, ModelError
+from mlx_densesteer.evaluation.solutions import Solution, read_solutions
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.extraction import train as training
-from mlx_densesteer.extraction.pairs import Pair, Solution, read_pairs, read_solutions
+from mlx_densesteer.extraction.pairs import Pair, read_pairs
 from mlx_densesteer.extraction.train import Recipe, train
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.gradient import response_log_likelihood, stream_below

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from ...evaluation.solutions import POSITIVE, text_of
 from ...files import read_jsonl, whole_characters
-from ..pairs import text_of
 from . import Original, Rewrite
 
-_REWRITE = ("rewrite", "positive", "pos_response", "resp_after")
+_REWRITE = ("rewrite", *POSITIVE)
 
 
 class FileRewriter:
