@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
     from ..distributed.ranks import Ranks
     from ..evaluation.answers import Answer
+    from ..evaluation.recommendation import Unproven
     from ..evaluation.sweep import GridRow, Setting, Sweep
     from ..extraction.calibrate import Calibration
     from ..extraction.pairs import Pair
     from ..model.model import Model
+    from ..steering.request import Amount
     from ..steering.steering import Positions
     from ..steering.vector import SteeringVector
 
@@ -143,30 +145,14 @@ def sweep(
 
     from .. import demo
     from ..files import atomic_file, disk_errors, file_to_replace
-    from ..steering.request import Amount, joined
 
     steering_vector = read_vector(vector)
     if write and vector == demo.NAME:
         raise click.UsageError("--write: the embedded vector cannot be changed; extract your own.")
     if write:
         file_to_replace(Path(vector))
-    if strengths and (kl or pairs):
-        raise click.UsageError(
-            "--strengths goes without --kl and --pairs, which find the strengths."
-        )
-    if not pairs and _given("best"):
-        raise click.UsageError("--best chooses among calibrated settings: add --pairs FILE.")
-    if not (strengths or kl or pairs):
-        raise click.UsageError(
-            "nothing to sweep: name strengths (--strengths=10%,20%), or pairs to calibrate with (--pairs "
-            "FILE)."
-        )
+    amounts = _amounts(strengths, kl, pairs)
     chosen = read_layer_sets(layers, steering_vector)
-    amounts = [Amount.parse(part) for part in (strengths or "0").split(",")]
-    if kl or pairs:
-        amounts = [Amount(target, "kl") for target in read_kl(kl or "0.05,0.1,0.2")]
-    if not any(amount.number for amount in amounts):
-        raise click.UsageError("nothing to sweep: name at least one strength other than 0.")
     held_out = _read_pairs(pairs, steering_vector) if pairs else []
     problems, about = load_problems(
         task, split=split, skip=skip, limit=limit, revision=revision, calibration=True
@@ -226,6 +212,7 @@ def sweep(
         result = run(loaded, problems, settings, margin=margin, **options)
     if not ranks.speaks:
         return
+    unproven = result.recommendation.unproven
     document: dict[str, object] = {
         **about,
         "model": info.name,
@@ -238,16 +225,8 @@ def sweep(
         "rows": [row.describe() for row in result.rows],
         "recommendation": asdict(result.recommendation),
         "calibration": found and found.describe(),
-        "next": None,
+        "next": unproven and _confirming(unproven, len(problems), where),
     }
-    if (unproven := result.recommendation.unproven) is not None:
-        words = ["densesteer", "sweep", "-m", model, "-v", vector]
-        words += ["-l", joined(unproven.layers), f"--strengths={unproven.strength!r}"]
-        words += ["--skip", str(skip + len(problems)), "--limit", str(unproven.problems_needed)]
-        if where != "all" or _given("positions"):
-            words += ["--positions", where]
-        words += ["-o", f"{folder}-confirm", *_same(), task]
-        document["next"] = shlex.join(words)
     with atomic_file(folder / "table.json") as file:
         file.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode())
     _draw(folder, result)
@@ -288,21 +267,52 @@ def _check_folder(folder: Path, subject: dict[str, object]) -> None:
         )
 
 
+def _amounts(strengths: str | None, kl: str | None, pairs: str | None) -> "list[Amount]":
+    """Return the strengths to try: those that are named, or those at some KL."""
+    from ..steering.request import Amount
+
+    if strengths and (kl or pairs):
+        raise click.UsageError(
+            "--strengths goes without --kl and --pairs, which find the strengths."
+        )
+    if not pairs and _given("best"):
+        raise click.UsageError("--best chooses among calibrated settings: add --pairs FILE.")
+    if kl or pairs:
+        return [Amount(target, "kl") for target in read_kl(kl or "0.05,0.1,0.2")]
+    if not strengths:
+        raise click.UsageError(
+            "nothing to sweep: name strengths (--strengths=10%,20%), or pairs to calibrate with (--pairs "
+            "FILE)."
+        )
+    amounts = [Amount.parse(part) for part in strengths.split(",")]
+    if not any(amount.number for amount in amounts):
+        raise click.UsageError("nothing to sweep: name at least one strength other than 0.")
+    return amounts
+
+
 def _given(option: str) -> bool:
     """Tell whether the command line names an option of this command."""
     source = click.get_current_context().get_parameter_source(option)
     return source is ParameterSource.COMMANDLINE
 
 
-def _same() -> list[str]:
-    """Return the options of this command that a confirming sweep takes over, where they were given."""
+def _confirming(unproven: "Unproven", problems: int, where: "Positions") -> str:
+    """Return the command that tries the best visible setting on the problems after these."""
+    from ..steering.request import joined
+
+    params = click.get_current_context().params
+    words = ["densesteer", "sweep", "-m", params["model"], "-v", params["vector"]]
+    words += ["-l", joined(unproven.layers), f"--strengths={unproven.strength!r}"]
+    words += ["--skip", str(params["skip"] + problems), "--limit", str(unproven.problems_needed)]
+    if where != "all" or _given("positions"):
+        words += ["--positions", where]
+    words += ["-o", f"{Path(params['out'])}-confirm"]
     kept = {"split": "--split", "revision": "--revision", "max_tokens": "-n", "rows": "--rows",
             "system": "--system", "margin": "--margin"}  # fmt: skip
-    words, params = [], click.get_current_context().params
     for name, option in kept.items():
         if _given(name):
             words += [option, str(params[name])]
-    return words + ["--no-nll"] * bool(params["no_nll"])
+    return shlex.join([*words, *["--no-nll"] * bool(params["no_nll"]), params["task"]])
 
 
 def _read_pairs(file: str, vector: "SteeringVector") -> "list[Pair]":

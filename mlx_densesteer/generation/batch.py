@@ -347,8 +347,8 @@ def generate_batch(
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
     Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
-    whole batch. A beginning of ``SHARED`` tokens or more that prompts under one steering have in common
-    is read once, and its time divided among them.
+    whole batch. A beginning of ``SHARED`` tokens or more that several prompts have in common is read once
+    if it is unsteered or steered alike, and its time divided among them.
 
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.
@@ -394,7 +394,7 @@ def generate_batch(
 
 @dataclass(eq=False)
 class _Beginning:
-    """The first tokens of several prompts under one steering; ``caches`` once they are read.
+    """The first tokens of several prompts, read alike; ``caches`` once they are read.
 
     ``rows`` prompts have it, ``left`` of them are still to be added.
     """
@@ -422,11 +422,16 @@ class _Prompt:
     sampling: Sampling
     beginning: _Beginning | None = None
 
+    @property
+    def shared_length(self) -> int:
+        """The tokens of its beginning, so that those of one beginning stay together; else all."""
+        return len(self.beginning.tokens if self.beginning else self.tokens)
+
 
 def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
-    """Give a beginning to the jobs of one steering whose prompts begin alike."""
-    prints = {id(job.steering): job.steering for job in jobs}
-    prints = {key: one.fingerprint if one else UNSTEERED for key, one in prints.items()}
+    """Give a beginning to the jobs whose prompts begin alike and are read under the same steering."""
+    distinct = {id(job.steering): job.steering for job in jobs}
+    prints = {key: _read_under(steering) for key, steering in distinct.items()}
     ordered = sorted(jobs, key=lambda job: (prints[id(job.steering)], job.tokens))
     alike, depth = ordered[:1], 0
     for job in [*ordered[1:], None]:
@@ -445,6 +450,13 @@ def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
         alike = [job]
 
 
+def _read_under(steering: Steering | None) -> str:
+    """Identify what all prompt tokens but the last are read under."""
+    if steering is None or steering.positions in ("generated", "steps"):
+        return UNSTEERED
+    return steering.fingerprint
+
+
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many first tokens are equal, without the last token of either."""
     length = min(len(a), len(b)) - 1
@@ -461,13 +473,15 @@ def _run(
 ) -> Generator[tuple[int, Generation], None, None]:
     if seed is not None:
         mx.random.seed(seed)
-    waiting = iter(jobs)  # added when there is room: each row's steering takes memory
+    # Prompts that are read together are padded to the longest: so those of one length follow each other.
+    order = sorted(range(len(jobs)), key=lambda number: -jobs[number].shared_length)
+    waiting = iter(order)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
         held: set[_Beginning] = set()
         while True:
-            for job in islice(waiting, rows - batch.running):
-                _add(batch, model, job, stop, held)
+            for number in islice(waiting, rows - batch.running):
+                _add(batch, model, jobs[number], stop, held)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
@@ -475,7 +489,7 @@ def _run(
                 steps += 1
                 if steps % TOLD_EVERY == 0:
                     progress(batch.tokens)
-            yield from ((piece.row, piece.result) for piece in pieces if piece.result)
+            yield from ((order[piece.row], piece.result) for piece in pieces if piece.result)
 
 
 def _add(
