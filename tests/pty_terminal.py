@@ -67,6 +67,9 @@ class Terminal:
         until = time.monotonic() + 30
         while self.pump():
             assert time.monotonic() < until, self.text
+        while self.process.isalive():  # its output has ended; `close` would kill it after 0.1 s
+            assert time.monotonic() < until, self.text
+            time.sleep(0.02)
         self.process.close()
         status = self.process.exitstatus
         return -self.process.signalstatus if status is None else status

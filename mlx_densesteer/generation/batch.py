@@ -423,9 +423,10 @@ class _Prompt:
     beginning: _Beginning | None = None
 
     @property
-    def shared_length(self) -> int:
-        """The tokens of its beginning, so that those of one beginning stay together; else all."""
-        return len(self.beginning.tokens if self.beginning else self.tokens)
+    def lengths(self) -> tuple[int, int]:
+        """Of its beginning, or of all without one, so that those of one beginning stay together; of all."""
+        first = self.beginning.tokens if self.beginning else self.tokens
+        return len(first), len(self.tokens)
 
 
 def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
@@ -474,7 +475,7 @@ def _run(
     if seed is not None:
         mx.random.seed(seed)
     # Prompts that are read together are padded to the longest: so those of one length follow each other.
-    order = sorted(range(len(jobs)), key=lambda number: -jobs[number].shared_length)
+    order = sorted(range(len(jobs)), key=lambda number: jobs[number].lengths, reverse=True)
     waiting = iter(order)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:

@@ -253,7 +253,7 @@ def test_it_moves_the_gguf_checkpoint_as_run_time_steering_moves_it_here(real_mo
     steering = at_every_layer(random, 0.5)
     ours = reference(model, tokens, steering)
     export_vector(random, tmp_path / "v.gguf")
-    (file,) = checkpoint_cache().glob("*Q4_K_M.gguf")
+    (file,) = checkpoint_cache().glob("*-0.5B-*Q4_K_M.gguf")
     with LlamaCpp(file) as theirs:
         assert theirs.tokenize("It's 1234.\n\nOK") == tokenizer.encode("It's 1234.\n\nOK")
         plain = theirs.logits(tokens)

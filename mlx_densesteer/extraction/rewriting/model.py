@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from ...errors import ContextError
+from ...evaluation.condition import Condition
 from ...files import whole_characters
 from ...generation.batch import ROWS, generate_batch
 from ...model.config import origin
@@ -55,7 +56,7 @@ class InstructionRewriter:
         self, model: Model, instruction: str, *, system: str | None = None, rows: int = ROWS
     ):
         self._model, self._rows = model, rows
-        self._system = f"{system}\n\n{instruction}" if system else instruction
+        self._system = Condition(instruction=instruction).system(system) or instruction
         digest = hashlib.sha256(self._system.encode()).hexdigest()[:16]
         self.name = f"instruction:{one_line(instruction)} {digest} {_told(model)}"
 
