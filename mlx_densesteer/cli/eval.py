@@ -64,6 +64,12 @@ if TYPE_CHECKING:
     "--no-unsteered", is_flag=True, help="Leave out strength 0, and the comparison with it."
 )
 @no_nll_option
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw accuracy against tokens of every way to answer; needs the extra plot.",
+)
 @json_option
 @click.argument("task", shell_complete=completers.tasks)
 def evaluate(
@@ -84,6 +90,7 @@ def evaluate(
     examples: str | None,
     no_unsteered: bool,
     no_nll: bool,
+    plot: Path | None,
     as_json: bool,
     task: str,
 ) -> None:
@@ -96,6 +103,10 @@ def evaluate(
     """
     from ..evaluation.condition import Baseline
 
+    if plot is not None:
+        from ..evaluation.plot import check_matplotlib
+
+        check_matplotlib()
     request = read_steering(vector, strength, layers, positions)
     baselines = [Baseline.parse(spec) for spec in specs]
     kinds = {baseline.kind for baseline in baselines}
@@ -155,6 +166,11 @@ def evaluate(
     groups = by_steering(answers)
     for name, condition in conditions.items():
         _tell_disagreements(_short(name), list(groups[condition.fingerprint].values()))
+    if plot is not None:
+        from ..evaluation.plot import plot_scores
+
+        plot_scores(scores, plot)
+        note(f"drew {plot}")
     note(f"every answer is in {path}")
 
 

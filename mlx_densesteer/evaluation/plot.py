@@ -1,4 +1,4 @@
-"""Pictures of a sweep: a heat map over layers and strengths, and curves. Extra ``plot``.
+"""Pictures of a sweep, a heat map over layers and strengths and curves, and of an evaluation. Extra ``plot``.
 
 Figures are made without pyplot, so that no backend or style of the caller is touched.
 """
@@ -14,13 +14,15 @@ import numpy as np
 from ..errors import InputError, install_command
 from ..files import atomic_file
 from ..steering.request import joined
-from ..text import signed_dose
+from ..text import one_line, signed_dose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import FuncNorm
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+    from .scoring import Estimate, Score
 
 Row = Mapping[str, Any]
 Layers = tuple[int, ...]
@@ -63,18 +65,74 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
             one, no steered row, or a setting that is there twice.
         DiskError: the folder is missing or cannot be written.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"pictures need matplotlib: {install_command('plot')}") from error
+    check_matplotlib()
     grid = _arrange(table)
     pictures = {"heatmap.png": _heatmap(grid), "curves.png": _curves(grid)}
     paths = []
     for name, figure in pictures.items():
-        with atomic_file(folder / name) as file:
-            figure.savefig(file, format="png", dpi=_DPI)
         paths.append(folder / name)
+        _save(figure, paths[-1])
     return paths
+
+
+def plot_scores(scores: "Mapping[str, Score]", path: Path) -> None:
+    """Draw accuracy against tokens of every condition (``scoring.evaluate``) into a PNG file.
+
+    Bars are the 95 % intervals; dashed lines go through the unsteered condition, where there is one.
+
+    Raises:
+        InputError: matplotlib (extra ``plot``) is not installed, or no scores.
+        DiskError: the file cannot be written.
+    """
+    check_matplotlib()
+    if not scores:
+        raise InputError("no scores to draw: expected at least one condition.")
+    _save(_scatter(scores), path)
+
+
+def check_matplotlib() -> None:
+    """Raise ``InputError`` without matplotlib (extra ``plot``)."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"pictures need matplotlib: {install_command('plot')}") from error
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
+
+
+def _scatter(scores: "Mapping[str, Score]") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, score) in enumerate(scores.items()):
+        style = _line_style(index, len(scores))
+        accuracy, tokens = score.accuracy, score.tokens
+        if name == "unsteered":
+            style = {**style, "color": "#555555"}
+            axes.axhline(
+                100 * accuracy.value, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0
+            )
+            axes.axvline(tokens.value, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
+        axes.errorbar(
+            tokens.value, 100 * accuracy.value,
+            xerr=_reach(tokens), yerr=100 * _reach(accuracy),
+            capsize=2, elinewidth=0.8, label=one_line(name, 48), **style,
+        )  # fmt: skip
+    axes.set(xlabel="Tokens per response", ylabel="Accuracy (%)")
+    axes.set_title(f"{next(iter(scores.values())).problems} problems; bars: 95 % intervals")
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=1 if len(scores) < 3 else 2)
+    return figure
+
+
+def _reach(one: "Estimate") -> np.ndarray:
+    """Return how far an interval reaches below and above its value, ``(2, 1)``."""
+    return np.clip([[one.value - one.low], [one.high - one.value]], 0, None)
 
 
 @dataclass(frozen=True)

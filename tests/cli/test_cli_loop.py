@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import get_args
 
 import pytest
@@ -32,6 +34,13 @@ def run(tmp_path, monkeypatch):
 
 def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
+def test_a_missing_plot_extra_is_told_before_anything_is_answered(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = run("eval", "-m", "demo", "demo", *FEW, "--plot", "a.png", code=1)
+    assert "pictures need matplotlib" in refused.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
@@ -83,8 +92,10 @@ def test_eval_compares_baselines_in_the_same_table(run, tmp_path):
     assert [row for row in rows if row.endswith("- steered")] == [
         f"{name} - steered" for name in specs
     ]
-    document = json.loads(run(*words, *given, "--examples", examples, "--json").stdout)
+    plot = ("--plot", "a.png") if find_spec("matplotlib") else ()
+    document = json.loads(run(*words, *given, "--examples", examples, "--json", *plot).stdout)
     assert list(document["scores"]) == names
+    assert (tmp_path / "a.png").exists() == bool(plot)
     prints = {one["steering"] for one in records(tmp_path / "eval-demo-demo.jsonl")}
     assert len(prints) == 6
     described = document["baselines"]

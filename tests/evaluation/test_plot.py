@@ -11,7 +11,8 @@ import pytest
 from helpers import ROOT, disk_of
 
 from mlx_densesteer.errors import DiskError, InputError, install_command
-from mlx_densesteer.evaluation.plot import plot_sweep
+from mlx_densesteer.evaluation.plot import plot_scores, plot_sweep
+from mlx_densesteer.evaluation.scoring import Estimate, Score
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_full_disk_leaves_no_picture(matplotlib, tmp_path):
 
 def test_layers_that_are_steered_together_are_a_row(matplotlib, tmp_path, monkeypatch):
     table = [row(None, 0.0), row((4, 12), 0.5), row((4,), 0.5), row((12,), 0.5)]
-    heat, curves = figures(monkeypatch, table, tmp_path)
+    heat, curves = figures(monkeypatch, plot_sweep, table, tmp_path)
     assert [t.get_text() for t in heat.axes[0].get_yticklabels()] == ["4", "4+12", "12"]
     texts = [t.get_text() for t in curves.legends[0].get_texts()]
     assert texts == ["unsteered", "layer 4", "layer 4+12", "layer 12"]
@@ -82,23 +83,23 @@ def test_two_pictures(matplotlib, tmp_path):
     assert [path.read_bytes() for path in plot_sweep(TABLE, tmp_path)] == before
 
 
-def figures(monkeypatch, table, folder):
-    """Return the two figures as they are when they are written."""
+def figures(monkeypatch, draw, *arguments):
+    """Return the figures as they are when they are written."""
     from matplotlib.figure import Figure
 
     kept, real = [], Figure.savefig
 
-    def savefig(self, *arguments, **options):
+    def savefig(self, *where, **options):
         kept.append(self)
-        real(self, *arguments, **options)
+        real(self, *where, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    plot_sweep(table, folder)
+    draw(*arguments)
     return kept
 
 
 def test_every_value_is_written_into_its_cell(matplotlib, monkeypatch, tmp_path):
-    heatmap, _ = figures(monkeypatch, TABLE, tmp_path)
+    heatmap, _ = figures(monkeypatch, plot_sweep, TABLE, tmp_path)
     accuracy, steps, tokens, nll = heatmap.axes[:4]
     cells = {t.get_position(): t.get_text() for t in accuracy.texts}
     assert cells == {  # layer 12 above layer 4, strengths -2, 0, 0.5, 8
@@ -113,7 +114,7 @@ def test_every_value_is_written_into_its_cell(matplotlib, monkeypatch, tmp_path)
 
 
 def test_the_unsteered_value_has_the_neutral_colour(matplotlib, monkeypatch, tmp_path):
-    heatmap, _ = figures(monkeypatch, TABLE, tmp_path)
+    heatmap, _ = figures(monkeypatch, plot_sweep, TABLE, tmp_path)
     for axes, value in zip(heatmap.axes[:4], (0.8, 5.0, 80.0, 0.1), strict=True):
         [image] = axes.images
         assert image.norm(value) == pytest.approx(0.5)
@@ -123,7 +124,7 @@ def test_the_unsteered_value_has_the_neutral_colour(matplotlib, monkeypatch, tmp
 
 
 def test_curves(matplotlib, monkeypatch, tmp_path):
-    _, curves = figures(monkeypatch, TABLE, tmp_path)
+    _, curves = figures(monkeypatch, plot_sweep, TABLE, tmp_path)
     accuracy, _, tokens, _ = curves.axes
     lines = {line.get_label(): line for line in tokens.lines}
     assert set(lines) == {"unsteered", "layer 4", "layer 12"}
@@ -143,7 +144,7 @@ def test_figures_that_are_missing(matplotlib, monkeypatch, tmp_path):
         row(4, 1.0, nll=None, tokens=math.nan),
         row(5, 2.0, nll=None),
     ]
-    heatmap, curves = figures(monkeypatch, table, tmp_path)
+    heatmap, curves = figures(monkeypatch, plot_sweep, table, tmp_path)
     assert not heatmap.axes[3].texts
     assert {t.get_position() for t in heatmap.axes[0].texts} == {
         (0, 0), (1, 0), (0, 1), (2, 1)
@@ -164,7 +165,7 @@ def test_doses_share_their_columns(matplotlib, monkeypatch, tmp_path, norms, lab
         for layer, norm in norms.items()
         for dose in (-0.1, 0.3)
     ]
-    heatmap, _ = figures(monkeypatch, table, tmp_path)
+    heatmap, _ = figures(monkeypatch, plot_sweep, table, tmp_path)
     assert [t.get_text() for t in heatmap.axes[0].get_xticklabels()] == labels
     assert heatmap.axes[0].get_xlabel() == unit
     assert len(heatmap.axes[0].texts) == 3 * len(norms)
@@ -192,10 +193,45 @@ def test_a_missing_folder(matplotlib, tmp_path):
         plot_sweep(TABLE, tmp_path / "none")
 
 
-def test_without_matplotlib(monkeypatch, tmp_path):
+def scored(accuracy, tokens):
+    """A score of 40 problems; ``accuracy`` and ``tokens`` are value, low, high."""
+    return Score(
+        problems=40, correct=20, accuracy=Estimate(*accuracy), steps=Estimate(5, 4, 6), tokens=Estimate(*tokens), density=20.0,
+        nll=None, nll_count=0, truncated=0, disagreements=0, seconds=1.0,
+    )  # fmt: skip
+
+
+def test_scores_are_drawn_with_both_intervals(matplotlib, monkeypatch, tmp_path):
+    scores = {
+        "unsteered": scored((0.5, 0.35, 0.65), (300, 280, 325)),
+        "steered": scored((0.6, 0.45, 0.73), (230, 210, 250)),
+        "instruction:" + 60 * "a": scored((0.4, 0.27, 0.55), (120, 110, 130)),
+    }
+    [figure] = figures(monkeypatch, plot_scores, scores, tmp_path / "scores.png")
+    assert pixels(tmp_path / "scores.png").shape[2] == 4
+    [axes] = figure.axes
+    points = [c for c in axes.containers if type(c).__name__ == "ErrorbarContainer"]
+    assert [(c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in points] == [
+        (300, 50), (230, 60), (120, 40),
+    ]  # fmt: skip
+    across, up = points[0][2]
+    assert across.get_segments()[0].tolist() == [[280, 50], [325, 50]]
+    assert up.get_segments()[0].tolist() == [[300, 35], [300, 65]]
+    [legend] = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[:2] == ["unsteered", "steered"] and len(names[2]) <= 48
+
+
+def test_no_scores(matplotlib, tmp_path):
+    with pytest.raises(InputError, match="no scores"):
+        plot_scores({}, tmp_path / "scores.png")
+
+
+@pytest.mark.parametrize("draw", [plot_sweep, plot_scores])
+def test_without_matplotlib(monkeypatch, tmp_path, draw):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=re.escape(install_command("plot"))):
-        plot_sweep(TABLE, tmp_path)
+        draw(TABLE, tmp_path)
 
 
 def test_no_global_state_is_touched(matplotlib, tmp_path):
