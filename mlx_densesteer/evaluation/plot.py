@@ -56,7 +56,8 @@ def plot_sweep(table: Sequence[Row], folder: Path) -> list[Path]:
 
     Each row of the table is one setting (``sweep.GridRow.describe``): layers (``None`` for the unsteered
     row, of which there is one), dose, strength, problems, accuracy with accuracy_low and accuracy_high,
-    steps, tokens, density, nll. A figure that is ``None`` or not finite is left out of the pictures.
+    steps, tokens, density, nll. A figure that is ``None`` or not finite is left out of the pictures, and
+    its panel where no setting has it.
     The settings are shown by dose, with the strength below it where all layers share it; by strength
     where that takes fewer columns.
 
@@ -149,6 +150,11 @@ class _Grid:
     labels: list[str]
     unit: str  # what the columns are
 
+    def panels(self) -> list[_Panel]:
+        """Return the panels of which a setting has a figure."""
+        rows = [self.unsteered, *self.steered.values()]
+        return [p for p in _PANELS if any(math.isfinite(_number(row, p.key)) for row in rows)]
+
     def value(self, layers: Layers, column: float, key: str) -> float:
         """Return a figure of a setting, NaN where there is none."""
         row = self.unsteered if column == 0 else self.steered.get((layers, column), {})
@@ -204,12 +210,17 @@ def _heatmap(grid: _Grid) -> "Figure":
     width = max(4.2, 1.6 + 0.62 * len(grid.columns))
     height = max(2.2, 1.3 + 0.36 * len(grid.layers))
     figure = Figure(figsize=(2 * width, 2 * height + 0.5), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+    for axes, panel in _place(figure, grid.panels()):
         _heat_panel(axes, grid, panel)
     figure.suptitle(
         f"Every setting on {grid.unsteered['problems']} problems; white: as the unsteered model"
     )
     return figure
+
+
+def _place(figure: "Figure", panels: Sequence[_Panel]) -> "list[tuple[Axes, _Panel]]":
+    """Return the panels with their axes, two in a row."""
+    return [(figure.add_subplot(2, 2, 1 + at), panel) for at, panel in enumerate(panels)]
 
 
 def _heat_panel(axes: "Axes", grid: _Grid, panel: _Panel) -> None:
@@ -283,10 +294,9 @@ def _curves(grid: _Grid) -> "Figure":
 
     width = max(4.4, 1.4 + 0.45 * len(grid.columns))
     figure = Figure(figsize=(2 * width, 7.6), layout="constrained")
-    all_axes = list(figure.subplots(2, 2).flat)
-    for axes, panel in zip(all_axes, _PANELS, strict=True):
+    for axes, panel in _place(figure, grid.panels()):
         _curve_panel(axes, grid, panel)
-    handles, labels = all_axes[-1].get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     lines = math.ceil(len(labels) / int(1.6 * width))
     columns = math.ceil(len(labels) / lines)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

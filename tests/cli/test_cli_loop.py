@@ -8,28 +8,14 @@ from importlib.util import find_spec
 from typing import get_args
 
 import pytest
-from click.testing import CliRunner
 
 import mlx_densesteer as ds
 from mlx_densesteer import demo
-from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.steering.request import request
 
 FEW = ("--limit", "3", "-n", "96")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words, code=0):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
 
 
 def records(path):

@@ -7,27 +7,13 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
 from helpers import ROOT
 
-from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DiskError
 from mlx_densesteer.steering.vector import SteeringVector
 
 PAIRS = ROOT / "scripts" / "demo-pairs.jsonl"
 FAST = ("--epochs", "2", "--batch-tokens", "150", "--rate", "0.02", "-l", "4")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words, code=0):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
 
 
 def test_a_vector_is_trained_told_and_used(run, tmp_path):

@@ -145,11 +145,13 @@ def test_figures_that_are_missing(matplotlib, monkeypatch, tmp_path):
         row(5, 2.0, nll=None),
     ]
     heatmap, curves = figures(monkeypatch, plot_sweep, table, tmp_path)
-    assert not heatmap.axes[3].texts
+    titles = ["Accuracy (%)", "Steps per response", "Tokens per response"]
+    assert [axes.get_title() for axes in curves.axes] == titles  # no panel for an NLL
+    assert [axes.get_title() for axes in heatmap.axes if axes.get_title()] == titles
     assert {t.get_position() for t in heatmap.axes[0].texts} == {
         (0, 0), (1, 0), (0, 1), (2, 1)
     }  # no run at layer 4, strength 2  # fmt: skip
-    assert not any(len(line.get_xdata()) for line in curves.axes[3].lines)
+    assert [len(line.get_xdata()) for line in curves.axes[2].lines] == [2, 1, 2]
 
 
 @pytest.mark.parametrize(
