@@ -115,7 +115,12 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     default=1024,
     show_default=True,
     metavar="MIB",
-    help="Memory for the KV caches of earlier prompts; 0 keeps none.",
+    help="Memory for the KV caches of earlier prompts and answers; 0 keeps none.",
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Read earlier answers again, as a new server would: the same bits, but a later first token.",
 )
 @click.option(
     "--grace",
@@ -152,6 +157,7 @@ def serve(
     queue: int,
     max_tokens: int,
     prompt_cache: int,
+    exact: bool,
     grace: int,
     install_agent: bool,
     uninstall_agent: bool,
@@ -190,7 +196,7 @@ def serve(
 
     limits = ServerLimits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
     settings = Settings(model_id(model, name), limits, access, folder, is_strict())
-    service = start(model, given, settings, cache_bytes=prompt_cache * 2**20)
+    service = start(model, given, settings, cache_bytes=prompt_cache * 2**20, exact=exact)
     _tell_vectors(service.vectors, given)
     address = f"[{host}]" if ":" in host else host
     note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, GenerationBatch
 from mlx_lm.models.cache import KVCache
 
 from ..errors import InputError, SteeringError
@@ -58,13 +58,15 @@ class TokenLogprob(NamedTuple):
 class Piece:
     """New text of one row; the row's last piece has a ``result``.
 
-    ``logprobs``, if requested, are those of the tokens since the row's previous piece.
+    ``logprobs``, if requested, are those of the tokens since the row's previous piece. ``caches``, of the
+    last piece, hold what the row has read and decoded, the end of the answer included.
     """
 
     row: int
     text: str
     result: Generation | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    caches: Sequence[KVCache] = ()
 
 
 @dataclass(eq=False)
@@ -254,10 +256,7 @@ class Batch:
                 [self._inside[one.uid] for one in responses],
                 [(self._inside[one.uid], one.progress[0]) for one in reading],
             )
-            pieces = [
-                self._take(self._inside[one.uid], one.token, one.finish_reason, one.logprobs)
-                for one in responses
-            ]
+            pieces = [self._take(self._inside[one.uid], one) for one in responses]
             half_done.pop_all()
         return [piece for piece in pieces if piece.text or piece.result]
 
@@ -308,13 +307,15 @@ class Batch:
             return PREFILL_BESIDE
         return max(1, PREFILL_BESIDE // min(len(arriving), PREFILL_ROWS))
 
-    def _take(self, row: _Row, token: int, ended: str | None, logprobs: mx.array) -> Piece:
+    def _take(self, row: _Row, one: GenerationBatch.Response) -> Piece:
         self.tokens += 1
-        text = row.take(token, ended, logprobs)
+        text = row.take(one.token, one.finish_reason, one.logprobs)
         if row.reason is None:
             return Piece(row.number, text, logprobs=row.tell() if text else ())
-        self._drop(row, known=ended is not None)
-        return Piece(row.number, text, row.result(), row.tell())
+        known = one.finish_reason is not None
+        caches = one.prompt_cache if known else self._generator.extract_cache([row.uid])[row.uid][0]
+        self._drop(row, known=known)
+        return Piece(row.number, text, row.result(), row.tell(), caches)
 
     def _drop(self, row: _Row, *, known: bool = False) -> None:
         """Remove a row, from mlx-lm too unless it has ended the row itself (``known``)."""

@@ -1,8 +1,9 @@
 """``Session``: one conversation, whose steering can be changed between its turns.
 
-The next token is that of a new session with the same history and settings, bit for bit: ``prefix.py``
-reads every part in the same chunks. For this, the next question first reads the last answer once more,
-as a whole.
+A session reuses what it has read and decoded. So its next token is that of a new session with the same
+history and settings, unless the two likeliest tokens are closer than the rounding of matrix products of
+another shape. An exact session gives that token bit for bit: ``prefix.py`` reads every part in the same
+chunks, for which the next question first reads the last answer once more, as a whole.
 
 Not covered: several conversations at once (``batch.Batch``), and tools. Use a session on the thread
 that loaded the model.
@@ -75,6 +76,8 @@ class Session:
         context: how many tokens the conversation may have, by default the model's context.
         drop_oldest: when the context is full, forget the oldest turns, until a quarter of it is free;
             without it, ``send`` raises.
+        exact: answer as a new session with this history would, bit for bit. Every answer is then read once
+            more before the next question.
 
     Raises:
         VectorMismatchError, SteeringError, InputError: as in ``stream``.
@@ -96,16 +99,18 @@ class Session:
         kv_bits: int | None = None,
         context: int | None = None,
         drop_oldest: bool = False,
+        exact: bool = False,
     ):
         self.model = model
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
         self.stop, self.brake, self.drop_oldest = tuple(stop), brake, drop_oldest
-        self._context = context
+        self._context, self.exact = context, exact
         self.draft = draft
         if draft is not None:
             draft.check(model.tokenizer)
-        self.prefix = Prefix(model.network, keep_bytes=keep_bytes, kv_bits=kv_bits)
-        self._draft_prefix = Prefix(draft.model.network, kv_bits=kv_bits) if draft else None
+        options = {"kv_bits": kv_bits, "exact": exact}
+        self.prefix = Prefix(model.network, keep_bytes=keep_bytes, **options)
+        self._draft_prefix = Prefix(draft.model.network, **options) if draft else None
         self._turns: list[Turn] = []
         self._live: tuple[Reply, Turn | None] | None = None
         self.steer(steering)
@@ -241,8 +246,8 @@ class Session:
     def save(self, path: str | Path) -> Path:
         """Save the history, the settings and the steering vectors as one JSON file.
 
-        It does not hold ``draft``, ``brake``, ``keep_bytes``, ``kv_bits``, ``context`` and
-        ``drop_oldest``.
+        It does not hold ``draft``, ``brake``, ``keep_bytes``, ``kv_bits``, ``context``,
+        ``drop_oldest`` and ``exact``.
 
         Raises:
             SessionError: another kind of file has this name; it is kept.
@@ -314,6 +319,7 @@ class Session:
         if self._live is None or self._live[0] is not reply:
             return
         before, self._live = self._live[1], None
+        reply._stream.keep_decoded()
         result = reply.result
         if result.finish_reason == "interrupted" and not result.token_ids:
             if before is not None:

@@ -75,7 +75,7 @@ class Stream(Iterator[str]):
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
         self._sampler = sampler or sampling.sampler()
-        self._finish = "interrupted"
+        self._finish, self._interrupted = "interrupted", False
         steered = steering is not None and steering.strength != 0
         self._answer = PartialAnswer(model.tokenizer, brake if steered else None, stop)
         self._first_after = self._rate = 0.0
@@ -84,7 +84,23 @@ class Stream(Iterator[str]):
         self._pieces = self._generate()
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._interrupted = True  # perhaps within a step: some blocks are ahead of others
+            raise
+
+    def keep_decoded(self) -> None:
+        """Let the caches keep the answer, so that it need not be read again (``Prefix.keep_decoded``)."""
+        if self._interrupted:
+            return
+        tokens = (self._last, *self._answer.ids)
+        self._prefix.keep_decoded(tokens)
+        if self._draft is not None:
+            [chunk] = self._draft.chunks([Chunk(tokens)])
+            self._draft_prefix.keep_decoded(chunk.tokens)
 
     def close(self) -> None:
         """End the response now."""

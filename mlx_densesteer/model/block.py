@@ -33,10 +33,15 @@ class SteeredBlock(TransformerBlock):
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
     ) -> mx.array:
-        shift = getattr(cache, "shift", None)
-        if shift is None:
+        shift, unsteered = getattr(cache, "shift", None), getattr(cache, "unsteered", None)
+        if shift is None and unsteered is None:
             return super().__call__(x, mask, cache)
-        where = where_in(cache, cache.offset, x.shape[1])
+        offset = cache.offset
+        if shift is None:
+            h = super().__call__(x, mask, cache)
+            unsteered.append((offset, h))
+            return h
+        where = where_in(cache, offset, x.shape[1])
         cache.expecting = True
         try:
             r = self.self_attn(self.input_layernorm(x), mask, cache)
@@ -44,7 +49,11 @@ class SteeredBlock(TransformerBlock):
             cache.expecting = False
         h = x + r
         r = self.mlp(self.post_attention_layernorm(h))
-        return shift.add(h, r, where)
+        if unsteered is None:
+            return shift.add(h, r, where)
+        h = h + r
+        unsteered.append((offset, h))
+        return shift.add_alone(h, where)
 
 
 class SteeredQwen2Model(Qwen2Model):

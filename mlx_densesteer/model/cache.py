@@ -158,6 +158,8 @@ class _Carrier:
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
     step_ends: mx.array | None = None  # which of the tokens to come end a step, (rows, tokens)
+    # Where a block records its unsteered output, with its first position; ``None``: nowhere.
+    unsteered: list[tuple[int, mx.array]] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         if self.shift is not None and not self.expecting:
@@ -266,6 +268,7 @@ def twin_of(cache: KVCache) -> KVCache:
     Both share what is computed so far; filling, trimming or steering one does not change the other.
     """
     twin = copy.copy(cache)
+    twin.unsteered = None
     if cache.keys is not None:
         # A cache writes new keys into its array object in place, so the twin needs its own objects.
         twin.keys, twin.values = tree_map(

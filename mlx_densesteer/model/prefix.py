@@ -4,14 +4,16 @@ When the steering of layer l changes, the keys and values of the layers up to l 
 computes them from its input, and the vector is added at its output. So ``Prefix`` keeps the
 unsteered residual stream at the lowest steered layer, and computes only the layers above it again.
 
-A chunk of tokens is always read as a whole. So the caches depend only on the chunks and the
-steering: bit for bit, they are those of a new ``Prefix``.
+An exact ``Prefix`` reads every chunk of tokens as a whole. So the caches depend only on the chunks and
+the steering: bit for bit, they are those of a new one. One that is not exact takes every token that it
+holds, decoded ones too: its keys and values are equal up to the rounding of products of other shapes.
 
 Not covered: rotating caches, which cannot be cut back, and pipeline parallelism.
 """
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -80,13 +82,21 @@ class Prefix:
         keep_bytes: how much of the residual stream to keep for re-steering, in bytes; a token takes
             ``hidden_size`` numbers of the model's dtype. 0 keeps nothing.
         kv_bits: quantise keys and values to 4 or 8 bits.
+        exact: reuse whole chunks only, and nothing that was decoded.
 
     Raises:
         SteeringError: keys and values of this model cannot be quantised so.
     """
 
-    def __init__(self, network: nn.Module, *, keep_bytes: int = 0, kv_bits: int | None = None):
-        self.network = patch(network)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        keep_bytes: int = 0,
+        kv_bits: int | None = None,
+        exact: bool = True,
+    ):
+        self.network, self._exact = patch(network), exact
         self._blocks = list(decoder_blocks(network).values())
         self._keep_bytes = keep_bytes
         self._quantization = _quantization(network, kv_bits)
@@ -95,12 +105,17 @@ class Prefix:
     @property
     def length(self) -> int:
         """The number of tokens that were read."""
-        return self._ends[-1] if self._ends else 0
+        return sum(len(chunk.tokens) for chunk in self._chunks)
+
+    @property
+    def residual_tokens(self) -> int:
+        """The number of tokens, from the first on, of which the residual stream is kept."""
+        return sum(h.shape[1] for h in self._residual)
 
     @property
     def residual_bytes(self) -> int:
         """Bytes of the kept residual stream."""
-        return sum(h.nbytes for kept in self._residual for h in kept)
+        return sum(h.nbytes for h in self._residual)
 
     @property
     def nbytes(self) -> int:
@@ -119,14 +134,14 @@ class Prefix:
     def reset(self) -> None:
         """Forget everything."""
         self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
-        self._chunks: list[Chunk] = []
-        self._ends: list[int] = []
+        self._chunks: list[Chunk] = []  # the last one may be the beginning of one
         self._plan: dict[int, tuple[str, bytes]] = {}  # positions and delta of each steered layer
         self._deltas: dict[int, mx.array] = {}
         self._positions = "all"
         self._captured: int | None = None
-        # The unsteered output of layer _captured, by chunk, as pieces (1, tokens, hidden).
-        self._residual: list[list[mx.array]] = []
+        # The unsteered output of layer _captured at the first tokens, as pieces (1, tokens, hidden).
+        self._residual: list[mx.array] = []
+        self._begun = False  # whether the last chunk is the beginning of the answer
 
     def fill(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
@@ -135,8 +150,8 @@ class Prefix:
 
         Leave the last token of the prompt out of ``chunks``: the caller feeds it to the caches, and
         then the answer. With ``answering`` the last chunk is already the beginning of that answer.
-        The next call cuts off what the caller added. An exception, also Ctrl-C, leaves the prefix
-        empty.
+        The next call cuts off what the caller added, unless ``keep_decoded`` kept it. An exception, also
+        Ctrl-C, leaves the prefix empty.
 
         Raises:
             InputError: a token that the model does not know; before anything is changed.
@@ -160,7 +175,7 @@ class Prefix:
         plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
         wanted = [chunk for chunk in chunks if chunk.tokens]
         try:
-            self._cut(common_beginning(self._chunks, wanted))
+            self._cut(self._common(wanted), wanted)
             changed = [k for k in {*plan, *self._plan} if plan.get(k) != self._plan.get(k)]
             again: list[Chunk] = []
             if changed and self._chunks:
@@ -172,33 +187,101 @@ class Prefix:
             for done in self._read_above(again):
                 work += done
                 yield
-            for chunk in wanted[len(self._chunks) :]:
-                work += self._read(chunk)
+            for chunk, held in _unread(wanted, self.length):
+                work += self._read(chunk, held)
                 yield
-            begun = len(wanted[-1].tokens) if answering and wanted else 0
+            self._begun = answering and bool(wanted)
+            begun = len(wanted[-1].tokens) if self._begun else 0
             self._steer(answer=True, start=self.length - begun)
+            self._record()
         except BaseException:
             self.reset()
             raise
         return Work(work, sum(len(chunk.tokens) for chunk in again))
 
+    def keep_decoded(self, tokens: Sequence[int]) -> None:
+        """Keep what the caller has fed to the caches since ``fill``, as tokens of an answer.
+
+        Call this only if no step was interrupted. An exact prefix keeps nothing.
+
+        Args:
+            tokens: the last token of the prompt and the answer; what the caches do not hold of them, or
+                hold after them, is left out.
+        """
+        if self._exact:
+            return
+        if self._begun:
+            del self._chunks[-1]
+            self._begun = False
+        held = min(cache.offset for cache in self.caches) - self.length
+        if tokens := tuple(tokens[: max(0, held)]):
+            self._keep_recorded(self.length + len(tokens))
+            self._chunks.append(Chunk(tokens, answer=True))
+        self._cut(self.length, self._chunks)
+
+    def common(self, chunks: Sequence[Chunk]) -> int:
+        """Return how many tokens ``fill`` would not read again under the same steering."""
+        return self._common([chunk for chunk in chunks if chunk.tokens])
+
     def cut(self, chunks: Sequence[Chunk]) -> None:
-        """Keep the chunks with which ``chunks`` begins, and forget the others."""
-        self._cut(common_beginning(self._chunks, [chunk for chunk in chunks if chunk.tokens]))
+        """Keep the tokens with which ``chunks`` begins, and forget the others."""
+        wanted = [chunk for chunk in chunks if chunk.tokens]
+        self._cut(self._common(wanted), wanted)
+
+    def unread(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Return the chunks of which ``fill`` would read at least a part."""
+        wanted = [chunk for chunk in chunks if chunk.tokens]
+        return [chunk for chunk, _ in _unread(wanted, self._common(wanted))]
 
     def fork(self) -> "Prefix":
         """Return a copy that shares what is computed; filling one does not change the other."""
+        return self.with_caches([twin_of(cache) for cache in self.caches])
+
+    def with_caches(self, caches: Sequence[KVCache]) -> "Prefix":
+        """Return a copy with other caches, which begin with the same tokens under the same steering."""
         twin = copy.copy(self)
-        twin.caches = [twin_of(cache) for cache in self.caches]
-        twin._chunks, twin._ends = list(self._chunks), list(self._ends)
-        twin._residual = list(self._residual)
+        twin.caches = list(caches)
+        twin._chunks, twin._residual = list(self._chunks), list(self._residual)
         return twin
 
-    def _cut(self, count: int) -> None:
-        """Keep the first ``count`` chunks, and cut off everything after them."""
-        del self._chunks[count:], self._ends[count:], self._residual[count:]
+    def _common(self, wanted: Sequence[Chunk]) -> int:
+        """Return with how many of the held tokens ``wanted`` begins: of whole chunks, if exact."""
+        same = common_beginning(self._chunks, wanted)
+        count = sum(len(chunk.tokens) for chunk in wanted[:same])
+        if self._exact:
+            return count
+        alike = self._positions == "all" or not self._plan  # whatever is prompt or answer
+        ours, theirs = (_flat(chunks[same:], alike) for chunks in (self._chunks, wanted))
+        equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+        return count + sum(1 for _ in equal)
+
+    def _cut(self, count: int, wanted: Sequence[Chunk]) -> None:
+        """Keep the first ``count`` tokens, with which ``wanted`` begins."""
+        self._chunks = _first(wanted, count)
+        self._residual = _slice(self._residual, 0, count)
         for cache in self.caches:
-            cache.trim(cache.offset - self.length)
+            cache.trim(cache.offset - count)
+            cache.unsteered = None
+
+    def _record(self) -> None:
+        """Let block ``_captured`` record its unsteered output while the caller decodes."""
+        if not self._exact and self._captured is not None and self.residual_tokens == self.length:
+            self.caches[self._captured].unsteered = []
+
+    def _keep_recorded(self, end: int) -> None:
+        """Keep the stream that was recorded while the caller decoded, up to token ``end``."""
+        recorded = self.caches[self._captured or 0].unsteered
+        if not recorded:
+            return
+        start = recorded[0][0]
+        kept: list[mx.array] = []
+        for at, h in recorded:  # where a draft's tokens were taken back, others follow
+            kept = [*_slice(kept, 0, at - start), h]
+        h = mx.concatenate(_slice(kept, 0, end - start), axis=1)
+        self._residual = _slice(self._residual, 0, start)
+        if self.residual_bytes + h.nbytes <= self._keep_bytes:
+            mx.eval(h)
+            self._residual.append(h)
 
     def _keep_below(self, changed: int) -> list[Chunk]:
         """Forget what depends on the steering at layer ``changed`` and above.
@@ -208,8 +291,8 @@ class Prefix:
         if self._captured is None or self._captured > changed or not self._residual:
             self.reset()
             return []
-        self._cut(len(self._residual))
-        again, self._chunks, self._ends = self._chunks, [], []
+        self._cut(self.residual_tokens, self._chunks)
+        again, self._chunks = self._chunks, []
         for layer in range(self._captured + 1, len(self._blocks)):
             self.caches[layer] = self._new_cache()
         return again
@@ -219,29 +302,36 @@ class Prefix:
         if not chunks:
             return
         first = self._captured + 1
-        for chunk, kept in zip(chunks, self._residual, strict=True):
+        for chunk in chunks:
             start = self.length
             self._steer(answer=chunk.answer, start=start)
-            for tokens, h in zip(pieces(chunk.tokens), kept, strict=True):
+            for tokens in pieces(chunk.tokens):
                 self._tell(tokens)
+                kept = _slice(self._residual, start, start + len(tokens))
+                h = kept[0] if len(kept) == 1 else mx.concatenate(kept, axis=1)
                 h = self._steered(self._captured, h, start)
-                start += h.shape[1]
+                start += len(tokens)
                 self._blocks_from(first, h)
-            self._add(chunk)
+            self._chunks.append(chunk)
             yield len(chunk.tokens) * (len(self._blocks) - first)
 
-    def _read(self, chunk: Chunk) -> int:
-        """Send a chunk through all blocks, and keep its residual stream if ``keep_bytes`` allows it."""
-        self._steer(answer=chunk.answer, start=self.length)
-        keep = self._captured is not None and len(self._residual) == len(self._chunks)
+    def _read(self, chunk: Chunk, held: int) -> int:
+        """Send a chunk without its first ``held`` tokens through all blocks.
+
+        Keep its residual stream if ``keep_bytes`` allows it.
+        """
+        self._steer(answer=chunk.answer, start=self.length - held)
+        keep = self._captured is not None and self.residual_tokens == self.length
         kept = []
-        for tokens in pieces(chunk.tokens):
+        for tokens in pieces(chunk.tokens[held:]):
             h = self.network.model.embed_tokens(self._tell(tokens))
             kept.append(self._blocks_from(0, h, capture=keep))
         if keep and self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
-            self._residual.append(kept)
-        self._add(chunk)
-        return len(chunk.tokens) * len(self._blocks)
+            self._residual += kept
+        if held:
+            del self._chunks[-1]
+        self._chunks.append(chunk)
+        return (len(chunk.tokens) - held) * len(self._blocks)
 
     def _blocks_from(self, first: int, h: mx.array, *, capture: bool = False) -> mx.array | None:
         """Fill the caches from block ``first`` on; return the unsteered output of layer ``_captured``.
@@ -281,10 +371,6 @@ class Prefix:
             note_step_ends(self.caches, ids, step_ends)
         return ids
 
-    def _add(self, chunk: Chunk) -> None:
-        self._ends.append(self.length + len(chunk.tokens))
-        self._chunks.append(chunk)
-
     def _steer(self, *, answer: bool, start: int) -> None:
         """Set the shift of every cache for a chunk that begins at ``start``."""
         span = span_in_chunk(self._positions, answer, start)
@@ -298,6 +384,46 @@ class Prefix:
             return SteeredKVCache()
         group_size, bits = self._quantization
         return SteeredQuantizedKVCache(group_size=group_size, bits=bits)
+
+
+def _unread(wanted: Sequence[Chunk], held: int) -> list[tuple[Chunk, int]]:
+    """Return the chunks that are not among the first ``held`` tokens, and how many of theirs are."""
+    found, start = [], 0
+    for chunk in wanted:
+        end = start + len(chunk.tokens)
+        if end > held:
+            found.append((chunk, max(0, held - start)))
+        start = end
+    return found
+
+
+def _first(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    """Return the chunks of the first ``count`` tokens; the last may be the beginning of one."""
+    found = []
+    for chunk in chunks:
+        if count > 0:
+            found.append(chunk._replace(tokens=chunk.tokens[:count]))
+        count -= len(chunk.tokens)
+    return found
+
+
+def _flat(chunks: Sequence[Chunk], alike: bool) -> Iterator[tuple[int, bool, bool]]:
+    """Yield every token, and its place in its chunk unless all tokens are steered ``alike``."""
+    for chunk in chunks:
+        answer = chunk.answer and not alike
+        for number, token in enumerate(chunk.tokens):
+            yield token, answer, answer and not number
+
+
+def _slice(pieces: Sequence[mx.array], start: int, stop: int) -> list[mx.array]:
+    """Return the tokens ``start <= token < stop`` of a stream in pieces ``(1, tokens, hidden)``."""
+    found, at = [], 0
+    for h in pieces:
+        first, last = max(0, start - at), min(h.shape[1], stop - at)
+        if last > first:
+            found.append(h if last - first == h.shape[1] else h[:, first:last])
+        at += h.shape[1]
+    return found
 
 
 def _quantization(network: nn.Module, bits: int | None) -> tuple[int, int] | None:

@@ -1,9 +1,11 @@
-"""Prompts that begin alike are read once for each steering.
+"""Prompts that begin alike are read once for each steering, and answers are not read again.
 
 An entry is found by the fingerprint of the steering under which it was read. An entry of another
-steering gives the layers up to the lowest one that either steers (``model/prefix.py``). Equal
-beginnings are cut into equal chunks, so what is taken from here is bit for bit what reading the
-prompt again would give.
+steering gives the layers up to the lowest one that either steers (``model/prefix.py``). An answer that
+was steered as its prompt is kept with it, for the next question of its conversation.
+
+Of an exact cache, what is taken is bit for bit what reading the prompt again would give: equal
+beginnings are cut into equal chunks, and no answer is kept.
 
 Short prompts that come at the same time are read together instead (``PromptReading.rest``): that is
 faster.
@@ -15,13 +17,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
 from ..model.cache import twin_of
 from ..model.places import NOWHERE, span_in_chunk
-from ..model.prefix import Chunk, Prefix, common_beginning
+from ..model.prefix import Chunk, Prefix
 from ..steering.steering import UNSTEERED, Steering
 
 # Tokens of a chunk: from SMALL on it ends before a new message, at LARGE in any case.
@@ -80,8 +83,15 @@ class PromptCache:
     stream at its lowest layer, so that the same prompt is read faster under ``usual``.
     """
 
-    def __init__(self, network: nn.Module, *, max_bytes: int, usual: Steering | None = None):
-        self._network, self._max_bytes = network, max_bytes
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        max_bytes: int,
+        usual: Steering | None = None,
+        exact: bool = False,
+    ):
+        self._network, self._max_bytes, self.exact = network, max_bytes, exact
         self._usual = replace(usual, strength=0.0) if usual else None
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._count = 0
@@ -115,15 +125,15 @@ class PromptCache:
         fingerprint, layers = _identity(steering)
         best, most, exact = None, 0.0, True
         for number, entry in self._entries.items():
-            same = common_beginning(entry.prefix.chunks, chunks)
-            length = sum(len(chunk.tokens) for chunk in chunks[:same])
-            share = 1.0
+            length, share = entry.prefix.common(chunks), 1.0
             if entry.fingerprint != fingerprint:
+                length = min(length, entry.prefix.residual_tokens)
                 share = _shared(entry, layers) / len(entry.prefix.caches)
             if length * share > most:
                 best, most, exact = number, length * share, entry.fingerprint == fingerprint
         if best is None:
-            return Found(Prefix(self._network, keep_bytes=self._max_bytes), 0, True)
+            new = Prefix(self._network, keep_bytes=self._max_bytes, exact=self.exact)
+            return Found(new, 0, True)
         self._entries.move_to_end(best)
         return Found(self._entries[best].prefix.fork(), int(most), exact)
 
@@ -133,8 +143,8 @@ class PromptCache:
             return  # too large: it would push out all other entries
         fingerprint, layers = _identity(steering)
         for number, entry in list(self._entries.items()):
-            old = entry.prefix.chunks
-            if entry.fingerprint == fingerprint and prefix.chunks[: len(old)] == old:
+            old = entry.prefix
+            if entry.fingerprint == fingerprint and prefix.common(old.chunks) == old.length:
                 del self._entries[number]
         self._count += 1
         self._entries[self._count] = _Entry(fingerprint, layers, prefix.fork(), prefix.nbytes)
@@ -162,9 +172,9 @@ class PromptReading:
 
     @property
     def next_chunk(self) -> Chunk | None:
-        """The first chunk that is not known."""
-        known = common_beginning(self._prefix.chunks, self._chunks)
-        return self._chunks[known] if known < len(self._chunks) else None
+        """The first chunk that is not known as a whole."""
+        unread = self._prefix.unread(self._chunks)
+        return unread[0] if unread else None
 
     def rest(self) -> list[int] | None:
         """Return the unknown tokens, if they may be read together with other prompts.
@@ -189,6 +199,18 @@ class PromptReading:
             self._cache.keep(self._prefix, self._while_reading)
             return 0
         return max(1, self._prefix.length - before)
+
+    def keep_answer(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> None:
+        """Keep an answer with its prompt; ``caches`` are those with which its row ended."""
+        steering = self._steering
+        if self._cache.exact or (
+            steering is not None and steering.strength and steering.positions != "all"
+        ):
+            return  # in the next prompt it would be steered otherwise
+        mx.async_eval([cache.state for cache in caches])  # else they hold the memory of all rows
+        answered = self._prefix.with_caches(caches)
+        answered.keep_decoded([*self._tokens, *tokens][self._prefix.length :])
+        self._cache.keep(answered, self._while_reading)
 
     def caches(self) -> list[KVCache]:
         """Return caches of the tokens read so far; they go on under the prompt's steering."""

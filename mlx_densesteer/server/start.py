@@ -27,9 +27,16 @@ class Service(NamedTuple):
 
 
 def start(
-    model: str, given: Sequence[NamedVector], settings: Settings, *, cache_bytes: int
+    model: str,
+    given: Sequence[NamedVector],
+    settings: Settings,
+    *,
+    cache_bytes: int,
+    exact: bool = False,
 ) -> Service:
     """Load the model on a thread of its own and return the service.
+
+    ``cache_bytes`` and ``exact`` are those of ``Worker``.
 
     Raises:
         DenseSteerError: the model cannot be loaded, or a given vector does not fit it.
@@ -48,6 +55,7 @@ def start(
             cache_bytes=cache_bytes,
             usual=first.request().steering(loaded) if first else None,
             opens=opening_tokens(loaded.tokenizer),
+            exact=exact,
         )
 
     engine = Engine(load_on_thread, rows=settings.limits.rows, waiting=settings.limits.queue)

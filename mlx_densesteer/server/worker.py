@@ -69,7 +69,6 @@ class _TakenJob:
 
     job: Job
     reading: PromptReading | None = None
-    cached_tokens: int = 0
 
 
 class Worker:
@@ -80,6 +79,7 @@ class Worker:
         cache_bytes: most bytes of the prompt cache.
         usual: the steering that most requests ask for.
         opens: tokens that begin a message (``prompt_cache.cut``).
+        exact: give what reading every prompt anew would give, bit for bit.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class Worker:
         cache_bytes: int,
         usual: Steering | None = None,
         opens: frozenset[int] = frozenset(),
+        exact: bool = False,
     ):
-        self.prompts = PromptCache(model.network, max_bytes=cache_bytes, usual=usual)
+        options = {"max_bytes": cache_bytes, "usual": usual, "exact": exact}
+        self.prompts = PromptCache(model.network, **options)
         self._model, self._limit, self._opens = model, rows, opens
         self._waiting: deque[_TakenJob] = deque()
         self._reading: deque[_TakenJob] = deque()
@@ -222,16 +224,17 @@ class Worker:
                 ends=ends,
             )
             self._rows[row] = taken, choice
-        taken.cached_tokens, taken.reading = taken.reading.cached_tokens, None
 
     def _decode(self) -> Told:
         pieces: list[Piece] = [] if self._batch is None else self._batch.step()
         told: Told = []
         for piece in pieces:
             taken, choice = self._rows[piece.row]
-            said = Said(taken.job.first + choice, piece, taken.cached_tokens)
+            said = Said(taken.job.first + choice, piece, taken.reading.cached_tokens)
             told.append((taken.job, said))
             if piece.result:
+                if piece.caches and taken.job.n == 1:
+                    taken.reading.keep_answer(piece.result.token_ids, piece.caches)
                 del self._rows[piece.row]
                 self._owed[taken.job] -= 1
                 if not self._owed[taken.job]:

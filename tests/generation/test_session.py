@@ -37,10 +37,10 @@ def steering(make_vector):
 
 
 def fresh(session: Session, **options) -> Session:
-    """A new session with the same history and settings."""
+    """A new, exact session with the same history and settings."""
     twin = Session(
         session.model, session.steering, system=session.system,
-        max_tokens=session.max_tokens, sampling=session.sampling, **options,
+        max_tokens=session.max_tokens, sampling=session.sampling, exact=True, **options,
     )  # fmt: skip
     twin._turns = list(session.turns)
     return twin
@@ -59,6 +59,25 @@ def say(reply) -> tuple[int, ...]:
     for _ in reply:
         pass
     return reply.result.token_ids
+
+
+def check(session: Session, reply, twin: Session, text: str) -> None:
+    """The answer is that of ``twin``; if ``session`` is not exact, up to the first near tie."""
+    expected, got = say(twin.send(text)), say(reply)
+    if session.exact or got == expected:
+        assert got == expected
+        return
+    same = next(i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b)
+    chunks, last = twin._lay_out(twin.turns[:-1], text)
+    prefix = Prefix(twin.model.network)
+    prefix.fill(chunks, twin.steering)
+    logits = twin.model.network(mx.array([[last, *got[:same]]]), cache=prefix.caches)[0, -1]
+    assert (logits[expected[same]] - logits[got[same]]).item() < rounding(logits)
+
+
+def rounding(logits: mx.array) -> float:
+    """Of how many logits two ways to compute them may differ: 2^-17 of the largest, 2^-5 in bfloat16."""
+    return mx.abs(logits).max().item() * (2**-5 if logits.dtype == mx.bfloat16 else 2**-17)
 
 
 TEXTS = st.text("abc ?é\n", min_size=1, max_size=12).filter(str.strip)
@@ -81,8 +100,7 @@ OPERATIONS = st.lists(
 def apply(session: Session, vectors, name: str, value) -> None:
     """Do one operation; a send is compared with that of a new session."""
     if name == "send":
-        expected = say(fresh(session, keep_bytes=0).send(value))
-        assert say(session.send(value)) == expected
+        check(session, session.send(value), fresh(session, keep_bytes=0), value)
     elif name == "stop early":
         reply = session.send(value)
         next(reply, None)
@@ -100,8 +118,8 @@ def apply(session: Session, vectors, name: str, value) -> None:
         session.system = value
     elif name == "regenerate" and session.turns:
         twin = fresh(session)
-        twin.undo()
-        assert say(session.regenerate()) == say(twin.send(session.turns[-1].user))
+        asked = twin.undo().user
+        check(session, session.regenerate(), twin, asked)
     elif name in ("undo", "drop") and session.turns:
         getattr(session, name)()
     elif name == "look":
@@ -109,8 +127,8 @@ def apply(session: Session, vectors, name: str, value) -> None:
 
 
 def look(session: Session) -> None:
-    expected = next_logits(fresh(session, keep_bytes=0), "?")
-    assert mx.array_equal(next_logits(session, "?"), expected).item()
+    expected, got = next_logits(fresh(session, keep_bytes=0), "?"), next_logits(session, "?")
+    assert mx.abs(got - expected).max().item() <= (0 if session.exact else rounding(expected))
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +143,16 @@ def bfloat16(hf_folder):
     positions=st.sampled_from(["all", "prompt", "generated", "steps"]),
     keep=st.sampled_from([0, 9_000, 2**20]),
     half=st.sampled_from([False, False, True]),  # twice as slow on a CPU
+    exact=st.booleans(),
 )
-def test_random_operations_leave_the_cache_right_bit_for_bit(
-    loaded, bfloat16, make_vector, operations, positions, keep, half
+def test_random_operations_leave_the_cache_right(
+    loaded, bfloat16, make_vector, operations, positions, keep, half, exact
 ):
+    """Bit for bit if exact, else up to rounding."""
     either = bfloat16 if half else loaded
     vectors = [make_vector(size=2.0), make_vector((1, 2, 3), seed=1, size=2.0)]
     start = ds.Steering(vectors[0], 1.0, (1,), positions)
-    session = Session(*either, start, max_tokens=5, keep_bytes=keep)
+    session = Session(*either, start, max_tokens=5, keep_bytes=keep, exact=exact)
     for name, value in operations:
         apply(session, vectors, name, value)
     look(session)
@@ -192,6 +212,60 @@ def test_turning_the_dial_computes_the_upper_layers_only(loaded, steering):
     assert work.resteered == again > 0
     assert work.block_tokens == again * 2 + (length - again) * 4  # of 4 layers, 2 and 3 are above 1
     assert session.prefix.fill(chunks, session.steering) == (0, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"stop": ["\n"]}, {"drafted": True}])
+def test_an_answer_is_not_read_again(options):
+    """Neither for the next question nor, below the steered layer, after a turn of the dial."""
+    model, vector = ds.load("demo"), ds.SteeringVector.load("demo")
+    options = dict(options)
+    if options.pop("drafted", False):
+        options["draft"] = ds.Draft(model, tokens=2)
+    session = Session(model, ds.Steering(vector, 2.0, (4,)), max_tokens=20, **options)
+    for text in ("Ann has 3 pens.", "And now?"):
+        say(session.send(text))
+        held = session.prefix.length
+        asked, answered = (
+            session.prompt(text, turns=len(session.turns) - 1),
+            session.turns[-1].reply,
+        )
+        assert held >= len(asked) + len(answered.token_ids) - 1
+        chunks, _ = session._lay_out(session.turns, "Why?")
+        length = sum(len(chunk.tokens) for chunk in chunks)
+        twin = session.prefix.fork()
+        assert twin.fill(chunks, session.steering) == ((length - held) * 6, 0)
+        work = session.prefix.fork().fill(
+            chunks, dataclasses.replace(session.steering, strength=1.0)
+        )
+        assert work == (held * 1 + (length - held) * 6, held)
+
+
+def test_an_exact_session_reads_its_answers_once_more(loaded, steering):
+    session = Session(*loaded, steering, max_tokens=6, exact=True)
+    asked = session.prompt("hello")
+    say(session.send("hello"))
+    assert session.prefix.length == len(asked) - 1
+    chunks, _ = session._lay_out(session.turns, "again")
+    length = sum(len(chunk.tokens) for chunk in chunks)
+    assert session.prefix.fill(chunks, session.steering) == ((length - len(asked) + 1) * 4, 0)
+
+
+def test_an_answer_that_broke_off_within_a_step_is_read_again(loaded, steering, monkeypatch):
+    session = Session(*loaded, steering, max_tokens=6)
+    reply = session.send("hello")
+    next(reply)
+    held = session.prefix.length
+    monkeypatch.setattr(mx, "async_eval", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(reply)
+    monkeypatch.undo()
+    reply.close()
+    assert session.prefix.length == held and len(session.turns) == 1
+    look(session)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
@@ -360,7 +434,8 @@ def test_quantised_keys_and_values(loaded, make_vector):
         Session(*loaded, kv_bits=8)
     model, tokenizer = ds.load("demo")
     vector = ds.SteeringVector.load(demo.VECTOR)
-    session = Session(model, tokenizer, ds.Steering(vector, 2.0, (4,)), kv_bits=8, max_tokens=8)
+    steering = ds.Steering(vector, 2.0, (4,))
+    session = Session(model, tokenizer, steering, kv_bits=8, max_tokens=8, exact=True)
     say(session.send("Ann has 3 pens."))
     session.set_strength(-1.0)
     assert isinstance(session.prefix.caches[0], SteeredQuantizedKVCache)
@@ -405,7 +480,14 @@ def plain(turn):
 
 def test_saved_and_loaded(loaded, make_vector, tmp_path):
     steering = ds.Steering(make_vector(size=2.0), 1.5, (1, 2), "generated")
-    session = Session(*loaded, steering, system="Be brief.", max_tokens=7, stop=["never there"])
+    session = Session(
+        *loaded,
+        exact=True,
+        steering=steering,
+        system="Be brief.",
+        max_tokens=7,
+        stop=["never there"],
+    )
     say(session.send("hello"))
     session.set_vector(make_vector((2,), seed=5))
     say(session.send("again"))
