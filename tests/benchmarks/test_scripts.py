@@ -19,6 +19,7 @@ import speculative
 import startup
 import sweep
 import train
+import turns
 from helpers import ROOT
 
 from mlx_densesteer import generate, load, resolve
@@ -110,6 +111,13 @@ def test_a_calibration_is_timed_against_its_grid(subject):
     assert set(made.details["seconds"]) == {"calibrating", "best", "grid"}
     speedup = table["seconds, grid / calibration and best"]
     assert speedup["remark"] == "6 settings against 1, 1 problems of 3 tokens at most"
+
+
+@pytest.mark.slow
+def test_the_next_turn_is_timed_on_both_sides(subject):
+    figures, _ = figures_of(turns.run(subject, turns=2, tokens=4, rounds=1))
+    assert set(figures) == {"turn_serve_ratio", "turn_session_ratio"}
+    assert min(figures.values()) > 0
 
 
 def test_a_process_that_fails_gives_its_own_last_words():
