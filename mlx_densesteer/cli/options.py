@@ -28,9 +28,20 @@ def _options(*options: Decorator) -> Decorator:
 
 
 class _Model(click.ParamType):
-    """A model's name; the error for a missing one says what it could be."""
+    """A model's name; the error for a missing one says what it could be.
+
+    A folder that is not there is told before mlx and transformers are imported, which takes a second.
+    """
 
     name = "model"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from .. import demo
+        from ..model.config import local_folder
+
+        if value != demo.NAME:
+            local_folder(value)
+        return value
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
         return "Try -m demo, which is embedded, or a folder that `densesteer convert` wrote."

@@ -18,6 +18,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..files import parse_object
+from ..text import cause
 from .weights import Tensor, read_tensors, same_bytes
 
 FAMILY = "qwen2"
@@ -37,6 +38,12 @@ _DEFAULTS = {
 }
 _IGNORED = ("rope_parameters", "rope_traditional", "partial_rotary_factor")
 _REMEDY = "Correct it, or download it again."
+_FILES = {  # hints for files that users mistake for a model
+    ".gguf": "is a GGUF file. Convert it with `densesteer convert {}`.",
+    ".npz": "is a steering vector's file. A model is a folder.",
+    ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
+    ".safetensors": "is one file of a model. Name its folder.",
+}
 _FLOATS = ("BF16", "F16", "F32")
 _shown = reprlib.Repr()
 _shown.maxstring = 60
@@ -382,6 +389,37 @@ def check_target(
         raise error(
             f"{folder}: exists already. Use it, choose another name, or replace it (force)."
         )
+
+
+def local_folder(path_or_repo: str | Path) -> Path | None:
+    """Return the folder of a model on this machine; ``None`` if only the Hub can have it.
+
+    Raises:
+        ModelError: neither a folder nor a Hub id.
+    """
+    path = local_path(path_or_repo)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        found = _FILES.get(path.suffix, "is a file, expected a folder.")
+        raise ModelError(f"{path}: {found.format(path)}")
+    if not is_hub_id(str(path_or_repo)):
+        raise ModelError(
+            f"{path_or_repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
+            "such as Qwen/Qwen2.5-1.5B-Instruct."
+        )
+    return None
+
+
+def local_path(path_or_repo: str | Path) -> Path:
+    """Return a path that can be looked up; raise ``ModelError`` for a name that the system refuses."""
+    try:
+        path = Path(path_or_repo).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or the home folder of no user
+        shown = str(path_or_repo)[:100]
+        raise ModelError(f"{shown}: is no path ({cause(error)}). Name a model's folder.") from error
+    return path
 
 
 def is_hub_id(text: str) -> bool:

@@ -16,9 +16,9 @@ from ..errors import ConversionError, DenseSteerError, ModelError
 from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
 from ..text import cause
 from . import gguf as gguf_model
-from .config import RECORD, check_target, is_hub_id, origin, read_folder
+from .config import RECORD, check_target, is_hub_id, local_path, origin, read_folder
 from .hub import fetch_model
-from .model import load_folder, local_path, mlx_lm_folder
+from .model import load_folder, mlx_lm_folder
 
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8)

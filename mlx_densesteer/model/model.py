@@ -35,7 +35,7 @@ from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
 from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
-from .config import check_adapter, is_hub_id, origin, read_folder
+from .config import check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
 from .hub import fetch_model
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
@@ -45,12 +45,6 @@ from .weights import INDEX
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_FILES = {  # hints for files that users mistake for a model
-    ".gguf": "is a GGUF file. Convert it with `densesteer convert {}`.",
-    ".npz": "is a steering vector's file. A model is a folder.",
-    ".mlxfn": "is a function file, which programs run (docs/export-function.md). Name the model's folder.",
-    ".safetensors": "is one file of a model. Name its folder.",
-}
 # The key under which transformers notes that it has given this warning.
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 # For ``Model.check_length``: text of this many characters a token at most is encoded at once. Longer text
@@ -544,30 +538,7 @@ def find(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
     """
     if str(path_or_repo) == demo.NAME:
         return demo.MODEL
-    path = local_path(path_or_repo)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        found = _FILES.get(path.suffix, "is a file, expected a folder.")
-        raise ModelError(f"{path}: {found.format(path)}")
-    repo = str(path_or_repo)
-    if not is_hub_id(repo):
-        raise ModelError(
-            f"{repo}: no such folder. Expected one that `densesteer convert` wrote, or a Hub id "
-            "such as Qwen/Qwen2.5-1.5B-Instruct."
-        )
-    return fetch_model(repo, revision=revision)
-
-
-def local_path(path_or_repo: str | Path) -> Path:
-    """Return a path that can be looked up; raise ``ModelError`` for a name that the system refuses."""
-    try:
-        path = Path(path_or_repo).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # too long, or the home folder of no user
-        shown = str(path_or_repo)[:100]
-        raise ModelError(f"{shown}: is no path ({cause(error)}). Name a model's folder.") from error
-    return path
+    return local_folder(path_or_repo) or fetch_model(str(path_or_repo), revision=revision)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -268,6 +268,24 @@ def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder
     assert read("line\n", "--raw") == read("line", "--raw") + 1
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "eval", "sweep"])
+def test_a_wrong_path_is_told_before_mlx_is_imported(tmp_path, command):
+    """Which takes a second, with transformers."""
+    code = (
+        "import sys\n"
+        "from mlx_densesteer.cli import main\n"
+        "try: main()\n"
+        "finally: print('mlx.core' in sys.modules, 'transformers' in sys.modules)"
+    )
+    words = {"generate": ["hi"], "eval": ["demo"], "sweep": ["demo", "-v", "demo"]}.get(command, [])
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "-m", tmp_path / "none", *words],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "no such folder" in done.stderr
+    assert done.stdout == "False False\n"
+
+
 @pytest.mark.parametrize("number", [2, 15])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_signal_keeps_what_was_said(hf_folder, number, as_json):
