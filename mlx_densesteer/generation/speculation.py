@@ -56,12 +56,21 @@ class Draft:
         return [c._replace(tokens=tuple(min(token, last) for token in c.tokens)) for c in chunks]
 
     def check(self, tokenizer: TokenizerWrapper) -> None:
-        """Raise ``InputError`` unless the target's tokenizer gives every token the same number."""
-        ours, theirs = self.model.tokenizer.get_vocab(), tokenizer.get_vocab()
+        """Raise ``InputError`` unless the target's tokenizer gives ordinary tokens the same numbers.
+
+        Added tokens may differ: the target takes no proposal that it would not choose itself.
+        """
+        ours, theirs = _ordinary(self.model.tokenizer), _ordinary(tokenizer)
         if ours != theirs:
-            different = sum(theirs.get(token) != number for token, number in ours.items())
+            different = len(dict(ours.items() ^ theirs.items()))
             raise InputError(
                 f"the draft model's tokenizer differs from the model's ({len(ours)} and "
-                f"{len(theirs)} tokens, {different} of them not the same). Choose a draft of the "
+                f"{len(theirs)} ordinary tokens, {different} of them not the same). Choose a draft of the "
                 "same family."
             )
+
+
+def _ordinary(tokenizer: TokenizerWrapper) -> dict[str, int]:
+    """Return the vocabulary without the added tokens."""
+    added = tokenizer.get_added_vocab()
+    return {token: n for token, n in tokenizer.get_vocab().items() if token not in added}

@@ -80,6 +80,16 @@ def test_drafts_that_cannot_be(loaded, hf_folder):
         Draft(loaded, 0)
 
 
+def test_added_tokens_may_differ(loaded):
+    """As those of the GGUF files of Qwen2.5-Coder 0.5B and 1.5B do."""
+    model, _ = loaded
+    other = ds.load("demo").tokenizer
+    other.add_tokens(["<|only_here|>"], special_tokens=True)
+    draft, question = Draft((truncated(model, 5), other)), held_out(1)[0].question
+    drafted = ds.generate(*loaded, question, max_tokens=40, draft=draft)
+    assert drafted.token_ids == ds.generate(*loaded, question, max_tokens=40).token_ids
+
+
 @pytest.mark.parametrize("limit", [1, 5, 24])
 def test_no_more_is_accepted_than_was_proposed(loaded, limit):
     itself = Draft(loaded, 4)
