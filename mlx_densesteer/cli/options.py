@@ -232,7 +232,7 @@ answer_options = _options(
         metavar="MODEL",
         shell_complete=completers.models,
         help="Speculative decoding: a smaller model of the same family proposes tokens. The text "
-        "stays the same at temperature 0.",
+        "stays the same at temperature 0, near ties aside.",
     ),
     click.option(
         "--draft-tokens",

@@ -226,7 +226,7 @@ def stream(
         special_tokens: let the text of control tokens in a message be control tokens.
         steering: what to add to the residual stream; ``None`` is the stock model.
         stop: texts that end the response; they are not part of it.
-        draft: speculative decoding; greedy decoding gives the same text with it.
+        draft: speculative decoding; greedy decoding gives the same text with it, near ties aside.
         brake: cut off degenerate repetition, lower the strength and go on; ``None`` does not.
 
     Raises:
