@@ -3,18 +3,17 @@
 import datetime
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import mlx.core as mx
 
 from .._version import __version__
 from ..errors import DenseSteerError
+from ..model.machine import chip, macos_version
 from ..text import cause
 from . import batch, decode, generation
 from .figures import Figure, Measurement, Tell, lines, quiet
@@ -84,7 +83,7 @@ def header(subject: Subject, command: str) -> dict[str, object]:
         "dtype": subject.dtype,
         "device": _device(),
         "machine": platform.machine(),
-        "chip": _chip(),
+        "chip": chip(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": _system(),
@@ -117,18 +116,7 @@ def _device() -> str:
     return f"GPU ({name})" if name else "GPU"
 
 
-def _chip() -> str:
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    else:
-        file = Path("/proc/cpuinfo")
-        names = file.read_text("utf-8").partition("model name")[2] if file.exists() else ""
-        said = names.partition("\n")[0].strip("\t: ") or platform.processor()
-    return said.strip() or "unknown chip"
-
-
 def _system() -> str:
     if sys.platform == "darwin":
-        return f"macOS {platform.mac_ver()[0]}"
+        return f"macOS {macos_version()}"
     return f"{platform.system()} {platform.release()}"

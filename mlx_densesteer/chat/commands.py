@@ -70,7 +70,10 @@ BY_NAME = {command.name: command for command in COMMANDS}
 
 KEYS = (
     ("Enter", "sends"),
-    ("Alt-Enter, or \\ and Enter", "begins a new line"),
+    (
+        "Esc, then Enter",
+        "begins a new line; so do \\ and Enter, and Alt-Enter (in Terminal.app only with Use Option as Meta Key)",
+    ),
     ("Ctrl-C", "stops an answer and keeps what was said; at the prompt it clears the line"),
     ("Up, Down, Ctrl-R", "earlier questions, and a search in them"),
     ("Tab", "completes a command or a file name"),

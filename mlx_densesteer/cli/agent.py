@@ -32,7 +32,7 @@ def install(
     """
     from ..model.config import read_config
     from ..model.model import find
-    from ..server.launch_agent import agent, install, log, path
+    from ..server.launch_agent import agent, install, log, path, protected
 
     if key_in_environment:
         raise click.UsageError(
@@ -48,6 +48,11 @@ def install(
         )
     home = Path.home()
     made = agent(_arguments(click.get_current_context()), home=home, grace=grace)
+    for text in protected(made, home=home):
+        note(
+            f"warning: macOS may not let an agent read {text}. Move it to a folder such as ~/Models, or allow "
+            "Python in System Settings, Privacy & Security, Full Disk Access."
+        )
     if sys.platform != "darwin":
         click.echo(made.decode(), nl=False)
         note(

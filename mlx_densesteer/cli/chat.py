@@ -49,7 +49,7 @@ def chat(
 ) -> None:
     """Talk with a model, steered if a vector is given, and change the strength while you talk.
 
-    In a terminal: several lines (Alt-Enter), history, Markdown; /help lists the commands, among
+    In a terminal: several lines (Esc, then Enter), history, Markdown; /help lists the commands, among
     them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
     the answers go to standard output.
     """

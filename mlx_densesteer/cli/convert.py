@@ -54,7 +54,10 @@ def convert(
     printed on standard output.
     """
     from ..model.convert import convert as run
+    from ..model.machine import chip, emulates_bfloat16
 
+    if dtype in (None, "bfloat16") and emulates_bfloat16():
+        note(f"hint: {chip()} emulates bfloat16; --dtype float16 makes a faster model")
     try:
         folder = run(
             source,

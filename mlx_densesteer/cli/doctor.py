@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .._version import __version__
+from ..model.machine import chip, emulates_bfloat16, gpu, has_tf32, is_virtual, macos_version
 from ..text import count
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ PACKAGES = ("mlx-densesteer", "mlx", "mlx-lm", "transformers", "huggingface-hub"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``remedy`` is set where something is wrong."""
+    """One line of the report. ``remedy`` is set where something is wrong, ``hint`` is advice."""
 
     name: str
     value: str
     remedy: str | None = None
     fatal: bool = False
+    hint: str | None = None
 
 
 def examine() -> Iterator[Finding]:
@@ -56,15 +58,19 @@ def _packages() -> Iterator[Finding]:
 def _system() -> Iterator[Finding]:
     machine = platform.machine()
     if sys.platform == "darwin":
-        version = platform.mac_ver()[0]
-        old = int(version.split(".")[0] or 0) < 14
+        version = macos_version()
+        major = int(version.split(".")[0] or 0)
+        old = major < 14
         remedy = "mlx needs macOS 14 or newer" if old else None
-        yield Finding("system", f"macOS {version}, {machine}", remedy, fatal=old)
+        hint = "from macOS 15 on mlx keeps a model's weights in memory" if major == 14 else None
+        yield Finding("system", f"macOS {version}, {machine}", remedy, old, hint)
         if machine != "arm64":
             remedy = "mlx needs Apple silicon and a native (arm64) Python; under Rosetta reinstall Python"
             yield Finding("processor", machine, remedy, fatal=True)
     else:
         yield Finding("system", f"{platform.system()} {platform.release()}, {machine}")
+    hint = "it emulates bfloat16: `densesteer convert --dtype float16` makes a faster model"
+    yield Finding("chip", chip(), hint=hint if emulates_bfloat16() else None)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("memory", f"{memory / 2**30:.1f} GiB")
     free = shutil.disk_usage(Path.cwd()).free
@@ -84,9 +90,31 @@ def _runtime() -> Iterator[Finding]:
     yield Finding("device", f"{mx.default_device()}{', Metal' if metal else ''}")
     if sys.platform == "darwin" and not metal:
         yield Finding("Metal", "not available", "run outside of a virtual machine or container")
+    if metal:
+        yield from _gpu()
     if mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux":
         yield _openblas()
     yield _self_check()
+
+
+def _gpu() -> Iterator[Finding]:
+    found = gpu()
+    remedy = None
+    if is_virtual(found):
+        remedy = "a virtual machine's GPU: its speed and its rounding are not those of a Mac"
+    kind = f"{found.get('device_name')} ({found.get('architecture')})"
+    yield Finding("GPU", kind, remedy)
+    working_set = int(found.get("max_recommended_working_set_size", 0))
+    hint = None
+    if 0.9 * working_set < 6.2e9:
+        hint = "a 3B model in 16 bits (6.2 GB) does not fit; 4 bits (1.8 GB) do: convert --bits 4"
+    yield Finding("working set", f"{working_set / 2**30:.1f} GiB for the GPU", hint=hint)
+    if has_tf32(found) and os.environ.get("MLX_ENABLE_TF32") != "0":
+        yield Finding(
+            "TF32",
+            "float32 products are rounded to 10 bits",
+            hint="MLX_ENABLE_TF32=0 computes them in full, to compare with another program",
+        )
 
 
 def _openblas() -> Finding:
@@ -206,8 +234,9 @@ def doctor() -> None:
     for finding in examine():
         mark = "ok" if finding.remedy is None else "!!"
         click.echo(f"{mark}  {finding.name:<16}{finding.value}")
+        if advice := finding.remedy or finding.hint:
+            click.echo(f"    {'':<16}-> {advice}")
         if finding.remedy is not None:
-            click.echo(f"    {'':<16}-> {finding.remedy}")
             wrong, fatal = wrong + 1, fatal + finding.fatal
     click.echo(f"\n{count(wrong, 'problem')} found" if wrong else "\nnothing wrong")
     sys.exit(1 if fatal else 0)

@@ -56,7 +56,7 @@ def export_function(
     chunks: tuple[int, ...],
     force: bool,
 ) -> None:
-    """Write a steered model as an MLX function for C++ and Swift.
+    """Write a steered model as an MLX function for C++.
 
     One file (.mlxfn) holds the weights. It needs MLX, but no Python. Its inputs are tokens,
     position, strength and KV cache; programs may pass any strength, and -s is the default that

@@ -1,4 +1,4 @@
-"""A steered model as an MLX function file (docs/export-function.md): for C++ and Swift, without Python.
+"""A steered model as an MLX function file (docs/export-function.md): for C++, without Python.
 
     f()                                      metadata, empty cache
     f(tokens, position, strength, *cache)    logits, cache

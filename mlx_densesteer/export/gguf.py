@@ -217,8 +217,6 @@ def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str
     for shard in shards():
         for name in list(shard):
             array = shard.pop(name)
-            if name == "lm_head.weight" and config["tie_word_embeddings"]:
-                continue
             part = name.split(".")[-2]
             if part in heads:
                 array = _neighbours(array, heads[part])

@@ -53,7 +53,7 @@ def llama_shards(
     dequantize: bool = False,
     bias_dtype: mx.Dtype | None = None,
 ) -> Iterator[dict[str, mx.array]]:
-    """Yield the weights file by file: the source's own, bit for bit, and the new biases.
+    """Yield the weights file by file: those that the source computes with, bit for bit, and the new biases.
 
     The arrays are lazy: ``pop`` each as it is used, so that one at a time is in memory.
 
@@ -72,8 +72,9 @@ def llama_shards(
     dtype = bias_dtype or own
     for file in weight_files(folder):
         arrays = read_weights(file)
-        for name in [name for name in arrays if name.endswith("rotary_emb.inv_freq")]:
-            del arrays[name]
+        copies = ["lm_head.weight"] if config["tie_word_embeddings"] else []
+        for name in [n for n in arrays if n in copies or n.endswith("rotary_emb.inv_freq")]:
+            del arrays[name]  # mlx-swift-lm refuses tensors that the model has no place for
         if dequantize:
             _undo_quantization(arrays, config, own)
         for name in [name for name in arrays if name.endswith(_DOWN)]:

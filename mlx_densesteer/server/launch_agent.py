@@ -1,10 +1,11 @@
-"""A launchd agent that starts ``densesteer serve`` at login, and again after a crash.
+"""A launchd agent that starts ``densesteer serve`` at login, and again after an error or a crash.
 
 There is one agent; installing another replaces it. Source: launchd.plist(5), launchctl(1).
 """
 
 import os
 import plistlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,10 @@ THROTTLE = 30  # seconds between two starts
 ENDS = 10  # seconds for the server to end after its last answer
 PATIENCE = 60.0  # seconds for an older agent to end
 KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # environment variables to keep; never a secret
+# Where macOS asks a person before a program may read; an agent may be refused without a question.
+PROTECTED = (
+    "Documents", "Desktop", "Downloads", "Library/Mobile Documents", "Library/CloudStorage", "/Volumes",
+)  # fmt: skip
 
 # The types of the keys, from launchd.plist(5).
 _TYPES: Mapping[str, type] = {
@@ -46,9 +51,11 @@ def agent(
     logs = str(log(home))
     document = {
         "Label": LABEL,
-        "ProgramArguments": [sys.executable, "-m", "mlx_densesteer", "serve", *arguments],
+        "ProgramArguments": [_lasting(sys.executable), "-m", "mlx_densesteer", "serve", *arguments],
         "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False, "Crashed": True},
+        "KeepAlive": {
+            "SuccessfulExit": False
+        },  # start again after any exit status but 0, or a signal
         "ThrottleInterval": THROTTLE,
         "ExitTimeOut": grace + ENDS,  # then launchd kills it
         "ProcessType": "Interactive",  # macOS does not throttle it
@@ -64,6 +71,24 @@ def agent(
         raise InputError(f"the agent cannot be written as a property list ({error}).") from error
     check(made)
     return made
+
+
+def _lasting(program: str) -> str:
+    """Return a path of Homebrew that outlives an upgrade, which removes ``Cellar/NAME/VERSION``."""
+    lasting = re.sub(r"/Cellar/([^/]+)/[^/]+/", r"/opt/\1/", program)
+    return lasting if Path(lasting).exists() else program
+
+
+def protected(made: bytes, *, home: Path) -> list[str]:
+    """Return the paths in an agent, its program's too, that macOS may not let an agent read."""
+    folders = [home / name for name in PROTECTED]
+    return [
+        text
+        for text in plistlib.loads(made)["ProgramArguments"]
+        for path in [Path(text)]
+        if path.is_absolute()
+        and any(p.is_relative_to(f) for p in (path, path.resolve()) for f in folders)
+    ]
 
 
 def check(made: bytes) -> None:

@@ -33,6 +33,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
+        _check_free(family, address)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -43,6 +44,15 @@ def open_socket(host: str, port: int) -> socket.socket:
             reason = f"{error.strerror}; choose another --host or --port"
         raise InputError(f"cannot listen on {host} port {port}: {reason}.") from error
     return listener
+
+
+def _check_free(family: int, address: tuple) -> None:
+    """Raise ``OSError`` if a program answers there: macOS lets 127.0.0.1 bind beside another's ``*``."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        probe.bind((address[0], 0, *address[2:]))  # fails for an address of another machine
+        if probe.connect_ex(address) == 0:
+            raise OSError(errno.EADDRINUSE, "another program answers")
 
 
 def listen(

@@ -8,6 +8,7 @@ import math
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 
 import calibrate
 import extract
@@ -18,16 +19,18 @@ import script
 import speculative
 import startup
 import sweep
+import texts
 import train
 import turns
 from helpers import ROOT
 
-from mlx_densesteer import generate, load, resolve
+from mlx_densesteer import generate, load, make_cache, resolve
 from mlx_densesteer.bench.figures import Measurement
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.extraction.extract import encode_pairs
 from mlx_densesteer.generation.answer import split_steps
+from mlx_densesteer.model.prompt import encode_prompt
 from mlx_densesteer.model.token_tree import TokenTree
 
 SCRIPTS = sorted(
@@ -73,6 +76,34 @@ def test_a_draft_changes_no_token(subject):
         int, table["drafted tokens accepted"]["remark"].split(";")[0].split(" of ")
     )
     assert figures["speculative_acceptance"] == accepted / proposed <= 1
+
+
+def test_texts_that_are_equal_and_one_that_is_not(subject, monkeypatch):
+    figures, table = figures_of(texts.run(subject, questions=2, tokens=6))
+    assert figures == dict.fromkeys(
+        ["texts_stock_equal", "texts_batch_equal", "texts_draft_equal"], True
+    )
+    assert table["unsteered answers are mlx-lm's"]["remark"] == "2 of 2, 12 tokens"
+    batched = texts.generate_batch
+
+    def other(*arguments, **options):
+        for number, answer in batched(*arguments, **options):
+            *ids, last = answer.token_ids
+            yield number, replace(answer, token_ids=(*ids, last + number))
+
+    monkeypatch.setattr(texts, "generate_batch", other)
+    made = texts.run(subject, questions=2, tokens=6)
+    (found,) = made.details["differences"]["batch"]
+    model, prompt = subject.model, encode_prompt(subject.model.tokenizer, held_out(2)[1].question)
+    steering = resolve(model, subject.vector, "10%", [3])
+    ids = generate(model, prompt, steering=steering, max_tokens=6).token_ids
+    logits = model.network(
+        mx.array([[*prompt, *ids[:5]]]), cache=make_cache(model.network, steering)
+    )
+    second, best = mx.sort(logits[0, -1])[-2:].tolist()
+    assert found["token"] == 5 and found["margin"] == pytest.approx(best - second, abs=0.01)
+    assert found["step"] == pytest.approx(mx.finfo(logits.dtype).eps * best, rel=0.01)
+    assert made.document()["texts_batch_equal"] is False
 
 
 def test_extraction_reads_fewer_tokens(subject):
@@ -184,7 +215,7 @@ def test_a_vector_and_lora_are_trained_on_the_same_texts(subject):
 
 def test_the_scripts_are_those_of_the_documentation():
     page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    assert len(SCRIPTS) == 11
+    assert len(SCRIPTS) == 12
     assert not [name for name in SCRIPTS if f"`{name}`" not in page]
 
 

@@ -501,16 +501,100 @@ def test_the_core_is_that_of_the_openblas_that_is_loaded():
     assert told == ["None", "Haswell"]
 
 
-def test_doctor_on_an_old_mac(monkeypatch):
-    import platform
-
+@pytest.fixture
+def mac(monkeypatch):
+    """Return a function that gives this machine the chip, system and GPU of a Mac."""
+    machine = import_module("mlx_densesteer.model.machine")
     doctor = import_module("mlx_densesteer.cli.doctor")
 
-    monkeypatch.setattr(sys, "platform", "darwin")
+    def make(chip="Apple M4 Pro", version="15.1", architecture="applegpu_g16s", name=None, gib=32):
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")
+        said = {"sysctl": chip, "sw_vers": version}
+        monkeypatch.setattr(machine, "_ask", lambda program, *_: said[program])
+        size = {"max_recommended_working_set_size": int(2 / 3 * gib * 2**30)}
+        found = {"device_name": name or chip, "architecture": architecture, **size}
+        monkeypatch.setattr(doctor, "gpu", lambda: found)
+        return {f.name: f for f in [*doctor._system(), *doctor._gpu()]}
+
+    return make
+
+
+def test_doctor_on_an_old_mac(mac, monkeypatch):
+    import platform
+
+    mac(version="13.6")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("13.6", ("", "", ""), "x86_64"))
-    remedies = [f.remedy for f in doctor._system() if f.fatal]
+    remedies = [f.remedy for f in import_module("mlx_densesteer.cli.doctor")._system() if f.fatal]
     assert remedies[0] == "mlx needs macOS 14 or newer" and "Apple silicon" in remedies[1]
+
+
+def test_doctor_says_nothing_to_do_about_a_good_mac(mac):
+    found = mac()
+    assert found["system"].value == "macOS 15.1, arm64" and found["chip"].value == "Apple M4 Pro"
+    assert found["GPU"].value == "Apple M4 Pro (applegpu_g16s)"
+    assert found["working set"].value == "21.3 GiB for the GPU" and "TF32" not in found
+    assert not any(f.remedy or f.hint for f in found.values() if f.name != "free disk")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "words"),
+    [
+        ({"chip": "Apple M1"}, "chip", "--dtype float16"),
+        ({"chip": "Apple M2 Max"}, "chip", "--dtype float16"),
+        ({"version": "14.7"}, "system", "from macOS 15 on"),
+        ({"gib": 8}, "working set", "a 3B model in 16 bits"),
+        ({"architecture": "applegpu_g17s", "version": "26.2"}, "TF32", "MLX_ENABLE_TF32=0"),
+    ],
+)
+def test_doctor_has_a_hint_for_a_mac(mac, monkeypatch, given, name, words):
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    found = mac(**given)
+    assert [f.name for f in found.values() if f.hint] == [name] and words in found[name].hint
+    assert found[name].remedy is None  # advice is no problem
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version", "setting"),
+    [
+        ("applegpu_g16s", "26.2", None),
+        ("applegpu_g17s", "26.1", None),
+        ("applegpu_g17s", "26.2", "0"),
+    ],
+)
+def test_no_tf32_before_the_m5_or_switched_off(mac, monkeypatch, architecture, version, setting):
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    if setting:
+        monkeypatch.setenv("MLX_ENABLE_TF32", setting)
+    assert "TF32" not in mac(architecture=architecture, version=version)
+
+
+@pytest.mark.parametrize(
+    "gpu", [{"name": "Apple Paravirtual device"}, {"architecture": "air64-apple-macosx15"}]
+)
+def test_doctor_knows_a_virtual_gpu(mac, gpu):
+    found = mac(chip="Apple M3 (Virtual)", **gpu)
+    assert "virtual machine" in found["GPU"].remedy and not found["GPU"].fatal
+
+
+def test_doctor_prints_a_hint_without_counting_a_problem(run, monkeypatch):
+    doctor = import_module("mlx_densesteer.cli.doctor")
+    finding = doctor.Finding("chip", "Apple M1", hint="try float16")
+    monkeypatch.setattr(doctor, "examine", lambda: [finding])
+    result = run("doctor")
+    assert " ".join(result.stdout.split()) == "ok chip Apple M1 -> try float16 nothing wrong"
+
+
+@pytest.mark.parametrize(
+    ("chip", "options", "told"),
+    [("Apple M1", [], True), ("Apple M2", ["--dtype", "bfloat16"], True),
+     ("Apple M1", ["--dtype", "float16"], False), ("Apple M3", [], False)],
+)  # fmt: skip
+def test_convert_advises_float16_on_m1_and_m2(run, mac, tmp_path, chip, options, told):
+    mac(chip=chip)
+    result = run("convert", tmp_path / "nothing.gguf", *options)
+    assert result.exit_code == 1 and "no such file" in result.stderr
+    assert ("--dtype float16" in result.stderr) == told
 
 
 def test_a_bug_keeps_its_traceback(run, hf_folder, monkeypatch):

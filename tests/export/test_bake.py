@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import ROOT
+from mlx.utils import tree_flatten
+from mlx_lm.models.llama import Model as Llama
+from mlx_lm.models.llama import ModelArgs
 
 import mlx_densesteer as ds
 from mlx_densesteer import demo
@@ -147,6 +150,46 @@ def test_the_templates_end_of_turn_goes_along(plain, steering, tmp_path, format)
     (out / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
     with pytest.raises(ExportError, match=r"generation_config\.json is another"):
         baking.check(out, source, steering)
+
+
+# What `LlamaConfiguration` and `BaseConfiguration` of mlx-swift-lm decode, read in its source in November 2026.
+# Where a key is absent they have defaults of their own, which are not Qwen2's.
+SWIFT = {
+    "model_type": str, "hidden_size": int, "num_hidden_layers": int, "intermediate_size": int,
+    "num_attention_heads": int, "num_key_value_heads": int, "head_dim": int, "vocab_size": int,
+    "max_position_embeddings": int, "rms_norm_eps": float, "rope_theta": float,
+    "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_folder_is_a_llama_of_mlx_swift_lm(converted, steering, tmp_path, bits):
+    source = shutil.copytree(converted(bits, "float32"), tmp_path / "source")
+    given = json.loads((source / "config.json").read_text())
+    given["rope_parameters"] = {"rope_type": "default", "rope_theta": given.pop("rope_theta") * 2}
+    if bits is None:  # an output matrix that is a copy of the embedding
+        (source / "model.safetensors.index.json").unlink()
+        arrays = mx.load(str(source / "model.safetensors"))
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+        mx.save_safetensors(str(source / "model.safetensors"), arrays)
+    (source / "config.json").write_text(json.dumps(given))
+    ds.bake(source, steering, tmp_path / "baked")
+    config = json.loads((tmp_path / "baked/config.json").read_text())
+    assert {key: type(config.get(key)) for key in SWIFT} == SWIFT
+    wanted = {"model_type": "llama", "rope_theta": 20000.0, "rope_scaling": None, "head_dim": 64}
+    wanted |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), True)
+    assert wanted.items() <= config.items() and "rope_traditional" not in config
+    assert type(config["eos_token_id"]) in (int, list) and "text_config" not in config
+    sizes = config.get("quantization", {})
+    assert (sizes.get("bits"), sizes.get("group_size")) == (bits, 32 if bits else None)
+    assert {type(sizes[key]) for key in sizes} <= {
+        int,
+        str,
+    }  # other layers' settings would be objects
+    stock = Llama(ModelArgs.from_dict(config)).parameters()
+    names = mx.load(str(tmp_path / "baked/model.safetensors"))
+    names = {name for name in names if not name.endswith((".scales", ".biases"))}
+    assert names == {name for name, _ in tree_flatten(stock)}  # it wants every one, and no other
 
 
 @pytest.mark.slow

@@ -41,11 +41,41 @@ def test_the_agent_is_what_launchd_reads(tmp_path):
         "-m",
         "demo",
     ]
-    assert document["RunAtLoad"] is True and document["KeepAlive"]["SuccessfulExit"] is False
+    assert document["RunAtLoad"] is True
+    assert document["KeepAlive"] == {"SuccessfulExit": False}  # restarts on any other status than 0
     assert document["EnvironmentVariables"] == {"HF_HOME": "/models"}
     assert b"secret" not in made
     assert document["ExitTimeOut"] > 10  # the grace of answers that run
     assert document["StandardErrorPath"].startswith(str(tmp_path))
+
+
+def test_the_program_survives_an_upgrade_of_homebrew(tmp_path, monkeypatch):
+    def program(name):
+        monkeypatch.setattr(sys, "executable", str(name))
+        return plistlib.loads(launch_agent.agent([], home=tmp_path))["ProgramArguments"][0]
+
+    versioned = tmp_path / "Cellar/densesteer/0.2.0/libexec/bin/python"
+    versioned.parent.mkdir(parents=True)
+    versioned.touch()
+    assert program(versioned) == str(versioned)  # not linked: no other path is there
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt/densesteer").symlink_to(versioned.parents[2])
+    assert program(versioned) == f"{tmp_path}/opt/densesteer/libexec/bin/python"
+    assert program("/usr/bin/python3") == "/usr/bin/python3"
+
+
+def test_paths_that_macos_protects_are_found(tmp_path, monkeypatch):
+    kept, moved = tmp_path / "Documents/model", tmp_path / "models"
+    cloud = tmp_path / "Library/Mobile Documents/com~apple~CloudDocs/v.npz"
+    kept.mkdir(parents=True)
+    moved.symlink_to(kept.parent)
+    program = str(tmp_path / "Documents/clone/.venv/bin/python")
+    monkeypatch.setattr(sys, "executable", program)
+    safe = [str(tmp_path / name) for name in ("Models", "Documents and more")]
+    paths = [str(kept), str(moved / "model"), str(cloud), "/Volumes/Disk/model"]
+    arguments = ["-m", "Documents/model", *safe, *paths]
+    made = launch_agent.agent(arguments, home=tmp_path)
+    assert launch_agent.protected(made, home=tmp_path) == [program, *paths]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +137,11 @@ def test_elsewhere_the_command_prints_the_agent(tmp_path, monkeypatch):
         "--api-key-file", str(tmp_path / "key"), "--allow-host", "mac.local",
     ]  # fmt: skip
     assert "k" * 20 not in done.stdout and "Library/LaunchAgents" in done.stderr
+    assert "warning" not in done.stderr
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "Desktop").mkdir()
+    done = CliRunner().invoke(main, [*arguments[:4], "Desktop", "--install-agent"])
+    assert f"may not let an agent read {tmp_path}/Desktop." in " ".join(done.stderr.split())
     done = CliRunner().invoke(main, ["serve", "-m", "demo", "--vectors", "demo", "--install-agent"])
     assert plistlib.loads(done.stdout.encode())["ProgramArguments"][4:] == [
         "--model", "demo", "--vectors", str(tmp_path / "demo"),

@@ -25,6 +25,8 @@ from serving import serving
 from mlx_densesteer import SteeringVector, VectorMeta, demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.errors import InputError
+from mlx_densesteer.server.listening import open_socket
 
 QUESTION = held_out(1)[0].question
 SECRET = "xylophone-seven-marmalade"
@@ -249,6 +251,20 @@ def test_a_port_in_use_is_said(process):
     port = str(urlsplit(process.url).port)
     done = CliRunner().invoke(main, ["serve", "-m", "demo", "--port", port])
     assert done.exit_code == 1 and "another program uses it" in done.stderr
+
+
+@pytest.mark.parametrize("theirs", ["", "127.0.0.1"])
+def test_a_port_that_could_be_shared_is_in_use(monkeypatch, theirs):
+    """macOS lets two sockets with SO_REUSEADDR share a port, as Linux does with SO_REUSEPORT."""
+    monkeypatch.setattr(socket, "SO_REUSEADDR", socket.SO_REUSEPORT)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind((theirs, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match="another program uses it"):
+            open_socket("127.0.0.1", port)
+    open_socket("127.0.0.1", port).close()
 
 
 BODIES = {
