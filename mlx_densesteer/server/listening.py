@@ -51,7 +51,8 @@ def _check_free(family: int, address: tuple) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         probe.bind((address[0], 0, *address[2:]))  # fails for an address of another machine
-        if probe.connect_ex(address) == 0:
+        # a connection to a free port may meet itself
+        if probe.connect_ex(address) == 0 and probe.getsockname() != probe.getpeername():
             raise OSError(errno.EADDRINUSE, "another program answers")
 
 
