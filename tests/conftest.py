@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from helpers import HIDDEN, LAYERS, VOCABULARY, checkpoint_cache
 
+pytest_plugins = ["metal_like", "pytester"]
+
 mx.default_stream(mx.default_device())  # a function file runs on the thread that has the first one
 
 
