@@ -13,6 +13,7 @@ from ..generation.sampling import GREEDY, Sampling
 from ..generation.speculation import Draft
 from ..generation.stream import Stream, stream
 from ..model.block import make_cache
+from ..model.cache import clear_buffers
 from ..model.model import Model
 from ..model.prefix import Chunk, Prefix, pieces
 from ..steering.steering import Steering
@@ -101,4 +102,4 @@ class PipelinePrefix:
         for piece in pieces(tokens):
             self._network(mx.array([piece]), cache=self.caches)
             mx.eval([cache.state for cache in self.caches])
-            mx.clear_cache()
+            clear_buffers()

@@ -8,6 +8,7 @@ Use a batch on one thread only: the one that loaded the model.
 """
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -21,7 +22,8 @@ from mlx_lm.models.cache import KVCache
 
 from ..errors import InputError, SteeringError
 from ..model.block import make_cache
-from ..model.cache import SteeredKVCache, twin_of
+from ..model.cache import SteeredKVCache, token_bytes, twin_of
+from ..model.machine import working_set
 from ..model.model import Model, takes_model
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
@@ -39,6 +41,8 @@ PREFILL = 2048  # prompt tokens of a row that a step reads while no row decodes
 PREFILL_BESIDE = 256
 SHARED = 64  # tokens of a common beginning that are worth a reading of their own
 SHARED_AT_ONCE = 8192  # tokens of common beginnings in memory at most
+# Of the GPU's working set, less what is in use: what the keys and values of a batch may take.
+KV_SHARE = 0.8
 
 
 class TokenLogprob(NamedTuple):
@@ -95,6 +99,7 @@ class _Row:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.caches[0].offset + len(self.prompt)
+        self.longest = self.prompt_tokens + self.limit  # tokens of its keys and values at most
         self.began = time.perf_counter()
 
     def take(self, token: int, ended: str | None, logprobs: mx.array) -> str:
@@ -141,7 +146,8 @@ class Batch:
 
     ``add`` adds a row, ``step`` decodes one token of every row, ``cancel`` ends a row; call them in
     any order. At most ``rows`` rows are in the KV cache; others wait. While rows decode, a step
-    reads a part of at most ``PREFILL_BESIDE`` tokens of new prompts.
+    reads a part of at most ``PREFILL_BESIDE`` tokens of new prompts. On a Mac's GPU a row also waits while the
+    cache, in which every row is as long as the longest may become, would not fit; a row alone never does.
 
     The time of a step is divided among its rows (``Generation.compute_seconds``): equally among those that
     decode, and by tokens among those that read. Where a step does both, decoding bears what the last
@@ -165,6 +171,9 @@ class Batch:
         self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
         self._decoding: float | None = None  # seconds of the last step that only decoded
+        limit = working_set()
+        free = math.inf if limit is None else KV_SHARE * (limit - mx.get_active_memory())
+        self._room = free / token_bytes(self._model.network)  # tokens of all rows together
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
             self._model.network,
@@ -272,6 +281,9 @@ class Batch:
 
     def _admit(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
+            longest = max(one.longest for one in (self._waiting[0], *self._inside.values()))
+            if self._inside and longest * (len(self._inside) + 1) > self._room:
+                break
             row = self._waiting.popleft()
             (row.uid,) = self._generator.insert(
                 [row.prompt], max_tokens=[row.limit], caches=[row.caches], samplers=[row.sampler]

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from ..errors import SteeringError
 from .places import EVERYWHERE, Span, StepEnds
+
+KEPT_BUFFERS = 2**28  # bytes
 
 
 @partial(mx.compile, shapeless=True)
@@ -260,6 +263,19 @@ def where_in(cache: KVCache, offset: int | mx.array, length: int) -> bool | mx.a
                 "blocks or embeddings alone."
             )
     return cache.shift.where(offset, length, step_ends)
+
+
+def token_bytes(network: nn.Module) -> int:
+    """Return how many bytes the keys and values of one token take, in the network's dtype."""
+    args = network.args
+    width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
+    return 2 * args.num_hidden_layers * width * network.model.norm.weight.dtype.size
+
+
+def clear_buffers() -> None:
+    """Free the buffers that mlx keeps for later arrays if they are large: to allocate others takes time."""
+    if mx.get_cache_memory() > KEPT_BUFFERS:
+        mx.clear_cache()
 
 
 def twin_of(cache: KVCache) -> KVCache:

@@ -39,6 +39,12 @@ def gpu() -> Mapping[str, str | int]:
     return mx.device_info(mx.gpu) if mx.metal.is_available() else {}
 
 
+def working_set() -> int | None:
+    """Return how many bytes the GPU can keep in memory; ``None`` where there is no such limit."""
+    found = gpu().get("max_recommended_working_set_size")
+    return None if found is None else int(found)
+
+
 def is_virtual(gpu: Mapping[str, str | int]) -> bool:
     """Tell whether a GPU is that of a virtual machine, as on GitHub's runners."""
     name, architecture = str(gpu.get("device_name")), str(gpu.get("architecture"))

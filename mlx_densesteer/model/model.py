@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -38,13 +39,16 @@ from .block import decoder_blocks, patch
 from .config import check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
 from .hub import fetch_model
+from .machine import gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
-from .weights import INDEX
+from .weights import INDEX, read_tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Of the GPU's working set: what is above it does not stay in memory beside caches and the system (as mlx-lm warns).
+_SHARE = 0.9
 # The key under which transformers notes that it has given this warning.
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 # For ``Model.check_length``: text of this many characters a token at most is encoded at once. Longer text
@@ -437,6 +441,8 @@ def open_folder(
     Args:
         lazy: leave the weights on the disk until they are used.
     """
+    if not lazy:
+        check_memory(path)
     with loading(path), mlx_lm_folder(path) as place:
         network, config = load_model(place, lazy=lazy)
         if adapter_path is not None:
@@ -474,6 +480,21 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
                 (place / file.name).symlink_to(file.absolute())
         (place / "config.json").write_text(json.dumps(config), "utf-8")
         yield place
+
+
+def check_memory(path: Path) -> None:
+    """Say before loading that a model does not fit; raise ``ModelError`` if it is larger than the memory."""
+    limit, memory = working_set(), gpu().get("memory_size", math.inf)
+    weights = sum(tensor.stop - tensor.start for tensor in read_tensors(path).values())
+    if limit is None or weights <= _SHARE * limit:
+        return
+    remedy = "Convert it with fewer bits (`densesteer convert --bits 4`), or choose a smaller one."
+    found = f"{path}: the model takes {weights / 2**30:.1f} GiB"
+    if weights > memory:
+        raise ModelError(f"{found}, and this machine has {memory / 2**30:.1f} GiB. {remedy}")
+    note(
+        f"warning: {found}, of {limit / 2**30:.1f} that the GPU can keep: it will be slow. {remedy}"
+    )
 
 
 def check_tokenizer(path: Path) -> None:

@@ -28,6 +28,7 @@ from .cache import (
     Shift,
     SteeredKVCache,
     SteeredQuantizedKVCache,
+    clear_buffers,
     note_step_ends,
     twin_of,
     where_in,
@@ -354,7 +355,7 @@ class Prefix:
             else:
                 h = block(h, mask, cache)
         mx.eval([cache.state for cache in self.caches[first:]], [] if kept is None else kept)
-        mx.clear_cache()
+        clear_buffers()
         return kept
 
     def _steered(self, layer: int, h: mx.array, start: int) -> mx.array:

@@ -13,6 +13,7 @@ from mlx_densesteer.errors import ContextError, InputError, SteeringError, Vecto
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
 from mlx_densesteer.model.block import make_cache
+from mlx_densesteer.model.cache import token_bytes
 from mlx_densesteer.model.prompt import decode, encode_prompt
 
 PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
@@ -602,3 +603,21 @@ def test_a_row_ends_where_its_own_turn_does(demo_model):
     assert whole.token_ids == again.token_ids == plain.token_ids
     assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end)]
     assert ended.finish_reason == "stop" and ended.text == decode(base.tokenizer, ended.token_ids)
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_long_prompt_waits_while_the_cache_of_all_rows_would_not_fit(model, metal_like, fits):
+    """mlx-lm's cache makes every row as long as the longest."""
+    tokens = 8 * 250 if fits else 250
+    room = int(tokens * token_bytes(model.network) / batch_module.KV_SHARE)
+    metal_like.give_device(mx.get_active_memory() + room)
+    seen = []
+    with Batch(model, rows=8) as batch:
+        for prompt in (*[PROMPTS[1]] * 6, [1] * 200, PROMPTS[1]):
+            batch.add(prompt, max_tokens=8)
+        while batch.running:
+            batch.step()
+            seen.append([len(row.prompt) for row in batch._inside.values()])
+    assert any(200 in inside for inside in seen)
+    assert any(200 in inside and len(inside) > 1 for inside in seen) == fits
+    assert max(map(len, seen)) == (8 if fits else 6)

@@ -294,3 +294,17 @@ def test_a_full_temporary_folder_is_told_with_its_variable(tmp_path):
     remedy = pytest.raises(DiskError, match=r"Make room on the disk, .* place \(TMPDIR\)\.$")
     with remedy, loading(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(metal_like, monkeypatch, capsys):
+    """The demo's weights take 5.0 MB."""
+    metal_like.give_device(working_set=6_000_000)
+    ds.load("demo")
+    assert capsys.readouterr().err == ""
+    metal_like.give_device(working_set=5_000_000)
+    ds.load("demo")
+    assert "of 0.0 that the GPU can keep: it will be slow" in capsys.readouterr().err
+    metal_like.give_device(working_set=3_000_000)
+    monkeypatch.setattr("mlx_densesteer.model.model.load_model", None)
+    with pytest.raises(ModelError, match=r"takes 0\.0 GiB, and this machine has .*--bits 4"):
+        ds.load("demo")

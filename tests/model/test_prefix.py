@@ -224,3 +224,12 @@ def test_spans_and_common_beginnings():
     assert span_in_chunk("steps", False, 3) == NOWHERE
     assert common_beginning(CHUNKS, CHUNKS[:2]) == 2
     assert common_beginning(CHUNKS, [Chunk((1, 2, 3, 4), answer=True)]) == 0
+
+
+@pytest.mark.parametrize(("kept", "cleared"), [(2**20, 0), (2**30, 3)])
+def test_only_large_buffers_are_freed_between_chunks(tiny, steering, monkeypatch, kept, cleared):
+    calls = []
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: kept)
+    monkeypatch.setattr(mx, "clear_cache", lambda: calls.append(1))
+    filled(tiny, steering)
+    assert len(calls) == cleared
