@@ -1,12 +1,20 @@
 """``densesteer demo``."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from ..text import Live, aligned, count, note, signed, signed_dose
 from .options import json_option
 from .sweep import FIGURES, figures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..evaluation.answers import Answer
+    from ..evaluation.sweep import GridRow
+    from ..evaluation.tasks import Problem
 
 WHAT_IT_IS = """\
 A toy shows how steering works: a Qwen2 model of 2.5 million parameters, trained for this purpose on
@@ -64,8 +72,9 @@ def demo(problems: int, as_json: bool) -> None:
         document = {"rows": [{key: row[key] for key in kept} for row in described]}
         click.echo(json.dumps(document, allow_nan=False))
         return
-    click.echo(f"\nThe problem: {chosen[0].question}")
-    first = {one.steering: one for one in answers if one.problem == chosen[0].id}
+    shown, why = _clearest(chosen, rows, answers)
+    click.echo(f"\n{why}: {shown.question}")
+    first = {one.steering: one for one in answers if one.problem == shown.id}
     for row in rows:
         one = first[row.setting.fingerprint]
         verdict = "right" if one.correct else "wrong"
@@ -84,7 +93,31 @@ def demo(problems: int, as_json: bool) -> None:
     click.echo("\n".join(aligned(lines)))
     note(
         "every command takes -m demo and -v demo; try:\n"
-        f'densesteer generate -m demo -v demo "{chosen[0].question}"'
+        f'densesteer generate -m demo -v demo "{shown.question}"'
+    )
+
+
+def _clearest(
+    problems: "Sequence[Problem]", rows: "Sequence[GridRow]", answers: "Sequence[Answer]"
+) -> "tuple[Problem, str]":
+    """Return the problem that shows the effect best, and how it was chosen; ``rows`` are in order of dose."""
+    from ..steering.steering import LARGE_DOSE
+
+    below = [row.setting.fingerprint for row in rows if row.setting.dose < LARGE_DOSE]
+    found = {(one.problem, one.steering): one for one in answers}
+
+    def effect(problem: "Problem") -> tuple[int, int]:
+        those = [found[problem.id, steering] for steering in below]
+        steps = [one.steps for one in those]
+        falls = steps == sorted(steps, reverse=True) and all(one.correct for one in those)
+        return (len(set(steps)), steps[0] - steps[-1]) if falls else (0, 0)
+
+    best = max(problems, key=effect)
+    if effect(best) <= (1, 0):
+        return problems[0], "The first problem"
+    return best, (
+        f"One of {count(len(problems), 'problem')}, chosen because its steps fall and its answers stay right below the "
+        "overdose"
     )
 
 

@@ -172,3 +172,13 @@ def test_what_the_page_suggests_is_answered_rightly_steered_or_not(demo_model, v
             steering = ds.Steering(vector, strength, (LAYER,))
             text = ds.generate(demo_model, problem.question, steering=steering).text
             assert text.endswith(f"#### {problem.answer}")
+
+
+def test_the_demo_shows_a_problem_in_which_the_effect_is_seen():
+    shown = CliRunner().invoke(main, ["demo", "--problems", "8"]).stdout
+    assert "One of 8 problems, chosen because" in shown
+    told = re.findall(r"^--- dose (\S+) .*: (\d+) steps?, \d+ tokens?, (\w+)$", shown, re.MULTILINE)
+    assert [dose for dose, _, _ in told] == ["-30%", "0%", "+10%", "+20%", "+100%"]
+    steps = [int(steps) for _, steps, _ in told[:-1]]
+    assert steps == sorted(steps, reverse=True) and steps[0] > steps[-1] == 1
+    assert [verdict for _, _, verdict in told] == ["right"] * 4 + ["wrong"]
