@@ -10,9 +10,10 @@ Use a batch on one thread only: the one that loaded the model.
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from ..model.block import make_cache
 from ..model.cache import SteeredKVCache, token_bytes, twin_of
 from ..model.machine import working_set
 from ..model.model import Model, takes_model
+from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
@@ -41,6 +43,7 @@ PREFILL = 2048  # prompt tokens of a row that a step reads while no row decodes
 PREFILL_BESIDE = 256
 SHARED = 64  # tokens of a common beginning that are worth a reading of their own
 SHARED_AT_ONCE = 8192  # tokens of common beginnings in memory at most
+KEEP_STREAM = 2**30  # bytes of their residual stream, which is far less for so many tokens
 # Of the GPU's working set, less what is in use: what the keys and values of a batch may take.
 KV_SHARE = 0.8
 
@@ -360,8 +363,8 @@ def generate_batch(
     """Yield ``(index, response)`` for every prompt, in the order in which they end.
 
     Closing the iterator ends the rows that run. ``Generation.peak_memory_bytes`` is that of the
-    whole batch. A beginning of ``SHARED`` tokens or more that several prompts have in common is read once
-    if it is unsteered or steered alike, and its time divided among them.
+    whole batch. A beginning of ``SHARED`` tokens or more that several prompts have in common is read once up
+    to the lowest steered layer, and above it once for each steering; its time is divided among them.
 
     Args:
         prompts: user messages (chat template), plain text (``raw``), or token ids.
@@ -401,30 +404,54 @@ def generate_batch(
         model.room(len(job.tokens), job.limit, what=f"prompt {number}")
     for distinct in {id(job.steering): job for job in jobs}.values():
         make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
-    _find_beginnings(jobs)
+    _find_beginnings(jobs, model.layer_count)
     return _run(model, jobs, seed, tuple(stop), rows, progress or (lambda _: None))
 
 
-@dataclass(eq=False)
 class _Beginning:
-    """The first tokens of several prompts, read alike; ``caches`` once they are read.
+    """The first tokens of several prompts, read once, and above the lowest steered layer once for each steering.
 
-    ``rows`` prompts have it, ``left`` of them are still to be added.
+    Args:
+        jobs: the prompts that begin so.
+        tokens: their first tokens.
     """
 
-    tokens: list[int]
-    rows: int
-    left: int
-    caches: Sequence[KVCache] = ()
-    seconds: float = 0.0
+    def __init__(self, jobs: "Sequence[_Prompt]", tokens: list[int]):
+        self.tokens, self.left = tokens, len(jobs)  # prompts that are still to be added
+        self._rows = Counter(job.read_under for job in jobs)
+        self._base = jobs[0].reading
+        if len(self._rows) > 1:
+            lowest = min(
+                (job.reading for job in jobs if job.reading), key=lambda one: min(one.layers)
+            )
+            self._base = replace(lowest, strength=0.0)
+        self._prefix: Prefix | None = None
+        self._seconds: dict[str, float] = {}  # of a row, by what it is read under
 
-    def read(self, model: Model, steering: Steering | None) -> None:
+    def saves(self, layers: int) -> bool:
+        """Tell whether reading it once takes less than reading it in every prompt, of a model of so many layers."""
+        again = 0
+        if len(self._rows) > 1:
+            again = layers - 1 - min(self._base.layers)
+        return layers + again * len(self._rows.keys() - {UNSTEERED}) < layers * self.left
+
+    def caches(self, model: Model, job: "_Prompt") -> tuple[list[KVCache], float]:
+        """Return the caches of the tokens under the job's steering, and its share of the seconds they took."""
+        if self._prefix is None:
+            keep = KEEP_STREAM if len(self._rows) > 1 else 0
+            self._prefix = Prefix(model.network, keep_bytes=keep)
+            seconds = self._fill(self._base) / self._rows.total()
+            self._seconds = dict.fromkeys(self._rows, seconds)
+        self._seconds[job.read_under] += self._fill(job.reading) / self._rows[job.read_under]
+        return [twin_of(cache) for cache in self._prefix.caches], self._seconds[job.read_under]
+
+    def _fill(self, steering: Steering | None) -> float:
         began = time.perf_counter()
-        self.caches = make_cache(model, steering, prompt_length=len(self.tokens) + 1)
-        for start in range(0, len(self.tokens), PREFILL):
-            model.network.model(mx.array([self.tokens[start : start + PREFILL]]), cache=self.caches)
-            mx.eval([cache.state for cache in self.caches])
-        self.seconds = time.perf_counter() - began
+        self._prefix.fill([Chunk(tuple(self.tokens))], steering)
+        return time.perf_counter() - began
+
+    def forget(self) -> None:
+        self._prefix = None
 
 
 @dataclass(eq=False)
@@ -435,40 +462,39 @@ class _Prompt:
     sampling: Sampling
     beginning: _Beginning | None = None
 
+    @cached_property
+    def reading(self) -> Steering | None:
+        """The steering of all prompt tokens but the last."""
+        steered = self.steering is not None and self.steering.strength
+        return self.steering if steered and self.steering.positions in ("all", "prompt") else None
+
+    @cached_property
+    def read_under(self) -> str:
+        """Identifies ``reading``."""
+        return UNSTEERED if self.reading is None else self.reading.fingerprint
+
     @property
-    def lengths(self) -> tuple[int, int]:
-        """Of its beginning, or of all without one, so that those of one beginning stay together; of all."""
+    def order(self) -> tuple:
+        """Prompts of one length follow each other, of one beginning too, and there those of one steering."""
         first = self.beginning.tokens if self.beginning else self.tokens
-        return len(first), len(self.tokens)
+        return len(first), first, self.read_under, len(self.tokens)
 
 
-def _find_beginnings(jobs: Sequence[_Prompt]) -> None:
-    """Give a beginning to the jobs whose prompts begin alike and are read under the same steering."""
-    distinct = {id(job.steering): job.steering for job in jobs}
-    prints = {key: _read_under(steering) for key, steering in distinct.items()}
-    ordered = sorted(jobs, key=lambda job: (prints[id(job.steering)], job.tokens))
-    alike, depth = ordered[:1], 0
-    for job in [*ordered[1:], None]:
-        last = alike[-1] if alike else None
-        same = 0
-        if job and last and prints[id(job.steering)] == prints[id(last.steering)]:
-            same = _common(job.tokens, last.tokens)
+def _find_beginnings(jobs: Sequence[_Prompt], layers: int) -> None:
+    """Give a beginning to the jobs whose prompts begin alike; ``layers`` are the model's."""
+    alike, depth = [], 0
+    for job in [*sorted(jobs, key=lambda job: job.tokens), None]:
+        same = _common(job.tokens, alike[-1].tokens) if job and alike else 0
         if same >= SHARED:
             depth = min(depth, same) if len(alike) > 1 else same
             alike.append(job)
             continue
         if len(alike) > 1:
-            beginning = _Beginning(alike[0].tokens[:depth], len(alike), len(alike))
-            for one in alike:
-                one.beginning = beginning
+            beginning = _Beginning(alike, alike[0].tokens[:depth])
+            if beginning.saves(layers):
+                for one in alike:
+                    one.beginning = beginning
         alike = [job]
-
-
-def _read_under(steering: Steering | None) -> str:
-    """Identify what all prompt tokens but the last are read under."""
-    if steering is None or steering.positions in ("generated", "steps"):
-        return UNSTEERED
-    return steering.fingerprint
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -488,7 +514,7 @@ def _run(
     if seed is not None:
         mx.random.seed(seed)
     # Prompts that are read together are padded to the longest: so those of one length follow each other.
-    order = sorted(range(len(jobs)), key=lambda number: jobs[number].lengths, reverse=True)
+    order = sorted(range(len(jobs)), key=lambda number: jobs[number].order, reverse=True)
     waiting = iter(order)  # added when there is room: each row's steering takes memory
     steps = 0
     with Batch(model, rows=rows) as batch:
@@ -515,22 +541,22 @@ def _add(
     if beginning is not None and beginning not in held:
         total = sum(len(one.tokens) for one in held) + len(beginning.tokens)
         if total <= SHARED_AT_ONCE and beginning.left > 1:
-            beginning.read(model, job.steering)
             held.add(beginning)
     if beginning is None or beginning not in held:
         batch.add(job.tokens, steering=job.steering, **options)
     else:
         caches = make_cache(model, job.steering, prompt_length=len(job.tokens))
-        for cache, filled in zip(caches, map(twin_of, beginning.caches), strict=True):
+        begun, seconds = beginning.caches(model, job)
+        for cache, filled in zip(caches, begun, strict=True):
             cache.keys, cache.values, cache.offset = filled.keys, filled.values, filled.offset
         rest, ends = job.tokens[len(beginning.tokens) :], model.ends(job.tokens)
         row = batch.add(rest, steering=job.steering, cache=caches, ends=ends, **options)
-        batch._rows[row].seconds = beginning.seconds / beginning.rows
+        batch._rows[row].seconds = seconds
     if beginning is not None:
         beginning.left -= 1
         if not beginning.left:
             held.discard(beginning)
-            beginning.caches = ()
+            beginning.forget()
 
 
 def _for_each(what: str, value, count: int) -> list:

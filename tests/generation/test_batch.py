@@ -12,8 +12,9 @@ from mlx_densesteer.demo import problems
 from mlx_densesteer.errors import ContextError, InputError, SteeringError, VectorMismatchError
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
-from mlx_densesteer.model.block import make_cache
+from mlx_densesteer.model.block import SteeredBlock, make_cache
 from mlx_densesteer.model.cache import token_bytes
+from mlx_densesteer.model.prefix import Prefix
 from mlx_densesteer.model.prompt import decode, encode_prompt
 
 PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
@@ -428,25 +429,51 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(
     how = [steerings[0]] * 4 + [steerings[1]] * 5
     drawn = [ds.Sampling(temp=0.5, seed=seed) for seed in range(9)]  # more than greedy tokens tell
     options = {"steering": how, "sampling": drawn, "max_tokens": 6, "rows": 3}
-    read, stock = [], type(model.network.model).__call__
+    read, stock = [], SteeredBlock.__call__
 
-    def spy(self, inputs, *args, **options):
-        read.append(inputs.size)
-        return stock(self, inputs, *args, **options)
+    def spy(self, x, *args, **options):
+        read.append(x.shape[0] * x.shape[1])
+        return stock(self, x, *args, **options)
 
-    monkeypatch.setattr(type(model.network.model), "__call__", spy)
+    monkeypatch.setattr(SteeredBlock, "__call__", spy)
     found = dict(generate_batch(model, prompts, **options))
     together = sum(read)
     monkeypatch.setattr(batch_module, "SHARED_AT_ONCE", 0)
     apart = dict(generate_batch(model, prompts, **options))
-    saved = sum(read) - 2 * together
-    assert saved > (6 if positions == "generated" else 5) * 120  # of 7 or 6, but for the padding
+    saved = (sum(read) - 2 * together) / 120  # 4 blocks; 3 of them again under the steering
+    assert (
+        saved > 8 * 4 - 4 if positions == "generated" else saved > 8 * 4 - 4 - 3
+    )  # but for the padding
     assert set(found) == set(range(9))
     for number, one in apart.items():
         assert found[number].token_ids == one.token_ids
         assert found[number].prompt_tokens == one.prompt_tokens == len(prompts[number])
         assert found[number].compute_seconds > 0
     assert len({one.token_ids for one in apart.values()}) > 5
+
+
+def test_one_prompt_under_many_steerings_is_read_once_below_the_lowest_layer(
+    model, make_vector, monkeypatch
+):
+    """Of a sweep: 4 blocks for the first, then those above layer 2 only, whatever the strength."""
+    vector, prompt = make_vector(), [3 + i % 50 for i in range(121)]
+    how = [
+        None,
+        *(ds.Steering(vector, s, layers) for s in (1.0, -2.0, 4.0) for layers in ((2,), (3,))),
+    ]
+    options = {"steering": how, "max_tokens": 4}
+    computed, fill = [], Prefix.fill
+
+    def spy(self, *args, **options):
+        computed.append(fill(self, *args, **options).block_tokens)
+
+    monkeypatch.setattr(Prefix, "fill", spy)
+    together = dict(generate_batch(model, [prompt] * 7, **options))
+    assert sum(computed) == 120 * (4 + 6)  # all other fills are of no block
+    monkeypatch.setattr(batch_module, "SHARED_AT_ONCE", 0)
+    apart = dict(generate_batch(model, [prompt] * 7, **options))
+    assert [together[i].token_ids for i in range(7)] == [apart[i].token_ids for i in range(7)]
+    assert len({one.token_ids for one in apart.values()}) > 3
 
 
 @pytest.fixture
