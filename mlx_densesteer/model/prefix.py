@@ -22,7 +22,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..errors import SteeringError
-from ..steering.steering import Steering
+from ..steering.steering import Positions, Steering
 from .block import decoder_blocks, deltas, patch
 from .cache import (
     Shift,
@@ -108,6 +108,12 @@ class Prefix:
         """The number of tokens that were read."""
         return sum(len(chunk.tokens) for chunk in self._chunks)
 
+    def with_caches(self, caches: Sequence[KVCache], steering: Steering | None) -> "Prefix":
+        """Return a copy with other caches, which begin with the same tokens, all of it under ``steering``."""
+        twin = self.fork()
+        twin.caches, twin._plan = list(caches), _Plan.of(self.network, steering)
+        return twin
+
     @property
     def residual_tokens(self) -> int:
         """The number of tokens, from the first on, of which the residual stream is kept."""
@@ -136,9 +142,7 @@ class Prefix:
         """Forget everything."""
         self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
         self._chunks: list[Chunk] = []  # the last one may be the beginning of one
-        self._plan: dict[int, tuple[str, bytes]] = {}  # positions and delta of each steered layer
-        self._deltas: dict[int, mx.array] = {}
-        self._positions = "all"
+        self._plan = _Plan({}, "all")
         self._captured: int | None = None
         # The unsteered output of layer _captured at the first tokens, as pieces (1, tokens, hidden).
         self._residual: list[mx.array] = []
@@ -169,19 +173,17 @@ class Prefix:
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> Generator[None, None, Work]:
         """Do what ``fill`` does, one chunk a step. Closing the iterator leaves the prefix empty."""
-        made = deltas(self.network, steering)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         check_ids(tokens, self.network.args.vocab_size, "the prompt")
-        positions = steering.positions if steering else "all"
-        plan = {layer: (positions, bytes(memoryview(delta))) for layer, delta in made.items()}
+        plan = _Plan.of(self.network, steering)
         wanted = [chunk for chunk in chunks if chunk.tokens]
         try:
             self._cut(self._common(wanted), wanted)
-            changed = [k for k in {*plan, *self._plan} if plan.get(k) != self._plan.get(k)]
+            changed = plan.differs(self._plan)
             again: list[Chunk] = []
             if changed and self._chunks:
                 again = self._keep_below(min(changed))
-            self._plan, self._deltas, self._positions = plan, made, positions
+            self._plan = plan
             if not self._chunks and not again and self._keep_bytes:
                 self._captured = min(steering.layers) if steering and steering.layers else None
             work = 0
@@ -236,12 +238,8 @@ class Prefix:
 
     def fork(self) -> "Prefix":
         """Return a copy that shares what is computed; filling one does not change the other."""
-        return self.with_caches([twin_of(cache) for cache in self.caches])
-
-    def with_caches(self, caches: Sequence[KVCache]) -> "Prefix":
-        """Return a copy with other caches, which begin with the same tokens under the same steering."""
         twin = copy.copy(self)
-        twin.caches = list(caches)
+        twin.caches = [twin_of(cache) for cache in self.caches]
         twin._chunks, twin._residual = list(self._chunks), list(self._residual)
         return twin
 
@@ -251,7 +249,9 @@ class Prefix:
         count = sum(len(chunk.tokens) for chunk in wanted[:same])
         if self._exact:
             return count
-        alike = self._positions == "all" or not self._plan  # whatever is prompt or answer
+        alike = (
+            self._plan.positions == "all" or not self._plan.deltas
+        )  # whatever is prompt or answer
         ours, theirs = (_flat(chunks[same:], alike) for chunks in (self._chunks, wanted))
         equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
         return count + sum(1 for _ in equal)
@@ -374,9 +374,9 @@ class Prefix:
 
     def _steer(self, *, answer: bool, start: int) -> None:
         """Set the shift of every cache for a chunk that begins at ``start``."""
-        span = span_in_chunk(self._positions, answer, start)
+        span, made = span_in_chunk(self._plan.positions, answer, start), self._plan.deltas
         for layer, cache in enumerate(self.caches):
-            cache.shift = Shift.of(self._deltas[layer], [span]) if layer in self._deltas else None
+            cache.shift = Shift.of(made[layer], [span]) if layer in made else None
         shifts = [cache.shift for cache in self.caches if cache.shift]
         mx.eval([shift.arrays for shift in shifts])  # here, on the thread that made them
 
@@ -385,6 +385,25 @@ class Prefix:
             return SteeredKVCache()
         group_size, bits = self._quantization
         return SteeredQuantizedKVCache(group_size=group_size, bits=bits)
+
+
+class _Plan(NamedTuple):
+    """What is added: ``lambda * v`` of each steered layer, float32 ``(1, 1, hidden)``, and where."""
+
+    deltas: dict[int, mx.array]
+    positions: Positions
+
+    @classmethod
+    def of(cls, network: nn.Module, steering: Steering | None) -> "_Plan":
+        return cls(deltas(network, steering), steering.positions if steering else "all")
+
+    def differs(self, other: "_Plan") -> list[int]:
+        """Return the layers at which another plan adds something else, or elsewhere."""
+        ours, theirs = (
+            {k: (plan.positions, bytes(memoryview(v))) for k, v in plan.deltas.items()}
+            for plan in (self, other)
+        )
+        return [k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)]
 
 
 def _unread(wanted: Sequence[Chunk], held: int) -> list[tuple[Chunk, int]]:

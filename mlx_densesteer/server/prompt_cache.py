@@ -208,7 +208,7 @@ class PromptReading:
         ):
             return  # in the next prompt it would be steered otherwise
         mx.async_eval([cache.state for cache in caches])  # else they hold the memory of all rows
-        answered = self._prefix.with_caches(caches)
+        answered = self._prefix.with_caches(caches, self._while_reading)
         answered.keep_decoded([*self._tokens, *tokens][self._prefix.length :])
         self._cache.keep(answered, self._while_reading)
 

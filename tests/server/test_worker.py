@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from mlx_densesteer import Sampling, Steering, SteeringVector
+from mlx_densesteer.model.block import SteeredBlock
 from mlx_densesteer.server.worker import Job, Said, Worker
 
 QUESTION = list(range(20, 60))
@@ -48,6 +49,31 @@ def test_an_answer_is_kept_if_it_was_steered_as_its_prompt(demo_model, how, kept
     assert most - 1 <= cached <= most if kept else cached < len(QUESTION)
     anew, none = answered(Worker(demo_model, rows=4, cache_bytes=0), prompt, how)
     assert (again, none) == (anew, 0)
+
+
+@pytest.mark.parametrize("how", [None, steering()])
+def test_answers_to_prompts_that_were_read_together_are_kept_too(demo_model, monkeypatch, how):
+    worker = Worker(demo_model, rows=4, cache_bytes=2**24)
+    asked, answers = [QUESTION, QUESTION[::-1]], {}
+    for tokens in asked:
+        worker.take(Job(tokens, how, 24, Sampling(temp=0.0)))
+    while worker.busy:
+        for job, event in worker.work():
+            if isinstance(event, Said) and event.piece.result:
+                answers[tuple(job.tokens)] = list(event.piece.result.token_ids)
+    computed, call = [], SteeredBlock.__call__
+
+    def spy(self, x, *args, **options):
+        computed.append(x.shape[0] * x.shape[1])
+        return call(self, x, *args, **options)
+
+    monkeypatch.setattr(SteeredBlock, "__call__", spy)
+    for tokens in asked:
+        prompt = [*tokens, *answers[tuple(tokens)], *NEXT]
+        computed.clear()
+        answer, cached = answered(worker, prompt, how)
+        assert cached >= len(prompt) - len(NEXT) - 1
+        assert sum(computed) <= 6 * (len(NEXT) + len(answer) + 2)
 
 
 def test_an_answer_to_another_text_is_used_as_far_as_it_goes(demo_model):
