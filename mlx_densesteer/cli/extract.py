@@ -109,10 +109,7 @@ def _tell(found: "Extraction", pairs: int) -> None:
             f"warning: in {count(len(found.identical), 'pair')} (from 0: {numbers}{more}) the two "
             "responses are the same; they only make the vector shorter."
         )
-    note(
-        f"{count(pairs, 'pair')}, {found.tokens:,} tokens computed; sequence by sequence it "
-        f"would be {found.tokens_apart:,}"
-    )
+    note(f"{count(pairs, 'pair')}, {found.tokens:,} tokens read")
     from ..steering.request import SMALLEST
     from ..steering.vector import format_layers
 
@@ -143,5 +140,4 @@ def _to_json(found: "Extraction", path: Path) -> dict[str, object]:
         },
         "identical": list(found.identical),
         "tokens": found.tokens,
-        "tokens_apart": found.tokens_apart,
     }

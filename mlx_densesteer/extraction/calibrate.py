@@ -17,7 +17,7 @@ from ..evaluation.scoring import Estimate
 from ..model.divergence import Branches, Divergence, strengths_for
 from ..model.likelihood import token_log_likelihoods
 from ..model.model import Model, takes_model
-from ..model.token_tree import TokenPair
+from ..model.residual import TokenPair
 from ..steering.request import DEFAULT_DOSE, joined, recommended_layers, unit_dose
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector

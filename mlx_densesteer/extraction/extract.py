@@ -13,8 +13,7 @@ from ..generation.answer import split_steps
 from ..model.model import Model, takes_model
 from ..model.places import StepEnds, step_ends_of
 from ..model.prompt import encode_prompt, encode_text
-from ..model.residual import record_pairs
-from ..model.token_tree import TokenPair, TokenTree
+from ..model.residual import TokenPair, record_pairs
 from ..steering.request import DEFAULT_DOSE, SMALLEST
 from ..steering.vector import SteeringVector, VectorMeta
 from .directions import Direction, Halves, MeanDifference, PrincipalComponent
@@ -55,15 +54,13 @@ class Extraction:
     """A steering vector and how it was found.
 
     ``identical`` are the numbers of the pairs whose two responses are the same. ``tokens`` counts
-    the positions that went through the model, padding included; ``tokens_apart`` those of the
-    same sequences one by one.
+    the tokens of all prompts and responses.
     """
 
     vector: SteeringVector
     layers: dict[int, LayerReport]
     identical: tuple[int, ...]
     tokens: int
-    tokens_apart: int
 
 
 @dataclass(frozen=True)
@@ -185,10 +182,9 @@ def extract_with_report(
         )
     info, kind = model.info, _METHODS[method]
     chosen = range(info.layer_count) if layers is None else sorted(set(layers))
-    tree = TokenTree.of(token_pairs)
     held_out = _held_out(len(pairs))
     directions, others, norms = _read_layers(
-        model, tree, chosen, readout, kind, held_out, len(pairs), progress
+        model, token_pairs, chosen, readout, kind, held_out, progress
     )
     vectors = {layer: direction.vector for layer, direction in directions.items()}
     sizes = {k: float(np.linalg.norm(v.astype(np.float64))) for k, v in vectors.items()}
@@ -226,7 +222,8 @@ def extract_with_report(
         extra={"dtype": info.dtype, "stability": stability},
     )
     vector = SteeringVector(vectors, meta)
-    return Extraction(vector, report, identical, tree.tokens, tree.tokens_apart)
+    tokens = sum(len(sequence) for pair in token_pairs for sequence in pair.sequences)
+    return Extraction(vector, report, identical, tokens)
 
 
 def _held_out(count: int) -> range:
@@ -237,22 +234,22 @@ def _held_out(count: int) -> range:
 
 def _read_layers(
     model: Model,
-    tree: TokenTree,
+    pairs: Sequence[TokenPair],
     layers: Sequence[int],
     readout: ReadOut,
     kind: type[MeanDifference | PrincipalComponent],
     held_out: Sequence[int],
-    count: int,
     progress: Progress,
 ) -> tuple[dict[int, Direction], dict[int, np.ndarray], dict[int, float]]:
     """Return by layer: direction of all pairs, vector without the held-out ones, ``||h_l||``."""
+    count = len(pairs)
     halves, others = Halves(count), Halves(count - len(held_out))
     place = {pair: i for i, pair in enumerate(sorted(set(range(count)) - set(held_out)))}
     found = {layer: (kind(halves), kind(others)) for layer in layers}
     norms = dict.fromkeys(layers, 0.0)
     done = 0
     weigh = partial(readout.weights, step_ends=step_ends_of(model.network))
-    for reading in record_pairs(model.network, tree, layers, weigh):
+    for reading in record_pairs(model.network, pairs, layers, weigh):
         _check_finite(reading.layer, reading.pairs, reading.rows)
         differences = reading.rows[:, 0] - reading.rows[:, 1]
         everything, rest = found[reading.layer]

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..model.gradient import response_log_likelihood
 from ..model.model import Model
-from ..model.token_tree import TokenPair
+from ..model.residual import TokenPair
 from ..steering.request import SMALLEST
 
 

@@ -13,9 +13,19 @@ from .block import decoder_blocks
 from .cache import Shift
 from .likelihood import head_of
 from .places import span_of, step_ends_of
-from .residual import Following
 
 _SLICE = 128  # positions whose logits are in memory at a time
+
+
+class _NoCache:
+    """In place of a block's cache: keeps nothing, and holds what the block adds."""
+
+    offset = 0
+    shift: Shift | None = None
+    step_ends: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
 
 
 def response_log_likelihood(
@@ -65,7 +75,7 @@ def response_log_likelihood(
         def output(
             h: mx.array, delta: mx.array | None = None, block: nn.Module = block
         ) -> mx.array:
-            cache = Following(0)
+            cache = _NoCache()
             if delta is not None:
                 cache.shift, cache.step_ends = shift(delta), step_ends
             return block(h, "causal", cache)
@@ -85,7 +95,7 @@ def stream_below(
     """
     h = network.model.embed_tokens(mx.array([[*prompt, *response[:-1]]]))
     for number, block in decoder_blocks(network).items():
-        h = block(h, "causal", Following(0))
+        h = block(h, "causal")
         if number == layer:
             break
     return h

@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 
 import calibrate
-import extract
 import mlx.core as mx
 import pytest
 import resteer
@@ -28,10 +27,7 @@ from mlx_densesteer import generate, load, make_cache, resolve
 from mlx_densesteer.bench.figures import Measurement
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.demo.problems import held_out
-from mlx_densesteer.extraction.extract import encode_pairs
-from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.model.prompt import encode_prompt
-from mlx_densesteer.model.token_tree import TokenTree
 
 SCRIPTS = sorted(
     path.stem
@@ -106,16 +102,6 @@ def test_texts_that_are_equal_and_one_that_is_not(subject, monkeypatch):
     assert made.document()["texts_batch_equal"] is False
 
 
-def test_extraction_reads_fewer_tokens(subject):
-    figures, table = figures_of(extract.run(subject, limit=2, rounds=1))
-    pairs = extract.drawn_pairs(extract.COUNTED)
-    tree = TokenTree.of(encode_pairs(subject.model, pairs, extract.LAST_TOKEN))
-    assert figures["extract_token_ratio"] == tree.tokens_apart / tree.tokens > 1
-    assert figures["extract_time_ratio"] > 0
-    remark = table["tokens computed, one by one / ours"]["remark"]
-    assert remark == f"50 pairs of the demo's problems: {tree.tokens_apart:,} / {tree.tokens:,}"
-
-
 @pytest.mark.slow
 def test_a_grid_gives_the_answers_of_separate_runs(subject):
     made = sweep.run(subject, problems=1, settings=2, max_tokens=3, rounds=1)
@@ -163,13 +149,6 @@ def test_the_rule_that_mlx_lm_prints_first_is_no_token():
     command = startup._Command([sys.executable, "-c", code])
     assert command.first_token() >= 0.3
     assert command.text == "word"
-
-
-def test_drawn_pairs_are_dense_and_sparse():
-    pairs = extract.drawn_pairs(5)
-    for pair in pairs:
-        assert len(split_steps(pair.positive)) < len(split_steps(pair.negative))
-    assert pairs == extract.drawn_pairs(5)
 
 
 def test_a_truncated_copy_shares_the_weights_and_is_the_lower_part(subject):

@@ -24,8 +24,7 @@ from mlx_densesteer.model.prompt import (
     end_of_turn,
     render_chat,
 )
-from mlx_densesteer.model.residual import record_pairs, residual_norms
-from mlx_densesteer.model.token_tree import TokenPair, TokenTree
+from mlx_densesteer.model.residual import TokenPair, record_pairs, residual_norms
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED = ["<tool_call>", "</think>", "<|fim_prefix|>", "<｜Assistant｜>", "[[]]"]
@@ -281,7 +280,7 @@ def test_the_user_is_told_of_the_templates_end(hf_folder, tmp_path, capsys):
 
 
 def pairs_of(token):
-    return TokenTree.of([TokenPair([1, 2], [3, 4], [token]), TokenPair([1], [3], [4])])
+    return [TokenPair([1, 2], [3, 4], [token]), TokenPair([1], [3], [4])]
 
 
 DOORS = {

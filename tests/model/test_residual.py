@@ -5,8 +5,7 @@ from helpers import streams
 
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.model.block import patch
-from mlx_densesteer.model.residual import record_pairs, residual_norms
-from mlx_densesteer.model.token_tree import TokenPair, TokenTree
+from mlx_densesteer.model.residual import TokenPair, record_pairs, residual_norms
 
 ROOT = [1, 2, 3, 4, 5]
 PAIRS = [
@@ -28,7 +27,7 @@ WEIGHS = {
 def read(model, pairs, layers, weigh):
     """All readings put together: ``{layer: (pairs, 2, hidden)}`` and the same of norms."""
     found = {layer: [{}, {}] for layer in layers}
-    for reading in record_pairs(model, TokenTree.of(pairs), layers, weigh):
+    for reading in record_pairs(model, pairs, layers, weigh):
         for number, row, norm in zip(reading.pairs, reading.rows, reading.norms, strict=True):
             assert number not in found[reading.layer][0], "read twice"
             found[reading.layer][0][number] = row
@@ -40,7 +39,7 @@ def read(model, pairs, layers, weigh):
 
 
 def alone(model, prompt, response, weigh):
-    """The same from each sequence by itself, unshared and unpadded."""
+    """The same from each sequence by itself, unpadded."""
     rows, norms = [], []
     for h in streams(model, [*prompt, *response]):
         response_h = np.array(h[0, len(prompt) :].astype(mx.float32)).astype(np.float64)
@@ -51,8 +50,8 @@ def alone(model, prompt, response, weigh):
 
 @pytest.mark.parametrize("budget", [1, 40, 4096])
 @pytest.mark.parametrize("weigh", WEIGHS.values(), ids=WEIGHS)
-def test_shared_and_batched_equals_one_by_one(tiny, monkeypatch, weigh, budget):
-    monkeypatch.setattr("mlx_densesteer.model.token_tree.BATCH_TOKENS", budget)
+def test_batched_equals_one_by_one(tiny, monkeypatch, weigh, budget):
+    monkeypatch.setattr("mlx_densesteer.model.residual.BATCH_TOKENS", budget)
     found = read(tiny, PAIRS, range(4), weigh)
     for number, pair in enumerate(PAIRS):
         for side in (0, 1):
@@ -64,11 +63,11 @@ def test_shared_and_batched_equals_one_by_one(tiny, monkeypatch, weigh, budget):
 
 
 @pytest.mark.parametrize("pairs", [
-    [TokenPair(LINE, [1, 2, 3], [4, 5])],  # the root is all of the prompt but its last token
-    [TokenPair([5], [1, 2], [3]), TokenPair([6, 7], [1], [2, 2])],  # no root at all
+    [TokenPair(LINE, [1, 2, 3], [4, 5])],
+    [TokenPair([5], [1, 2], [3]), TokenPair([6, 7], [1], [2, 2])],
     [TokenPair(LINE, [1, 1, 2], [1, 1, 3]), TokenPair(LINE, [1, 1, 4], [1, 1, 5])],
-], ids=["one pair", "nothing shared", "one prompt"])  # fmt: skip
-def test_small_trees(tiny, pairs):
+], ids=["one pair", "two prompts", "one prompt"])  # fmt: skip
+def test_few_pairs(tiny, pairs):
     found = read(tiny, pairs, [3], WEIGHS["uneven"])[3][0]
     for number, pair in enumerate(pairs):
         for side in (0, 1):
@@ -99,24 +98,8 @@ def test_nothing_above_the_last_layer_is_computed(tiny):
         read(tiny, PAIRS, [2], WEIGHS["last"])
 
 
-def test_as_many_positions_go_through_a_block_as_the_tree_says(tiny, monkeypatch):
-    seen, block = [], type(tiny.model.layers[0])
-    forward = block.__call__
-
-    def count(self, x, *rest):
-        seen.append(x.shape[0] * x.shape[1])
-        return forward(self, x, *rest)
-
-    monkeypatch.setattr(block, "__call__", count)
-    tree = TokenTree.of(PAIRS)
-    for _ in record_pairs(tiny, tree, [1], WEIGHS["last"]):
-        pass
-    assert sum(seen) == 2 * tree.tokens
-    assert tree.tokens < tree.tokens_apart
-
-
 def test_memory_does_not_grow_with_pairs_or_layers(tiny, monkeypatch):
-    monkeypatch.setattr("mlx_densesteer.model.token_tree.BATCH_TOKENS", 400)
+    monkeypatch.setattr("mlx_densesteer.model.residual.BATCH_TOKENS", 400)
     rng = np.random.default_rng(0)
 
     def peak(count, layers):
@@ -124,11 +107,10 @@ def test_memory_does_not_grow_with_pairs_or_layers(tiny, monkeypatch):
             TokenPair([*ROOT, *rng.integers(6, 99, 20).tolist()], [1, *[2] * 29], [3, *[4] * 29])
             for _ in range(count)
         ]
-        tree = TokenTree.of(pairs)
         mx.clear_cache()
         mx.reset_peak_memory()
         held = mx.get_active_memory()
-        for _ in record_pairs(tiny, tree, layers, WEIGHS["last"]):
+        for _ in record_pairs(tiny, pairs, layers, WEIGHS["last"]):
             pass
         return mx.get_peak_memory() - held
 
@@ -140,14 +122,20 @@ def test_memory_does_not_grow_with_pairs_or_layers(tiny, monkeypatch):
 
 
 def test_no_buffers_are_kept_from_batch_to_batch(tiny, monkeypatch):
-    monkeypatch.setattr("mlx_densesteer.model.token_tree.BATCH_TOKENS", 100)
+    monkeypatch.setattr("mlx_densesteer.model.residual.BATCH_TOKENS", 100)
     pairs = [TokenPair([n], [1] * 30 * n, [2] * 30 * n) for n in range(1, 6)]  # of other shapes
-    tree = TokenTree.of(pairs)
-    assert len(tree.batches) > 3 and not tree.root
     mx.clear_cache()
-    for _ in record_pairs(tiny, tree, [3], WEIGHS["last"]):
+    for _ in record_pairs(tiny, pairs, [3], WEIGHS["last"]):
         assert mx.get_cache_memory() > 0  # something to give back
     assert mx.get_cache_memory() == 0
+
+
+def test_pairs_that_cannot_be_read(tiny):
+    with pytest.raises(InputError, match="no pairs"):
+        list(record_pairs(tiny, [], [0], WEIGHS["last"]))
+    empty = [TokenPair([1], [1], [1]), TokenPair([1], [], [1])]
+    with pytest.raises(InputError, match="pair 1 has an empty prompt or response"):
+        list(record_pairs(tiny, empty, [0], WEIGHS["last"]))
 
 
 @pytest.mark.parametrize("first", [0, 1, 4, 6])
@@ -167,9 +155,8 @@ def test_residual_norms_of_no_tokens(tiny, tokens, first):
 
 
 def test_layers_that_the_model_does_not_have(tiny):
-    tree = TokenTree.of(PAIRS)
     for layers, message in [([99], "layers 99: expected some of 0-3"), ([], "layers none")]:
         with pytest.raises(InputError, match=message):
-            list(record_pairs(tiny, tree, layers, WEIGHS["last"]))
+            list(record_pairs(tiny, PAIRS, layers, WEIGHS["last"]))
         with pytest.raises(InputError, match=message):
             residual_norms(tiny, [1, 2], layers)
