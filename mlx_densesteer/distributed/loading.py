@@ -21,7 +21,7 @@ from .._version import __version__
 from ..errors import DistributedError
 from ..model.block import decoder_blocks, patch
 from ..model.config import origin
-from ..model.model import Model, check_finite, find, load, open_folder, set_dtype
+from ..model.model import Model, check_finite, find, load, open_network, open_tokenizer, set_dtype
 from ..steering.vector import Positions, SteeringVector
 from .ranks import Ranks
 
@@ -93,7 +93,8 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
     if ranks.size == 1:
         return load(name)
     folder = find(name)
-    network, tokenizer, config = open_folder(folder, lazy=True)
+    network, config = open_network(folder)
+    tokenizer = open_tokenizer(folder, config)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     set_dtype(network, folder)
     model = RankModel(network, tokenizer, origin(name), ranks)

@@ -8,7 +8,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
@@ -428,32 +428,40 @@ def set_dtype(network: nn.Module, path: Path) -> None:
 
 def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None = None) -> Model:
     """Load the model of a folder in the dtype of its file; raises as ``load`` does."""
-    network, tokenizer, _ = open_folder(path, adapter_path=adapter_path)
-    check_finite(network, str(path))
+    check_memory(path)
+    network, config = open_network(path, adapter_path=adapter_path)
+    finite = enqueue_check(network)  # reads the weights, and computes while the tokenizer is read
+    tokenizer = open_tokenizer(path, config)
+    with loading(path):
+        mx.eval(network.parameters())
+    check_finite(network, str(path), finite)
     return Model(network, tokenizer, origin(path) if name is None else name)
 
 
-def open_folder(
-    path: Path, *, adapter_path: str | None = None, lazy: bool = False
-) -> tuple[nn.Module, TokenizerWrapper, dict[str, object]]:
-    """Return a folder's network with stock blocks, its tokenizer, and the configuration of both.
+def open_network(
+    path: Path, *, adapter_path: str | None = None
+) -> tuple[nn.Module, dict[str, object]]:
+    """Return a folder's network, with stock blocks, and its configuration.
 
-    Args:
-        lazy: leave the weights on the disk until they are used.
+    The weights stay on the disk until they are used.
     """
-    if not lazy:
-        check_memory(path)
     with loading(path), mlx_lm_folder(path) as place:
-        network, config = load_model(place, lazy=lazy)
+        network, config = load_model(place, lazy=True)
         if adapter_path is not None:
             with loading(Path(adapter_path)):
                 check_adapter(Path(adapter_path))
                 network = load_adapters(network, adapter_path)
             network.eval()
+    return network, config
+
+
+def open_tokenizer(path: Path, config: Mapping[str, object]) -> TokenizerWrapper:
+    """Return the tokenizer of a folder whose configuration ``open_network`` returned."""
+    with loading(path):
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     # Model.room refuses what transformers only warns of.
     tokenizer.deprecation_warnings[_TOO_LONG] = True
-    return network, tokenizer, config
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -509,26 +517,36 @@ def check_tokenizer(path: Path) -> None:
         )
 
 
-def check_finite(network: nn.Module, name: str) -> None:
-    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
+def enqueue_check(network: nn.Module) -> mx.array:
+    """Begin to compute whether a network's numbers are finite, bool ``()``, and go on.
 
     The logits of one token depend on every weight but the other rows of untied embeddings, whose
     sums are looked at. The cost is that of one generated token.
     """
-    logits = mx.isfinite(network(mx.array([[0]]))).all()
-    sums = mx.array(True)
+    finite = mx.isfinite(network(mx.array([[0]]))).all()
     if not network.args.tie_word_embeddings:
         for array in network.model.embed_tokens.parameters().values():
             if mx.issubdtype(array.dtype, mx.floating):
-                sums &= mx.isfinite(array.sum(axis=-1)).all()
-    if (logits & sums).item():
+                finite &= mx.isfinite(array.sum(axis=-1)).all()
+    mx.async_eval(finite)
+    return finite
+
+
+def check_finite(network: nn.Module, name: str, finite: mx.array | None = None) -> None:
+    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
+
+    ``finite`` is what ``enqueue_check`` returned, by default computed here.
+    """
+    finite = enqueue_check(network) if finite is None else finite
+    if finite.item():
         return
     wrong = [
         weight
         for weight, array in tree_flatten(network.parameters())
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item()
     ]
-    if logits.item() and not wrong:  # a sum may overflow where no number does
+    logits = mx.isfinite(network(mx.array([[0]]))).all()
+    if not wrong and logits.item():  # a sum may overflow where no number does
         return
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(
