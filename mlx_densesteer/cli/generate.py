@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..distributed.ranks import launched_rank
+from ..errors import InputError
 from ..text import note
 from .options import answer_options, load_draft, model_option, steering_options
 from .steering import described, read_steering, steering_for
@@ -119,14 +120,20 @@ def generate(
 
 
 def _read_prompt(prompt: tuple[str, ...], raw: bool) -> str:
-    """Return the prompt. ``echo TEXT |`` gives the same as the argument TEXT."""
+    """Return the prompt, which is not empty. ``echo TEXT |`` gives the same as the argument TEXT."""
     if len(prompt) > 1:
         quoted = shlex.quote(" ".join(prompt))
         raise click.UsageError(
             f"{len(prompt)} prompts, expected one; quote it: densesteer generate ... {quoted}"
         )
-    if prompt not in ((), ("-",)):
-        return prompt[0]
+    text = prompt[0] if prompt not in ((), ("-",)) else _read_input(prompt, raw)
+    if not text.strip():  # told before mlx is imported
+        raise InputError("the prompt is empty; give it as an argument or on standard input.")
+    return text
+
+
+def _read_input(prompt: tuple[str, ...], raw: bool) -> str:
+    """Return what standard input has, without its last newline unless ``raw``."""
     if launched_rank() is not None:
         raise click.UsageError(
             "under mlx.launch the prompt is an argument: mlx.launch never ends standard input. For a "

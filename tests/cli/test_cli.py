@@ -269,7 +269,7 @@ def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "eval", "sweep"])
-def test_a_wrong_path_is_told_before_mlx_is_imported(tmp_path, command):
+def test_a_wrong_path_and_an_empty_prompt_are_told_before_mlx_is_imported(tmp_path, command):
     """Which takes a second, with transformers."""
     code = (
         "import sys\n"
@@ -278,12 +278,16 @@ def test_a_wrong_path_is_told_before_mlx_is_imported(tmp_path, command):
         "finally: print('mlx.core' in sys.modules, 'transformers' in sys.modules)"
     )
     words = {"generate": ["hi"], "eval": ["demo"], "sweep": ["demo", "-v", "demo"]}.get(command, [])
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, "-m", tmp_path / "none", *words],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and "no such folder" in done.stderr
-    assert done.stdout == "False False\n"
+
+    def refused(*words):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "False False\n"
+        return done.stderr
+
+    assert "no such folder" in refused(command, "-m", tmp_path / "none", *words)
+    if command == "generate":
+        assert "the prompt is empty" in refused(command, "-m", "demo")
 
 
 @pytest.mark.parametrize("number", [2, 15])

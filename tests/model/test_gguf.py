@@ -280,9 +280,7 @@ def test_damaged_files(model, tmp_path):
         data[:-1000],
     ):
         path.write_bytes(content)
-        with pytest.raises(
-            ConversionError, match="not a complete GGUF file|is not a GGUF file, it begins with"
-        ):
+        with pytest.raises(ConversionError, match="not a complete GGUF file|is not a GGUF file"):
             convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
 

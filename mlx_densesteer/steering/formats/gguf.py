@@ -203,7 +203,7 @@ def check_header(path: Path, kind: type[DenseSteerError] = ConversionError) -> N
     with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
-            raise kind(f"{path}: is not a GGUF file, it begins with {magic!r}.")
+            raise kind(f"{path}: is not a GGUF file: it does not begin with GGUF.")
         with damage(path, kind):
             version, tensors, fields = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):
