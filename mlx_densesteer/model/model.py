@@ -42,7 +42,7 @@ from .hub import fetch_model
 from .machine import gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
-from .weights import INDEX, read_tensors
+from .weights import INDEX
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -492,10 +492,13 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
 
 def check_memory(path: Path) -> None:
     """Say before loading that a model does not fit; raise ``ModelError`` if it is larger than the memory."""
-    limit, memory = working_set(), gpu().get("memory_size", math.inf)
-    weights = sum(tensor.stop - tensor.start for tensor in read_tensors(path).values())
-    if limit is None or weights <= _SHARE * limit:
+    limit = working_set()
+    if limit is None:
         return
+    weights = sum(tensor.stop - tensor.start for tensor in read_folder(path)[1].values())
+    if weights <= _SHARE * limit:
+        return
+    memory = gpu().get("memory_size", math.inf)
     remedy = "Convert it with fewer bits (`densesteer convert --bits 4`), or choose a smaller one."
     found = f"{path}: the model takes {weights / 2**30:.1f} GiB"
     if weights > memory:
