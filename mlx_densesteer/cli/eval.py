@@ -107,6 +107,8 @@ def evaluate(
         from ..evaluation.plot import check_matplotlib
 
         check_matplotlib()
+        if not plot.parent.is_dir():
+            raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}.")
     request = read_steering(vector, strength, layers, positions)
     baselines = [Baseline.parse(spec) for spec in specs]
     kinds = {baseline.kind for baseline in baselines}
@@ -166,12 +168,12 @@ def evaluate(
     groups = by_steering(answers)
     for name, condition in conditions.items():
         _tell_disagreements(_short(name), list(groups[condition.fingerprint].values()))
+    note(f"every answer is in {path}")
     if plot is not None:
         from ..evaluation.plot import plot_scores
 
         plot_scores(scores, plot)
         note(f"drew {plot}")
-    note(f"every answer is in {path}")
 
 
 def _read_examples(

@@ -8,7 +8,6 @@ Use a batch on one thread only: the one that loaded the model.
 """
 
 import contextlib
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -65,8 +64,9 @@ class TokenLogprob(NamedTuple):
 class Piece:
     """New text of one row; the row's last piece has a ``result``.
 
-    ``logprobs``, if requested, are those of the tokens since the row's previous piece. ``caches``, of the
-    last piece, hold what the row has read and decoded, the end of the answer included.
+    ``logprobs``, if requested, are those of the tokens since the row's previous piece. ``caches``, if
+    requested, come with the last piece. They hold what the row has read and decoded, and until they are
+    evaluated the memory of all rows.
     """
 
     row: int
@@ -93,6 +93,7 @@ class _Row:
     answer: PartialAnswer
     ends: Collection[int]
     alternatives: int | None = None
+    keep: bool = False
     uid: int | None = None
     read: int = 0  # tokens of ``prompt`` so far
     seconds: float = 0.0  # its share of the steps so far
@@ -174,9 +175,7 @@ class Batch:
         self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
         self._decoding: float | None = None  # seconds of the last step that only decoded
-        limit = working_set()
-        free = math.inf if limit is None else KV_SHARE * (limit - mx.get_active_memory())
-        self._room = free / token_bytes(self._model.network)  # tokens of all rows together
+        self._working_set = working_set()
         mx.reset_peak_memory()
         self._generator: BatchGenerator | None = BatchGenerator(
             self._model.network,
@@ -208,6 +207,7 @@ class Batch:
         cache: Sequence[KVCache] | None = None,
         logprobs: int | None = None,
         ends: Collection[int] | None = None,
+        keep: bool = False,
     ) -> int:
         """Add a row, and return its number.
 
@@ -221,6 +221,7 @@ class Batch:
             logprobs: return each token's log-probability, and so many of the likeliest tokens.
             ends: the tokens that end the answer, by default ``Model.ends`` of ``prompt``. Give those of the
                 whole prompt if ``cache`` holds a part of it.
+            keep: return the row's caches with its last piece.
 
         Raises:
             InputError, SteeringError, VectorMismatchError: the row is not added.
@@ -240,7 +241,9 @@ class Batch:
         answer = PartialAnswer(self._model.tokenizer, stops=stop)
         ends = self._model.ends(tokens) if ends is None else ends
         sampler = sampling.row_sampler()
-        row = _Row(self._count, tokens, caches, steering, room, sampler, answer, ends, logprobs)
+        row = _Row(
+            self._count, tokens, caches, steering, room, sampler, answer, ends, logprobs, keep
+        )
         self._count += 1
         self._rows[row.number] = row
         self._waiting.append(row)
@@ -284,8 +287,7 @@ class Batch:
 
     def _admit(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
-            longest = max(one.longest for one in (self._waiting[0], *self._inside.values()))
-            if self._inside and longest * (len(self._inside) + 1) > self._room:
+            if self._inside and not self._fits(self._waiting[0]):
                 break
             row = self._waiting.popleft()
             (row.uid,) = self._generator.insert(
@@ -294,6 +296,15 @@ class Batch:
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
+
+    def _fits(self, row: _Row) -> bool:
+        """Tell whether the GPU can keep the cache with one more row; all rows are as long as the longest."""
+        if self._working_set is None:
+            return True
+        longest = max(one.longest for one in (row, *self._inside.values()))
+        wanted = longest * (len(self._inside) + 1) * token_bytes(self._model.network)
+        others = mx.get_active_memory() - self._generator.prompt_cache_nbytes
+        return wanted <= KV_SHARE * (self._working_set - others)
 
     def _charge(
         self, seconds: float, decoding: Sequence[_Row], reading: Sequence[tuple[_Row, int]]
@@ -327,8 +338,11 @@ class Batch:
         text = row.take(one.token, one.finish_reason, one.logprobs)
         if row.reason is None:
             return Piece(row.number, text, logprobs=row.tell() if text else ())
-        known = one.finish_reason is not None
-        caches = one.prompt_cache if known else self._generator.extract_cache([row.uid])[row.uid][0]
+        known, caches = one.finish_reason is not None, ()
+        if row.keep:
+            caches = (
+                one.prompt_cache if known else self._generator.extract_cache([row.uid])[row.uid][0]
+            )
         self._drop(row, known=known)
         return Piece(row.number, text, row.result(), row.tell(), caches)
 

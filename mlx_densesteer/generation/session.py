@@ -104,7 +104,7 @@ class Session:
         self.model = model
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
         self.stop, self.brake, self.drop_oldest = tuple(stop), brake, drop_oldest
-        self._context, self.exact = context, exact
+        self._context, self._exact = context, exact
         self.draft = draft
         if draft is not None:
             draft.check(model.tokenizer)
@@ -119,6 +119,11 @@ class Session:
     def turns(self) -> tuple[Turn, ...]:
         """The conversation so far, without an unfinished answer."""
         return tuple(self._turns)
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers are those of a new session, bit for bit."""
+        return self._exact
 
     @property
     def context(self) -> int:
@@ -319,7 +324,6 @@ class Session:
         if self._live is None or self._live[0] is not reply:
             return
         before, self._live = self._live[1], None
-        reply._stream.keep_decoded()
         result = reply.result
         if result.finish_reason == "interrupted" and not result.token_ids:
             if before is not None:
@@ -328,6 +332,7 @@ class Session:
         self._turns.append(Turn(reply.user, result))
         if result.brakes:
             self._steering = result.steering
+        reply._stream.keep_decoded()  # last: Ctrl-C here loses no turn
 
     def _change(self, what: str, **settings: object) -> None:
         """Replace some of the steering's settings; if they cannot be applied, nothing changes."""

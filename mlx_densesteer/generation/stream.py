@@ -75,7 +75,10 @@ class Stream(Iterator[str]):
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
         self._sampler = sampler or sampling.sampler()
-        self._finish, self._interrupted = "interrupted", False
+        self._finish = "interrupted"
+        self._whole = (
+            False  # whether the caches hold what this stream fed them, and no part of a step
+        )
         steered = steering is not None and steering.strength != 0
         self._answer = PartialAnswer(model.tokenizer, brake if steered else None, stop)
         self._first_after = self._rate = 0.0
@@ -89,12 +92,12 @@ class Stream(Iterator[str]):
         except StopIteration:
             raise
         except BaseException:
-            self._interrupted = True  # perhaps within a step: some blocks are ahead of others
+            self._whole = False  # perhaps within a step: some blocks are ahead of others
             raise
 
     def keep_decoded(self) -> None:
         """Let the caches keep the answer, so that it need not be read again (``Prefix.keep_decoded``)."""
-        if self._interrupted:
+        if not self._whole:
             return
         tokens = (self._last, *self._answer.ids)
         self._prefix.keep_decoded(tokens)
@@ -104,7 +107,11 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """End the response now."""
-        self._pieces.close()
+        try:
+            self._pieces.close()
+        except BaseException:
+            self._whole = False
+            raise
 
     @property
     def result(self) -> Generation:
@@ -165,6 +172,9 @@ class Stream(Iterator[str]):
         if ids:
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         self._prefix.fill(read, self._steering, answering=bool(ids))
+        if self._draft is not None:
+            self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
+        self._whole = True
         begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
         network, caches = self._model.network, list(self._prefix.caches)
         options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
@@ -173,7 +183,6 @@ class Stream(Iterator[str]):
                 for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
                 return
-            self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
             steps = speculative_generate_step(
                 begin,
                 network,

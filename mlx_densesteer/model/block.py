@@ -3,7 +3,8 @@
 Steering belongs to the KV cache, not to the model. ``patch`` changes the class of each Qwen2
 ``TransformerBlock``, so that a block looks at its cache. If the cache has no ``Shift``, the block
 is mlx-lm's own, bit for bit. If it has one, the block adds ``lambda * v`` in the same fused
-operation that adds its MLP to the residual stream. For positions that depend on the tokens it also
+operation that adds its MLP to the residual stream. Where the cache asks for it (``unsteered``), the block records its
+output before anything is added. For positions that depend on the tokens it also
 changes the class of the ``Qwen2Model`` around them, which sees the tokens before they are embedded.
 
 Not covered: other model families.

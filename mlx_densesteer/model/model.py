@@ -430,11 +430,13 @@ def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None
     """Load the model of a folder in the dtype of its file; raises as ``load`` does."""
     check_memory(path)
     network, config = open_network(path, adapter_path=adapter_path)
-    finite = enqueue_check(network)  # reads the weights, and computes while the tokenizer is read
-    tokenizer = open_tokenizer(path, config)
     with loading(path):
+        # The weights are read while the tokenizer is. Nothing is enqueued on a GPU before they are there: macOS
+        # ends what waits there too long.
+        mx.async_eval(network.parameters())
+        tokenizer = open_tokenizer(path, config)
         mx.eval(network.parameters())
-    check_finite(network, str(path), finite)
+    check_finite(network, str(path))
     return Model(network, tokenizer, origin(path) if name is None else name)
 
 
@@ -520,36 +522,26 @@ def check_tokenizer(path: Path) -> None:
         )
 
 
-def enqueue_check(network: nn.Module) -> mx.array:
-    """Begin to compute whether a network's numbers are finite, bool ``()``, and go on.
+def check_finite(network: nn.Module, name: str) -> None:
+    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
 
     The logits of one token depend on every weight but the other rows of untied embeddings, whose
     sums are looked at. The cost is that of one generated token.
     """
-    finite = mx.isfinite(network(mx.array([[0]]))).all()
+    logits = mx.isfinite(network(mx.array([[0]]))).all()
+    sums = mx.array(True)
     if not network.args.tie_word_embeddings:
         for array in network.model.embed_tokens.parameters().values():
             if mx.issubdtype(array.dtype, mx.floating):
-                finite &= mx.isfinite(array.sum(axis=-1)).all()
-    mx.async_eval(finite)
-    return finite
-
-
-def check_finite(network: nn.Module, name: str, finite: mx.array | None = None) -> None:
-    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
-
-    ``finite`` is what ``enqueue_check`` returned, by default computed here.
-    """
-    finite = enqueue_check(network) if finite is None else finite
-    if finite.item():
+                sums &= mx.isfinite(array.sum(axis=-1)).all()
+    if (logits & sums).item():
         return
     wrong = [
         weight
         for weight, array in tree_flatten(network.parameters())
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item()
     ]
-    logits = mx.isfinite(network(mx.array([[0]]))).all()
-    if not wrong and logits.item():  # a sum may overflow where no number does
+    if logits.item() and not wrong:  # a sum may overflow where no number does
         return
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(

@@ -109,7 +109,10 @@ class Prefix:
         return sum(len(chunk.tokens) for chunk in self._chunks)
 
     def with_caches(self, caches: Sequence[KVCache], steering: Steering | None) -> "Prefix":
-        """Return a copy with other caches, which begin with the same tokens, all of it under ``steering``."""
+        """Return a copy with other caches; its tokens are the first ones that they hold.
+
+        All that they hold was computed under ``steering``. The kept stream is shared, unsteered as it is.
+        """
         twin = self.fork()
         twin.caches, twin._plan = list(caches), _Plan.of(self.network, steering)
         return twin
@@ -266,7 +269,8 @@ class Prefix:
 
     def _record(self) -> None:
         """Let block ``_captured`` record its unsteered output while the caller decodes."""
-        if not self._exact and self._captured is not None and self.residual_tokens == self.length:
+        whole = self._captured is not None and self.residual_tokens == self.length
+        if whole and not self._exact and self.residual_bytes < self._keep_bytes:
             self.caches[self._captured].unsteered = []
 
     def _keep_recorded(self, end: int) -> None:
@@ -274,10 +278,17 @@ class Prefix:
         recorded = self.caches[self._captured or 0].unsteered
         if not recorded:
             return
-        start = recorded[0][0]
+        start = stop = recorded[0][0]
         kept: list[mx.array] = []
-        for at, h in recorded:  # where a draft's tokens were taken back, others follow
-            kept = [*_slice(kept, 0, at - start), h]
+        for at, h in recorded:
+            while stop > at:  # a draft's tokens were taken back, and others follow
+                last = kept.pop()
+                stop -= last.shape[1]
+                if stop < at:
+                    kept.append(last[:, : at - stop])
+                    stop = at
+            kept.append(h)
+            stop += h.shape[1]
         h = mx.concatenate(_slice(kept, 0, end - start), axis=1)
         self._residual = _slice(self._residual, 0, start)
         if self.residual_bytes + h.nbytes <= self._keep_bytes:

@@ -200,13 +200,15 @@ class PromptReading:
             return 0
         return max(1, self._prefix.length - before)
 
+    @property
+    def keeps_answer(self) -> bool:
+        """Whether an answer can be kept: as part of the next prompt it must be steered alike."""
+        how = self._steering
+        alike = how is None or not how.strength or how.positions == "all"
+        return alike and not self._cache.exact
+
     def keep_answer(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> None:
         """Keep an answer with its prompt; ``caches`` are those with which its row ended."""
-        steering = self._steering
-        if self._cache.exact or (
-            steering is not None and steering.strength and steering.positions != "all"
-        ):
-            return  # in the next prompt it would be steered otherwise
         mx.async_eval([cache.state for cache in caches])  # else they hold the memory of all rows
         answered = self._prefix.with_caches(caches, self._while_reading)
         answered.keep_decoded([*self._tokens, *tokens][self._prefix.length :])

@@ -222,6 +222,7 @@ class Worker:
                 cache=caches,
                 logprobs=job.logprobs,
                 ends=ends,
+                keep=job.n == 1 and taken.reading.keeps_answer,
             )
             self._rows[row] = taken, choice
 
@@ -230,10 +231,13 @@ class Worker:
         told: Told = []
         for piece in pieces:
             taken, choice = self._rows[piece.row]
-            said = Said(taken.job.first + choice, piece, taken.reading.cached_tokens)
+            told_piece = replace(
+                piece, caches=()
+            )  # another thread holds it as long as its client likes
+            said = Said(taken.job.first + choice, told_piece, taken.reading.cached_tokens)
             told.append((taken.job, said))
             if piece.result:
-                if piece.caches and taken.job.n == 1:
+                if piece.caches:
                     taken.reading.keep_answer(piece.result.token_ids, piece.caches)
                 del self._rows[piece.row]
                 self._owed[taken.job] -= 1
