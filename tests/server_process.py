@@ -12,16 +12,20 @@ from pathlib import Path
 
 from mlx_densesteer import demo
 
+PROGRAM = ("-m", "mlx_densesteer")
+
 
 class ServerProcess:
     """A running server: its ``url``, ``process``, and what it wrote (``said``)."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]):
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], program: tuple[str, ...] = PROGRAM
+    ):
         self.lines: list[str] = []
         self.url = ""
         self._up = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_densesteer", "serve", *arguments], text=True,
+            [sys.executable, *program, "serve", *arguments], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -62,9 +66,14 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(*arguments: str, **environment: str) -> Iterator[ServerProcess]:
-    """Start a server on the demo model and a free port; arguments are added."""
-    server = ServerProcess(["-m", "demo", "--port", "0", *arguments], environment)
+def server_process(
+    *arguments: str, program: tuple[str, ...] = PROGRAM, **environment: str
+) -> Iterator[ServerProcess]:
+    """Start a server on the demo model and a free port; arguments are added.
+
+    ``program`` are Python's own arguments, for a test that changes something first.
+    """
+    server = ServerProcess(["-m", "demo", "--port", "0", *arguments], environment, program)
     try:
         server.await_url()
         yield server

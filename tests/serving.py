@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 
 class Serving:
-    """A running server: its ``url``, its ``engine``, and ways to ask it."""
+    """A running server: its ``url``, its ``engine``, and ways to ask it; the ``error`` that ended it."""
+
+    error: Exception | None = None
 
     def __init__(self, service, url: str):
         self.service, self.engine, self.url = service, service.engine, url
@@ -90,14 +92,22 @@ def serving(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     uvicorn = []
-    thread = threading.Thread(
-        target=listen,
-        args=(service.application, listener, service.engine, settings.limits),
-        kwargs={"on_start": uvicorn.append},
-        daemon=True,
-    )
-    thread.start()
     running = Serving(service, url)
+
+    def run() -> None:
+        try:
+            listen(
+                service.application,
+                listener,
+                service.engine,
+                settings.limits,
+                on_start=uvicorn.append,
+            )
+        except Exception as error:
+            running.error = error
+
+    running.thread = thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     running.ask("/health")  # the socket listens: this waits for the server
     running.uvicorn = uvicorn[0]
     try:

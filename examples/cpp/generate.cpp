@@ -189,37 +189,48 @@ class Sequence {
     mx::eval(cache_);
   }
 
-  // Reads tokens, in the longest chunks that the file has; returns the most likely next one.
-  int read(std::span<const int> tokens, double strength) {
-    if (tokens.size() > static_cast<std::size_t>(capacity_ - position_)) {
+  bool full() const {
+    return position_ == capacity_;
+  }
+
+  // Reads ids, in the longest chunks that the file has.
+  void read(std::span<const int> ids, double strength) {
+    while (!ids.empty()) {
+      const int count = *std::ranges::find_if(  // longest first; the last one is 1
+          chunks_, [&](int chunk) { return static_cast<std::size_t>(chunk) <= ids.size(); });
+      step(mx::array(ids.data(), {1, count}, mx::int32), strength);
+      mx::eval(cache_);
+      ids = ids.subspan(count);
+    }
+  }
+
+  // Reads one token, int32 (1, 1), and enqueues the most likely next one, which is returned. Neither
+  // has to be computed yet: so the GPU goes on while the program writes the token before.
+  mx::array next(const mx::array& token, double strength) {
+    const auto logits = step(token, strength);
+    // As mlx-lm chooses: in 16 bits the subtraction may make a tie, and the first one wins.
+    const auto best = mx::argmax(logits - mx::logsumexp(logits, -1, true), -1, true);
+    auto enqueued = cache_;
+    enqueued.push_back(mx::astype(best, mx::int32));
+    mx::async_eval(enqueued);
+    return enqueued.back();
+  }
+
+ private:
+  // Returns the logits after the last of the tokens; they and the cache are still to be computed.
+  mx::array step(const mx::array& tokens, double strength) {
+    const int count = tokens.shape(1);
+    if (count > capacity_ - position_) {
       throw Failure(
           "the KV cache is full: it holds " + std::to_string(position_) + " of " +
           std::to_string(capacity_) + " tokens. Export with a larger --capacity.");
     }
-    std::optional<mx::array> logits;
-    while (!tokens.empty()) {
-      const int count = *std::ranges::find_if(  // longest first; the last one is 1
-          chunks_, [&](int chunk) { return static_cast<std::size_t>(chunk) <= tokens.size(); });
-      logits = step(tokens.first(count), static_cast<float>(strength));
-      tokens = tokens.subspan(count);
-    }
-    // As mlx-lm chooses: in 16 bits the subtraction may make a tie, and the first one wins.
-    auto best = mx::argmax(*logits - mx::logsumexp(*logits, -1, true), -1);
-    return static_cast<int>(best.item<std::uint32_t>());
-  }
-
- private:
-  mx::array step(std::span<const int> tokens, float strength) {
-    const int count = static_cast<int>(tokens.size());
-    mx::Args inputs{
-        mx::array(tokens.data(), {1, count}, mx::int32), mx::array(position_), mx::array(strength)};
+    mx::Args inputs{tokens, mx::array(position_), mx::array(static_cast<float>(strength))};
     // Moved, so that the function alone holds the old cache: mlx then writes into it in place.
     std::ranges::move(cache_, std::back_inserter(inputs));
     cache_.clear();
     auto outputs = function_(inputs);
-    inputs.clear();
     cache_.assign(outputs.begin() + 1, outputs.end());
-    mx::eval(outputs);
     position_ += count;
     return outputs.front();
   }
@@ -289,18 +300,23 @@ void generate(const Options& options) {
 
   // The last token of the prompt chooses the first of the answer: it is read by itself.
   Sequence sequence(function, metadata);
-  const std::span<const int> beginning(prompt.data(), prompt.size() - 1);
-  if (!beginning.empty()) {
-    sequence.read(beginning, positions == "generated" ? 0.0 : strength);
-  }
-  int token = prompt.back();
-  for (int made = 0; made < options.max_tokens; ++made) {
-    const bool steered = positions != "prompt" || made == 0;
-    token = sequence.read({&token, 1}, steered ? strength : 0.0);
-    if (std::ranges::find(eos, token) != eos.end()) {
+  sequence.read(
+      std::span(prompt).first(prompt.size() - 1), positions == "generated" ? 0.0 : strength);
+  auto token = sequence.next(mx::array(&prompt.back(), {1, 1}, mx::int32), strength);
+  for (int made = 1;; ++made) {
+    std::optional<mx::array> following;
+    if (made < options.max_tokens && !sequence.full()) {
+      following = sequence.next(token, positions == "prompt" ? 0.0 : strength);
+    }
+    const int id = token.item<int>();
+    if (std::ranges::find(eos, id) != eos.end()) {
       break;
     }
-    print(std::to_string(token) + "\n");
+    print(std::to_string(id) + "\n");
+    if (made == options.max_tokens) {
+      break;
+    }
+    token = following ? *following : sequence.next(token, strength);  // raises: the cache is full
   }
 }
 

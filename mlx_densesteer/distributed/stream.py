@@ -87,7 +87,11 @@ class PipelinePrefix:
 
     def __init__(self, network: nn.Module):
         self._network = network
-        self.caches: list[KVCache] = make_cache(network)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.caches: list[KVCache] = make_cache(self._network)
 
     def fill(
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False

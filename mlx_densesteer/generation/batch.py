@@ -30,6 +30,7 @@ from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .sampling import GREEDY, Sampler, Sampling
+from .wired import Wired
 
 ROWS = 16
 TOLD_EVERY = 16  # steps between two calls of ``progress``
@@ -45,6 +46,12 @@ SHARED_AT_ONCE = 8192  # tokens of common beginnings in memory at most
 KEEP_STREAM = 2**30  # bytes of their residual stream, which is far less for so many tokens
 # Of the GPU's working set, less what is in use: what the keys and values of a batch may take.
 KV_SHARE = 0.8
+# Tokens of the vocabulary that are compared as one when the likeliest are looked for. With 20 wanted of
+# 152,000, neither of the two sorts is of more than the 2,048 numbers that one Metal kernel takes.
+GROUP = 96
+
+# Log-probabilities are gathered beside the next step, which mlx-lm has enqueued on its own stream.
+BESIDE = mx.new_thread_local_stream(mx.default_device())
 
 
 class TokenLogprob(NamedTuple):
@@ -106,18 +113,15 @@ class _Row:
         self.longest = self.prompt_tokens + self.limit  # tokens of its keys and values at most
         self.began = time.perf_counter()
 
-    def take(self, token: int, ended: str | None, logprobs: mx.array) -> str:
-        """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last.
-
-        ``logprobs``, ``(vocabulary,)``, are those of the whole vocabulary.
-        """
+    def take(self, token: int, ended: str | None, logprob: TokenLogprob | None) -> str:
+        """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last."""
         self.first = self.first or time.perf_counter()
         if token in self.ends:
             ended = "stop"
         else:
             text = self.answer.add(token)
-            if self.alternatives is not None:
-                self.untold.append(_logprob(token, logprobs, self.alternatives, text))
+            if logprob is not None:
+                self.untold.append(logprob._replace(text=text))
         if ended and (rest := self.answer.finalize()) and self.untold:
             last = self.untold[-1]
             self.untold[-1] = last._replace(text=last.text + rest)
@@ -177,6 +181,7 @@ class Batch:
         self._decoding: float | None = None  # seconds of the last step that only decoded
         self._working_set = working_set()
         mx.reset_peak_memory()
+        self._wired = Wired()
         self._generator: BatchGenerator | None = BatchGenerator(
             self._model.network,
             stop_tokens=[[token] for token in self._model.tokenizer.eos_token_ids],
@@ -184,6 +189,7 @@ class Batch:
             prefill_batch_size=min(rows, PREFILL_ROWS),
             prefill_step_size=PREFILL,
         )
+        self._generator._old_wired_limit = None  # the limit is not its to set back
 
     def __enter__(self) -> "Batch":
         return self
@@ -271,7 +277,10 @@ class Batch:
                 [self._inside[one.uid] for one in responses],
                 [(self._inside[one.uid], one.progress[0]) for one in reading],
             )
-            pieces = [self._take(self._inside[one.uid], one) for one in responses]
+            logprobs = self._logprobs(responses)
+            pieces = [
+                self._take(self._inside[one.uid], one, logprobs.get(one.uid)) for one in responses
+            ]
             half_done.pop_all()
         return [piece for piece in pieces if piece.text or piece.result]
 
@@ -284,6 +293,7 @@ class Batch:
             self._waiting.clear()
             self._inside.clear()
             generator.close()
+            self._wired.close()
 
     def _admit(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
@@ -333,9 +343,32 @@ class Batch:
             return PREFILL_BESIDE
         return max(1, PREFILL_BESIDE // min(len(arriving), PREFILL_ROWS))
 
-    def _take(self, row: _Row, one: GenerationBatch.Response) -> Piece:
+    def _logprobs(self, responses: Sequence[GenerationBatch.Response]) -> dict[int, TokenLogprob]:
+        """Gather the log-probabilities of the rows that ask for them, all at once; by mlx-lm's number."""
+        asked = [one for one in responses if self._inside[one.uid].alternatives is not None]
+        if not asked:
+            return {}
+        counts = [self._inside[one.uid].alternatives for one in asked]
+        with mx.stream(BESIDE):
+            logprobs = mx.stack([one.logprobs for one in asked]).astype(mx.float32)
+            ids = mx.array([[one.token] for one in asked])
+            if most := min(max(counts), logprobs.shape[-1]):
+                ids = mx.concatenate([ids, _likeliest(logprobs, most)], axis=1)
+            values = mx.take_along_axis(logprobs, ids, axis=1)
+            # one array, so that there is one wait; float32 holds ids below 2**24
+            found = mx.stack([ids.astype(mx.float32), values], axis=-1).tolist()
+        return {
+            one.uid: TokenLogprob(
+                one.token, own, tuple((int(token), value) for token, value in top[:count])
+            )
+            for one, count, ((_, own), *top) in zip(asked, counts, found, strict=True)
+        }
+
+    def _take(
+        self, row: _Row, one: GenerationBatch.Response, logprob: TokenLogprob | None
+    ) -> Piece:
         self.tokens += 1
-        text = row.take(one.token, one.finish_reason, one.logprobs)
+        text = row.take(one.token, one.finish_reason, logprob)
         if row.reason is None:
             return Piece(row.number, text, logprobs=row.tell() if text else ())
         known, caches = one.finish_reason is not None, ()
@@ -581,15 +614,18 @@ def _for_each(what: str, value, count: int) -> list:
     return list(value)
 
 
-def _logprob(token: int, logprobs: mx.array, alternatives: int, text: str) -> TokenLogprob:
-    logprobs = logprobs.astype(mx.float32)
-    alternatives = min(alternatives, logprobs.size)
-    likeliest: list[int] = []
-    if alternatives:
-        found = mx.argpartition(-logprobs, kth=alternatives - 1)[:alternatives]
-        likeliest = found[mx.argsort(-logprobs[found])].tolist()
-    values = logprobs[mx.array([token, *likeliest])].tolist()
-    return TokenLogprob(token, values[0], tuple(zip(likeliest, values[1:], strict=True)), text)
+def _likeliest(logprobs: mx.array, count: int) -> mx.array:
+    """Return the ids of the likeliest tokens, int32 ``(rows, count)``, likeliest first.
+
+    They are in the ``count`` groups of ids with the largest maxima, so the vocabulary is not sorted.
+    ``logprobs`` is ``(rows, vocabulary)``.
+    """
+    rows, size = logprobs.shape
+    padded = mx.pad(logprobs, ((0, 0), (0, -size % GROUP)), constant_values=-mx.inf)
+    groups = mx.argsort(-padded.reshape(rows, -1, GROUP).max(axis=-1), axis=-1)[:, :count, None]
+    ids = (groups.astype(mx.int32) * GROUP + mx.arange(GROUP)).reshape(rows, -1)
+    order = mx.argsort(-mx.take_along_axis(padded, ids, axis=1), axis=-1)[:, :count]
+    return mx.take_along_axis(ids, order, axis=1)
 
 
 def _own_caches(caches: Sequence[KVCache], count: int) -> list[KVCache]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step, generation_stream, speculative_generate_step, wired_limit
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache
 
 from ..model.block import deltas
@@ -19,6 +19,7 @@ from .answer import Generation, PartialAnswer, check_limits
 from .brake import Brake, Braked
 from .sampling import GREEDY, Sampler, Sampling
 from .speculation import Draft
+from .wired import Wired
 
 
 class Filling(Protocol):
@@ -30,6 +31,9 @@ class Filling(Protocol):
         self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
     ) -> object:
         """Make the caches those of ``chunks`` under ``steering``."""
+
+    def reset(self) -> None:
+        """Forget everything."""
 
 
 class Stream(Iterator[str]):
@@ -171,14 +175,14 @@ class Stream(Iterator[str]):
         # The loop below feeds ids[-1].
         if ids:
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
-        self._prefix.fill(read, self._steering, answering=bool(ids))
-        if self._draft is not None:
-            self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
-        self._whole = True
-        begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
-        network, caches = self._model.network, list(self._prefix.caches)
-        options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
-        with wired_limit(network, [generation_stream]):
+        with self._computing():
+            self._prefix.fill(read, self._steering, answering=bool(ids))
+            if self._draft is not None:
+                self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
+            self._whole = True
+            begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
+            network, caches = self._model.network, list(self._prefix.caches)
+            options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
             if self._draft is None:
                 for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
@@ -197,6 +201,20 @@ class Stream(Iterator[str]):
                 self._rounds += new_round
                 new_round = not from_draft  # the target's own token ends a round
                 yield int(token)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Wire memory. After an error of the device forget the caches, which may then hold anything."""
+        wired, broken = Wired(), False
+        try:
+            yield
+        except Exception:
+            broken = True
+            raise
+        finally:
+            if not wired.close() or broken:
+                for prefix in filter(None, (self._prefix, self._draft_prefix)):
+                    prefix.reset()
 
     def _slow_down(self) -> None:
         """Cut off the loop, and lower the strength."""

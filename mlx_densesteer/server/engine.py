@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import mlx.core as mx
 
-from .faults import Fault, bad, ending, internal
+from .faults import Fault, bad, ending, failed, internal
 from .worker import Event, Failed, Job, Told, Worker
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loaded: Future[Worker] = Future()
         self._ending = False
+        self.broken = False  # the thread ended because it could not go on after an error
         self._company = 0  # the most answers at a time before the thread was last idle
         self._most = 0  # the most since then
         self._ended, self._may_go = threading.Event(), threading.Event()
@@ -136,6 +137,7 @@ class Engine:
             self._serve(self._load())
         except BaseException as error:
             if self._loaded.done():
+                self.broken = True
                 log.critical("the model's thread ends: %s", type(error).__name__, exc_info=error)
             else:
                 self._loaded.set_exception(error)
@@ -151,10 +153,9 @@ class Engine:
             try:
                 self._tell(worker.work())
             # An error in a step (out of memory, a bug) must not end the thread: no later request
-            # would be answered. Waiting requests get an error; the log has the details.
+            # would be answered. Only where recovery fails too, the thread ends, and with it the process.
             except Exception as error:
-                log.error("a step of the model failed: %s", type(error).__name__, exc_info=error)
-                self._tell(worker.recover(internal()))
+                self._tell(worker.recover(failed("a step of the model", error)))
         self._tell(worker.close())
 
     def _obey(self, worker: Worker) -> bool:
@@ -173,7 +174,7 @@ class Engine:
                 order = self._orders.get(block=gathering and left != 0.0, timeout=left)
             except queue.Empty:
                 if gathering and deadline is None:
-                    worker.rest()
+                    self._do(worker.rest, worker)
                 break
             if order is None:
                 return False
@@ -188,8 +189,7 @@ class Engine:
         try:
             order()
         except Exception as error:  # as in ``_serve``
-            log.error("an order to the model failed: %s", type(error).__name__, exc_info=error)
-            self._tell(worker.recover(internal()))
+            self._tell(worker.recover(failed("an order to the model", error)))
 
     def _tell(self, told: Told) -> None:
         if told:

@@ -1,8 +1,16 @@
 """The API's errors: OpenAI's shape, and no internals."""
 
+import logging
+import re
 from dataclasses import dataclass, field
 
 from ..errors import DenseSteerError
+
+log = logging.getLogger(__name__)
+
+# Of mlx: "[METAL] Command buffer execution failed: Insufficient Memory (...ErrorOutOfMemory)",
+# "[metal::malloc] Attempting to allocate ...", "[malloc] Unable to allocate ...".
+_OUT_OF_MEMORY = re.compile(r"insufficient memory|outofmemory|malloc\]", re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -38,6 +46,19 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> Faul
 def internal() -> Fault:
     """Return the 500 that a client gets for a bug in the server."""
     return Fault(500, "the server failed to answer; its log says more.", code="internal_error")
+
+
+def failed(what: str, error: Exception) -> Fault:
+    """Log an error of the model's thread, and return what clients get: a 503 if memory ran out, else a 500."""
+    fault = internal()
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        message = (
+            "the server's memory ran out in the middle of this answer. Send a shorter prompt or ask for "
+            "fewer answers at a time, or try again when less is running."
+        )
+        fault = Fault(503, message, code="out_of_memory")
+    log.error("%s failed: %s (%s)", what, type(error).__name__, fault.code, exc_info=error)
+    return fault
 
 
 def ending() -> Fault:

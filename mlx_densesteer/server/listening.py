@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import InputError
+from ..errors import DenseSteerError, InputError
 from .engine import Engine
 from .faults import Fault
 from .guard import HEADERS
@@ -68,6 +68,9 @@ def listen(
 
     ``on_start`` gets uvicorn's server. Signals reach only the main thread: elsewhere set the
     server's ``should_exit`` to end it.
+
+    Raises:
+        DenseSteerError: the model's thread could not go on after an error; its clients were told.
     """
     config = Config(
         application,
@@ -85,14 +88,26 @@ def listen(
     server = _EndingServer(config, engine, limits.grace)
     on_start(server)
     server.run(sockets=[listener])
+    if engine.broken:
+        raise DenseSteerError(
+            "the model could not go on after an error. Start the server again; its log, with --verbose, "
+            "says what failed."
+        )
 
 
 class _EndingServer(Server):
-    """Tells clients of the shutdown before uvicorn closes their connections."""
+    """Tells clients of the shutdown before uvicorn closes their connections.
+
+    It ends by itself when the model's thread has ended: launchd then starts it again.
+    """
 
     def __init__(self, config: Config, engine: Engine, grace: float):
         super().__init__(config)
         self._engine, self._grace = engine, grace
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end; uvicorn asks ten times a second."""
+        return await super().on_tick(counter) or not self._engine.alive
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._engine.promised:

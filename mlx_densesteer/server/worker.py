@@ -4,19 +4,25 @@ Each call of ``work`` reads a part of the waiting prompts and decodes one token 
 row. ``prompt_cache`` reads prompts, ``generation.batch`` decodes rows.
 """
 
+import contextlib
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream
 
 from ..errors import DenseSteerError
-from ..generation.batch import PREFILL_BESIDE, Batch, Piece
+from ..generation.batch import BESIDE, PREFILL_BESIDE, Batch, Piece
 from ..generation.sampling import Sampling
+from ..generation.wired import Wired
 from ..model.block import deltas
 from ..model.model import Model
 from ..steering.steering import Steering
-from .faults import Fault, bad, ending
+from .faults import Fault, bad, ending, failed
 from .prompt_cache import PromptCache, PromptReading
+
+UNWIRE = 300.0  # seconds without a request until the model's memory is no longer wired
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +106,8 @@ class Worker:
         self._batch: Batch | None = None
         self._rows: dict[int, tuple[_TakenJob, int]] = {}  # row of the batch -> job, choice
         self._owed: dict[Job, int] = {}  # answers that have not ended yet
+        self._wired: Wired | None = None
+        self._asked = 0.0  # when the last job came
 
     @property
     def busy(self) -> bool:
@@ -116,7 +124,8 @@ class Worker:
 
     def take(self, job: Job) -> Event:
         """Take a job, or refuse it now if its steering cannot be applied."""
-        self._owed[job] = job.n
+        self._owed[job], self._asked = job.n, time.monotonic()
+        self._wired = self._wired or Wired()
         try:
             deltas(self._model.network, job.steering)
         except DenseSteerError as error:
@@ -127,40 +136,38 @@ class Worker:
 
     def cancel(self, job: Job) -> None:
         """Forget a job; harmless if it has ended."""
-        self._owed.pop(job, None)
         for queue in (self._waiting, self._reading):
             for taken in [one for one in queue if one.job is job]:
                 queue.remove(taken)
         for row in [row for row, (taken, _) in self._rows.items() if taken.job is job]:
             del self._rows[row]
             self._batch.cancel(row)
+        self._owed.pop(job, None)
 
     def work(self) -> Told:
         """Read a part of the prompts, decode one token of every row, and return the events."""
-        self._read()
-        return self._decode()
-
-    def fail(self, fault: Fault) -> Told:
-        """End all jobs; return an event for each."""
-        told: Told = [(job, Failed(fault)) for job in self._owed]
-        for those in (self._owed, self._waiting, self._reading, self._rows):
-            those.clear()
-        self.rest()
-        return told
+        # A prompt that cannot be read is told at once, before the decoding may fail too.
+        return self._read() or self._decode()
 
     def close(self) -> Told:
         """End all jobs because the server ends."""
-        return self.fail(ending())
+        self._waiting.clear()
+        told = self._end_begun(ending())
+        self._unwire()
+        return told
 
     def recover(self, fault: Fault) -> Told:
-        """Go on after a failed step: end all jobs and clear the prompt cache."""
-        told = self.fail(fault)
-        self.prompts.clear()
-        mx.clear_cache()
+        """Go on after a failed step: end all jobs but those that wait, and free what they used.
+
+        Raises:
+            RuntimeError: the device fails again.
+        """
+        told = self._end_begun(fault)
+        self._free()
         return told
 
     def rest(self) -> None:
-        """Free memory while no answers run.
+        """Free memory while no answers run, and unwire it after ``UNWIRE`` seconds without a request.
 
         Not between two requests of one client: it takes time to allocate memory again.
         """
@@ -168,9 +175,39 @@ class Worker:
             self._batch.close()
             self._batch = None
             mx.clear_cache()
+        if not self._owed and time.monotonic() - self._asked >= UNWIRE:
+            self._unwire()
 
-    def _read(self) -> None:
-        """Read prompts in order of arrival, a few at a time so that running rows can decode."""
+    def _unwire(self) -> None:
+        if self._wired is not None:
+            self._wired.close()
+            self._wired = None
+
+    def _end_begun(self, fault: Fault) -> Told:
+        """End all jobs but those that wait; return an event for each."""
+        waiting = {taken.job: taken.job.n for taken in self._waiting}
+        told: Told = [(job, Failed(fault)) for job in self._owed if job not in waiting]
+        self._owed = waiting
+        self._reading.clear()
+        self._rows.clear()
+        self.rest()
+        return told
+
+    def _free(self) -> None:
+        """Free what a failed computation may have lacked; raise if the device fails again."""
+        self.prompts.clear()
+        mx.clear_cache()
+        for stream in (generation_stream, BESIDE, mx.default_stream(mx.default_device())):
+            with contextlib.suppress(RuntimeError):
+                mx.synchronize(stream)  # what else fails belongs to the same step
+            with mx.stream(stream):
+                mx.eval(mx.zeros(1) + 1)
+
+    def _read(self) -> Told:
+        """Read prompts in order of arrival, a few at a time so that running rows can decode.
+
+        Return an event if one cannot be read: it ends that job, and no other.
+        """
         # A job with more answers than rows is taken when nothing else runs; the batch queues them.
         while self._waiting and (
             not self.running or self.running + self._waiting[0].job.n <= self._limit
@@ -182,10 +219,17 @@ class Worker:
             if taken.reading is None:
                 self._join_together()
                 continue
-            budget -= taken.reading.advance()
-            if taken.reading.done:
-                self._reading.popleft()
-                self._join(taken, taken.job.tokens[-1:])
+            try:
+                budget -= taken.reading.advance()
+                if taken.reading.done:
+                    self._reading.popleft()
+                    self._join(taken, taken.job.tokens[-1:])
+            except Exception as error:
+                mx.synchronize(generation_stream)  # raises if the step that is under way fails too
+                self.cancel(taken.job)
+                self._free()
+                return [(taken.job, Failed(failed("reading a prompt", error)))]
+        return []
 
     def _join_together(self) -> None:
         """Begin to read: several short prompts that begin differently at once, else the first."""

@@ -1,0 +1,58 @@
+"""Wired memory: on a Mac, what the GPU uses stays in memory while a model answers.
+
+mlx has one limit for the process. mlx-lm sets it for each answer and then sets it back to what it was
+before, so two answers that overlap leave it wrong; it does not wire the reading of a prompt, and it
+warns on standard output. Here the answers that run are counted instead.
+
+Sources: ``mlx.core.set_wired_limit``; ``wired_limit`` and ``BatchGenerator`` of mlx-lm.
+"""
+
+import threading
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+_lock = threading.RLock()  # one that a finalizer may take again
+_claims = 0
+_before: int | None = None  # the limit before the first claim; None: this device has none
+
+
+class Wired:
+    """A claim on wired memory: the first one wires what mlx uses, the end of the last one unwires it."""
+
+    def __init__(self) -> None:
+        global _claims, _before
+        self._claimed = False
+        with _lock:
+            if not _claims:
+                _before = maybe_set_recommended_wired_limit()
+            _claims += 1
+            self._claimed = True
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> bool:
+        """End the claim, on the thread whose evaluations it was for; a second call does nothing.
+
+        Return ``False`` if what mlx-lm had enqueued beyond the last token failed meanwhile: caches of this
+        thread may then hold anything.
+        """
+        global _claims
+        well = True
+        with _lock:
+            if not self._claimed:
+                return well
+            self._claimed = False
+            _claims -= 1
+            if not _claims and _before is not None:
+                try:
+                    mx.synchronize(
+                        generation_stream
+                    )  # the limit must not change under an evaluation
+                except RuntimeError:
+                    well = False
+                finally:
+                    mx.set_wired_limit(_before)
+        return well
