@@ -1,5 +1,6 @@
 """The function file: what it computes, what it says, and what is refused."""
 
+import copy
 import json
 import os
 import re
@@ -297,6 +298,14 @@ def unsteered(network, vectors, capacity):
     return steered_step(network, {}, capacity)
 
 
+def a_little_stronger(network, vectors, capacity):
+    return steered_step(network, {k: 1.01 * v for k, v in vectors.items()}, capacity)
+
+
+def a_layer_below(network, vectors, capacity):
+    return steered_step(network, {k - 1: v for k, v in vectors.items()}, capacity)
+
+
 def not_a_number(network, vectors, capacity):
     """Spoils single tokens only, and those only behind a chunk."""
     step = steered_step(network, vectors, capacity)
@@ -310,13 +319,31 @@ def not_a_number(network, vectors, capacity):
     return spoilt
 
 
-@pytest.mark.parametrize("broken", [unsteered, not_a_number])
+@pytest.mark.parametrize("broken", [unsteered, a_little_stronger, a_layer_below, not_a_number])
 @pytest.mark.parametrize("chunks", [(8, 4), (CAPACITY,), ()])
 def test_a_file_that_fails_its_check_is_not_kept(broken, chunks, write, tmp_path, monkeypatch):
     monkeypatch.setattr(function_module, "steered_step", broken)
     with pytest.raises(ExportError, match="differ from run-time steering by"):
         write(chunks=chunks)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strength", [0.05, 4.76])
+@pytest.mark.parametrize("broken", [a_little_stronger, a_layer_below])
+def test_under_tf32_what_is_right_is_kept_and_nothing_else(
+    broken, strength, demo_model, metal_like, monkeypatch, tmp_path
+):
+    metal_like.use("tf32")
+    network = copy.deepcopy(demo_model.network)
+    network.set_dtype(mx.float32)
+    model = Model(network, demo_model.tokenizer)
+    model.measured_norms = dict.fromkeys(range(6), 1.0)
+    options = {"capacity": 40, "chunks": [32]}
+    steering = Steering(DEMO_VECTOR, strength, (4,))
+    export_function(model, steering, tmp_path / "right.mlxfn", **options)
+    monkeypatch.setattr(function_module, "steered_step", broken)
+    with pytest.raises(ExportError, match="differ from run-time steering by"):
+        export_function(model, steering, tmp_path / "wrong.mlxfn", **options)
 
 
 def test_an_interruption_leaves_the_old_file(write, tmp_path):
