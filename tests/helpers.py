@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask
 
-from mlx_densesteer.model.block import decoder_blocks
+from mlx_densesteer.export.closeness import TF32
+from mlx_densesteer.model.block import decoder_blocks, make_cache
+from mlx_densesteer.model.machine import rounds_to_tf32
 from mlx_densesteer.steering.steering import Steering
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,44 @@ def every_third_ends_a_step(network, tokenizer=None):
     mx.eval(table)
     network.model.step_ends = SimpleNamespace(table=table, tokenizer=tokenizer)
     return network
+
+
+def rounding(logits):
+    """Return of how many logits two ways to compute them may differ.
+
+    2^-17 of the largest one, 2^-5 in bfloat16, 1e-3 where float32 products are rounded to TF32.
+    """
+    share = TF32 if rounds_to_tf32() else 2**-17
+    return mx.abs(logits).max().item() * (2**-5 if logits.dtype == mx.bfloat16 else share)
+
+
+def same_but_for_ties(got, expected, logits_after):
+    """Tell whether two answers have the same tokens; fail where they part and it is no near tie.
+
+    ``logits_after(tokens)`` returns the logits after the prompt and the tokens that are the same.
+    """
+    if got == expected:
+        return True
+    same = next(i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b)
+    logits = logits_after(got[:same])
+    margin = mx.abs(logits[expected[same]] - logits[got[same]]).item()
+    assert margin < rounding(logits), f"token {same}: {got} {expected}"
+    return False
+
+
+def same_answer(model, prompt, got, expected):
+    """Assert that two results for the prompt's token ids are the same, up to the first near tie."""
+    network = getattr(model, "network", model)
+
+    def logits_after(tokens):
+        cache = make_cache(network, expected.steering, prompt_length=len(prompt))
+        return network(mx.array([[*prompt, *tokens]]), cache)[0, -1]
+
+    names = ["prompt_tokens", "steering"]
+    if same_but_for_ties(got.token_ids, expected.token_ids, logits_after):
+        names += ["text", "finish_reason"]
+    for name in names:
+        assert getattr(got, name) == getattr(expected, name), (name, prompt)
 
 
 def streams(network, tokens, deltas=None, within=lambda position: True):

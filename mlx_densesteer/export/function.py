@@ -30,6 +30,7 @@ from ..model.likelihood import head_of
 from ..model.model import Model, dtype_name, takes_model
 from ..model.places import EVERYWHERE
 from ..steering.steering import LARGE_DOSE, Steering
+from .closeness import EXACT_SLOPE, float32_share, slope
 
 FORMAT = "mlx-densesteer function"
 FORMAT_VERSION = 1
@@ -39,7 +40,7 @@ CHUNKS = (128, 32, 8)  # lengths of prompt chunks; 1 is always there
 
 # Largest difference of logits that is rounding, as a share of the largest logit. The file attends
 # over the whole cache, so sums are in another order; docs/export-function.md has measurements.
-TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
+TOLERANCES = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 _BLOCK_BYTES = 2**14  # of one decoder block in one trace; 11.5 to 14.4 kB were measured
 
@@ -297,21 +298,24 @@ def _check(
     # the sum over all layers must not overflow either
     safe = metadata["largest_strength"] / (2 * len(steering.layers))
     strength = steering.strength or min(1.0, safe)
-    differences, sizes = [], []
+    logits: dict[float, tuple[mx.array, mx.array]] = {}  # of the file, and of the network
     for one in (strength, -strength, 0.0):
         # every chunk length at the first strength, the short ones at the others
-        counts = [*metadata["chunks"][-2 if differences else 0 :], 1]
+        counts = [*metadata["chunks"][-2 if logits else 0 :], 1]
         setting = replace(steering, strength=one, positions="all")
-        for found, expected in _side_by_side(function, network, setting, counts, metadata):
-            differences.append(float(mx.abs(found - expected).max()))
-            sizes.append(float(mx.abs(expected).max()))
-    largest, size = float(np.max(differences)), float(np.max(sizes))  # NaN if any is NaN
-    tolerance = TOLERANCES[network.model.norm.weight.dtype]
-    if not largest <= tolerance * size:
+        pairs = _side_by_side(function, network, setting, counts, metadata)
+        logits[one] = tuple(map(mx.concatenate, zip(*pairs, strict=True)))
+    size = float(np.max([mx.abs(b).max().item() for _, b in logits.values()]))  # NaN if any is NaN
+    largest = float(np.max([mx.abs(a - b).max().item() for a, b in logits.values()]))
+    dtype = network.model.norm.weight.dtype
+    limit = max(TOLERANCES[dtype], float32_share()) * size
+    times = slope(*(a - b for a, b in zip(logits[-strength], logits[0.0], strict=True)))
+    if not (largest <= limit and (dtype != mx.float32 or abs(times - 1) <= EXACT_SLOPE)):
         raise ExportError(
-            f"{path.name}: its logits differ from run-time steering by {largest:.2g}, at logits up "
-            f"to {size:.3g}; expected {tolerance * size:.2g} at most. Nothing was written. Please "
-            "report it, with the model, the vector and `densesteer doctor`."
+            f"{path.name}: its logits differ from run-time steering by {largest:.2g}, at logits up to "
+            f"{size:.3g}, and move {times:.3f} times as far; expected {limit:.2g} at most and, in float32, "
+            f"{1 - EXACT_SLOPE:g} to {1 + EXACT_SLOPE:g} times. Nothing was written. Please report it, "
+            "with the model, the vector and `densesteer doctor`."
         )
     return FunctionFile(path, metadata, (strength, -strength, 0.0), largest, size)
 

@@ -449,7 +449,7 @@ def test_vector_import(run, hf_folder, tmp_path):
 def test_doctor_says_what_is_there(run):
     result = run("doctor")
     assert result.exit_code == 0, result.stdout
-    for word in ("mlx-lm", "device", "memory", "steering        exact on a tiny random model"):
+    for word in ("mlx-lm", "device", "memory", "steering        right on a tiny random model"):
         assert word in result.stdout
 
 
@@ -548,29 +548,31 @@ def test_doctor_says_nothing_to_do_about_a_good_mac(mac):
         ({"chip": "Apple M2 Max"}, "chip", "--dtype float16"),
         ({"version": "14.7"}, "system", "from macOS 15 on"),
         ({"gib": 8}, "working set", "a 3B model in 16 bits"),
-        ({"architecture": "applegpu_g17s", "version": "26.2"}, "TF32", "MLX_ENABLE_TF32=0"),
     ],
 )
-def test_doctor_has_a_hint_for_a_mac(mac, monkeypatch, given, name, words):
-    monkeypatch.delenv("MLX_ENABLE_TF32")
+def test_doctor_has_a_hint_for_a_mac(mac, given, name, words):
     found = mac(**given)
     assert [f.name for f in found.values() if f.hint] == [name] and words in found[name].hint
     assert found[name].remedy is None  # advice is no problem
 
 
-@pytest.mark.parametrize(
-    ("architecture", "version", "setting"),
-    [
-        ("applegpu_g16s", "26.2", None),
-        ("applegpu_g17s", "26.1", None),
-        ("applegpu_g17s", "26.2", "0"),
-    ],
-)
-def test_no_tf32_before_the_m5_or_switched_off(mac, monkeypatch, architecture, version, setting):
-    monkeypatch.delenv("MLX_ENABLE_TF32")
-    if setting:
-        monkeypatch.setenv("MLX_ENABLE_TF32", setting)
-    assert "TF32" not in mac(architecture=architecture, version=version)
+@pytest.mark.parametrize("mode", [None, "tf32"])
+def test_doctor_takes_tf32_for_rounding_and_a_wrong_strength_for_wrong(
+    mac, monkeypatch, metal_like, mode
+):
+    if mode:
+        metal_like.use(mode)
+        assert "MLX_ENABLE_TF32=0" in mac()["TF32"].hint
+    check = import_module("mlx_densesteer.cli.doctor")._self_check
+    assert check().remedy is None
+    block = import_module("mlx_densesteer.model.block")
+    real = block.deltas
+    for wrong in (
+        lambda of: {k: 1.01 * v for k, v in of.items()},
+        lambda of: {k - 1: v for k, v in of.items()},
+    ):
+        monkeypatch.setattr(block, "deltas", lambda *a, wrong=wrong: wrong(real(*a)))
+        assert check().fatal
 
 
 @pytest.mark.parametrize(

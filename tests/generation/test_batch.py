@@ -1,10 +1,11 @@
+import dataclasses
 import itertools
 import random
 import time
 
 import mlx.core as mx
 import pytest
-from helpers import at_every_layer, every_third_ends_a_step
+from helpers import at_every_layer, every_third_ends_a_step, same_answer
 from mlx_lm.generate import BatchGenerator
 
 import mlx_densesteer as ds
@@ -45,10 +46,8 @@ def test_every_row_equals_its_solo_run(model, make_vector, positions, rows):
     texts = set()
     for index, (prompt, how, limit) in enumerate(zip(PROMPTS, steering, limits, strict=True)):
         alone = ds.generate(model, prompt, steering=how, max_tokens=limit)
-        together = found[index]
-        for name in ("text", "token_ids", "prompt_tokens", "finish_reason", "steering"):
-            assert getattr(together, name) == getattr(alone, name), (index, name)
-        texts.add(together.token_ids)
+        same_answer(model, prompt, found[index], alone)
+        texts.add(alone.token_ids)
     assert len(texts) > 4  # the steerings do differ
 
 
@@ -183,11 +182,6 @@ def run(batch, results=None, pieces=None):
     return results
 
 
-def assert_same(together, alone, where=None):
-    for name in ("text", "token_ids", "prompt_tokens", "finish_reason", "steering"):
-        assert getattr(together, name) == getattr(alone, name), (where, name)
-
-
 def check_arrivals(model, jobs, rng, rows, cancelled=0.2):
     """Let ``jobs`` come and go at random times; each is its solo run, or the beginning of it."""
     waiting, numbers, results, pieces = list(jobs), {}, {}, {}
@@ -218,11 +212,17 @@ def check_arrivals(model, jobs, rng, rows, cancelled=0.2):
         if row in gone:
             assert results[row].finish_reason == "interrupted"
             ids = results[row].token_ids
-            assert ids == alone.token_ids[: len(ids)]
-            assert alone.text.startswith(said) and results[row].text.startswith(said)
+            until = dataclasses.replace(
+                alone,
+                token_ids=alone.token_ids[: len(ids)],
+                text=results[row].text,
+                finish_reason="interrupted",
+            )
+            same_answer(model, job["prompt"], results[row], until)
+            assert results[row].text.startswith(said)
         else:
-            assert_same(results[row], alone, row)
-            assert said == alone.text
+            same_answer(model, job["prompt"], results[row], alone)
+            assert said == results[row].text
         distinct.add(alone.token_ids)
     return len(gone), len(distinct)
 
@@ -273,16 +273,20 @@ def test_the_demo_rows_that_join_and_leave_equal_their_solo_runs(demo_model):
 
 def test_pieces_come_before_the_row_ends_and_nothing_of_a_stop_text(model):
     options = {"max_tokens": 30, "sampling": ds.Sampling(temp=1.0, seed=1)}  # greedy repeats
-    free = ds.generate(model, PROMPTS[2], **options)
+
+    def answered(stop):
+        with Batch(model) as batch:
+            row = batch.add(PROMPTS[2], stop=stop, **options)
+            batch.add(PROMPTS[1], max_tokens=30)
+            pieces = {}
+            return run(batch, pieces=pieces)[row], pieces[row]
+
+    free, _ = answered([])
     stop = free.text[12:15]
-    with Batch(model) as batch:
-        row = batch.add(PROMPTS[2], stop=[stop], **options)
-        batch.add(PROMPTS[1], max_tokens=30)
-        pieces = {}
-        results = run(batch, pieces=pieces)
-    assert len(pieces[row]) > 3
-    assert results[row].finish_reason == "stop"
-    assert "".join(pieces[row]) == results[row].text == free.text[: free.text.find(stop)]
+    result, pieces = answered([stop])
+    assert len(pieces) > 3
+    assert result.finish_reason == "stop"
+    assert "".join(pieces) == result.text == free.text[: free.text.find(stop)]
 
 
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
@@ -300,8 +304,8 @@ def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(model, make_vect
         row = batch.add(prompt[cut:], cache=caches, steering=steering, max_tokens=12)
         again = batch.add(prompt[cut:], cache=caches, steering=steering, max_tokens=12)
         results = run(batch)
-    assert_same(results[row], alone)
-    assert_same(results[again], alone)
+    same_answer(model, prompt, results[row], alone)
+    same_answer(model, prompt, results[again], alone)
     for cache, arrays in zip(caches, before, strict=True):
         assert cache.offset == cut
         assert all(mx.array_equal(a, b) for a, b in zip(cache.state, arrays, strict=True))
@@ -321,7 +325,7 @@ def test_the_owner_of_the_caches_may_go_on_filling_them(model, make_vector, cut)
             cache.trim(9)
         model.network(mx.array([[5] * 30]), cache=caches)
         mx.eval([cache.state for cache in caches])
-        assert_same(run(batch)[row], alone)
+        same_answer(model, prompt, run(batch)[row], alone)
 
 
 def test_caches_that_cannot_join_a_batch_are_refused(model, make_vector):
@@ -358,7 +362,7 @@ def test_a_seeded_row_draws_as_it_does_alone_whoever_is_beside_it(model):
     for row, kind in zip(rows, kinds, strict=True):
         if kind.seed is not None or not kind.temp:
             alone = ds.generate(model, PROMPTS[1], sampling=kind, max_tokens=25)
-            assert_same(results[row], alone)
+            same_answer(model, PROMPTS[1], results[row], alone)
     assert results[rows[0]].token_ids == results[rows[5]].token_ids
     assert len({one.token_ids for one in results.values()}) == 5
 
@@ -509,7 +513,8 @@ def test_a_long_prompt_holds_the_others_up_by_one_part_a_step(model, calls, monk
     assert max(length for _, length in calls) > 1
     assert results[early].tokens == 60
     for row, token, length in zip(late, (3, 4), (150, 100), strict=True):
-        assert_same(results[row], ds.generate(model, [token] * length, max_tokens=4))
+        prompt = [token] * length
+        same_answer(model, prompt, results[row], ds.generate(model, prompt, max_tokens=4))
 
 
 def test_a_prompt_that_nobody_waits_for_is_read_at_once(model, calls):
@@ -576,8 +581,9 @@ def test_cancel_takes_out_rows_that_wait_read_or_decode(model):
         results = run(batch)
         assert batch.cancel(stays) is batch.cancel(99) is None
     assert set(results) == {stays, late}
-    assert_same(results[stays], ds.generate(model, PROMPTS[1], max_tokens=30))
-    assert_same(results[late], ds.generate(model, PROMPTS[3], max_tokens=5))
+    for row, prompt, limit in ((stays, PROMPTS[1], 30), (late, PROMPTS[3], 5)):
+        alone = ds.generate(model, prompt, max_tokens=limit)
+        same_answer(model, prompt, results[row], alone)
 
 
 def test_a_row_that_cannot_run_does_not_join(model, make_vector):

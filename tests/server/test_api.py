@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from helpers import rounding
 from serving import serving
 
 from mlx_densesteer import Sampling, demo, load
@@ -186,9 +187,11 @@ def test_logprobs_are_those_of_the_model(server, solo):
     logits = network(mx.array([[*prompt, *alone.token_ids]]))[0, len(prompt) - 1 : -1]
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     for at, entry in enumerate(entries):
-        assert entry["logprob"] == pytest.approx(logprobs[at, alone.token_ids[at]].item(), abs=1e-4)
+        expected = logprobs[at, alone.token_ids[at]].item()
+        assert entry["logprob"] == pytest.approx(expected, abs=rounding(logits))
         top = [one["logprob"] for one in entry["top_logprobs"]]
-        assert top == pytest.approx(sorted(logprobs[at].tolist(), reverse=True)[:3], abs=1e-4)
+        expected = sorted(logprobs[at].tolist(), reverse=True)[:3]
+        assert top == pytest.approx(expected, abs=rounding(logits))
     chunks = server.stream(QUESTIONS[4], max_tokens=12, logprobs=True)
     told = [
         e
