@@ -193,6 +193,14 @@ class Worker:
         self.rest()
         return told
 
+    def _keep(self, reading: PromptReading, ended: Piece) -> None:
+        """Keep an answer with its prompt; if that fails, the answer is told all the same."""
+        try:
+            reading.keep_answer(ended.result.token_ids, ended.caches)
+        except Exception as error:
+            failed("keeping an answer", error)
+            self._free()
+
     def _free(self) -> None:
         """Free what a failed computation may have lacked; raise if the device fails again."""
         self.prompts.clear()
@@ -282,7 +290,7 @@ class Worker:
             told.append((taken.job, said))
             if piece.result:
                 if piece.caches:
-                    taken.reading.keep_answer(piece.result.token_ids, piece.caches)
+                    self._keep(taken.reading, piece)
                 del self._rows[piece.row]
                 self._owed[taken.job] -= 1
                 if not self._owed[taken.job]:

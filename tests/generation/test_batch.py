@@ -654,3 +654,16 @@ def test_a_long_prompt_waits_while_the_cache_of_all_rows_would_not_fit(model, me
     assert any(200 in inside for inside in seen)
     assert any(200 in inside and len(inside) > 1 for inside in seen) == fits
     assert max(map(len, seen)) == (8 if fits else 6)
+
+
+@pytest.mark.parametrize("stop", [(), ("a",)])
+def test_a_row_gives_its_caches_only_if_they_are_asked_for(model, stop):
+    with Batch(model) as batch:
+        rows = [batch.add(PROMPTS[2], max_tokens=9, stop=stop, keep=keep) for keep in (True, False)]
+        last = {}
+        while batch.running:
+            last |= {piece.row: piece for piece in batch.step() if piece.result}
+    kept, other = (last[row] for row in rows)
+    assert kept.result.token_ids == other.result.token_ids and other.caches == ()
+    read = len(PROMPTS[2]) + len(kept.result.token_ids)
+    assert all(read - 1 <= cache.offset <= read + 1 for cache in kept.caches)

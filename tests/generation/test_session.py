@@ -568,3 +568,31 @@ def test_the_dial_on_the_real_checkpoint(real_model):
     say(session.send("And 13 + 30?"))
     look(session)
     assert len(session.turns) == 2
+
+
+def test_ctrl_c_while_an_answer_settles_loses_no_turn(loaded, steering, monkeypatch):
+    session = Session(*loaded, steering, max_tokens=4)
+    say(session.send("hello"))
+    monkeypatch.setattr(Prefix, "keep_decoded", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        say(session.send("again"))
+    monkeypatch.undo()
+    assert [turn.user for turn in session.turns] == ["hello", "again"]
+    look(session)
+
+
+def test_a_question_that_is_closed_before_it_is_read_takes_nothing_of_a_broken_answer(
+    loaded, steering, monkeypatch
+):
+    session = Session(*loaded, steering, max_tokens=6)
+    reply = session.send("hello")
+    next(reply)
+    monkeypatch.setattr(mx, "async_eval", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(reply)
+    monkeypatch.undo()
+    reply.close()
+    held = session.prefix.length
+    session.send("never read").close()
+    assert session.prefix.length == held and len(session.turns) == 1
+    look(session)
