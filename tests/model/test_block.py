@@ -29,6 +29,7 @@ from mlx_densesteer.model.cache import (
     SteeredKVCache,
     SteeredQuantizedKVCache,
 )
+from mlx_densesteer.model.machine import rounds_to_tf32
 from mlx_densesteer.steering.steering import Steering
 
 
@@ -475,4 +476,4 @@ def test_no_additional_primitive(tiny, make_vector):
 
 
 def test_largest_error_of_the_self_check_is_small():
-    assert largest_error() < 1e-5
+    assert largest_error() < (4e-3 if rounds_to_tf32() else 1e-5)
