@@ -16,8 +16,8 @@ shapes: products and attention choose their kernel by the number of rows, so the
 tf32: float32 products and attention round their inputs to 10 bits of mantissa, as an M5 does unless
     ``MLX_ENABLE_TF32=0``. Products with a vector (one row or one column) stay exact.
 
-Tests with the mark ``same_bits`` compare products of different shapes bit for bit, or their tokens without
-regard to ties: they are left out under shapes and tf32.
+Tests with the mark ``same_bits`` compare products of different shapes more closely than that, or their
+tokens without regard to ties: they are left out under shapes and tf32.
 
 Not covered: operators other than ``@``, ``matmul``, ``addmm``, ``quantized_matmul`` and
 ``scaled_dot_product_attention``, gradients under tf32, other processes, and how fast anything is.

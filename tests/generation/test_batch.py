@@ -419,6 +419,7 @@ def test_a_step_charges_those_that_decode_with_what_decoding_takes(model):
         assert (c.seconds, c.read) == (9.0, 9)
 
 
+@pytest.mark.same_bits
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
 def test_a_common_beginning_is_read_once_and_changes_nothing(
     model, make_vector, monkeypatch, positions

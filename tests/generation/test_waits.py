@@ -114,6 +114,7 @@ def test_the_likeliest_tokens_are_found_without_sorting_the_vocabulary(monkeypat
     assert max(sizes) <= 2048
 
 
+@pytest.mark.same_bits
 def test_log_probabilities_are_those_of_the_vocabulary_sorted(model):
     with Batch(model) as batch:
         rows = [batch.add(PROMPTS[n], max_tokens=4, logprobs=n * 100) for n in (0, 1, 2, 3)]
