@@ -1,19 +1,23 @@
 """Calibrating and generating for the best settings, against generating for a grid of settings."""
 
+import random
 import time
 
-from extract import drawn_pairs
 from script import main
 
 from mlx_densesteer.bench.figures import Figure, Measurement, Tell, quiet
 from mlx_densesteer.bench.subject import Subject
-from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.demo.problems import calibration, draw_solution, held_out
 from mlx_densesteer.evaluation.sweep import settings_of
 from mlx_densesteer.extraction.calibrate import calibrate
+from mlx_densesteer.extraction.pairs import Pair
+from mlx_densesteer.extraction.rewriting.rules import merge_steps
+from mlx_densesteer.generation.answer import split_steps
 from mlx_densesteer.generation.batch import generate_batch
 from mlx_densesteer.steering.steering import Steering
 
 DOSES = ("10%", "20%", "40%")
+DRAWS = 8  # solutions of a problem that a pair is chosen from
 TARGETS = (0.05, 0.1, 0.2)
 
 
@@ -93,6 +97,16 @@ def run(
         ),
     ]
     return Measurement(table, {"seconds": seconds, "unreached": list(found.unreached)})
+
+
+def drawn_pairs(count: int) -> list[Pair]:
+    """Return pairs of the demo's problems: the solution with the most steps of a few, and its steps merged."""
+    pairs = []
+    for problem in calibration(count):
+        solutions = [draw_solution(problem, random.Random(seed)) for seed in range(DRAWS)]
+        sparse = max(solutions, key=lambda text: len(split_steps(text)))
+        pairs.append(Pair(problem.question, merge_steps(sparse), sparse))
+    return pairs
 
 
 if __name__ == "__main__":
