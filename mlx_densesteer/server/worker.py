@@ -163,6 +163,9 @@ class Worker:
             RuntimeError: the device fails again.
         """
         told = self._end_begun(fault)
+        for stream in (generation_stream, BESIDE):
+            with contextlib.suppress(RuntimeError):
+                mx.synchronize(stream)  # what else fails there is of rows that have ended
         self._free()
         return told
 
@@ -202,12 +205,13 @@ class Worker:
             self._free()
 
     def _free(self) -> None:
-        """Free what a failed computation may have lacked; raise if the device fails again."""
+        """Free what a failed computation may have lacked; raise if the rows' step or the device fails too."""
         self.prompts.clear()
         mx.clear_cache()
-        for stream in (generation_stream, BESIDE, mx.default_stream(mx.default_device())):
-            with contextlib.suppress(RuntimeError):
-                mx.synchronize(stream)  # what else fails belongs to the same step
+        own = mx.default_stream(mx.default_device())
+        with contextlib.suppress(RuntimeError):
+            mx.synchronize(own)  # what else fails there is of the same prompt
+        for stream in (own, generation_stream, BESIDE):
             with mx.stream(stream):
                 mx.eval(mx.zeros(1) + 1)
 
@@ -233,9 +237,8 @@ class Worker:
                     self._reading.popleft()
                     self._join(taken, taken.job.tokens[-1:])
             except Exception as error:
-                mx.synchronize(generation_stream)  # raises if the step that is under way fails too
+                self._free()  # before the job is forgotten: if this fails too, ``recover`` tells it
                 self.cancel(taken.job)
-                self._free()
                 return [(taken.job, Failed(failed("reading a prompt", error)))]
         return []
 

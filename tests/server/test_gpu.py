@@ -63,7 +63,8 @@ async def answer(engine, job):
 def test_wherever_the_gpu_fails_each_client_is_told_and_the_next_is_answered(
     demo_model, metal_like
 ):
-    """The first evaluation of a day fails, then the second, ...: those of prompts and those of decoding."""
+    """The first evaluation of a day fails, then the second, ..., and up to two after it: those of prompts, of
+    decoding and of the recovery."""
     jobs = [([5, 6, 7, 8], {}), (LONG, {"logprobs": 2}), ([9, 6, 7], {})]
     wanted = [ds.generate(demo_model, tokens, max_tokens=3).token_ids for tokens, _ in jobs]
     faults = {OUT_OF_MEMORY: (503, "out_of_memory"), TIMEOUT: (500, "internal_error")}
@@ -74,7 +75,7 @@ def test_wherever_the_gpu_fails_each_client_is_told_and_the_next_is_answered(
         told = 0
         for number in range(1, 200):
             message = (OUT_OF_MEMORY, TIMEOUT)[number % 2]
-            metal_like.fail_at(number, message=message)
+            metal_like.fail_at(number, times=1 + number % 3, message=message)
             found = await asyncio.gather(*(answer(engine, job(t, **o)) for t, o in jobs))
             metal_like.heal()
             for one, right in zip(found, wanted, strict=True):
@@ -117,6 +118,24 @@ def test_a_prompt_that_cannot_be_read_ends_its_own_job_only(demo_model, monkeypa
     assert faults == [(long, "out_of_memory")]
     ended = [event.piece.result for one, event in told if one is beside and event.piece.result]
     assert ended[0].token_ids == ds.generate(demo_model, [5, 6, 7, 8], max_tokens=20).token_ids
+
+
+def test_a_prompt_that_fails_hides_no_failure_of_the_rows(demo_model, metal_like, monkeypatch):
+    advance = PromptReading.advance
+
+    def failing(self):
+        if len(self._tokens) == len(LONG):
+            metal_like.fail_at(3)  # past what belongs to the prompt's own stream
+            raise RuntimeError(OUT_OF_MEMORY)
+        return advance(self)
+
+    monkeypatch.setattr(PromptReading, "advance", failing)
+    worker = Worker(demo_model, rows=4, cache_bytes=2**24)
+    jobs = [job([5, 6, 7, 8], 20), job(LONG)]
+    worker.take(jobs[0]), worker.work(), worker.take(jobs[1])
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        worker.work()
+    assert [one for one, _ in worker.recover(internal())] == jobs
 
 
 def test_who_waits_is_answered_after_a_failed_step(demo_model):
