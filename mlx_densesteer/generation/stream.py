@@ -80,9 +80,8 @@ class Stream(Iterator[str]):
         self._draft, self._brake = draft, brake
         self._sampler = sampler or sampling.sampler()
         self._finish = "interrupted"
-        self._whole = (
-            False  # whether the caches hold what this stream fed them, and no part of a step
-        )
+        # Whether the caches hold what this stream fed them, and no part of a step.
+        self._whole = False
         steered = steering is not None and steering.strength != 0
         self._answer = PartialAnswer(model.tokenizer, brake if steered else None, stop)
         self._first_after = self._rate = 0.0

@@ -48,9 +48,8 @@ class Wired:
             _claims -= 1
             if not _claims and _before is not None:
                 try:
-                    mx.synchronize(
-                        generation_stream
-                    )  # the limit must not change under an evaluation
+                    # the limit must not change under an evaluation
+                    mx.synchronize(generation_stream)
                 except RuntimeError:
                     well = False
                 finally:
