@@ -67,6 +67,14 @@ def demo_model() -> Model:
 
 
 @pytest.fixture
+def nothing_wired(monkeypatch):
+    """No claim on wired memory yet: servers and answers of other tests may still hold theirs."""
+    from mlx_densesteer.generation import wired
+
+    monkeypatch.setattr(wired, "_claims", set())
+
+
+@pytest.fixture
 def make_vector():
     """Return a function that makes a random vector for the tiny model."""
 

@@ -14,7 +14,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 _lock = threading.RLock()  # one that a finalizer may take again
-_claims = 0
+_claims: set[int] = set()  # ids of the claims that have not ended
 _before: int | None = None  # the limit before the first claim; None: this device has none
 
 
@@ -22,13 +22,12 @@ class Wired:
     """A claim on wired memory: the first one wires what mlx uses, the end of the last one unwires it."""
 
     def __init__(self) -> None:
-        global _claims, _before
-        self._claimed = False
+        global _before
+        self._among = _claims
         with _lock:
             if not _claims:
                 _before = maybe_set_recommended_wired_limit()
-            _claims += 1
-            self._claimed = True
+            _claims.add(id(self))
 
     def __del__(self) -> None:
         self.close()
@@ -39,14 +38,12 @@ class Wired:
         Return ``False`` if what mlx-lm had enqueued beyond the last token failed meanwhile: caches of this
         thread may then hold anything.
         """
-        global _claims
         well = True
         with _lock:
-            if not self._claimed:
+            if id(self) not in self._among:
                 return well
-            self._claimed = False
-            _claims -= 1
-            if not _claims and _before is not None:
+            self._among.remove(id(self))
+            if not self._among and self._among is _claims and _before is not None:
                 try:
                     # the limit must not change under an evaluation
                     mx.synchronize(generation_stream)

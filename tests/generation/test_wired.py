@@ -10,6 +10,8 @@ from mlx_densesteer.generation.batch import Batch, generate_batch
 from mlx_densesteer.generation.session import Session
 from mlx_densesteer.model.prefix import Prefix
 
+pytestmark = pytest.mark.usefixtures("nothing_wired")
+
 PROMPT = [1, 2, 3, 4]
 
 

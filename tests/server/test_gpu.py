@@ -17,7 +17,6 @@ from serving import serving
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import DenseSteerError
-from mlx_densesteer.generation import wired
 from mlx_densesteer.server import worker as worker_module
 from mlx_densesteer.server.engine import Engine
 from mlx_densesteer.server.faults import Fault, internal
@@ -27,10 +26,7 @@ from mlx_densesteer.server.worker import Failed, Job, Said, Worker
 LONG = [10 + n % 50 for n in range(280)]  # too long to be read together with others
 
 
-@pytest.fixture(autouse=True)
-def nothing_wired(monkeypatch):
-    """Servers of other tests may still hold their claim on wired memory."""
-    monkeypatch.setattr(wired, "_claims", 0)
+pytestmark = pytest.mark.usefixtures("nothing_wired")
 
 
 def job(tokens, max_tokens=3, **options):
