@@ -15,12 +15,14 @@ import click
 
 from .._version import __version__
 from ..model.machine import (
+    FOR_WEIGHTS,
     chip,
     emulates_bfloat16,
     gpu,
     is_virtual,
     macos_version,
     rounds_to_tf32,
+    working_set,
 )
 from ..text import count
 
@@ -111,11 +113,11 @@ def _gpu() -> Iterator[Finding]:
         remedy = "a virtual machine's GPU: its speed and its rounding are not those of a Mac"
     kind = f"{found.get('device_name')} ({found.get('architecture')})"
     yield Finding("GPU", kind, remedy)
-    working_set = int(found.get("max_recommended_working_set_size", 0))
+    limit = working_set(found) or 0
     hint = None
-    if 0.9 * working_set < 6.2e9:
+    if FOR_WEIGHTS * limit < 6.2e9:
         hint = "a 3B model in 16 bits (6.2 GB) does not fit; 4 bits (1.8 GB) do: convert --bits 4"
-    yield Finding("working set", f"{working_set / 2**30:.1f} GiB for the GPU", hint=hint)
+    yield Finding("working set", f"{limit / 2**30:.1f} GiB for the GPU", hint=hint)
     if rounds_to_tf32():
         yield Finding(
             "TF32",

@@ -120,7 +120,7 @@ def _scatter(scores: "Mapping[str, Score]") -> "Figure":
             axes.axvline(tokens.value, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
         axes.errorbar(
             tokens.value, 100 * accuracy.value,
-            xerr=_reach(tokens), yerr=100 * _reach(accuracy),
+            xerr=_of_estimate(tokens), yerr=100 * _of_estimate(accuracy),
             capsize=2, elinewidth=0.8, label=one_line(name, 48), **style,
         )  # fmt: skip
     axes.set(xlabel="Tokens per response", ylabel="Accuracy (%)")
@@ -131,9 +131,13 @@ def _scatter(scores: "Mapping[str, Score]") -> "Figure":
     return figure
 
 
-def _reach(one: "Estimate") -> np.ndarray:
-    """Return how far an interval reaches below and above its value, ``(2, 1)``."""
-    return np.clip([[one.value - one.low], [one.high - one.value]], 0, None)
+def _of_estimate(one: "Estimate") -> np.ndarray:
+    return _reach(*(np.array([number]) for number in (one.value, one.low, one.high)))
+
+
+def _reach(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return how far intervals reach below and above their values, ``(2, values)``; 0 where there is none."""
+    return np.nan_to_num(np.clip([value - low, high - value], 0, None))
 
 
 @dataclass(frozen=True)
@@ -349,9 +353,8 @@ def _line_style(index: int, count: int) -> dict[str, object]:
 
 
 def _bars(grid: _Grid, layers: Layers, panel: _Panel) -> np.ndarray:
-    """Return how far each interval reaches below and above its value, ``(2, columns)``."""
-    value, low, high = (
+    """Return ``_reach`` of a layer's intervals, ``(2, columns)``."""
+    return _reach(*(
         np.array([panel.scale * grid.value(layers, s, key) for s in grid.columns])
         for key in (panel.key, f"{panel.key}_low", f"{panel.key}_high")
-    )
-    return np.nan_to_num(np.clip([value - low, high - value], 0, None))
+    ))  # fmt: skip

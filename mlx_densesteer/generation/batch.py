@@ -23,7 +23,7 @@ from mlx_lm.models.cache import KVCache
 from ..errors import InputError, SteeringError
 from ..model.block import make_cache
 from ..model.cache import SteeredKVCache, token_bytes, twin_of
-from ..model.machine import working_set
+from ..model.machine import gpu, working_set
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
@@ -179,7 +179,7 @@ class Batch:
         self._inside: dict[int, _Row] = {}  # by mlx-lm's number: those in the KV cache
         self._count = 0
         self._decoding: float | None = None  # seconds of the last step that only decoded
-        self._working_set = working_set()
+        self._working_set = working_set(gpu())
         mx.reset_peak_memory()
         self._wired = Wired()
         self._generator: BatchGenerator | None = BatchGenerator(

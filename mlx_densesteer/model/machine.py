@@ -10,6 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+# Of the GPU's working set: what is above it does not stay in memory beside caches and the system (as mlx-lm warns).
+FOR_WEIGHTS = 0.9
+
 
 def chip() -> str:
     """Return the processor's name, such as "Apple M2 Max"."""
@@ -39,9 +42,9 @@ def gpu() -> Mapping[str, str | int]:
     return mx.device_info(mx.gpu) if mx.metal.is_available() else {}
 
 
-def working_set() -> int | None:
-    """Return how many bytes the GPU can keep in memory; ``None`` where there is no such limit."""
-    found = gpu().get("max_recommended_working_set_size")
+def working_set(gpu: Mapping[str, str | int]) -> int | None:
+    """Return how many bytes a GPU can keep in memory; ``None`` where there is no such limit."""
+    found = gpu.get("max_recommended_working_set_size")
     return None if found is None else int(found)
 
 

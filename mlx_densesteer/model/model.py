@@ -39,7 +39,7 @@ from .block import decoder_blocks, patch
 from .config import check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
 from .hub import fetch_model
-from .machine import gpu, working_set
+from .machine import FOR_WEIGHTS, gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX
@@ -47,8 +47,6 @@ from .weights import INDEX
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of the GPU's working set: what is above it does not stay in memory beside caches and the system (as mlx-lm warns).
-_SHARE = 0.9
 # The key under which transformers notes that it has given this warning.
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 # For ``Model.check_length``: text of this many characters a token at most is encoded at once. Longer text
@@ -494,13 +492,14 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
 
 def check_memory(path: Path) -> None:
     """Say before loading that a model does not fit; raise ``ModelError`` if it is larger than the memory."""
-    limit = working_set()
+    device = gpu()
+    limit = working_set(device)
     if limit is None:
         return
     weights = sum(tensor.stop - tensor.start for tensor in read_folder(path)[1].values())
-    if weights <= _SHARE * limit:
+    if weights <= FOR_WEIGHTS * limit:
         return
-    memory = gpu().get("memory_size", math.inf)
+    memory = device.get("memory_size", math.inf)
     remedy = "Convert it with fewer bits (`densesteer convert --bits 4`), or choose a smaller one."
     found = f"{path}: the model takes {weights / 2**30:.1f} GiB"
     if weights > memory:

@@ -113,8 +113,8 @@ class Prefix:
 
         All that they hold was computed under ``steering``. The kept stream is shared, unsteered as it is.
         """
-        twin = self.fork()
-        twin.caches, twin._plan = list(caches), _Plan.of(self.network, steering)
+        twin = self._with(caches)
+        twin._plan = _Plan.of(self.network, steering)
         return twin
 
     @property
@@ -179,7 +179,7 @@ class Prefix:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         check_ids(tokens, self.network.args.vocab_size, "the prompt")
         plan = _Plan.of(self.network, steering)
-        wanted = [chunk for chunk in chunks if chunk.tokens]
+        wanted = _not_empty(chunks)
         try:
             self._cut(self._common(wanted), wanted)
             changed = plan.differs(self._plan)
@@ -227,22 +227,25 @@ class Prefix:
 
     def common(self, chunks: Sequence[Chunk]) -> int:
         """Return how many tokens ``fill`` would not read again under the same steering."""
-        return self._common([chunk for chunk in chunks if chunk.tokens])
+        return self._common(_not_empty(chunks))
 
     def cut(self, chunks: Sequence[Chunk]) -> None:
         """Keep the tokens with which ``chunks`` begins, and forget the others."""
-        wanted = [chunk for chunk in chunks if chunk.tokens]
+        wanted = _not_empty(chunks)
         self._cut(self._common(wanted), wanted)
 
     def unread(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Return the chunks of which ``fill`` would read at least a part."""
-        wanted = [chunk for chunk in chunks if chunk.tokens]
+        wanted = _not_empty(chunks)
         return [chunk for chunk, _ in _unread(wanted, self._common(wanted))]
 
     def fork(self) -> "Prefix":
         """Return a copy that shares what is computed; filling one does not change the other."""
+        return self._with([twin_of(cache) for cache in self.caches])
+
+    def _with(self, caches: Sequence[KVCache]) -> "Prefix":
         twin = copy.copy(self)
-        twin.caches = [twin_of(cache) for cache in self.caches]
+        twin.caches = list(caches)
         twin._chunks, twin._residual = list(self._chunks), list(self._residual)
         return twin
 
@@ -252,9 +255,8 @@ class Prefix:
         count = sum(len(chunk.tokens) for chunk in wanted[:same])
         if self._exact:
             return count
-        alike = (
-            self._plan.positions == "all" or not self._plan.deltas
-        )  # whatever is prompt or answer
+        # whatever is prompt or answer
+        alike = self._plan.positions == "all" or not self._plan.deltas
         ours, theirs = (_flat(chunks[same:], alike) for chunks in (self._chunks, wanted))
         equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
         return count + sum(1 for _ in equal)
@@ -415,6 +417,10 @@ class _Plan(NamedTuple):
             for plan in (self, other)
         )
         return [k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)]
+
+
+def _not_empty(chunks: Sequence[Chunk]) -> list[Chunk]:
+    return [chunk for chunk in chunks if chunk.tokens]
 
 
 def _unread(wanted: Sequence[Chunk], held: int) -> list[tuple[Chunk, int]]:

@@ -53,9 +53,8 @@ def agent(
         "Label": LABEL,
         "ProgramArguments": [_lasting(sys.executable), "-m", "mlx_densesteer", "serve", *arguments],
         "RunAtLoad": True,
-        "KeepAlive": {
-            "SuccessfulExit": False
-        },  # start again after any exit status but 0, or a signal
+        # start again after any exit status but 0, or a signal
+        "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": THROTTLE,
         "ExitTimeOut": grace + ENDS,  # then launchd kills it
         "ProcessType": "Interactive",  # macOS does not throttle it

@@ -5,7 +5,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from helpers import at_every_layer, every_third_ends_a_step, same_answer
+from helpers import at_every_layer, same_answer
 from mlx_lm.generate import BatchGenerator
 
 import mlx_densesteer as ds
@@ -19,14 +19,6 @@ from mlx_densesteer.model.prefix import Prefix
 from mlx_densesteer.model.prompt import decode, encode_prompt
 
 PROMPTS = [list(range(1, n + 2)) for n in (1, 9, 30, 4, 4, 17, 2, 12, 23)]
-
-
-@pytest.fixture(scope="module")
-def model(hf_folder):
-    model = ds.load(hf_folder)
-    model.network.set_dtype(mx.float32)
-    every_third_ends_a_step(model.network, model.tokenizer)
-    return model
 
 
 def rows_of(vector, positions="all"):

@@ -5,7 +5,6 @@ A wait costs nothing on the CPU backend, so no speed shows a loop that lets a GP
 
 import mlx.core as mx
 import pytest
-from helpers import every_third_ends_a_step
 from mlx_lm.generate import BatchGenerator, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -16,14 +15,6 @@ from mlx_densesteer.generation.session import Session
 from mlx_densesteer.generation.speculation import Draft
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10]]
-
-
-@pytest.fixture(scope="module")
-def model(hf_folder):
-    model = ds.load(hf_folder)
-    model.network.set_dtype(mx.float32)
-    every_third_ends_a_step(model.network, model.tokenizer)
-    return model
 
 
 @pytest.fixture
