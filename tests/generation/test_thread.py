@@ -248,14 +248,15 @@ def test_a_shutdown_cancels_no_task(capfd):
     """What it cancels ends in a RuntimeError, for the answer that waits and for the one that is made."""
 
     async def main():
-        thread, held, busy = ModelThread(), Held(), threading.Event()
+        thread, held, other = ModelThread(), Held(), Held()
+        begun, busy = threading.Event(), threading.Event()
         held.go.release()
+        other.go.release()
         read = thread.iterate(thread.submit(lambda: held))
         left = thread.iterate(thread.submit(lambda: other))
-        other = Held()
-        other.go.release()
         assert await read.__anext__() == await left.__anext__() == "a"
-        thread.submit(busy.wait)
+        thread.submit(lambda: begun.set() or busy.wait(60))
+        begun.wait(60)  # else the shutdown cancels this one too, and the thread takes the next
         waiting = [
             asyncio.create_task(read.__anext__()),
             asyncio.create_task(collect(thread.iterate(thread.submit(Held)))),
