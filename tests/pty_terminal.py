@@ -13,30 +13,30 @@ class Terminal:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], *, columns=80, lines=24,
                  term="xterm-256color"):  # fmt: skip
-        self._screen = pyte.HistoryScreen(columns, lines, history=2000, ratio=1)
-        self._stream = pyte.ByteStream(self._screen)
+        self.pyte = pyte.HistoryScreen(columns, lines, history=2000, ratio=1)
+        self._stream = pyte.ByteStream(self.pyte)
         self.raw = b""
         self.process = pexpect.spawn(
             command[0], list(command[1:]), env={**env, "TERM": term}, dimensions=(lines, columns)
         )
-        self._screen.write_process_input = self.process.send  # answers where the cursor is
+        self.pyte.write_process_input = self.process.send  # answers where the cursor is
 
     def send(self, keys: str) -> None:
         self.process.send(keys)
 
     def resize(self, columns: int, lines: int) -> None:
-        self._screen.resize(lines, columns)
+        self.pyte.resize(lines, columns)
         self.process.setwinsize(lines, columns)
 
     @property
     def text(self) -> str:
         """What is on the screen now, and what has left it at its top."""
-        gone = ["".join(line[x].data for x in sorted(line)) for line in self._screen.history.top]
-        return "\n".join(line.rstrip() for line in [*gone, *self._screen.display])
+        gone = ["".join(line[x].data for x in sorted(line)) for line in self.pyte.history.top]
+        return "\n".join(line.rstrip() for line in [*gone, *self.pyte.display])
 
     @property
     def screen(self) -> list[str]:
-        return [line.rstrip() for line in self._screen.display]
+        return [line.rstrip() for line in self.pyte.display]
 
     def pump(self, seconds: float = 0.1) -> bool:
         """Take in what the program writes; ``False`` once it has ended."""

@@ -11,11 +11,15 @@ from pathlib import Path
 import click
 import pytest
 
+import mlx_densesteer
 from mlx_densesteer.cli import main
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_densesteer"
+PICTURES = ROOT / "docs" / "pictures"
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
     ROOT / "CHANGELOG.md",
@@ -24,6 +28,19 @@ PAGES = [
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def shell_blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Return for each block of shell commands why it is not run ("" if it is), itself, and what it shows."""
+    found = re.findall(
+        r"(?:<!-- not run: (.+?) -->\n)? *```(?:sh|py)\n(.*?)```(?:\n\n```text\n(.*?)```)?",
+        page.read_text("utf-8"),
+        re.DOTALL,
+    )
+    return [(why, code, shown) for why, code, shown in found]
+
+
+RUN = [page for page in PAGES if any(not why for why, _, _ in shell_blocks(page))]
 
 
 def commands() -> list[str]:
@@ -49,8 +66,42 @@ def test_every_command_shown_is_one_that_exists(line, monkeypatch):
         assert "does not exist" in str(error)  # its files are examples
 
 
-def test_the_readme_shows_commands():
+def test_the_readme_shows_commands_and_fits_two_screens():
     assert len(commands()) >= 4
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
+
+
+def without_figures(text: str) -> list[str]:
+    """Return the words of each line: figures differ in the last digit from processor to processor."""
+    return [re.sub(r"[-+]?\d[\d.,]*%?", "#", line).split() for line in text.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_shell_commands_shown_run_and_print_what_is_shown(page, tmp_path):
+    """In one folder, as a reader runs them; a block that is not run says why."""
+    binary = tmp_path / "bin"
+    binary.mkdir()
+    (binary / "densesteer").symlink_to(Path(sys.executable).parent / "densesteer")
+    environment = os.environ | {"PATH": f"{binary}:{os.environ['PATH']}", "COLUMNS": "120"}
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    for why, code, shown in shell_blocks(page):
+        if why:
+            continue
+        done = subprocess.run(
+            ["bash", "-ec", "set -o pipefail\n" + code],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}"
+        printed = without_figures(done.stdout)
+        for line in without_figures(shown):
+            assert line in [*printed, [], ["..."]], f"{' '.join(line)!r} is not in\n{done.stdout}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -76,14 +127,48 @@ def test_files_and_links_that_are_named_exist(page):
         assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
-def test_the_map_of_the_readme_is_complete():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    package = ROOT / "mlx_densesteer"
-    for path in [
-        *package.glob("[!_]*.py"),
-        *(p for p in package.iterdir() if (p / "__init__.py").exists()),
-    ]:
-        assert path.name in readme, f"{path.name} is missing from the map"
+def test_the_map_and_its_picture_are_complete():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    picture = (PICTURES / "rooms.svg").read_text("utf-8")
+    for path in [*PACKAGE.glob("[!_]*.py"), *(p.parent for p in PACKAGE.glob("*/__init__.py"))]:
+        assert path.name in page, f"{path.name} is missing from the map"
+        assert path.name in picture, f"{path.name} is missing from the picture"
+
+
+def test_every_picture_is_shown_and_small():
+    shown = {
+        (page.parent / name).resolve()
+        for page in PAGES
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text("utf-8"))
+    }
+    assert shown == {path.resolve() for path in PICTURES.iterdir()}
+    for path in shown:
+        assert 0 < path.stat().st_size < 500_000, path
+
+
+def test_the_api_page_has_every_public_name():
+    named = re.findall(
+        r"^::: mlx_densesteer\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.M
+    )
+    assert sorted(named) == mlx_densesteer.__all__
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere():
+    """Broken links and anchors, and docstrings that do not fit their functions, are errors."""
+    built = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "site"], capture_output=True, text=True, timeout=300
+    )
+    assert built.returncode == 0, built.stderr
+    site = Path(built.stdout.strip()).parent
+    pages = list(site.glob("*.html"))
+    assert {path.stem for path in pages} >= {path.stem for path in (ROOT / "docs").glob("*.md")}
+    for path in pages:
+        loaded = re.findall(
+            r'<(?:script|img|link rel="stylesheet")[^>]+(?:src|href)="?(https?://[^">]+)',
+            path.read_text("utf-8"),
+        )
+        assert not loaded, path
 
 
 def test_no_placeholder_is_left():

@@ -68,7 +68,9 @@ class Session:
         model: what ``load`` returns, or mlx-lm's pair of model and tokenizer.
         steering: what to add to the residual stream; ``None`` is the stock model.
         system: the system message; ``None`` leaves it to the chat template.
-        sampling, max_tokens, stop: of every answer, as in ``stream``; can be set at any time.
+        sampling: how every answer is sampled, as in ``stream``; like the next two, it can be set at any time.
+        max_tokens: the longest answer, in tokens.
+        stop: texts that end an answer.
         draft: speculative decoding.
         brake: cut off repetition and lower the strength, for later answers too.
         keep_bytes: how much of the residual stream to keep for re-steering; 0 keeps nothing.

@@ -339,7 +339,8 @@ class Model:
 
         Args:
             texts: what else a prompt may be (token ids, ``None``) is left out.
-            limit, what: as for ``room``.
+            limit: a shorter context, as for ``room``.
+            what: its name in the error.
         """
         context = min(self.context, limit or self.context)
         given = [text for text in texts if isinstance(text, str)]
