@@ -144,7 +144,10 @@ class Chat:
 
     def do_undo(self, argument: str) -> None:
         turn = self.session.undo()
-        self.screen.note(f"taken back: {one_line(turn.user, 60)}")
+        left = count(len(self.session.turns), "turn")
+        self.screen.note(
+            f"forgot this question and its answer, {left} left: {one_line(turn.user, 60)}"
+        )
         self.keyboard.give_back(turn.user)
 
     def do_drop(self, argument: str) -> None:
