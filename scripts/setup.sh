@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: makes .venv, installs, loads OpenBLAS on Linux.
-# Sets $python. Arguments: the extra to install (dev, gguf). POSIX sh; safe to run again.
+# Sets $python. Arguments: the extras to install (dev; chat,serve). POSIX sh; safe to run again.
 # shellcheck shell=sh
 
 CDPATH='' cd -- "$(dirname "$0")/.." || exit 1

@@ -58,7 +58,9 @@ COMMANDS = (
     ),
     Command("stats", "", "the receipt of the last answer, beside that of the unsteered model"),
     Command("retry", "", "answer the last question again, under the settings in force"),
-    Command("undo", "", "take back the last question and its answer"),
+    Command(
+        "undo", "", "forget the last question and its answer, and offer the question for editing"
+    ),
     Command("drop", "[N|all]", "forget the oldest question and answer, or the N oldest, or all"),
     Command("save", "FILE", "save the conversation and its settings", "file"),
     Command("load", "FILE", "continue a saved conversation", "file"),

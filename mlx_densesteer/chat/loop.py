@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import ContextError, DenseSteerError, InputError, SessionError
+from ..errors import ContextError, DenseSteerError, InputError, SessionError, SteeringError
 from ..generation.answer import Generation, brake_lines, receipt
 from ..generation.conversation import Turn
 from ..generation.session import Reply, Session
@@ -144,7 +144,10 @@ class Chat:
 
     def do_undo(self, argument: str) -> None:
         turn = self.session.undo()
-        self.screen.note(f"taken back: {one_line(turn.user, 60)}")
+        left = count(len(self.session.turns), "turn")
+        self.screen.note(
+            f"forgot this question and its answer, {left} left: {one_line(turn.user, 60)}"
+        )
         self.keyboard.give_back(turn.user)
 
     def do_drop(self, argument: str) -> None:
@@ -236,8 +239,17 @@ class Chat:
         elif asked.command.name == "quit":
             return False
         else:
-            getattr(self, f"do_{asked.command.name}")(asked.argument)
+            self._carry_out(asked)
         return True
+
+    def _carry_out(self, asked: Call) -> None:
+        name = asked.command.name
+        try:
+            getattr(self, f"do_{name}")(asked.argument)
+        except (InputError, SteeringError) as error:
+            if not str(error).startswith(f"{name} "):
+                raise
+            raise type(error)(f"/{error}") from error  # as it was typed: /strength
 
     def _steering(self) -> "Steering":
         if self.session.steering is None:

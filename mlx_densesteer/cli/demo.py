@@ -1,11 +1,16 @@
 """``densesteer demo``."""
 
 import json
+import shlex
+import shutil
+import sys
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Live, aligned, count, note, signed, signed_dose
+from ..text import Live, aligned, count, one_line, signed, signed_dose
 from .options import json_option
 from .sweep import FIGURES, figures
 
@@ -16,10 +21,14 @@ if TYPE_CHECKING:
     from ..evaluation.sweep import GridRow
     from ..evaluation.tasks import Problem
 
-WHAT_IT_IS = """\
-A toy shows how steering works: a Qwen2 model of 2.5 million parameters, trained for this purpose on
-synthetic word problems, and a steering vector extracted from its own solutions. Weights and generation
-are real. It is no evidence about Qwen2.5, nor that density makes answers better: here it does not."""
+WHAT_IT_IS = (
+    "This is a toy of 2.5 million parameters, trained for this purpose on such stories. Weights, vector and "
+    "answers are real, but they are no evidence about Qwen2.5, nor that density makes answers better: here it "
+    "does not. The steered layer is the toy's last one."
+)
+NARROWEST, WIDEST = 40, 100  # columns of wrapped text
+MOST_STEPS = 12  # of an answer that are printed
+OWN_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 @click.command()
@@ -34,9 +43,9 @@ are real. It is no evidence about Qwen2.5, nor that density makes answers better
 def demo(problems: int, as_json: bool) -> None:
     """Show steering at work, offline, on a tiny model inside this package.
 
-    Prints the model's answers to one problem at a negative dose, at 0, at positive doses and at an
-    overdose. A table over problems that the model never saw follows: accuracy, steps, tokens,
-    density, NLL.
+    Prints the model's answers to one problem, step by step, at a negative dose, at 0, at positive doses
+    and at an overdose. A table over problems that the model never saw follows: accuracy, steps, tokens,
+    density, NLL; then commands to try next.
     """
     from ..demo import DOSES, NAME
     from ..evaluation.answers import answer
@@ -46,8 +55,6 @@ def demo(problems: int, as_json: bool) -> None:
     from ..steering.request import Amount, request
     from ..steering.vector import SteeringVector
 
-    if not as_json:
-        click.echo(WHAT_IT_IS)
     model = load(NAME)
     vector = SteeringVector.load(NAME)
     doses = [Amount(dose, "dose") for dose in DOSES]
@@ -72,29 +79,86 @@ def demo(problems: int, as_json: bool) -> None:
         document = {"rows": [{key: row[key] for key in kept} for row in described]}
         click.echo(json.dumps(document, allow_nan=False))
         return
+    width = min(max(shutil.get_terminal_size().columns - 1, NARROWEST), WIDEST)
     shown, why = _clearest(chosen, rows, answers)
-    click.echo(f"\n{why}: {shown.question}")
-    first = {one.steering: one for one in answers if one.problem == shown.id}
-    for row in rows:
-        one = first[row.setting.fingerprint]
-        verdict = "right" if one.correct else "wrong"
-        click.echo(
-            f"\n--- dose {signed_dose(row.setting.dose)}{_remark(row.setting.dose)}: "
-            f"{count(one.steps, 'step')}, {count(one.tokens, 'token')}, {verdict}\n"
-            f"{one.text if len(one.text) <= 600 else one.text[:600] + ' ...'}"
-        )
-    click.echo(
-        f"\n{count(len(chosen), 'problem')} that the model never saw, layer {layers[0]}, greedy:\n"
-    )
+    own = {one.steering: one for one in answers if one.problem == shown.id}
+    click.echo("\n".join(_story(shown.question, rows, own, width)))
+    held_out = f"{count(len(chosen), 'problem')} that the model never saw, answered at each dose:"
     lines = [["dose", "strength", *FIGURES]]
     for row in rows:
         dose, strength = row.setting.dose, row.setting.strength
         lines.append([signed_dose(dose), signed(strength), *figures(row.describe(), nll_digits=2)])
-    click.echo("\n".join(aligned(lines)))
-    note(
-        "every command takes -m demo and -v demo; try:\n"
-        f'densesteer generate -m demo -v demo "{shown.question}"'
+    click.echo("\n".join([*_wrapped(held_out, width), "", *aligned(lines), ""]))
+    click.echo("\n".join(["Try next:", "", *_next(width), ""]))
+    click.echo("\n".join(_wrapped(f"{WHAT_IT_IS} {why}", width)))
+
+
+def _story(
+    question: str, rows: "Sequence[GridRow]", own: "dict[str, Answer]", width: int
+) -> list[str]:
+    """Return the lines of one problem: for each dose a bar of its steps, and the steps, numbered."""
+    from ..generation.answer import split_steps
+    from ..steering.steering import LARGE_DOSE
+
+    lines = ["The same question at five doses of one steering vector:", ""]
+    lines += [*_wrapped(question, width, "  "), ""]
+    longest = max(own[row.setting.fingerprint].steps for row in rows)
+    for row in rows:
+        dose, one = row.setting.dose, own[row.setting.fingerprint]
+        found = "no answer" if one.found is None else f"answer {one_line(one.found, 20)}"
+        bar = "#" * min(one.steps, longest, MOST_STEPS)
+        lines.append(
+            f"{signed_dose(dose):>5}  {bar:<{min(longest, MOST_STEPS)}}  {count(one.steps, 'step'):<8}  "
+            f"{found}, {'right' if one.correct else 'wrong'} ({_remark(dose)})"
+        )
+        steps = split_steps(one.text.partition("\n####")[0])
+        room = (1 if dose >= LARGE_DOSE else 4) * (width - 9)
+        for number, step in enumerate(steps[:MOST_STEPS], 1):
+            lines += _wrapped(one_line(step, room), width, f"{number:>7}  ")
+        lines.append("")
+    return lines
+
+
+def _wrapped(text: str, width: int, begin: str = "") -> list[str]:
+    """Return ``text`` in lines of at most ``width`` columns; the first begins with ``begin``."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=begin,
+        subsequent_indent=" " * len(begin),
+        break_on_hyphens=False,
     )
+
+
+def _next(width: int) -> list[str]:
+    """Return what to try next. A command stands alone on its line, so that it can be pasted."""
+    program, name = _program(), OWN_MODEL.rpartition("/")[2]
+    tries = {
+        "Turn the strength while you talk (/strength 10%, /compare, /help):": (
+            "chat -m demo -v demo",
+        ),
+        "The same on a page with a dial, at http://127.0.0.1:8080:": ("serve -m demo",),
+        "Your own model (3.1 GB, fetched once), and what a vector for it begins with:": (
+            f"convert {OWN_MODEL}",
+            f"pairs -m converted/{name}-4bit gsm8k --count 50 -o pairs.jsonl",
+        ),
+    }
+    lines = []
+    for what, commands in tries.items():
+        lines += [*_wrapped(what, width), *(f"  {program} {command}" for command in commands)]
+    return lines
+
+
+def _program() -> str:
+    """Return how this command can be called from the folder that the user is in."""
+    own = Path(sys.executable).with_name("densesteer")
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m mlx_densesteer"
+    found = shutil.which("densesteer")
+    if found and own.samefile(found):
+        return "densesteer"
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
 
 
 def _clearest(
@@ -113,20 +177,20 @@ def _clearest(
         return (len(set(steps)), steps[0] - steps[-1]) if falls else (0, 0)
 
     best = max(problems, key=effect)
-    if effect(best) <= (1, 0):
-        return problems[0], "The first problem"
+    if len(problems) == 1 or effect(best) <= (1, 0):
+        return problems[0], "The question is the first problem."
     return best, (
-        f"One of {count(len(problems), 'problem')}, chosen because its steps fall and its answers stay right below the "
-        "overdose"
+        f"The question is one of {count(len(problems), 'problem')}, chosen because its steps fall while its "
+        "answers stay right."
     )
 
 
 def _remark(dose: float) -> str:
-    """Say in brackets what a dose does."""
+    """Say what a dose does."""
     from ..steering.steering import LARGE_DOSE
 
     if not dose:
-        return " (unsteered)"
+        return "unsteered"
     if dose < 0:
-        return " (towards sparse)"
-    return " (an overdose)" if dose >= LARGE_DOSE else " (towards dense)"
+        return "towards sparse"
+    return "an overdose" if dose >= LARGE_DOSE else "towards dense"

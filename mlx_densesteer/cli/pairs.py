@@ -295,10 +295,11 @@ def _progress(live: Live, wanted: int | None) -> "Callable[[PairsProgress], None
     def show(state: "PairsProgress") -> None:
         seconds = time.monotonic() - began
         rate = f", {state.tokens / seconds:.0f} tokens/s" if state.tokens and seconds > 1 else ""
-        goal = f" of {wanted}" if wanted else ""
+        # a batch may hold more good pairs than are kept
+        accepted = f"{min(state.accepted, wanted)} of {wanted}" if wanted else f"{state.accepted}"
         live.show(
             f"{state.solved}/{state.problems} solved, {state.correct} right; "
-            f"{state.rewritten} rewritten, {state.checked} checked, {state.accepted}{goal} accepted{rate}"
+            f"{state.rewritten} rewritten, {state.checked} checked, {accepted} accepted{rate}"
         )
 
     return show
@@ -308,7 +309,7 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
     from ..extraction.verification import REASONS
 
     note(
-        f"{count(summary.problems, 'problem')}: {summary.accepted} accepted, "
+        f"{count(summary.problems, 'problem')}: {_accepted(summary, wanted)} accepted, "
         f"{sum(summary.rejected.values())} rejected, {summary.wrong} solved wrongly, "
         f"{summary.truncated} cut off"
     )
@@ -326,7 +327,7 @@ def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) 
 
     note(
         f"{count(summary.problems, 'problem')}, {count(summary.samples, 'sample')}: {summary.correct} "
-        f"correct, {summary.truncated} cut off; {summary.solved} problems solved, {summary.accepted} pairs"
+        f"correct, {summary.truncated} cut off; {summary.solved} problems solved, {_accepted(summary, wanted)} pairs"
     )
     _tell_reasons(summary, REASONS)
     _tell_means(summary, ("longest", "shortest"))
@@ -334,6 +335,11 @@ def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) 
         note("many samples were cut off at --max-tokens; a larger number may give more pairs (-n)")
     note(f"the shortest correct sample of every solved problem: {files.solutions}")
     _tell_rest(summary, files, wanted)
+
+
+def _accepted(summary: "Summary | SampleSummary", wanted: int | None) -> str:
+    """Return ``50 of 50``, or the number alone where none was asked for."""
+    return f"{summary.accepted} of {wanted}" if wanted else f"{summary.accepted}"
 
 
 def _tell_reasons(summary: "Summary | SampleSummary", reasons: "Mapping[str, str]") -> None:

@@ -20,7 +20,7 @@ from .options import (
     strength_option,
     strict_option,
 )
-from .steering import is_strict, read_vector, tell_fit, tell_steering
+from .steering import is_strict, need_no_vector, read_vector, tell_fit, tell_steering
 
 if TYPE_CHECKING:
     from ..server.settings import Access
@@ -227,10 +227,8 @@ def _read_vectors(
 
     if model == demo.NAME and demo.NAME not in vectors:
         vectors = (*vectors, demo.NAME)
-    if not vectors and (strength is not None or layers or positions):
-        raise click.UsageError(
-            "--strength, --kl, --layer and --positions need a vector: add -v FILE."
-        )
+    if not vectors:
+        need_no_vector(strength, layers, positions)
     found: dict[str, NamedVector] = {}
     for file in vectors:
         vector = read_vector(file)
@@ -304,7 +302,7 @@ def _tell_vectors(vectors: "Vectors", given: "list[NamedVector]") -> None:
         tell_fit(one.vector, vectors.model)
         asked = one.request()
         steering = asked.steering(vectors.model)
-        tell_steering(steering, vectors.model.dose(steering), asked.why)
+        tell_steering(asked, steering, vectors.model.dose(steering))
     for name, reason in vectors.unusable().items():
         note(f"warning: {name} of the folder cannot be used: {reason}")
     names = [one.name for one in vectors.all()]

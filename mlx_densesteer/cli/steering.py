@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from ..text import note
 from .options import STRICT
@@ -35,16 +36,23 @@ def read_steering(
 ) -> "Request | None":
     """Return what the options ask for, ``None`` without a vector; refuse wrong ones."""
     if vector is None:
-        if strength is not None or layers or positions:
-            raise click.UsageError(
-                "--strength, --kl, --layer and --positions need a vector: add -v FILE."
-            )
+        need_no_vector(strength, layers, positions)
         return None
     from ..steering.request import parse_layers, request
 
     loaded = read_vector(vector)
     chosen = parse_layers(layers, loaded.layers) if layers else None
     return request(loaded, strength, chosen, positions)
+
+
+def need_no_vector(
+    strength: "Amount | None", layers: tuple[str, ...], positions: "Positions | None"
+) -> None:
+    """Refuse options of a steering where no vector is given; the error names those that are."""
+    kl = click.get_current_context().get_parameter_source("kl") is ParameterSource.COMMANDLINE
+    options = {"--kl" if kl else "-s": strength, "-l": layers, "--positions": positions}
+    if given := [option for option, value in options.items() if value not in (None, ())]:
+        raise click.UsageError(f"{', '.join(given)}: need a vector; add -v FILE.")
 
 
 def steering_for(request: "Request | None", model: "Model") -> "Steering | None":
@@ -63,7 +71,7 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
         else:
             note(f"the strength for a KL of {asked[-1]:g} nats is that of the vector's calibration")
     steering = request.steering(model)
-    tell_steering(steering, model.dose(steering), request.why)
+    tell_steering(request, steering, model.dose(steering))
     return steering
 
 
@@ -83,21 +91,19 @@ def is_strict() -> bool:
     return ctx is not None and ctx.meta.get(STRICT, False)
 
 
-def tell_steering(steering: "Steering", dose: float, why: str = "") -> None:
-    """Tell what is added to the residual stream, and warn of an overdose.
-
-    ``why`` is the reason for the default layer, empty if the user chose one.
-    """
+def tell_steering(request: "Request", steering: "Steering", dose: float) -> None:
+    """Tell what is added to the residual stream, and which of it is a default; warn of an overdose."""
     from ..steering.request import format_dose
     from ..steering.steering import LARGE_DOSE, LARGE_DOSE_WARNING
     from ..steering.vector import format_layers
 
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
-    reason = f" ({why}; choose with -l and -s)" if why and len(steering.vector.layers) > 1 else ""
+    usual = "this vector's defaults" if request.usual else "this vector's default layer"
+    reason = f"; {usual} (the layer: {request.why})" if request.why else ""
     note(
-        f"steering with {steering.vector.name}: layer {format_layers(steering.layers)}{reason}, "
+        f"using {steering.vector.name} at layer {format_layers(steering.layers)}, "
         f"{'-' if steering.strength < 0 else ''}{format_dose(dose)} of the residual stream "
-        f"(strength {steering.strength:.3g}){where}"
+        f"(strength {steering.strength:.3g}){where}{reason}"
     )
     if dose >= LARGE_DOSE:
         note(LARGE_DOSE_WARNING)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from ..distributed.ranks import Ranks
     from ..evaluation.answers import Answer
-    from ..evaluation.recommendation import Unproven
     from ..evaluation.sweep import GridRow, Setting, Sweep
     from ..extraction.calibrate import Calibration
     from ..extraction.pairs import Pair
@@ -212,7 +211,7 @@ def sweep(
         result = run(loaded, problems, settings, margin=margin, **options)
     if not ranks.speaks:
         return
-    unproven = result.recommendation.unproven
+    what_next, command = _next(result, about, where, stored=write)
     document: dict[str, object] = {
         **about,
         "model": info.name,
@@ -225,23 +224,28 @@ def sweep(
         "rows": [row.describe() for row in result.rows],
         "recommendation": asdict(result.recommendation),
         "calibration": found and found.describe(),
-        "next": unproven and _confirming(unproven, len(problems), where),
+        "next": command,
     }
+    _keep_earlier(folder, document)
     with atomic_file(folder / "table.json") as file:
         file.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode())
     _draw(folder, result)
     if write:
+        from ..steering.request import joined
+
         updated = with_recommendation(steering_vector, result, task=about, positions=where)
-        if steering_vector.meta.recommended and updated.meta.recommended is None:
-            note("this sweep recommends nothing; the vector's older recommendation is removed")
+        if (older := steering_vector.meta.recommended) and updated.meta.recommended != older:
+            found_now = "removed" if updated.meta.recommended is None else "replaced"
+            note(
+                f"{vector}: its earlier recommendation is {found_now}: layer {joined(older['layers'])}, "
+                f"strength {older['strength']:.4g}"
+            )
         store(vector, found.on(updated) if found else updated, read_vector(vector))
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         lines = [*_table(result.rows), _LEGEND, "", result.recommendation.text]
-        if document["next"]:
-            lines.append(f"To know: {document['next']}")
-        click.echo("\n".join(lines))
+        click.echo("\n".join([*lines, "", f"Next, {what_next}:", f"  {command}"]))
 
 
 _LEGEND = (
@@ -249,6 +253,37 @@ _LEGEND = (
     "95%: interval of the accuracy (table.json has the others); p: exact McNemar test against\n"
     "strength 0, not corrected for the number of settings (the recommendation is)"
 )
+
+
+_KEPT = ("task", "split", "skip", "problems_sha256", "system", "max_tokens", "margin")
+
+
+def _keep_earlier(folder: Path, document: "Mapping[str, Any]") -> None:
+    """Rename the table and pictures of an earlier sweep, unless it was of the same settings and problems."""
+    from itertools import count as numbers
+
+    from ..errors import InputError
+    from ..files import parse_object
+
+    def identity(one: "Mapping[str, Any]") -> list[object]:
+        settings = [[row["layers"], row["strength"]] for row in one["rows"]]
+        return [settings, *(one.get(key) for key in _KEPT)]
+
+    try:
+        there = parse_object((folder / "table.json").read_bytes(), "the table")
+        if identity(there) == identity(document):
+            return
+    except (OSError, InputError, KeyError, TypeError):
+        if not (folder / "table.json").exists():
+            return
+    number = next(n for n in numbers(1) if not (folder / f"table-{n}.json").exists())
+    for name in ("table.json", "heatmap.png", "curves.png"):
+        old = folder / name
+        if old.exists():
+            old.rename(old.with_stem(f"{old.stem}-{number}"))
+    note(
+        f"{folder}: has an earlier sweep of other settings or problems; its table is now table-{number}.json"
+    )
 
 
 def _check_folder(folder: Path, subject: dict[str, object]) -> None:
@@ -296,23 +331,77 @@ def _given(option: str) -> bool:
     return source is ParameterSource.COMMANDLINE
 
 
-def _confirming(unproven: "Unproven", problems: int, where: "Positions") -> str:
-    """Return the command that tries the best visible setting on the problems after these."""
+def _next(
+    result: "Sweep", about: "Mapping[str, Any]", where: "Positions", *, stored: bool
+) -> tuple[str, str]:
+    """Return what to do after a verdict, and the command for it.
+
+    Args:
+        about: what identifies the problems (``load_problems``).
+        stored: whether the vector's file has the recommendation.
+    """
+    from ..evaluation.recommendation import problems_needed
     from ..steering.request import joined
 
     params = click.get_current_context().params
-    words = ["densesteer", "sweep", "-m", params["model"], "-v", params["vector"]]
-    words += ["-l", joined(unproven.layers), f"--strengths={unproven.strength!r}"]
-    words += ["--skip", str(params["skip"] + problems), "--limit", str(unproven.problems_needed)]
-    if where != "all" or _given("positions"):
-        words += ["--positions", where]
-    words += ["-o", f"{Path(params['out'])}-confirm"]
-    kept = {"split": "--split", "revision": "--revision", "max_tokens": "-n", "rows": "--rows",
-            "system": "--system", "margin": "--margin"}  # fmt: skip
-    for name, option in kept.items():
-        if _given(name):
-            words += [option, str(params[name])]
-    return shlex.join([*words, *["--no-nll"] * bool(params["no_nll"]), params["task"]])
+    best, task, after = result.recommendation, params["task"], params["skip"] + about["problems"]
+    same = ["-m", params["model"], "-v", params["vector"]]
+    place = ["--positions", where] * (where != "all" or _given("positions"))
+    kept = ["split", "revision", "max_tokens", "rows", "system", "no_nll"]
+    left = _problems_after(about, after)
+    if best.layers:
+        if not stored:
+            same += ["-l", ",".join(map(str, best.layers)), f"--strength={best.strength!r}", *place]
+        if about["split"] == params["split"]:  # else eval takes the split test by itself
+            if not left:
+                return "try it", _command("chat", same, ["system"])
+            same += ["--skip", str(after)]
+        return "confirm it on other problems", _command("eval", same, kept, task)
+    one = best.unproven
+    if one and left >= one.problems_needed:
+        same += ["-l", joined(one.layers), f"--strengths={one.strength!r}"]
+        same += ["--skip", str(after), "--limit", str(one.problems_needed), *place]
+        same += ["-o", f"{Path(params['out'])}-confirm"]
+        command = _command("sweep", same, [*kept, "margin"], task)
+        return "try that setting alone on other problems", command
+    need = problems_needed(len(result.rows) - 1, params["margin"])
+    if not one and 0 < need - about["problems"] <= left:
+        every = [option.name for option in click.get_current_context().command.params]
+        kept = [name for name in every if name not in ("model", "vector", "limit", "as_json")]
+        command = _command("sweep", [*same, "--limit", str(need)], kept, task)
+        return "go on with more problems", command
+    unsteered, *steered = result.rows
+    fewest = min(steered, key=lambda row: row.score.steps.value)
+    before, now = (row.score.steps.value for row in (unsteered, fewest))
+    if now >= before:
+        return "look for another layer", _command("vector", ["show", params["vector"]], [])
+    layer, dose = joined(fewest.setting.layers), signed_dose(fewest.setting.dose).lstrip("+")
+    where_from = f"{now:.1f} steps instead of {before:.1f} at layer {layer}, {dose}"
+    same += ["-l", layer.replace("+", ","), "-s", dose, *place]
+    return f"see for yourself what it changes ({where_from})", _command("chat", same, ["system"])
+
+
+def _problems_after(about: "Mapping[str, Any]", number: int) -> int:
+    """Return how many problems the task has after the first ``number``."""
+    from ..errors import InputError
+    from ..evaluation.tasks import load_task
+
+    chosen = {key: about[key] for key in ("split", "revision")}
+    try:
+        return len(load_task(about["task"], skip=number, **chosen))
+    except InputError:
+        return 0
+
+
+def _command(name: str, words: list[str], kept: list[str], *task: str) -> str:
+    """Return a command with ``words`` and those options of this one in ``kept`` that were given."""
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        if isinstance(option, click.Option) and option.name in kept and _given(option.name):
+            value = ctx.params[option.name]
+            for one in value if option.multiple else [value]:
+                words = [*words, option.opts[0], *([] if option.is_flag else [str(one)])]
+    return shlex.join(["densesteer", name, *words, *task])
 
 
 def _read_pairs(file: str, vector: "SteeringVector") -> "list[Pair]":

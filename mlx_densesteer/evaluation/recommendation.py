@@ -53,7 +53,7 @@ class Unproven:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A setting, the reason for it, and a text with the figures for the user.
+    """A setting, the reason for it, and two sentences with the figures for the user.
 
     Without a reason ("none") there are no layers and the strength is 0: the unsteered model. ``unproven`` is
     then what looked best, if anything did.
@@ -135,11 +135,9 @@ def recommend(
         if (saving := _saving(c, baseline, each)) is not None:
             text = _say_tokens(c, baseline, len(comparisons), loss, saving, margin)
             return _recommendation(c, "tokens", text)
-    text = _say_none(comparisons, baseline, margin)
-    unproven = None
-    if (looks_best := _looks_best(comparisons, margin)) is not None:
-        unproven = _unproven(looks_best, baseline, margin)
-        text += f" {_say_unproven(looks_best, unproven, baseline)}"
+    looks_best = _looks_best(comparisons, margin)
+    unproven = looks_best and _unproven(looks_best, baseline, margin)
+    text = _say_none(comparisons, looks_best, unproven, baseline, margin)
     return Recommendation((), 0.0, 0.0, "none", text, unproven)
 
 
@@ -260,11 +258,10 @@ def _saving(c: _Comparison, baseline: Outcome, confidence: float) -> tuple[float
 
 def _say_accuracy(best: _Comparison, baseline: Outcome, settings: int) -> str:
     return (
-        f"{best.name.capitalize()} solves {_solved(best.outcome)}, the unsteered model "
-        f"{baseline.correct.mean():.1%}: {best.better} problems more and {best.worse} lost, p = "
-        f"{best.p:.2g} (exact McNemar test, {_corrected(settings, 'Holm')}). It writes "
-        f"{_tokens(best, baseline)}. The gain of the best of several settings is overestimated; "
-        "confirm it on other problems."
+        f"Use {best.name}: it solves {_solved(best.outcome)}, the unsteered model "
+        f"{baseline.correct.mean():.1%} ({best.better} more and {best.worse} lost, p = {best.p:.2g}, exact "
+        f"McNemar test, {_corrected(settings, 'Holm')}). It writes {_tokens(best, baseline)}; the gain of the "
+        "best of several settings is overestimated, so confirm it on other problems."
     )
 
 
@@ -277,44 +274,51 @@ def _say_tokens(
     margin: float,
 ) -> str:
     return (
-        f"No setting is more accurate than the unsteered model beyond chance. {c.name.capitalize()} "
-        f"writes {_tokens(c, baseline)} ({saving[0]:.1f} to {saving[1]:.1f} fewer) and solves "
-        f"{_solved(c.outcome)} instead of {baseline.correct.mean():.1%}: at worst {100 * loss:.1f} "
-        f"points lost, less than the {100 * margin:g} allowed (both intervals are "
-        f"{_corrected(settings, 'Bonferroni')})."
+        f"Use {c.name}: it writes {_tokens(c, baseline)} ({saving[0]:.1f} to {saving[1]:.1f} fewer), and solves "
+        f"{_solved(c.outcome)} instead of {baseline.correct.mean():.1%}, at worst {100 * loss:.1f} points lost, "
+        f"less than the {100 * margin:g} allowed (both intervals are {_corrected(settings, 'Bonferroni')}). No "
+        "setting is more accurate than the unsteered model beyond chance."
     )
 
 
-def _say_none(comparisons: Sequence[_Comparison], baseline: Outcome, margin: float) -> str:
-    best = max(comparisons, key=lambda c: (c.accuracy, c.saving))
-    shortest = max(comparisons, key=lambda c: (c.saving, c.accuracy))
+def _say_none(
+    comparisons: Sequence[_Comparison],
+    looks_best: _Comparison | None,
+    unproven: Unproven | None,
+    baseline: Outcome,
+    margin: float,
+) -> str:
     problems, settings = len(baseline.correct), len(comparisons)
     text = (
         "No setting is recommended: none is more accurate than the unsteered model "
         f"({_solved(baseline)}, {baseline.tokens.mean():.1f} tokens) beyond chance, and none is "
         f"shorter beyond chance and surely no more than {100 * margin:g} points less accurate. "
-        f"Most accurate was {best.name} with {best.accuracy:.1%} (p = {best.p:.2g}, "
-        f"{_corrected(settings, 'Holm')}); fewest tokens {shortest.name} with {shortest.tokens:.1f} "
-        f"tokens and {shortest.accuracy:.1%}."
     )
+    if looks_best and unproven:
+        return text + _say_unproven(looks_best, unproven, problems, settings)
     if problems < (need := problems_needed(settings, margin)):
-        text += (
-            f" {problems} problems are too few to tell: with {count(settings, 'setting')}, even one that "
+        return text + (
+            f"{problems} problems are too few to tell: with {count(settings, 'setting')}, even one that "
             f"changes no answer is known to lose less than {100 * margin:g} points only from "
-            f"{need} problems on. Use more problems or fewer settings."
+            f"{need} problems on."
         )
-    return text
+    best = max(comparisons, key=lambda c: (c.accuracy, c.saving))
+    shortest = max(comparisons, key=lambda c: (c.saving, c.accuracy))
+    return text + (
+        f"Most accurate was {best.name} with {best.accuracy:.1%} (p = {best.p:.2g}, "
+        f"{_corrected(settings, 'Holm')}), shortest {shortest.name} with {shortest.tokens:.1f} tokens and "
+        f"{shortest.accuracy:.1%}."
+    )
 
 
-def _say_unproven(c: _Comparison, unproven: Unproven, baseline: Outcome) -> str:
-    count = len(baseline.correct)
-    seen = f"{c.better} of {count} problems gained and {c.worse} lost"
+def _say_unproven(c: _Comparison, unproven: Unproven, problems: int, settings: int) -> str:
+    seen = f"{c.better} of {problems} problems gained and {c.worse} lost"
     if c.gain <= 0:
         seen += f", {c.saving:.1f} tokens saved"
     return (
-        f"Best visible, and unproven: {c.name} ({seen}). If that is its true effect, about "
-        f"{unproven.problems_needed} other problems with this setting alone would show it ({POWER:.0%} "
-        "power)."
+        f"{c.name.capitalize()} looks best but is unproven ({seen}, p = {c.p:.2g}, "
+        f"{_corrected(settings, 'Holm')}): if that is its true effect, about {unproven.problems_needed} other "
+        f"problems with this setting alone would show it ({POWER:.0%} power)."
     )
 
 

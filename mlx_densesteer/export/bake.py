@@ -25,7 +25,7 @@ from ..files import (
     scratch_folder,
 )
 from ..model.block import deltas
-from ..model.config import RECORD, check_target, is_hub_id, origin, read_config
+from ..model.config import BAKED, RECORD, check_target, is_hub_id, origin, read_config
 from ..model.model import ModelInfo, find, load_folder
 from ..model.weights import weight_files
 from ..steering.request import format_dose
@@ -259,6 +259,10 @@ def _plan(source: str | Path, steering: Steering, out: Path, format: Format) -> 
     """Run the source steered, and free it: two models need not fit in memory."""
     folder = find(source)
     config = read_config(folder)
+    if BAKED in config:
+        raise ExportError(
+            f"{source}: has its steering baked in. Bake the model that it was made from, with another strength."
+        )
     target = llama_config(config, str(source))  # refuses before anything is computed
     model = load_folder(folder, name=origin(source))
     added = deltas(model.network, steering)
@@ -294,7 +298,7 @@ def _write_folder(plan: _Plan, out: Path) -> None:
 def _describe(folder: Path, baked: Baked) -> None:
     record = baked.record()
     config = json.loads((folder / "config.json").read_bytes())
-    _write_json(folder / "config.json", config | {"densesteer": record["baked"]})
+    _write_json(folder / "config.json", config | {BAKED: record["baked"]})
     _write_json(folder / RECORD, record)
     (folder / "README.md").write_text(model_card(baked), "utf-8")
 
@@ -325,7 +329,7 @@ def _run_stock(folder: Path, expected: Reference, name: str) -> Closeness:
 def _config_differences(path: Path, plan: _Plan) -> list[str]:
     try:
         found = parse_object((path / "config.json").read_bytes(), "it")
-        found.pop("densesteer", None)
+        found.pop(BAKED, None)
     except (OSError, InputError) as error:
         return [f"config.json is damaged ({error})"]
     wanted = json.loads(json.dumps(plan.folder_config()))

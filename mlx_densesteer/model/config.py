@@ -23,6 +23,7 @@ from .weights import Tensor, read_tensors, same_bytes
 
 FAMILY = "qwen2"
 RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
+BAKED = "densesteer"  # the key of a baked folder's config.json that holds its steering
 
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -150,11 +151,8 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
         raise ModelError(
             f"{name}: its config.json names no model_type, so it is no language model."
         )
-    if "densesteer" in config:
-        raise UnsupportedModelError(
-            f"{name}: has its steering baked in, so it is not run here. Run it with "
-            f"`mlx_lm.generate --model {name}`, or steer the model that it was made from."
-        )
+    if _is_baked(config):
+        config |= {"model_type": FAMILY, "architectures": ["Qwen2ForCausalLM"]}
     if config["model_type"] != FAMILY:
         architectures = config.get("architectures")
         listed = isinstance(architectures, list) and architectures
@@ -171,6 +169,12 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
             "Use the model's original folder."
         )
     return check_config(config, where)
+
+
+def _is_baked(config: Mapping[str, object]) -> bool:
+    """Tell whether ``bake`` wrote the folder: Qwen2 as a ``llama`` with a bias on every projection."""
+    biases = config.get("attention_bias"), config.get("mlp_bias")
+    return config["model_type"] == "llama" and BAKED in config and biases == (True, True)
 
 
 def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
@@ -361,11 +365,15 @@ def recorded(folder: Path) -> dict[str, object]:
 
 
 def origin(path_or_repo: str | Path) -> str:
-    """Return the name of the model that a folder was converted from, or else the folder's name."""
+    """Return the name of the model that a folder was converted from, or else the folder's name.
+
+    A baked folder keeps its own name: it is another model.
+    """
     path = Path(path_or_repo).expanduser()
     if not path.is_dir():
         return str(path_or_repo)
-    return str(recorded(path).get("source") or path.resolve().name)
+    record = recorded(path)
+    return str((not record.get("baked") and record.get("source")) or path.resolve().name)
 
 
 def check_target(

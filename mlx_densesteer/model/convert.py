@@ -16,7 +16,7 @@ from ..errors import ConversionError, DenseSteerError, ModelError
 from ..files import check_disk, file_sha256, full_disk, move_into_place, scratch_folder
 from ..text import cause
 from . import gguf as gguf_model
-from .config import RECORD, check_target, is_hub_id, local_path, origin, read_folder
+from .config import BAKED, RECORD, check_target, is_hub_id, local_path, origin, read_folder
 from .hub import fetch_model
 from .model import load_folder, mlx_lm_folder
 
@@ -153,6 +153,10 @@ def _open_source(
 
 def _folder_source(folder: Path, name: str, record: dict[str, str], target: _Target) -> _Source:
     config, tensors = read_folder(folder)
+    if BAKED in config:
+        raise ConversionError(
+            f"{folder}: has its steering baked in. Convert the model that it was made from, and bake that."
+        )
     if "quantization" in config or "quantization_config" in config:
         raise ConversionError(
             f"{folder}: is quantised already. Convert from the original weights "

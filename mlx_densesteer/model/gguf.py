@@ -50,8 +50,8 @@ def open_gguf(path: Path) -> "GGUFReader":
         ConversionError: the ``gguf`` extra is not installed; not a GGUF file, or truncated.
         UnsupportedModelError: another architecture; the message names it.
     """
-    gguf = gguf_package(path, ConversionError)
     check_header(path)
+    gguf = gguf_package(path, ConversionError)
     with damage(path):
         reader = gguf.GGUFReader(path)
         architecture = _value(reader, "general.architecture")

@@ -18,6 +18,7 @@ from typing import ParamSpec, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
@@ -33,10 +34,10 @@ from ..errors import (
 from ..files import full_disk
 from ..steering.request import stored_strength, unit_dose
 from ..steering.steering import Positions, Steering
-from ..steering.vector import SteeringVector
+from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
 from .block import decoder_blocks, patch
-from .config import check_adapter, local_folder, origin, read_folder
+from .config import BAKED, check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
@@ -138,14 +139,23 @@ class Model:
     def fingerprint(self) -> str:
         """Identify the weights: the first 16 digits of the SHA-256 of every RMSNorm weight as bfloat16.
 
-        Norm weights are not quantised, so all precisions of a checkpoint have one fingerprint.
+        Norm weights are not quantised, so all precisions of a checkpoint have one fingerprint. A baked
+        model's biases count too.
         """
         digest = hashlib.sha256()
         for block in decoder_blocks(self.network).values():
             for norm in (block.input_layernorm, block.post_attention_layernorm):
                 digest.update(_bfloat16_bytes(norm.weight))
+            if "bias" in block.mlp.down_proj:
+                digest.update(_bfloat16_bytes(block.mlp.down_proj.bias))
         digest.update(_bfloat16_bytes(self.network.model.norm.weight))
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def baked_layers(self) -> tuple[int, ...]:
+        """The layers at which ``bake`` wrote a steering into the weights; empty for other models."""
+        last = {k: block.mlp.down_proj for k, block in decoder_blocks(self.network).items()}
+        return tuple(k for k, one in last.items() if "bias" in one and one.bias.any().item())
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -307,7 +317,12 @@ class Model:
         if meta.fingerprint == self.fingerprint:
             return None
         theirs = one_line(meta.model, 80)
-        if meta.fingerprint is not None:
+        if self.baked_layers:
+            found = (
+                f"is added to the steering that is baked into {self.name} (layer "
+                f"{format_layers(self.baked_layers)})"
+            )
+        elif meta.fingerprint is not None:
             found = (
                 f"was extracted from other weights ({theirs}, fingerprint "
                 f"{one_line(meta.fingerprint, 40)}; this model is {self.name}, {self.fingerprint})"
@@ -416,6 +431,11 @@ def load(
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
     _ = model.end_of_turn  # told now, not within an answer
+    if model.baked_layers:
+        where = format_layers(model.baked_layers)
+        note(
+            f"{model.name}: has its steering baked in (layer {where}), so unsteered means with that"
+        )
     return model
 
 
@@ -447,13 +467,29 @@ def open_network(
     The weights stay on the disk until they are used.
     """
     with loading(path), mlx_lm_folder(path) as place:
-        network, config = load_model(place, lazy=True)
+        network, config = load_model(place, lazy=True, get_model_classes=_classes)
         if adapter_path is not None:
             with loading(Path(adapter_path)):
                 check_adapter(Path(adapter_path))
                 network = load_adapters(network, adapter_path)
             network.eval()
     return network, config
+
+
+class _Baked(qwen2.Model):
+    """mlx-lm's Qwen2 with a bias on every projection, as a baked folder has (``export/llama.py``)."""
+
+    def __init__(self, args: qwen2.ModelArgs):
+        super().__init__(args)
+        for block in self.model.layers:
+            mlp = block.mlp
+            for one in (block.self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                one.bias = mx.zeros(one.weight.shape[0])
+
+
+def _classes(config: Mapping[str, object]) -> tuple[type[nn.Module], type]:
+    """Return the classes of a folder's network and of its arguments, as mlx-lm asks for them."""
+    return _Baked if BAKED in config else qwen2.Model, qwen2.ModelArgs
 
 
 def open_tokenizer(path: Path, config: Mapping[str, object]) -> TokenizerWrapper:

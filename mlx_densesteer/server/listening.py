@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import h11
 from starlette.types import ASGIApp
@@ -13,10 +14,12 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import DenseSteerError, InputError
-from .engine import Engine
 from .faults import Fault
 from .guard import HEADERS
 from .settings import ServerLimits
+
+if TYPE_CHECKING:  # mlx takes a second to import, and a port in use is told before
+    from .engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def _check_free(family: int, address: tuple) -> None:
 def listen(
     application: ASGIApp,
     listener: socket.socket,
-    engine: Engine,
+    engine: "Engine",
     limits: ServerLimits,
     *,
     on_start: Callable[[Server], None] = lambda server: None,
@@ -101,7 +104,7 @@ class _EndingServer(Server):
     It ends by itself when the model's thread has ended: launchd then starts it again.
     """
 
-    def __init__(self, config: Config, engine: Engine, grace: float):
+    def __init__(self, config: Config, engine: "Engine", grace: float):
         super().__init__(config)
         self._engine, self._grace = engine, grace
 

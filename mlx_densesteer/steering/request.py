@@ -163,7 +163,8 @@ def stored_strength(
 class Request:
     """A requested steering with every default filled in; a dose or KL still needs the model.
 
-    ``why`` tells the user why this layer was chosen; it is empty if the layers were given.
+    ``why`` tells the user why this layer was chosen; it is empty if the layers were given. ``usual`` says
+    that the strength is the default.
     """
 
     vector: SteeringVector
@@ -171,6 +172,7 @@ class Request:
     layers: tuple[int, ...]
     positions: Positions = "all"
     why: str = ""
+    usual: bool = False
 
     def steering(self, model: MeasuredModel) -> Steering:
         """Return the steering; raises as ``Amount.strength``."""
@@ -215,7 +217,7 @@ def request(
     # Made only for its checks: what can never be applied fails before a model is loaded.
     # A dose and a KL have no lambda yet; 0 stands in.
     Steering(vector, amount.number if amount.unit == "strength" else 0.0, chosen, where)
-    return Request(vector, amount, chosen, where, why)
+    return Request(vector, amount, chosen, where, why, usual=strength is None)
 
 
 def resolve(

@@ -369,6 +369,7 @@ def test_errors_are_shown_and_the_chat_goes_on(script, tmp_path, capsys):
     chat = script(lines)
     said = capsys.readouterr()
     assert chat.failures == 11 == said.err.count("error: ")
+    assert "error: /strength 'much': expected a number" in said.err  # as it was typed
     assert said.out.startswith("Tom finds 6: 4+6=10.")
     assert len(chat.session.turns) == 1
 

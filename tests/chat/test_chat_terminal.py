@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_what_was_said_and_the_settings_stay_in_sight(chat):
     tokens = int(terminal.text.rsplit("/1024 tokens", 1)[0].rsplit(None, 1)[-1])
     assert 34 < tokens < 900, "the turn stays"
     assert terminal.text.count("Ctrl-C stops") == 0, "the line below an answer is gone"
-    ask(terminal, "/undo", "taken back: Kim has")
+    ask(terminal, "/undo", "forgot this question and its answer")
     terminal.wait(r"(?s)\+100%> Kim has 12 coins\..*0/1024")  # and can be edited
     terminal.send("\x03\x04")
     assert terminal.end() == 0
@@ -139,7 +139,7 @@ def test_every_command(chat, tmp_path):
     ask(terminal, f"/save {tmp_path}/talk.json", "saved 1 turn")
     ask(terminal, "/vector off", r"(?m)^unsteered>$")
     ask(terminal, "/strength 1", "choose a vector first")
-    ask(terminal, "/undo", "taken back")
+    ask(terminal, "/undo", "forgot this question")
     terminal.send("\x03")
     ask(terminal, "/retry", "conversation is empty")
     ask(terminal, f"/load {tmp_path}/talk.json", "loaded 1 turn; the last question: Kim has")

@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import import_module
@@ -156,10 +157,14 @@ def test_generate_options_reach_the_model(run, hf_folder):
 
 def test_the_default_layer_is_said(run, hf_folder, vector_file, make_vector, tmp_path):
     result = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "hello")
-    assert "it is the middle one of 4; choose with -l and -s" in result.stderr
+    assert "; this vector's defaults (the layer: it is the middle one of 4)" in result.stderr
+    result = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "-s", 1, "hello")
+    assert "; this vector's default layer (the layer: it is the middle" in result.stderr
+    result = run("generate", "-m", hf_folder, "-n", 2, "-v", vector_file, "-l", 1, "hello")
+    assert "layer 1, 20% of" in result.stderr and "this vector's" not in result.stderr
     single = make_vector([3]).save(tmp_path / "single.npz")
     result = run("generate", "-m", hf_folder, "-n", 2, "-v", single, "hello")
-    assert "choose with -l" not in result.stderr and "layer 3, 20% of" in result.stderr
+    assert "at layer 3, 20% of" in result.stderr
 
 
 def test_a_large_dose_is_warned_of(run, hf_folder, vector_file):
@@ -181,8 +186,9 @@ def test_a_vector_of_other_weights_is_warned_of(run, hf_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-s", "1", "hello"], "need a vector"),
-        (["-l", "1", "hello"], "need a vector"),
+        (["-s", "1", "hello"], "Error: -s: need a vector; add -v FILE."),
+        (["--kl", "1", "hello"], "Error: --kl: need a vector"),
+        (["-l", "1", "--positions", "all", "hello"], "Error: -l, --positions: need a vector"),
         (["-v", "nowhere.npz", "hello"], "nowhere.npz: no such file"),
         (["-v", "VECTOR", "-l", "9", "hello"], "no vector for layer 9"),
         (["-v", "VECTOR", "-l", "x", "hello"], "layer 'x': expected a number"),
@@ -269,7 +275,9 @@ def test_the_last_newline_of_standard_input_is_none_of_the_prompt(run, hf_folder
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "eval", "sweep"])
-def test_a_wrong_path_and_an_empty_prompt_are_told_before_mlx_is_imported(tmp_path, command):
+def test_a_wrong_path_an_empty_prompt_and_a_port_in_use_are_told_before_mlx_is_imported(
+    tmp_path, command
+):
     """Which takes a second, with transformers."""
     code = (
         "import sys\n"
@@ -288,6 +296,13 @@ def test_a_wrong_path_and_an_empty_prompt_are_told_before_mlx_is_imported(tmp_pa
     assert "no such folder" in refused(command, "-m", tmp_path / "none", *words)
     if command == "generate":
         assert "the prompt is empty" in refused(command, "-m", "demo")
+    if command == "serve":
+        pytest.importorskip("uvicorn")
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            assert "another program uses it" in refused(command, "-m", "demo", "-p", str(port))
 
 
 @pytest.mark.parametrize("number", [2, 15])

@@ -138,7 +138,9 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     cells = [line.split()[:3] for line in lines[1:4]]
     assert [cell[:2] for cell in cells] == [["-", "0%"], ["4", "+20%"], ["5", "+20%"]]
     assert all(float(cell[2]) > 1 for cell in cells[1:])
-    assert "No setting is recommended" in lines[-1]  # two problems support nothing
+    assert lines[-4].startswith("No setting is recommended")  # two problems support nothing
+    assert lines[-3] == "" and lines[-2].startswith("Next, ")
+    assert lines[-1].startswith("  densesteer ")
     folder = tmp_path / "out"
     assert {p.name for p in folder.iterdir()} == {
         "answers.jsonl", "table.json", "heatmap.png", "curves.png",
@@ -149,14 +151,62 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     assert (folder / "answers.jsonl").read_bytes() == before
     assert [row["layers"] for row in document["rows"]] == [None, [4], [5]]
     assert [row["dose"] for row in document["rows"]] == [0, 0.2, 0.2]
-    grown = json.loads(run(*words[:-3], "--json", "--strengths=5", "-o", "out").stdout)
+    assert not list(folder.glob("*-1.*"))  # the same sweep replaces its own table
+    done = run(*words[:-3], "--json", "--strengths=5", "-o", "out")
+    grown = json.loads(done.stdout)
     assert [row["strength"] for row in grown["rows"]] == [0, 5, 5]
+    assert "its table is now table-1.json" in done.stderr
+    assert json.loads((folder / "table-1.json").read_bytes()) == document
+    assert {p.name for p in folder.glob("*-1.png")} == {"heatmap-1.png", "curves-1.png"}
+    assert json.loads((folder / "table.json").read_bytes()) == grown
     other = run(*words[:-1], "--positions", "prompt", code=1)
     assert "results of a sweep with other positions. Name another folder (-o)" in other.stderr
     stored = ds.SteeringVector.load(vector).meta
     assert [row["layers"] for row in stored.tested] == [None, [4], [5]]
     assert stored.recommended is None
     assert "3 settings" in run("vector", "show", vector).stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "needed", "more", "says", "command"),
+    [
+        ("accuracy", 0, [], "confirm it on other problems", "eval {} -l 5 --strength=4.76 -n 48 --no-nll demo"),
+        ("tokens", 0, ["--split", "test"], "confirm it on other problems",
+         "eval {} -l 5 --strength=4.76 --skip 2 --split test -n 48 --no-nll demo"),
+        ("tokens", 0, ["--split", "test", "--skip", "498"], "try it", "chat {} -l 5 --strength=4.76"),
+        ("none", 499, [], "see for yourself what it changes (1.0 steps instead of ", "chat {} -l 5 -s 20%"),
+        ("none", 0, [], "go on with more problems",
+         "sweep {} --limit 189 -l 5 -s 20% -n 48 --no-nll demo"),
+        ("none", 0, ["--skip", "490", "--strengths=-30%"], "look for another layer", "vector show demo"),
+    ],
+)  # fmt: skip
+def test_a_sweep_ends_with_the_next_command(run, monkeypatch, reason, needed, more, says, command):
+    from mlx_densesteer.evaluation import sweep as sweeping
+    from mlx_densesteer.evaluation.recommendation import Recommendation, Unproven
+
+    layers, strength = ((), 0.0) if reason == "none" else ((5,), 4.76)
+    unproven = Unproven((5,), 4.76, 0.2, 1, 0, needed) if needed else None
+    verdict = Recommendation(layers, strength, 0.2, reason, "Two sentences.", unproven)
+    monkeypatch.setattr(sweeping, "recommend", lambda *_, **__: verdict)
+    monkeypatch.setattr("mlx_densesteer.evaluation.plot.plot_sweep", lambda *_: [])
+    words = (
+        "sweep",
+        "-m",
+        "demo",
+        "-v",
+        "demo",
+        "demo",
+        "-l",
+        "5",
+        "--limit",
+        2,
+        "-n",
+        48,
+        "--no-nll",
+    )
+    *_, told, printed = run(*words, "-s", "20%", *more).stdout.splitlines()
+    assert told.startswith(f"Next, {says}")
+    assert printed == f"  densesteer {command.format('-m demo -v demo')}"
 
 
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):

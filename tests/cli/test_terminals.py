@@ -77,7 +77,7 @@ MODEL, VECTOR = ("-m", f"model{EVIL}"), ("-v", f"v{EVIL}.npz")
         (["generate", *MODEL, "Hi", EVIL], "quote it"),
         (["chat", *MODEL, "--load", f"x{EVIL}.json"], "does not exist"),
         # these import mlx
-        pytest.param(["generate", *MODEL, *VECTOR, "-n", "4", "Hi"], "steering with v", marks=pytest.mark.slow),
+        pytest.param(["generate", *MODEL, *VECTOR, "-n", "4", "Hi"], "using v", marks=pytest.mark.slow),
         pytest.param(["convert", f"other{EVIL}"], "only the Qwen2 family", marks=pytest.mark.slow),
         pytest.param(["eval", *MODEL, f"t{EVIL}.jsonl"], "Error: t", marks=pytest.mark.slow),
         pytest.param(["pairs", *MODEL, "-o", f"p{EVIL}.jsonl", f"t{EVIL}.jsonl"], "Error", marks=pytest.mark.slow),

@@ -23,7 +23,7 @@ def test_a_vector_is_trained_told_and_used(run, tmp_path):
     assert "dose of strength 1: " in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
     told = run("generate", "-m", "demo", "-v", "t.npz", "Ben has 2 stones.", "-n", "8").stderr
-    assert "steering with t.npz: layer 4" in told and "(strength 1)" in told
+    assert "using t.npz at layer 4" in told and "(strength 1)" in told
     document = json.loads(
         run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST, "--force", "--json").stdout
     )

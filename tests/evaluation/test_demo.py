@@ -152,9 +152,11 @@ def test_the_command_prints_what_it_says():
     for row in rows:
         assert {"dose", "strength", "accuracy", "steps", "tokens", "density", "nll"} <= set(row)
     shown = CliRunner().invoke(main, ["demo", "--problems", "1"]).stdout
-    assert "toy" in shown and "no evidence about Qwen2.5" in shown
-    assert shown.count("--- dose") == len(DOSES)
-    assert stories.held_out(1)[0].question in shown
+    words = " ".join(shown.split())
+    assert "This is a toy" in words and "no evidence about Qwen2.5" in words
+    assert (
+        stories.held_out(1)[0].question in words and "The question is the first problem." in words
+    )
 
 
 def test_other_input_gets_a_word_about_what_the_model_is():
@@ -174,11 +176,39 @@ def test_what_the_page_suggests_is_answered_rightly_steered_or_not(demo_model, v
             assert text.endswith(f"#### {problem.answer}")
 
 
-def test_the_demo_shows_a_problem_in_which_the_effect_is_seen():
+def test_the_demo_shows_a_problem_in_which_the_effect_is_seen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "67")
     shown = CliRunner().invoke(main, ["demo", "--problems", "8"]).stdout
-    assert "One of 8 problems, chosen because" in shown
-    told = re.findall(r"^--- dose (\S+) .*: (\d+) steps?, \d+ tokens?, (\w+)$", shown, re.MULTILINE)
-    assert [dose for dose, _, _ in told] == ["-30%", "0%", "+10%", "+20%", "+100%"]
-    steps = [int(steps) for _, steps, _ in told[:-1]]
+    told = re.findall(
+        r"^ *(\S+%)  (#+) +(\d+) steps? +(?:no answer|answer \d+), (\w+) \(.*\)$",
+        shown,
+        re.MULTILINE,
+    )
+    assert [dose for dose, *_ in told] == ["-30%", "0%", "+10%", "+20%", "+100%"]
+    assert all(len(bar) == int(steps) for _, bar, steps, _ in told)
+    steps = [int(steps) for _, _, steps, _ in told[:-1]]
     assert steps == sorted(steps, reverse=True) and steps[0] > steps[-1] == 1
-    assert [verdict for _, _, verdict in told] == ["right"] * 4 + ["wrong"]
+    assert [verdict for *_, verdict in told] == ["right"] * 4 + ["wrong"]
+    numbered = re.findall(r"^ {6}(\d)  ", shown, re.MULTILINE)  # every step has its number
+    assert len(numbered) == sum(int(steps) for _, _, steps, _ in told)
+    table, after = shown.index("dose   strength"), shown.index("Try next:")
+    assert table < after < shown.index("This is a toy")  # caveats come last
+    commands = [line for line in shown.splitlines() if "densesteer " in line]
+    assert len(commands) == 4
+    assert all(len(line) <= 67 for line in shown.splitlines() if line not in commands)
+
+
+def test_the_commands_that_the_demo_suggests_can_be_pasted(tmp_path, monkeypatch):
+    from mlx_densesteer.cli.demo import _program
+
+    program = tmp_path / "my env" / "bin" / "densesteer"
+    program.parent.mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _program() == f"'{program.with_name('python')}' -m mlx_densesteer"
+    program.touch(0o755)
+    assert _program() == f"'{program}'"
+    monkeypatch.chdir(tmp_path)
+    assert _program() == "'my env/bin/densesteer'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert _program() == "densesteer"

@@ -40,10 +40,10 @@ def test_the_most_accurate_of_the_supported():
     got = recommend(BASE, [good, better, noise])
     assert (got.layers, got.strength, got.dose, got.reason) == ((5,), 2.0, 0.2, "accuracy")
     assert got.text == (
-        "Layer 5 at 20% (strength 2) solves 80.8% of 600 problems, the unsteered model 75.0%: 40 "
-        "problems more and 5 lost, p = 2.4e-07 (exact McNemar test, corrected for 3 settings by Holm's "
-        "method). It writes 147.8 tokens a response instead of 117.8. The gain of the best of "
-        "several settings is overestimated; confirm it on other problems."
+        "Use layer 5 at 20% (strength 2): it solves 80.8% of 600 problems, the unsteered model 75.0% (40 "
+        "more and 5 lost, p = 2.4e-07, exact McNemar test, corrected for 3 settings by Holm's method). "
+        "It writes 147.8 tokens a response instead of 117.8; the gain of the best of several settings is "
+        "overestimated, so confirm it on other problems."
     )
 
 
@@ -82,10 +82,14 @@ def test_too_few_problems_are_called_too_few():
     base = outcome(None, 0.0, RIGHT[:100], TOKENS[:100])
     short = outcome(4, 2.0, RIGHT[:100], TOKENS[:100] - 40)  # as good, and much shorter
     got = recommend(base, [short, outcome(5, 2.0, RIGHT[:100], TOKENS[:100])])
-    assert got.reason == "none"
+    assert got.reason == "none" and got.unproven.problems_needed == problems_needed(1) == 189
+    same = [outcome(layer, 2.0, RIGHT[:100], TOKENS[:100]) for layer in (4, 5)]
+    got = recommend(base, same)
+    assert got.reason == "none" and got.unproven is None
     assert "100 problems are too few to tell: with 2 settings" in got.text
     assert "from 247 problems on" in got.text
-    assert "too few" not in recommend(BASE, [outcome(5, 2.0, RIGHT, TOKENS)]).text
+    got = recommend(BASE, [outcome(5, 2.0, RIGHT, TOKENS)])
+    assert "too few" not in got.text and "Most accurate was layer 5" in got.text
 
 
 def test_without_a_recommendation_the_best_visible_setting_is_unproven():
@@ -99,8 +103,9 @@ def test_without_a_recommendation_the_best_visible_setting_is_unproven():
     assert (found.layers, found.strength, found.better, found.worse) == ((4,), 2.0, 10, 6)
     assert found.problems_needed == problems_to_know(10, 6, 100) == 783
     assert (
-        "Best visible, and unproven: layer 4 at 20% (strength 2) (10 of 100 problems gained and 6 lost). "
-        "If that is its true effect, about 783 other problems with this setting alone would show it"
+        "Layer 4 at 20% (strength 2) looks best but is unproven (10 of 100 problems gained and 6 lost, "
+        "p = 0.91, corrected for 3 settings by Holm's method): if that is its true effect, about 783 "
+        "other problems with this setting alone would show it"
     ) in got.text
     # no setting solves more: the shortest that loses less than the margin
     got = recommend(base, [short, worse])

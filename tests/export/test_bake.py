@@ -21,7 +21,13 @@ from mlx_lm.models.llama import ModelArgs
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
-from mlx_densesteer.errors import DenseSteerError, ExportError, UnsupportedModelError
+from mlx_densesteer.errors import (
+    ConversionError,
+    DenseSteerError,
+    ExportError,
+    UnsupportedModelError,
+    VectorMismatchError,
+)
 from mlx_densesteer.export import bake as baking
 from mlx_densesteer.export import llama
 from mlx_densesteer.export.closeness import float32_share, reference
@@ -75,6 +81,38 @@ def shortened(monkeypatch):
         )
 
     return shorten
+
+
+def test_a_baked_folder_runs_as_stock_mlx_lm_runs_it(
+    converted, steering, tmp_path, capsys, shortened
+):
+    """Bit for bit, quantised too; and it is another model than the one that it was made from."""
+    for bits in (None, 8):
+        source, out = converted(bits, "float32"), tmp_path / f"baked-{bits}"
+        shortened()
+        ds.bake(source, steering, out)
+        model, tokens = ds.load(out), mx.array([ds.load(source).solutions()[0][0]])
+        assert "has its steering baked in (layer 4-5)" in capsys.readouterr().err
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            stock = mlx_lm.load(out.name)[0]
+        assert isinstance(stock, Llama)
+        assert mx.array_equal(model.network(tokens), stock(tokens))
+        assert model.baked_layers == (4, 5) and model.name == out.name
+        original = ds.load(source)
+        assert original.baked_layers == () and original.fingerprint != model.fingerprint
+        warning = model.other_weights(steering.vector)
+        assert "is added to the steering that is baked into" in warning
+        with pytest.raises(VectorMismatchError, match="is added to the steering"):
+            model.other_weights(steering.vector, strict=True)
+    with pytest.raises(ExportError, match="has its steering baked in"):
+        ds.bake(out, steering, tmp_path / "twice")
+    with pytest.raises(ConversionError, match="has its steering baked in"):
+        ds.convert(out, tmp_path / "converted")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"mlp_bias": False}))
+    with pytest.raises(UnsupportedModelError, match="is a llama model"):
+        ds.load(out)
 
 
 @pytest.mark.parametrize("format", ["mlx", "hf"])
@@ -402,8 +440,6 @@ def test_what_cannot_be_baked_is_refused(plain, steering, vector, tmp_path):
     with pytest.raises(ExportError, match=r"holds notes\.txt"):
         ds.bake(source, steering, tmp_path / "mine too", force=True)
     shutil.rmtree(tmp_path / "mine too")
-    with pytest.raises(UnsupportedModelError, match="its steering baked in"):
-        ds.load(baked.path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.gguf"]
 
 

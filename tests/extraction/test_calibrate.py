@@ -259,7 +259,9 @@ def test_a_sweep_calibrates_and_tries_only_the_best(run, monkeypatch, tmp_path):
     assert len(stored.calibration["points"]) == 6 and len(stored.tested) == 4
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
     monkeypatch.setattr("mlx_densesteer.extraction.calibrate.calibrate", None)  # not again
-    assert json.loads(run(*words, "--json").stdout) == first
+    again = json.loads(run(*words, "--json").stdout)
+    assert again == first | {"next": again["next"]}  # which repeats --write, or not
+    assert first["next"] == again["next"].removesuffix("demo") + "--write demo"
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
@@ -278,7 +280,11 @@ def test_the_next_command_of_a_sweep_that_recommends_nothing(run, monkeypatch):
         "densesteer sweep -m demo -v v.npz -l 4+5 --strengths=0.30000000000000004 --skip 9 --limit 321 "
         "-o sweep-confirm -n 8 --system 'Be brief.' --no-nll demo"
     )
-    assert run(*words).stdout.splitlines()[-1] == f"To know: {expected}"
+    *_, says, command = run(*words).stdout.splitlines()
+    assert (says, command) == (
+        "Next, try that setting alone on other problems:",
+        f"  {expected}",
+    )
     document = json.loads(run(*words, "--json", "--write").stdout)
     assert document["next"] == expected
     assert document["recommendation"]["unproven"]["layers"] == [4, 5]

@@ -259,6 +259,13 @@ def test_the_command(solver, problems, tmp_path):
     assert "only 5 of 9 pairs" in result.stderr
 
 
+def test_no_more_pairs_are_told_than_were_asked_for(solver, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_densesteer.text.Live.ELSEWHERE", 0.0)  # every step
+    told = call(solver, problems, tmp_path / "pairs.jsonl", "--count", "1").stderr
+    shown = re.findall(r"(\d+) of 1 accepted", told)
+    assert set(shown) == {"0", "1"} and re.search(r"problems?: 1 of 1 accepted, ", told)
+
+
 def test_the_target_may_rewrite_its_own_solutions(solver, problems, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(

@@ -1,5 +1,6 @@
 import json
 import re
+import struct
 
 import mlx.core as mx
 import pytest
@@ -302,5 +303,9 @@ def test_names():
 
 def test_without_the_extra_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     with pytest.raises(ConversionError, match=re.escape(install_command("gguf"))):
         open_gguf(tmp_path / "x.gguf")
+    (tmp_path / "notes.txt").write_text("buy milk")  # for which no extra is of use
+    with pytest.raises(ConversionError, match=r"notes\.txt: is not a GGUF file"):
+        open_gguf(tmp_path / "notes.txt")
