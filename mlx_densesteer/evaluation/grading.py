@@ -23,6 +23,7 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,24 @@ def last_boxed(text: str) -> str | None:
         if later and not _EMPTY.fullmatch(text, first, end):
             last = first, end
     return text[slice(*last)].strip() if last else None
+
+
+def stated_answer(response: str) -> str | None:
+    """Return the answer that a response marks as its last, or ``None`` without a mark.
+
+    The mark is GSM8K's ``#### 32`` in the last line, else the last box. Numbers come in one typesetting:
+    9,500 and 9500.0 are both ``9500``.
+    """
+    last = response.rstrip().rpartition("\n")[2].strip()
+    marked = last[4:] if last.startswith("####") else last_boxed(response)
+    if not marked or len(marked) > LONGEST:
+        return None
+    number = read_number(marked)
+    if number is None:
+        return None if last.startswith("####") else bare(marked)
+    if isinstance(number.value, Fraction) and number.value.denominator == 1:
+        return f"{number.value}{'%' * number.percent}"
+    return number.text
 
 
 _REWRITES = (

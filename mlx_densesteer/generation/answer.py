@@ -1,5 +1,6 @@
 """One answer, while it is generated and afterwards."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,51 @@ def split_steps(text: str) -> list[str]:
     Source: arXiv 2605.29247, section 2.
     """
     return [step.strip() for step in BLANK_LINE.split(text) if step.strip()]
+
+
+_FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
+_ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])\s")
+
+
+def step_starts(text: str) -> list[int]:
+    """Return where the steps begin, in characters, if code and lists are kept whole.
+
+    These are the blocks of ``split_steps``, of which some are joined: a blank line separates no steps
+
+    - in a fenced code block;
+    - in an item of a list: the next block is indented more than the item;
+    - between the bullets of one list. The items of a numbered list are steps: so models write them.
+
+    The page shows these steps. All that is measured, and the positions ``steps``, follow ``split_steps``.
+    """
+    starts: list[int] = []
+    fence: str | None = None  # what opened the code block
+    item: re.Match[str] | None = None  # the first item of the list that the step ends in
+    blank, at = True, 0
+    for line in text.split("\n"):
+        if not line.strip():
+            blank, at = True, at + len(line) + 1
+            continue
+        found = _ITEM.match(line)
+        if blank and fence is None and not (starts and item and _continues(item, found, line)):
+            starts.append(at)
+            item = found
+        item = item or (found if fence is None else None)
+        if fence is None:
+            opened = _FENCE.match(line)
+            fence = opened[1] if opened else None
+        elif len(line.strip()) >= len(fence) and not line.strip().strip(fence[0]):
+            fence = None
+        blank, at = False, at + len(line) + 1
+    return starts
+
+
+def _continues(item: re.Match[str], found: re.Match[str] | None, line: str) -> bool:
+    """Tell whether a line after a blank one belongs to the list that began with ``item``."""
+    indent = len(line) - len(line.lstrip())
+    return indent > len(item[1]) or (
+        found is not None and found[2] == item[2] and found[2] in "-*+"
+    )
 
 
 def density(tokens: int, steps: int) -> float | None:

@@ -5,7 +5,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..generation.answer import Generation, density
+from ..evaluation.grading import stated_answer
+from ..generation.answer import Generation, density, step_starts
 from ..generation.batch import TokenLogprob
 from .worker import Said
 
@@ -65,7 +66,8 @@ class Completion:
                 choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
             else:
                 choice["text"] = result.text
-            choices.append(choice | {"logprobs": logprobs, "finish_reason": result.finish_reason})
+            choice |= {"logprobs": logprobs, "finish_reason": result.finish_reason}
+            choices.append(choice | _read(result))
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
 
@@ -87,11 +89,11 @@ class Completion:
         text: dict[str, object] = {"text": piece.text}
         if self.chat:
             text = {"delta": {"content": piece.text} if piece.text else {}}
-        reason = piece.result.finish_reason if piece.result else None
-        chunk = self._chunk(
-            [{"index": index} | text | {"logprobs": logprobs, "finish_reason": reason}]
-        )
-        return chunk | {"steering": self.steering} if piece.result else chunk
+        choice: dict[str, object] = {"index": index} | text | {"logprobs": logprobs}
+        if piece.result is None:
+            return self._chunk([choice | {"finish_reason": None}])
+        choice |= {"finish_reason": piece.result.finish_reason} | _read(piece.result)
+        return self._chunk([choice]) | {"steering": self.steering}
 
     def last(self) -> dict[str, object]:
         """Return the chunk that carries the usage."""
@@ -167,3 +169,8 @@ class Completion:
 
     def _text(self, token: int) -> str:
         return self.token_bytes(token).decode(errors="replace")
+
+
+def _read(result: Generation) -> dict[str, object]:
+    """Return what a finished answer says: where its steps begin, and the answer that it marks."""
+    return {"step_starts": step_starts(result.text), "stated_answer": stated_answer(result.text)}

@@ -17,7 +17,8 @@ from ..errors import DenseSteerError, InputError
 from ..model.model import Model
 from ..steering.request import Amount, MeasuredModel, Request, format_dose, request
 from ..steering.steering import LARGE_DOSE, Positions, Steering
-from ..steering.vector import SteeringVector, format_layers
+from ..steering.vector import SteeringVector, VectorMeta, format_layers
+from ..text import count
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
 from .settings import Settings
@@ -164,6 +165,7 @@ class Vectors:
         sizes, norms = vector.norms(), self.model.norms(vector, vector.layers)
         return {
             "name": one.name,
+            "about": _about(meta),
             "layers": list(vector.layers),
             "default": self.describe(one.request().steering(self._asked_of)),
             "unit_dose": {str(layer): sizes[layer] / norms[layer] for layer in vector.layers},
@@ -308,6 +310,15 @@ class _Known:
                 "stored, or that the server was started with (--kl)."
             )
         return found
+
+
+def _about(meta: VectorMeta) -> str:
+    """Return one sentence on a vector: how it was made, of what, and for which model."""
+    method = (meta.method or "method not recorded").partition(":")[0]
+    pairs = f" of {count(meta.pair_count, 'pair')}" if meta.pair_count else ""
+    swept = (meta.recommended or {}).get("reason") not in (None, "trained")
+    found = ", setting recommended by a sweep" if swept else ""
+    return f"{method[0].upper()}{method[1:]}{pairs}, made for {meta.model}{found}."
 
 
 def exact(amount: Amount) -> str:

@@ -10,7 +10,7 @@ import pytest
 from helpers import SHARED
 
 from mlx_densesteer.evaluation import grading
-from mlx_densesteer.evaluation.grading import Grade, grade, last_boxed, normalise
+from mlx_densesteer.evaluation.grading import Grade, grade, last_boxed, normalise, stated_answer
 from mlx_densesteer.evaluation.numbers import read_number
 from mlx_densesteer.evaluation.tasks import Problem, load_task
 
@@ -268,3 +268,23 @@ def _cpu_seconds(pid: int) -> float:
     done = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True)
     hours, minutes, seconds = ("0:" * 2 + done.stdout.strip()).replace("-", ":").split(":")[-3:]
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("41-9=32.\n#### 32", "32"),
+        ("so\n#### 9,500.0 stones \n", "9500"),
+        ("#### 1\nNo: \\boxed{2} or \\boxed{\\$3{,}000}", "3000"),
+        ("\\boxed{50\\%}", "50%"),
+        ("\\boxed{x + 1}", "x + 1"),
+        ("#### Step 1", None),
+        ("It is 5.", None),
+        ("", None),
+        ("####", None),
+        ("#### " + "9" * 5000, None),
+        ("\\boxed{" + "9" * 1900 + "}", "9" * 1900),
+    ],
+)
+def test_the_answer_that_a_response_marks(response, answer):
+    assert stated_answer(response) == answer

@@ -19,12 +19,12 @@ from starlette.requests import Request
 from mlx_densesteer import demo
 from mlx_densesteer.cli.doctor import tiny_model
 from mlx_densesteer.evaluation.answers import read_answers
-from mlx_densesteer.evaluation.grading import grade
+from mlx_densesteer.evaluation.grading import grade, stated_answer
 from mlx_densesteer.evaluation.journal import Journal
 from mlx_densesteer.evaluation.tasks import Problem, load_task
 from mlx_densesteer.extraction.pairs import read_pairs
 from mlx_densesteer.extraction.verification import new_numbers
-from mlx_densesteer.generation.answer import split_steps
+from mlx_densesteer.generation.answer import split_steps, step_starts
 from mlx_densesteer.generation.session import Session
 from mlx_densesteer.model import gguf as gguf_model
 from mlx_densesteer.model.config import read_config
@@ -286,6 +286,8 @@ def answer(path: Path) -> None:
     if len(text) < 2000:  # the boxed rule asks math-verify, in a process of its own
         grade(Problem("p", "q", "q", "9500", "boxed"), text.replace("\\boxed", "\\fbox"))
     split_steps(text)
+    step_starts(text)
+    stated_answer(text)
     # pairs cuts a rewrite to what the context holds
     new_numbers(number, ANSWERS[0], text[:200_000])
 

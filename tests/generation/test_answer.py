@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from mlx_densesteer.generation.answer import (
     check_limits,
     density,
     split_steps,
+    step_starts,
 )
 from mlx_densesteer.generation.brake import Brake
 from mlx_densesteer.model.prompt import decode
@@ -34,6 +36,35 @@ from mlx_densesteer.model.prompt import decode
 )
 def test_steps_are_blocks_between_blank_lines(text, steps):
     assert split_steps(text) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", []),
+        ("one\n\ntwo\n \t\nthree\n", ["one", "two", "three"]),
+        ("So:\n```py\na = 1\n\nb = 2\n```\n\nDone.", ["So:\n```py\na = 1\n\nb = 2\n```", "Done."]),
+        ("~~~~\na\n\n~~~\n\nb\n~~~~\n\nend", ["~~~~\na\n\n~~~\n\nb\n~~~~", "end"]),
+        ("```\nnever\n\nclosed", ["```\nnever\n\nclosed"]),
+        ("```x``` is code\n\nend", ["```x``` is code", "end"]),
+        ("The parts:\n\n- a\n\n- b\n\nSum.", ["The parts:", "- a\n\n- b", "Sum."]),
+        ("The parts:\n* a\n\n  more of a\n\n* b\n\nSum.", ["The parts:\n* a\n\n  more of a\n\n* b", "Sum."]),
+        ("1. First\n\n   - 4 * 2\n\n   = 8\n\n2. Then", ["1. First\n\n   - 4 * 2\n\n   = 8", "2. Then"]),
+        ("1. First\n\n1. Then", ["1. First", "1. Then"]),
+        ("-5 + 8 = 3\n\n-1 more", ["-5 + 8 = 3", "-1 more"]),
+    ],
+)  # fmt: skip
+def test_steps_with_code_and_lists_kept_whole(text, steps):
+    starts = step_starts(text)
+    assert [text[a:b].strip() for a, b in pairwise([*starts, len(text)])] == steps
+
+
+@given(st.text(alphabet="a `-1.\n \t\r", max_size=40))
+def test_whole_steps_begin_where_blocks_begin(text):
+    starts = step_starts(text)
+    assert len(starts) <= len(split_steps(text)) and bool(starts) == bool(text.strip())
+    joined = [text[a:b] for a, b in pairwise([*starts, len(text)])]
+    assert [step for one in joined for step in split_steps(one)] == split_steps(text)
 
 
 def test_density_is_tokens_per_step():

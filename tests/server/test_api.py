@@ -18,6 +18,8 @@ from serving import serving
 from mlx_densesteer import Sampling, demo, load
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.errors import ModelError
+from mlx_densesteer.evaluation.grading import stated_answer
+from mlx_densesteer.generation.answer import step_starts
 
 QUESTIONS = [problem.question for problem in held_out(12)]
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -43,6 +45,8 @@ def test_an_answer_is_that_of_generate(server, solo):
         assert usage["total_tokens"] == alone.tokens + alone.prompt_tokens
         details = usage["completion_tokens_details"]
         assert details["steps"] == alone.steps
+        assert body["choices"][0]["step_starts"] == step_starts(alone.text)
+        assert body["choices"][0]["stated_answer"] == stated_answer(alone.text)
         assert details["density"] == pytest.approx(alone.density, abs=0.01)
         assert details["time_to_first_token"] > 0 and details["tokens_per_second"] > 0
 
@@ -167,6 +171,10 @@ def test_streaming_gives_the_same_text_and_ends_with_the_receipt(server):
     assert len({e["id"] for e in events}) == 1
     reasons = [c["finish_reason"] for e in events for c in e["choices"]]
     assert reasons.pop() == "stop" and not any(reasons)
+    last = events[-2]["choices"][0]
+    for name in ("step_starts", "stated_answer"):
+        assert last[name] == whole["choices"][0][name]
+    assert last["stated_answer"] and len(last["step_starts"]) == 1
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
     assert all("usage" not in e for e in server.stream(QUESTIONS[3], max_tokens=3))

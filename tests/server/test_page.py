@@ -118,15 +118,16 @@ def visible_share(page, locator):
 
 
 def answers(page):
-    """Return the steps and the receipt of each answer that is shown."""
+    """Return what each answer shows: heading, steps, what changed, and figures."""
     return [
         {
-            "title": one.locator("h3").inner_text(),
+            "title": one.locator("h3").text_content(),
+            "headline": one.locator(".headline:visible").all_inner_texts(),
             "steps": one.locator(".steps > li").all_inner_texts(),
             "receipt": dict(
                 zip(
-                    one.locator("dt").all_inner_texts(),
-                    one.locator("dd").all_inner_texts(),
+                    one.locator(".receipt div dt:visible").all_inner_texts(),
+                    one.locator(".receipt div dd:visible").all_inner_texts(),
                     strict=True,
                 )
             ),
@@ -135,21 +136,88 @@ def answers(page):
     ]
 
 
+DENSE = "dense, 20\u00a0%, layer 5"
+
+
 def test_the_unsteered_answer_stands_beside_the_steered_one(server, open_page):
     page = open_page()
+    page.get_by_label("Show answers as plain text").check()
     ask(page)
     answered(page)
-    steered, stock = answers(page)
-    assert steered["title"] == "demo 20% (strength 4.76), layer 5" and stock["title"] == "unsteered"
+    stock, steered = answers(page)
+    assert steered["title"] == DENSE and stock["title"] == "unsteered"
     for shown, model in ((steered, "demo@demo=20%"), (stock, "demo")):
         body = server.chat(QUESTION, model=model, max_tokens=512)
         text = body["choices"][0]["message"]["content"]
         assert "\n\n".join(shown["steps"]) == text.strip()
         details = body["usage"]["completion_tokens_details"]
-        assert int(shown["receipt"]["tokens"]) == body["usage"]["completion_tokens"]
-        assert int(shown["receipt"]["steps"]) == details["steps"] == len(shown["steps"])
-        assert float(shown["receipt"]["density"]) == pytest.approx(details["density"], rel=0.01)
-    assert len(steered["steps"]) < len(stock["steps"])
+        assert int(shown["receipt"]["Tokens"]) == body["usage"]["completion_tokens"]
+        assert int(shown["receipt"]["Steps"]) == details["steps"] == len(shown["steps"])
+        assert float(shown["receipt"]["Density"]) == pytest.approx(details["density"], rel=0.01)
+    assert len(steered["steps"]) == 1 and len(stock["steps"]) == 5
+
+
+def test_the_headline_says_what_changed(open_page):
+    page = open_page()
+    ask(page)
+    answered(page)
+    stock, steered = answers(page)
+    assert stock["headline"] == []
+    assert steered["headline"] == ["1 step instead of 5, same answer"]
+    headline = page.locator(".headline:visible")
+    assert headline.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 20
+    said = page.locator(".answer .final")
+    assert said.all_inner_texts() == ["Answer 32"] * 2
+    assert "####" not in page.locator("#turns").inner_text()
+
+
+def fulfilled(page, answer):
+    """Let the page be answered by ``answer(request)``: a text, and where its steps begin."""
+
+    def fulfil(route):
+        text, starts, stated = answer(json.loads(route.request.post_data))
+        choice = {
+            "delta": {"content": text},
+            "finish_reason": "stop",
+            "step_starts": starts,
+            "stated_answer": stated,
+        }
+        steering = json.loads(route.request.post_data).get("steering")
+        told = steering and steering | {"dose": 0.2, "warning": None}
+        details = {
+            "steps": text.count("\n\n") + 1,
+            "density": 1,
+            "tokens_per_second": 1.0,
+            "time_to_first_token": 1.0,
+        }
+        usage = {"completion_tokens": len(text), "completion_tokens_details": details}
+        chunks = ({"choices": [choice], "steering": told}, {"choices": [], "usage": usage})
+        route.fulfill(body=events(*chunks, "[DONE]"))
+
+    page.route("**/v1/chat/completions", fulfil)
+
+
+@pytest.mark.parametrize(
+    ("steered", "stock", "headline"),
+    [
+        (("a", [0], "9"), ("a\n\nb", [0, 3], "8"), "1 step instead of 2, another answer: 9 instead of 8"),
+        (("a", [0], None), ("b", [0], "8"), "1 step, as unsteered, another answer: none instead of 8"),
+        (("a\n\nb", [0, 3], None), ("b", [0], None), "2 steps instead of 1"),
+        (("```\na\n\nb\n```", [0], None), ("b\n\nc", [0, 3], None), "1 step instead of 2"),
+    ],
+)  # fmt: skip
+def test_the_headline_of_other_answers(open_page, steered, stock, headline):
+    page = open_page()
+    fulfilled(page, lambda request: steered if request.get("steering") else stock)
+    ask(page)
+    answered(page)
+    found = answers(page)[1]
+    assert found["headline"] == [headline]
+    literal = steered[0].count("\n\n") + 1
+    number = len(steered[1])  # the server's, and the paper's beside it
+    assert found["receipt"]["Steps"] == (
+        f"{number}" if number == literal else f"{number} ({literal})"
+    )
 
 
 def watched(page):
@@ -187,21 +255,23 @@ def test_the_dial_by_keyboard_changes_what_is_asked(open_page):
     steered = [one["steering"] for one in sent if "steering" in one]
     assert len(sent) == 2 and len(steered) == 1
     assert steered[0]["strength"] == after and steered[0]["positions"] == "generated"
-    assert answers(page)[0]["title"].endswith(", layer 5, generated positions")
+    assert answers(page)[1]["title"].endswith(", layer 5, generated positions")
 
 
 def test_the_dose_stays_when_layers_are_added(open_page):
     page = open_page()
     page.locator("#send:enabled").wait_for()
     dose = page.locator("#dose")
-    assert "20%" in dose.inner_text()
+    assert "20\u00a0%" in dose.inner_text()
     page.get_by_label("First layer").select_option("3")
-    assert "20%" in dose.inner_text() and "keeps the dose" in page.locator("#kept").inner_text()
+    assert (
+        "20\u00a0%" in dose.inner_text() and "keeps the dose" in page.locator("#kept").inner_text()
+    )
     assert 0 < float(page.get_by_label("Strength as a number").input_value()) < 4.76
     sent = watched(page)
     ask(page)
     answered(page)
-    assert sent[0]["steering"]["layers"] == [3, 4, 5]
+    assert [one["steering"]["layers"] for one in sent if "steering" in one] == [[3, 4, 5]]
 
 
 def test_the_dial_by_mouse_is_caught_by_zero_and_by_the_default(open_page):
@@ -218,7 +288,7 @@ def test_the_dial_by_mouse_is_caught_by_zero_and_by_the_default(open_page):
     page.mouse.move(at(0.9), middle)
     page.mouse.down()
     ends = dial.get_attribute("max")
-    for share, expected in ((0.502, 0), (0.6, 4.76), (0.25, None), (1.2, float(ends)), (0.5, 0)):
+    for share, expected in ((0.502, 0), (0.62, 4.76), (0.25, None), (1.2, float(ends)), (0.5, 0)):
         page.mouse.move(at(share), middle, steps=3)
         found = float(number.input_value())
         assert found == expected if expected is not None else found < -5
@@ -226,32 +296,138 @@ def test_the_dial_by_mouse_is_caught_by_zero_and_by_the_default(open_page):
     page.mouse.up()
 
 
-def test_asking_again_adds_an_answer(open_page):
+def titles(page):
+    return page.locator(".answer h3").all_text_contents()
+
+
+def test_asking_again_adds_an_answer_in_its_place_and_none_twice(open_page):
     page = open_page()
     sent = watched(page)
     ask(page)
     answered(page)
     assert len(sent) == 2
     sent.clear()
+    page.get_by_role("button", name="Ask again").click()  # greedy: both are there
     page.get_by_label("Strength as a number").fill("-7")
     page.get_by_role("button", name="Ask again").click()
     answered(page)
-    assert [one["steering"]["strength"] for one in sent] == [-7]  # the unsteered one is there
-    titles = [one["title"].partition(",")[0] for one in answers(page)]
-    assert titles == ["demo 20% (strength 4.76)", "unsteered", "demo -29.4% (strength -7)"]
-    assert page.locator(".answer.chosen h3").inner_text().startswith("demo -29.4% (strength -7)")
+    assert [one["steering"]["strength"] for one in sent] == [-7]
+    sparse = "sparse, 29.4\u00a0%, layer 5"
+    assert titles(page) == [sparse, "unsteered", DENSE]
+    assert page.locator(".answer.chosen h3").text_content() == sparse
     sent.clear()
     page.get_by_role("button", name="0, unsteered").click()
     page.get_by_role("button", name="Ask again").click()
+    assert page.locator(".answer.chosen h3").text_content() == "unsteered" and not sent
+    page.get_by_role("button", name="Back to the default").click()
+    page.get_by_role("button", name="Ask again").click()
+    assert page.locator(".answer.chosen h3").text_content() == DENSE and not sent
+    page.get_by_label("Temperature").fill("0.5")  # samples differ
+    for _ in range(2):
+        page.get_by_label("Compare with unsteered").uncheck()
+        page.get_by_role("button", name="Ask again").click()
+        answered(page)
+    assert titles(page) == [sparse, "unsteered", DENSE, f"{DENSE} (2)", f"{DENSE} (3)"]
+    assert page.locator("#turns > li").count() == 1
+    page.reload()
+    page.locator("#send:enabled").wait_for()
+    assert len(titles(page)) == 5
+
+
+def test_another_system_message_is_another_request(open_page):
+    page = open_page()
+    sent = watched(page)
+    ask(page)
     answered(page)
-    assert ["steering" in one for one in sent] == [False]
-    sent.clear()
-    page.get_by_role("button", name="demo 20%").click()
-    page.get_by_label("Compare with unsteered").uncheck()
+    assert not page.locator("#told-system").is_visible()
+    page.get_by_label("System message").fill("Be brief.")
     page.get_by_role("button", name="Ask again").click()
     answered(page)
-    assert [one["steering"]["layers"] for one in sent] == [[5]]
-    assert len(answers(page)) == 5 and page.locator("#turns > li").count() == 1
+    assert [one["messages"][0]["role"] for one in sent] == ["user"] * 2 + ["system"] * 2
+    assert page.locator("#told-system").inner_text().split() == [
+        "System",
+        "message",
+        "Be",
+        "brief.",
+    ]
+
+
+def test_five_strengths_are_one_button(open_page):
+    page = open_page()
+    sent = watched(page)
+    five = page.get_by_role("button", name="Try five strengths")
+    page.locator("#send:enabled").wait_for()
+    assert five.is_disabled()
+    page.get_by_label("Question", exact=True).fill(QUESTION)
+    five.click()
+    answered(page)
+    assert len(sent) == 5 and page.get_by_label("Question", exact=True).input_value() == ""
+    doses = ("sparse, 20", None, "dense, 10", "dense, 20", "dense, 40")
+    expected = [f"{one}\u00a0%, layer 5" if one else "unsteered" for one in doses]
+    assert titles(page) == expected
+    assert page.locator(".answer.chosen h3").text_content() == DENSE
+    rows = page.locator(".overview tbody tr")
+    assert rows.locator("button").all_text_contents() == expected
+    shown = answers(page)
+    for row, answer in zip(rows.all(), shown, strict=True):
+        assert row.locator("td").first.inner_text() == answer["receipt"]["Steps"]
+    assert visible_share(page, page.locator(".overview")) > 0.9
+    rows.locator("button").last.click()
+    box, strip = (
+        page.locator(".answer").last.bounding_box(),
+        page.locator(".answers").bounding_box(),
+    )
+    assert box["x"] + box["width"] <= strip["x"] + strip["width"] + 1
+    five.click()  # again, of the last question: all are there
+    assert page.locator(".answer.chosen h3").text_content() == DENSE
+    assert len(sent) == 5 and len(titles(page)) == 5
+
+
+def test_a_phone_compares_by_swiping(open_page):
+    page = open_page(width=390, height=844)
+    ask(page)
+    answered(page)
+    strip = page.locator(".answers")
+    assert strip.evaluate("e => getComputedStyle(e).scrollSnapType") == "x mandatory"
+    cards = [one.bounding_box() for one in page.locator(".answer").all()]
+    assert cards[0]["x"] < 0 < cards[1]["x"] and cards[1]["x"] + cards[1]["width"] <= 390
+    assert cards[0]["y"] == cards[1]["y"]  # side by side
+    strip.evaluate("e => e.scrollTo(0, 0)")
+    until(page, "document.querySelector('.answers').scrollLeft == 0")
+    assert page.locator(".answer").first.bounding_box()["x"] > 0
+    assert page.locator(".overview").is_visible()
+
+
+def test_the_figures_are_explained(open_page):
+    page = open_page()
+    ask(page)
+    answered(page)
+    first = page.locator(".answer").first
+    for figure in first.locator(".receipt div").all():
+        assert len(figure.get_attribute("title")) > 20
+    first.get_by_role("button", name="What the figures mean").click()
+    told = page.get_by_role("dialog").inner_text()
+    for name in answers(page)[0]["receipt"]:
+        assert name in told
+    page.get_by_role("button", name="Close").click()
+    assert not page.get_by_role("dialog").is_visible()
+
+
+def test_vectors_are_chosen_by_what_they_are(open_page, with_vectors):
+    page = open_page(before=with_vectors)
+    sent = watched(page)
+    page.locator("#send:enabled").wait_for()
+    choices = page.get_by_role("group", name="Vector").locator("label")
+    assert choices.first.inner_text().split("\n") == [
+        "demo", "Mean difference of 50 pairs, made for demo.", "Default: dense, 20\u00a0%, layer 5",
+    ]  # fmt: skip
+    page.get_by_role("radio", name="other").check()
+    page.get_by_label("Compare with unsteered").uncheck()
+    fulfilled(page, lambda request: ("a", [0], None))
+    ask(page)
+    answered(page)
+    assert sent[0]["steering"]["vector"] == "other"
+    assert titles(page) == [f"{DENSE}, vector other"]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +479,18 @@ def test_a_long_answer_is_followed_unless_the_reader_has_left(open_page):
     page.get_by_role("button", name="Stop").click()
 
 
+def test_the_dial_ends_below_an_overdose(open_page):
+    page = open_page()
+    page.locator("#send:enabled").wait_for()
+    dial = page.get_by_label("Strength", exact=True)
+    dial.focus()
+    page.keyboard.press("End")
+    assert "79.9\u00a0%" in page.locator("#dose").inner_text()
+    assert page.locator("#dose.warn").count() == 0
+    page.get_by_label("Strength as a number").fill(str(OVERDOSE))  # typed: allowed, and said
+    assert dial.input_value() == dial.get_attribute("max")
+
+
 def test_a_large_dose_is_said(open_page):
     page = open_page()
     page.locator("#send:enabled").wait_for()
@@ -316,7 +504,8 @@ def test_the_conversation_goes_on_with_the_chosen_answer(open_page):
     sent = watched(page)
     ask(page)
     answered(page)
-    stock = answers(page)[1]
+    page.get_by_label("Show answers as plain text").check()
+    stock = answers(page)[0]
     page.get_by_role("button", name="Continue from this one").click()
     ask(page, "And now?")
     answered(page)
@@ -325,11 +514,11 @@ def test_the_conversation_goes_on_with_the_chosen_answer(open_page):
     assert messages[1]["content"].strip() == "\n\n".join(stock["steps"])
 
     # an earlier question's answers are history: another one of them begins a conversation of its own
-    page.get_by_role("button", name="Branch from here").first.click()
+    page.get_by_role("button", name="Branch from here").last.click()
     assert (
         page.locator("#turns > li").count() == 1 and page.locator("#conversations li").count() == 2
     )
-    assert page.locator(".answer.chosen h3").inner_text().startswith("demo")
+    assert page.locator(".answer.chosen h3").text_content() == DENSE
     sent.clear()
     ask(page, "And now?")
     answered(page)
@@ -347,8 +536,11 @@ def test_stopping_frees_the_server_and_keeps_what_was_said(server, open_page):
     expect(page.locator(".answer").first.locator(".steps > li").first).not_to_be_empty(
         timeout=30_000
     )
+    expect(page.locator(".answer").last.locator(".steps > li").first).not_to_be_empty(
+        timeout=30_000
+    )
     page.keyboard.press("Escape")
-    expect(page.locator(".answer .note").first).to_contain_text("Stopped.")
+    expect(page.locator(".answer .note").last).to_contain_text("Stopped.")
     server.settle()
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
@@ -474,6 +666,7 @@ def test_a_server_that_dies_costs_no_answer(open_page):
         ask(page, question)
         answered(page)
     said = answers(page)
+    page.get_by_label("Strength as a number").fill("-7")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     for _ in range(2):
         page.get_by_role("button", name="Ask again").click()
@@ -485,6 +678,24 @@ def test_a_server_that_dies_costs_no_answer(open_page):
     answered(page)
     assert len(answers(page)) == 5 and page.locator("#turns > li").count() == 2
     open_page.troubles[:] = [t for t in open_page.troubles if "ERR_FAILED" not in t]
+
+
+def test_an_unfinished_answer_is_replaced_by_a_whole_one_only(open_page):
+    page = open_page()
+    page.get_by_label("Compare with unsteered").uncheck()
+    half = {"choices": [{"delta": {"content": "Half"}, "finish_reason": None}]}
+    bodies = [events(half), ""]
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=bodies.pop(0)))
+    ask(page)
+    page.locator("#alert").get_by_text("broke off").wait_for()
+    page.get_by_role("button", name="Ask again").click()
+    page.locator("#alert").get_by_text("broke off").wait_for()
+    assert not bodies and [one["steps"] for one in answers(page)] == [["Half"]]
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    (one,) = answers(page)
+    assert one["steps"] != ["Half"] and one["receipt"]
 
 
 def test_a_setting_that_cannot_be_is_mended(open_page):
@@ -509,7 +720,7 @@ def test_an_example_can_be_asked(open_page):
     page.locator("#examples button").first.click()
     answered(page)
     for one in answers(page):
-        assert one["steps"][-1].endswith(f"#### {held_out(1)[0].answer}")
+        assert one["steps"][-1].endswith(f"Answer {held_out(1)[0].answer}")
     assert not page.locator("#empty").is_visible()
 
 
@@ -522,9 +733,10 @@ def test_exports(open_page):
         page.get_by_role("button", name="Export JSON").click()
     document = json.loads(download.value.path().read_text())
     told = document["turns"][0]["answers"]
-    assert [one["steering"] and one["steering"]["dose"] for one in told] == [0.2, None]
-    assert told[0]["steering"]["strength"] == pytest.approx(4.756, abs=1e-3)  # not rounded
-    assert told[0]["usage"]["completion_tokens"] == int(shown[0]["receipt"]["tokens"])
+    assert [one["steering"] and one["steering"]["dose"] for one in told] == [None, 0.2]
+    assert told[1]["steering"]["strength"] == pytest.approx(4.756, abs=1e-3)  # not rounded
+    assert told[0]["usage"]["completion_tokens"] == int(shown[0]["receipt"]["Tokens"])
+    assert [one["stated"] for one in told] == [str(held_out(1)[0].answer)] * 2
     with page.expect_download() as download:
         page.get_by_role("button", name="Export Markdown").click()
     text = download.value.path().read_text()
@@ -541,11 +753,11 @@ def test_another_conversation_while_one_is_answered(open_page):
     page.get_by_label("Strength as a number").fill(str(OVERDOSE))
     ask(page)
     page.get_by_role("button", name="New conversation").click()
-    page.get_by_role("button", name="demo 20%").click()
+    page.get_by_role("button", name="Back to the default").click()
     ask(page)
     answered(page)
     assert len(page.locator("#turns > li").all()) == 1
-    assert answers(page)[0]["receipt"]["steps"] == "1"
+    assert answers(page)[1]["receipt"]["Steps"] == "1"
 
 
 def events(*chunks):
@@ -597,25 +809,45 @@ def test_markup_of_the_model_is_text(open_page):
     answered(page)
     assert page.locator(".answer img, .answer b, .answer script").count() == 0
     assert "\n\n".join(answers(page)[0]["steps"]) == text
+    for markup in ("- {}\n\n  {}", "| {} |\n|-|\n| {} |", "```{}\n{}\n```", "### {}\n**{}** `{}`", "\\[\n{}\n\\]", "\\boxed{{{}}}"):  # fmt: skip
+        inside = "<img src=x onerror=alert(1)>"
+        chunk["choices"][0]["delta"]["content"] = markup.format(*[inside] * 3)
+        page.get_by_role("button", name="New conversation").click()
+        ask(page)
+        answered(page)
+        assert page.locator(".answer img").count() == 0, markup
+        assert "onerror=alert(1)" in page.locator(".answer").first.inner_text()
 
 
 def test_markdown_and_formulas_are_dressed(open_page):
     page = open_page()
     text = (
         "### Step 1\nWe **multiply** `a`:\n\\[\n\\frac{3}{4} \\times 8 = \\boxed{6}\n\\]\n\n"
-        "```python\nx = 1\n\ny = **2**\n```\nSo \\(x \\le 2\\), 3 * 4 ** 2, $5."
+        "```python\nx = 1\n\ny = **2**\n```\nSo \\(x \\le 2\\), 3 * 4 ** 2, $5.\n\n"
+        "| day | apples |\n|:--|--:|\n| Monday | **4** |\n| a \\| b | 5 |\n\n"
+        "- one\n\n  more of one\n- two\n  1. inner\n\nThe end."
     )
-    chunk = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}], "steering": None}
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=events(chunk, "[DONE]")))
+    starts = [text.index(one) for one in ("###", "```python", "| day", "- one", "The end.")]
+    fulfilled(page, lambda request: (text, starts, "6"))
     page.get_by_label("Compare with unsteered").uncheck()
     ask(page)
     answered(page)
-    assert answers(page)[0]["steps"] == [
-        "Step 1\nWe multiply a:\n3/4 × 8 = 6", "x = 1", "y = **2**\nSo x ≤ 2, 3 * 4 ** 2, $5.",
-    ]  # fmt: skip
-    assert page.locator(".answer strong").all_inner_texts() == ["Step 1", "multiply"]
+    steps = page.locator(".answer .steps > li")
+    assert steps.count() == 5
+    assert steps.first.locator("p").all_inner_texts() == ["Step 1", "We multiply a:", "3/4 × 8 = 6"]
+    assert steps.nth(1).locator("p").all_inner_texts() == ["So x ≤ 2, 3 * 4 ** 2, $5."]
+    assert page.locator(".answer p > strong").all_inner_texts() == ["Step 1", "multiply"]
     assert page.locator(".answer mark").inner_text() == "6"
-    assert page.locator(".answer code.block").all_inner_texts() == ["x = 1", "y = **2**"]
+    assert page.locator(".answer code.block").all_inner_texts() == ["x = 1\n\ny = **2**"]
+    assert page.locator(".answer .code .bar span").inner_text() == "python"
+    rows = page.locator(".answer .steps tr")
+    assert [row.locator("th, td").all_inner_texts() for row in rows.all()] == [
+        ["day", "apples"], ["Monday", "4"], ["a | b", "5"],
+    ]  # fmt: skip
+    assert rows.last.locator("td").last.evaluate("e => e.style.textAlign") == "right"
+    items = steps.nth(3).locator("> ul > li")
+    assert items.count() == 2 and items.first.locator("p").count() == 2
+    assert items.last.locator("ol > li").all_inner_texts() == ["inner"]
     page.get_by_label("Show answers as plain text").check()
     assert "\n\n".join(answers(page)[0]["steps"]) == text
 
@@ -637,11 +869,11 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
         assert not page.locator("#alert").is_visible()
         page.get_by_label("API key").fill("a-key-of-many-letters")
         page.get_by_role("button", name="Use it").click()
-        page.locator("#presets button").first.wait_for()
+        page.locator("#vectors input").first.wait_for()
         assert not page.locator("#key-form").is_visible()
         assert "a-key-of" not in page.evaluate("JSON.stringify(localStorage)")
         page.reload()
-        page.locator("#presets button").first.wait_for()
+        page.locator("#vectors input").first.wait_for()
         context.close()
 
 
@@ -656,6 +888,24 @@ def tested(demo_model):
     result = sweep(demo_model, problems, settings, max_tokens=80, with_nll=False)
     written = with_recommendation(vector, result, task=about, positions="all")
     return list(written.meta.tested)
+
+
+@pytest.fixture
+def with_vectors():
+    """Return a function that lets the page see two vectors: the demo's, and the same as ``other``."""
+
+    def routed(page):
+        def answer(route):
+            response = route.fetch()
+            body = response.json()
+            (demo,) = body["vectors"]
+            usual = demo["default"] | {"vector": "other"}
+            body["vectors"].append(demo | {"name": "other", "default": usual})
+            route.fulfill(response=response, json=body)
+
+        page.route("**/v1/steering", answer)
+
+    return routed
 
 
 @pytest.fixture
@@ -685,20 +935,24 @@ def test_a_sweep_is_shown_and_sets_the_dial(open_page, with_sweep, tested):
     assert cells.count() == 6
     assert page.locator("#sweep-task").input_value() == "demo train, 4 problems"
     assert page.get_by_role("group", name="Accuracy by layer and dose").count() == 1
-    assert column_labels(page) == ["10%", "20%", "40%"]
+    assert column_labels(page) == ["10\u00a0%", "20\u00a0%", "40\u00a0%"]
     assert page.locator("#sweep-picture [aria-pressed=true]").count() == 1  # the vector's default
     stock, *rows = tested
     detail = page.locator("#sweep-detail")
-    assert f"Unsteered: {100 * stock['accuracy']:.0f}%" in detail.inner_text()
+    assert f"Unsteered: {100 * stock['accuracy']:.0f}\u00a0%" in detail.inner_text()
     (row,) = (one for one in rows if one["layers"] == [4] and one["dose"] == pytest.approx(0.4))
     strength = f"{row['strength']:.3g}"
-    named = f"Layer 4, 40% (strength {strength}): accuracy {100 * row['accuracy']:.0f}%,"
-    page.get_by_role("button", name=re.compile("^" + re.escape(named))).focus()
+    named = (
+        f"Layer 4, 40\u00a0% (strength {strength}): accuracy {100 * row['accuracy']:.0f}\u00a0%,"
+    )
+    page.get_by_role(
+        "button", name=re.compile("^" + re.escape(named.replace("\u00a0", " ")))
+    ).focus()
     assert f"density {row['density']:.3g}" in detail.inner_text()
     sent = watched(page)
     page.keyboard.press("Enter")
     assert page.get_by_label("Strength as a number").input_value() == strength
-    assert "40% of the residual stream" in page.locator("#dose").inner_text()
+    assert "40\u00a0% of the residual stream" in page.locator("#dose").inner_text()
     assert page.get_by_label("First layer").input_value() == "4"
     assert page.locator("#sweep-picture [aria-pressed=true]").count() == 1
     page.get_by_text("As a table").click()
@@ -706,10 +960,11 @@ def test_a_sweep_is_shown_and_sets_the_dial(open_page, with_sweep, tested):
     assert len(lines) == 8 and lines[0].split() == [
         "layers", "dose", "strength", "accuracy", "tokens", "steps", "density",
     ]  # fmt: skip
-    assert [line.split()[1] for line in lines[1:]] == ["0%", *("10%", "20%", "40%") * 2]
+    doses = [line.split("\t")[1].replace("\u00a0", " ") for line in lines[1:]]
+    assert doses == ["0 %", *("10 %", "20 %", "40 %") * 2]
     ask(page)
     answered(page)
-    assert sent[0]["steering"]["strength"] == row["strength"]  # exactly
+    assert sent[1]["steering"]["strength"] == row["strength"]  # exactly
 
 
 def test_a_sweep_whose_layers_share_strengths_has_columns_of_strengths(
@@ -720,7 +975,7 @@ def test_a_sweep_whose_layers_share_strengths_has_columns_of_strengths(
     page = open_page(before=lambda page: with_sweep(page, rows))
     page.locator("#sweep-picture [role=button]").first.wait_for()
     assert column_labels(page) == ["2", "4", "8"]
-    assert page.get_by_role("button", name=re.compile("^Layer 4, 200% .strength 8.:")).count() == 1
+    assert page.get_by_role("button", name=re.compile("^Layer 4, 200 % .strength 8.:")).count() == 1
 
 
 def test_a_sweep_without_doses_is_shown_by_strength(open_page, with_sweep, tested):
@@ -783,7 +1038,7 @@ def test_no_width_scrolls_sideways(open_page, with_sweep, width):
     page = open_page(width=width, height=800, before=with_sweep)
     ask(page, QUESTION + " " + "x" * 200)
     answered(page)
-    for name in ("Chats", "Steering"):
+    for name in ("Chats", "Settings"):
         button = page.get_by_role("button", name=name, exact=True)
         if button.get_attribute("aria-expanded") == "false":
             button.click()

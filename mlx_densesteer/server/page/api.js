@@ -44,7 +44,7 @@ export async function overview() {
  * Stream one answer.
  * @param {object} request the body of /v1/chat/completions
  * @param {AbortSignal} signal
- * @returns {AsyncGenerator<{text?: string, steering?: object, usage?: object, reason?: string}>}
+ * @returns {AsyncGenerator<{text?: string, steering?: object, usage?: object, reason?: string, starts?: number[], stated?: string | null}>}
  */
 export async function* answer(request, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
@@ -63,6 +63,8 @@ export async function* answer(request, signal) {
       reason: choice?.finish_reason || undefined,
       steering: "steering" in chunk ? chunk.steering : undefined,
       usage: chunk.usage,
+      starts: choice?.step_starts,
+      stated: choice?.stated_answer,
     };
   }
   if (!done) throw brokenOff();

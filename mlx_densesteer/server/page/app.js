@@ -8,10 +8,10 @@ import * as history from "/page/history.js";
 import { closeOverlays, wirePanels } from "/page/panels.js";
 import { forgetAll, showPast } from "/page/past.js";
 import { remember, remembered, sampling, wireSettings } from "/page/settings.js";
-import { count, describe } from "/page/steps.js";
 import { Sweep } from "/page/sweep.js";
 import { themed } from "/page/theme.js";
-import { Transcript } from "/page/transcript.js";
+import { MEANING, Transcript } from "/page/transcript.js";
+import { brief, count, describe, steeringOf } from "/page/words.js";
 
 const [HERE, DRAFT] = ["densesteer.open", "densesteer.draft"]; // in this tab
 
@@ -48,6 +48,8 @@ async function connect() {
       sweep.show(dial.vector, setting);
       remember(`dial ${model.id}`, setting);
     });
+    transcript.named = server.vectors.length > 1;
+    transcript.refresh();
     if (server.vectors.length) sweep.show(dial.vector, dial.setting);
     showExamples();
     element("key-form").hidden = true;
@@ -66,23 +68,31 @@ function showExamples() {
     make("button", { type: "button", textContent: text, onclick: () => send(text) })));
 }
 
-/** Ask a question under the dial's steering, and without steering beside it. */
-function send(question) {
-  if (running || !dial) return;
-  const turn = { question, answers: [], chosen: 0 };
-  const steering = dial.steering;
-  run(turn, (steering && element("compare").checked ? [steering, null] : [steering]).map(asked));
+/** The steerings to ask for: the dial's, and none beside it. */
+function wished() {
+  const { steering } = dial;
+  return steering && element("compare").checked ? [null, steering] : [steering];
 }
 
-/** Answer the last question again under the dial's steering; earlier answers stay. */
-function again() {
+/** Ask a question. @param {string} question @param {(object | null)[]} steerings */
+function send(question, steerings = wished()) {
+  if (running || !dial) return;
+  run({ question, answers: [], chosen: 0 }, steerings.map(asked), dial.steering);
+}
+
+/** Answer the last question under more steerings; an answer that is there already is not asked for again. */
+function again(steerings = wished()) {
   const turn = conversation.turns.at(-1);
   if (running || !dial || !turn) return;
-  const wanted = [asked(dial.steering)];
-  const stock = asked(null);
-  const known = turn.answers.some((one) => JSON.stringify(one.asked) === JSON.stringify(stock));
-  if (dial.steering && element("compare").checked && !known) wanted.push(stock);
-  run(turn, wanted);
+  run(turn, steerings.map(asked), dial.steering);
+}
+
+/** Ask what is written, else the last question again, under five strengths. */
+function five() {
+  const question = element("question").value.trim();
+  if (running || !dial) return;
+  if (question) send(takeQuestion(), dial.five);
+  else again(dial.five);
 }
 
 /** The fields of a request beside its messages. */
@@ -90,30 +100,62 @@ function asked(steering) {
   return { ...sampling(), steering };
 }
 
-/** Name an answer until the server sends its steering. */
-function labelOf(steering) {
-  return describe(steering && { ...steering, dose: dial.dose(steering) });
+/** What makes two requests equal; null: they never are, since each draws its own sample. */
+function sameness({ steering, temperature, top_p, seed }, system) {
+  if (temperature && seed === undefined) return null;
+  const { vector, strength, layers, positions } = steering ?? {};
+  return JSON.stringify([vector, strength && Number(strength.toPrecision(6)), layers, positions, temperature, top_p, seed, system ?? ""]);
 }
 
-/** Add these answers to a turn, all at once: the server makes them in one batch. */
-async function run(turn, wanted) {
+/** The answer of a turn to the same request, if it is complete. */
+function known(turn, one, system) {
+  const key = sameness(one, system);
+  return turn.answers.find((other) => key !== null && sameness(other.asked, other.system) === key &&
+    (other.reason === "stop" || (other.reason === "length" && other.asked.max_tokens === one.max_tokens)));
+}
+
+/**
+ * Add these answers to a turn, all at once: the server makes them in one batch.
+ * @param {object[]} wanted requests @param {object | null} main the steering whose answer is continued from
+ */
+async function run(turn, wanted, main) {
   quiet();
   const here = conversation; // the user may open another one meanwhile
-  here.system = element("system").value;
+  const system = element("system").value;
+  const missing = wanted.filter((one) => !known(turn, one, system));
+  const there = known(turn, asked(main), system);
+  if (!missing.length) {
+    turn.chosen = turn.answers.indexOf(there ?? known(turn, wanted.at(-1), system));
+    transcript.refresh();
+    transcript.toChosen(turn);
+    history.keep(here);
+    element("status").textContent = "Answered already: the answers of this setting are shown.";
+    return;
+  }
+  here.system = system;
   if (!here.turns.includes(turn)) here.turns.push(turn);
   const messages = [...history.messages(here, here.turns.indexOf(turn)), { role: "user", content: turn.question }];
-  const answers = wanted.map((one) => ({ label: labelOf(one.steering), asked: one, at: new Date().toISOString(), text: "" }));
-  const before = turn.chosen;
-  turn.chosen = turn.answers.length;
-  turn.answers.push(...answers);
+  const answers = missing.map((one) =>
+    ({ asked: one, system, dose: one.steering && dial.dose(one.steering), at: new Date().toISOString(), text: "" }));
+  const before = turn.answers[turn.chosen];
+  const keys = missing.map((one) => sameness(one, system));
+  const replaced = turn.answers.filter((one) => keys.includes(sameness(one.asked, one.system) ?? NaN)); // unfinished ones
+  turn.answers = [...turn.answers, ...answers].filter((one) => !replaced.includes(one));
+  replaced.forEach((one) => transcript.dropAnswer(one));
+  const first = (one) => brief(one.asked.steering?.strength ?? 0) === brief(main?.strength ?? 0);
+  turn.chosen = turn.answers.indexOf(answers.find(first) ?? there ?? answers.at(-1));
+  history.arrange(turn);
   transcript.add(turn);
   transcript.refresh();
-  transcript.toEnd();
+  transcript.toChosen(turn);
+  if (turn.answers.length > 2) transcript.toTop(turn);
+  else transcript.toEnd();
+  showSystem();
   busy(new AbortController());
   const mine = running;
   await Promise.all(answers.map((one) => follow({ model: server.model.id, messages }, one, mine.signal)));
   if (running === mine) busy(null);
-  finish(here, turn, answers, before);
+  finish(here, turn, answers, { before, replaced });
 }
 
 /** Fill one answer from its stream. */
@@ -126,6 +168,7 @@ async function follow(request, answer, signal) {
       if (piece.text) answer.text += piece.text;
       if (piece.reason) answer.reason = piece.reason;
       if (piece.usage) answer.usage = piece.usage;
+      if (piece.starts) Object.assign(answer, { starts: piece.starts, stated: piece.stated });
       if (piece.steering !== undefined) answer.steering = piece.steering;
       drawing ||= requestAnimationFrame(draw);
     }
@@ -138,21 +181,25 @@ async function follow(request, answer, signal) {
   transcript.update(answer);
 }
 
-/** Keep the answers, drop those without text, and offer to retry those that failed. */
-function finish(here, turn, answers, before) {
+/** Keep the answers, drop those without text for what was there before, and offer to retry those that failed. */
+function finish(here, turn, answers, { before, replaced }) {
   const failed = answers.filter((one) => one.error);
   const empty = answers.filter((one) => !one.text && one.reason !== "stop" && one.reason !== "length");
   if (empty.length) {
-    const chosen = empty.includes(turn.answers[turn.chosen]) ? turn.answers[before] : turn.answers[turn.chosen];
-    turn.answers = turn.answers.filter((one) => !empty.includes(one));
+    const chosen = empty.includes(turn.answers[turn.chosen]) ? before : turn.answers[turn.chosen];
+    const keys = empty.map((one) => sameness(one.asked, one.system));
+    const back = replaced.filter((one) => keys.includes(sameness(one.asked, one.system)));
+    turn.answers = [...turn.answers.filter((one) => !empty.includes(one)), ...back];
     turn.chosen = Math.max(0, turn.answers.indexOf(chosen));
+    history.arrange(turn);
   }
   const gone = !turn.answers.length;
   if (gone) here.turns = here.turns.filter((one) => one !== turn);
   const fits = history.keep(here);
   if (here === conversation) {
     empty.forEach((one) => transcript.dropAnswer(one));
-    if (gone) {
+    if (!gone) transcript.add(turn);
+    else {
       transcript.drop(turn);
       transcript.turns = here.turns;
       element("question").value ||= turn.question;
@@ -170,13 +217,13 @@ function tellEnd(turn, answers, failed, fits) {
   if (failed.length) {
     const retry = () => {
       if (element("question").value === turn.question) element("question").value = "";
-      run(turn, failed.map((one) => one.asked));
+      run(turn, failed.map((one) => one.asked), failed.at(-1).asked.steering);
     };
     fail(new Refused(failed[0].error, failed[0].status ?? 500), retry);
   } else if (!fits) fail(new Refused("This conversation is too large to store in this browser.", 0), () => {});
   else {
     const said = turn.answers[turn.chosen]?.text ?? "";
-    const told = answers.map((one) => `${one.label}: ${one.usage ? count(one.usage.completion_tokens, "token") : "stopped"}`);
+    const told = answers.map((one) => `${describe(steeringOf(one))}: ${one.usage ? count(one.usage.completion_tokens, "token") : "stopped"}`);
     element("status").textContent = `Answered. ${told.join("; ")}. ${said.length > 600 ? `${said.slice(0, 600)} …` : said}`;
   }
 }
@@ -184,6 +231,7 @@ function tellEnd(turn, answers, failed, fits) {
 function takeQuestion() {
   const question = element("question").value;
   element("question").value = "";
+  readyFive();
   return question;
 }
 
@@ -213,9 +261,23 @@ function busy(controller) {
   element("send").hidden = Boolean(controller);
   element("stop").hidden = !controller;
   element("again").disabled = Boolean(controller) || !dial || !conversation.turns.length;
+  readyFive();
   for (const id of ["export-markdown", "export-json"]) element(id).disabled = !server || !conversation.turns.length;
   if (controller) element("status").textContent = "Answering.";
   if (focused && !controller) element("question").focus();
+}
+
+/** Five strengths need a vector, and a question: a new one or the last. */
+function readyFive() {
+  const asks = element("question").value.trim() || conversation.turns.length;
+  element("five").disabled = Boolean(running) || !dial?.five.length || !asks;
+}
+
+/** Show the system message that the conversation has. */
+function showSystem() {
+  const place = element("told-system");
+  place.hidden = !conversation.system.trim();
+  place.lastElementChild.textContent = conversation.system;
 }
 
 function fail(error, retry) {
@@ -244,7 +306,9 @@ function open(other) {
 
 function showConversation() {
   sessionStorage.setItem(HERE, conversation.id);
+  conversation.turns.forEach(history.arrange);
   transcript.show(conversation.turns);
+  showSystem();
   element("system").value = conversation.system;
   busy(null);
   showList();
@@ -296,11 +360,15 @@ function wire() {
     element("composer").requestSubmit();
   };
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !element("confirm").open && !closeOverlays()) stop();
+    if (event.key === "Escape" && !document.querySelector("dialog[open]") && !closeOverlays()) stop();
   });
   addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, question.value));
   element("stop").onclick = stop;
-  element("again").onclick = again;
+  element("again").onclick = () => again();
+  element("five").onclick = five;
+  question.addEventListener("input", readyFive);
+  element("meanings").replaceChildren(...Object.entries(MEANING).flatMap(([name, meaning]) =>
+    [make("dt", { textContent: name }), make("dd", { textContent: meaning })]));
   element("new").onclick = renew;
   element("forget").onclick = () => forgetAll(renew);
   element("export-markdown").onclick = () => download(asMarkdown(conversation, server), conversation, "md", "text/markdown");

@@ -1,10 +1,11 @@
 /** The dial: which vector, how strong, where. */
 
 import { element, fill, make } from "/page/dom.js";
-import { brief, percent } from "/page/steps.js";
+import { brief, describe, percent } from "/page/words.js";
 
 const FALLBACK = 4; // times the default strength: the range if no dose is known
 const CATCH = 0.015; // a dragged dial stops at 0 and at the default within this share of the range
+const FIVE = [-1, 0, 0.5, 1, 2]; // times the default dose: what "Try five strengths" asks
 const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }; // steps
 
 export class Dial {
@@ -16,17 +17,15 @@ export class Dial {
   constructor(overview, setting, changed) {
     this.overview = overview;
     this.changed = changed;
-    this.dragging = false;
     this.strength = 0;
+    this.name = null; // the vector's
     const none = overview.vectors.length === 0;
     element("dial").hidden = none;
     element("where").hidden = none;
     element("no-vectors").hidden = !none;
     if (none) return;
-    fill(element("vector"), overview.vectors.map((one) => one.name));
+    element("vectors").replaceChildren(...overview.vectors.map((one) => this.choice(one)));
     fill(element("positions"), overview.positions);
-    element("presets").replaceChildren(...overview.presets.map((preset) =>
-      make("button", { type: "button", textContent: preset.label, onclick: () => this.set(preset.steering) })));
     this.wire();
     const first = overview.vectors[0];
     this.set(this.fits(setting) ? setting : { vector: first.name, ...first.default });
@@ -34,11 +33,9 @@ export class Dial {
 
   wire() {
     const range = element("strength");
-    element("vector").onchange = () => this.set({ vector: element("vector").value, ...this.vector.default });
+    element("usual").onclick = () => this.toDefault(this.vector);
     range.oninput = () => this.turn(this.caught(Number(range.value)));
     range.onkeydown = (event) => this.key(event);
-    range.onpointerdown = () => { this.dragging = true; };
-    range.onpointerup = range.onpointercancel = () => { this.dragging = false; this.turn(this.strength); };
     element("strength-number").oninput = () => this.turn(element("strength-number").valueAsNumber, true);
     element("strength-number").onchange = () => this.turn(this.strength, Number.isFinite(element("strength-number").valueAsNumber));
     element("zero").onclick = () => this.turn(0);
@@ -47,14 +44,44 @@ export class Dial {
     element("positions").onchange = () => this.tell();
   }
 
+  /** One vector to choose: its name, what it is, and its default. */
+  choice(vector) {
+    const radio = make("input", { type: "radio", name: "vector", value: vector.name, onchange: () => this.toDefault(vector) });
+    const told = make("span", {}, make("strong", { textContent: vector.name }),
+      make("span", { className: "hint", textContent: vector.about }),
+      make("span", { className: "hint", textContent: `Default: ${describe(vector.default)}` }));
+    return make("label", { className: "choice" }, radio, told);
+  }
+
+  toDefault(vector) {
+    this.set({ vector: vector.name, ...vector.default });
+  }
+
   get vector() {
-    return this.overview.vectors.find((one) => one.name === element("vector").value);
+    return this.overview.vectors.find((one) => one.name === this.name);
+  }
+
+  /** Whether the dial stands at the vector's default. */
+  get isUsual() {
+    const { strength, layers, positions } = this.vector.default;
+    return brief(strength) === brief(this.strength) && String(layers) === String(this.layers) && positions === element("positions").value;
+  }
+
+  /** Five steerings from sparse to dense at the dial's layers and positions; none is an overdose. */
+  get five() {
+    if (!this.overview.vectors.length) return [];
+    const { setting, unit } = this;
+    const usual = this.vector.default;
+    const known = unit !== null && this.dose(usual) !== null;
+    const full = known ? this.dose(usual) / unit : Math.abs(usual.strength || 1);
+    const base = Math.min(full, this.most() / Math.max(...FIVE));
+    return FIVE.map((share) => (share ? { ...setting, strength: share * base } : null));
   }
 
   /** The dial's vector, strength, layers and positions. */
   get setting() {
     const { strength, layers } = this;
-    return { vector: element("vector").value, strength, layers, positions: element("positions").value };
+    return { vector: this.name, strength, layers, positions: element("positions").value };
   }
 
   /** The steering to send with a request; null is the stock model. */
@@ -81,7 +108,8 @@ export class Dial {
 
   /** @param {{vector: string, strength: number, layers: number[], positions: string}} setting */
   set(setting) {
-    element("vector").value = setting.vector;
+    this.name = setting.vector;
+    for (const radio of element("vectors").querySelectorAll("input")) radio.checked = radio.value === setting.vector;
     const { layers } = this.vector;
     for (const id of ["layer-from", "layer-to"]) fill(element(id), layers);
     this.layers = setting.layers; // a preset may skip some in between
@@ -92,11 +120,11 @@ export class Dial {
     this.turn(setting.strength);
   }
 
-  /** Set the strength; keep the number while it is typed, and the range while the dial is dragged. */
+  /** Set the strength; keep the number while it is typed. Only a typed number may be beyond the range. */
   turn(strength, typing = false) {
     this.strength = Number.isFinite(strength) ? strength : 0;
     const range = element("strength");
-    const most = this.dragging ? Number(range.max) : Math.max(this.most(), Math.abs(this.strength));
+    const most = this.most();
     range.min = -most;
     range.max = most;
     range.value = this.strength;
@@ -137,21 +165,21 @@ export class Dial {
     this.turn(strength);
   }
 
-  /** The end of the range: the dose at which models collapse, or a multiple of the default. */
+  /** The end of the range: the last round strength below a large dose, or a multiple of the default. */
   most() {
-    return this.unit ? Number((1 / this.unit).toPrecision(2)) : FALLBACK * Math.abs(this.vector.default.strength || 1);
+    if (!this.unit) return FALLBACK * Math.abs(this.vector.default.strength || 1);
+    const end = this.overview.large_dose / this.unit;
+    const round = 10 ** (Math.floor(Math.log10(end)) - 1);
+    return tidy(Math.ceil(end / round - 1) * round);
   }
 
-  /** Fill the track from 0, and mark the default and the large doses. */
+  /** Fill the track from 0, and mark the default. */
   paint(most) {
     const share = (strength) => (Math.max(-most, Math.min(most, strength)) + most) / (2 * most);
     const style = element("dial").style;
     const here = share(this.strength);
     style.setProperty("--a", Math.min(0.5, here));
     style.setProperty("--b", Math.max(0.5, here));
-    const large = this.unit ? this.overview.large_dose / this.unit : most;
-    style.setProperty("--low", share(-large));
-    style.setProperty("--high", share(large));
     const marks = [["sparse", -most], ["0", 0], ["dense", most]];
     const usual = this.vector.default.strength;
     element("marks").replaceChildren(...marks.map(([textContent, at]) => mark({ textContent }, share(at))),
@@ -164,10 +192,12 @@ export class Dial {
     const large = dose !== null && dose >= this.overview.large_dose;
     const towards = strength ? (strength > 0 ? "towards dense" : "towards sparse") : "unsteered";
     const share = dose === null || !strength ? "" : `, ${percent(dose)} of the residual stream`;
-    const text = `${towards}${share}${large ? ": a dose this large usually ruins the answer" : ""}`;
+    const text = `${towards}${share}${large ? ": an overdose, which usually ruins the answer" : ""}`;
     element("dose").textContent = text[0].toUpperCase() + text.slice(1);
     element("dose").classList.toggle("warn", large);
     element("strength").setAttribute("aria-valuetext", `${brief(strength)}, ${text}`);
+    element("usual").hidden = this.isUsual;
+    element("usual").textContent = `Back to the default: ${describe(this.vector.default)}`;
     this.changed(this.setting);
   }
 }

@@ -14,3 +14,16 @@ export function make(tag, properties = {}, ...children) {
 export function fill(select, values) {
   select.replaceChildren(...[...values].map((value) => make("option", { value, textContent: value })));
 }
+
+/** A button that copies a text. @param {() => string} text */
+export function copyButton(text, label) {
+  const button = make("button", { type: "button", className: "quiet copy", textContent: "Copy" });
+  button.setAttribute("aria-label", label);
+  button.hidden = !navigator.clipboard; // browsers have none without TLS, except on localhost
+  button.onclick = async () => {
+    await navigator.clipboard.writeText(text());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  };
+  return button;
+}

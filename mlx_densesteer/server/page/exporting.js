@@ -1,7 +1,7 @@
 /** A conversation as a file. */
 
 import { make } from "/page/dom.js";
-import { count, splitSteps } from "/page/steps.js";
+import { count, describe, steeringOf, stepsOf } from "/page/words.js";
 
 const ENDS = { length: "cut off at the length limit", stopped: "stopped", error: "broken off" };
 
@@ -13,7 +13,7 @@ export function asMarkdown(conversation, server) {
     lines.push("", `## Question ${number + 1}`, "", turn.question);
     turn.answers.forEach((answer, index) => {
       const chosen = turn.answers.length > 1 && index === turn.chosen ? " (continued from here)" : "";
-      lines.push("", `### ${answer.label}${chosen}`, "", fenced(answer.text), "", `*${receipt(answer)}*`);
+      lines.push("", `### ${describe(steeringOf(answer), true)}${chosen}`, "", fenced(answer.text), "", `*${receipt(answer)}*`);
     });
   });
   return `${lines.join("\n")}\n`;
@@ -49,10 +49,13 @@ function receipt(answer) {
   const told = [];
   if (usage) {
     const details = usage.completion_tokens_details;
-    told.push(count(usage.completion_tokens, "token"), count(details.steps, "step"), `density ${details.density ?? "-"}`,
+    const { whole, literal } = stepsOf(answer);
+    told.push(count(usage.completion_tokens, "token"), count(literal, "step"), `density ${details.density ?? "-"}`,
       `${details.tokens_per_second} tokens/s`);
-  } else told.push(count(splitSteps(answer.text).length, "step"));
+    if (whole !== literal) told.push(`${count(whole, "step")} if code and lists are kept whole`);
+  }
   for (const name of ["temperature", "top_p", "seed"]) if (asked?.[name]) told.push(`${name} ${asked[name]}`);
+  if (steering) told.push(`strength ${steering.strength}`);
   if (steering?.fingerprint) told.push(`fingerprint ${steering.fingerprint}`);
   if (ENDS[reason]) told.push(error ? `${ENDS[reason]}: ${error}` : ENDS[reason]);
   return told.join(", ");

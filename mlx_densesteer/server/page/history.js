@@ -2,10 +2,12 @@
  * Conversations, kept in this browser.
  *
  * A conversation is {id, revision, earlier, title, system, updated, turns}, a turn {question, answers, chosen}, an
- * answer {label, asked, text, steering, usage, reason, error}. Another tab may store a newer state:
+ * answer {asked, system, dose, text, steering, usage, starts, stated, reason, error}. The answers of a turn stand by strength. Another tab may store a newer state:
  * `revision` names the stored state, `earlier` the revisions before it. A browser informs other tabs a moment
  * late, so two tabs that store at once overwrite each other: see `isLost`.
  */
+
+import { standing } from "/page/words.js";
 
 const STORE = "densesteer.conversations";
 const MOST = 100;
@@ -79,6 +81,13 @@ export function removeAll() {
 /** Call `changed` when another tab has stored something. */
 export function watch(changed) {
   addEventListener("storage", (event) => { if (event.key === STORE || event.key === null) changed(); });
+}
+
+/** Put the answers of a turn in the order of their strength; `chosen` stays the same answer. */
+export function arrange(turn) {
+  const chosen = turn.answers[turn.chosen];
+  turn.answers.sort((a, b) => standing(a) - standing(b));
+  turn.chosen = Math.max(0, turn.answers.indexOf(chosen));
 }
 
 /** The messages before the question of turn `before`, with each turn's chosen answer. */

@@ -1,15 +1,20 @@
 /**
- * Format the model's text: bold, code, headings, simple formulas.
+ * Format the model's text: headings, lists, tables, code, bold text, simple formulas.
  *
  * Only elements and text nodes are made, so the model's text never becomes HTML. Other markup is shown as
- * it is.
+ * it is; links and pictures are text.
  */
 
-import { make } from "/page/dom.js";
+import { copyButton, make } from "/page/dom.js";
 
-const FENCE = /^\s*```/;
-const HEADING = /^#{1,6}\s+(.*)$/;
-const FINAL = /^####\s*[-−$€£¥₹\d]/; // GSM8K's mark before the final answer
+const FENCE = /^\s*(`{3,}(?=[^`]*$)|~{3,})\s*(\S*)/;
+const HEADING = /^\s*#{1,6}\s+(.*)$/;
+const FINAL = /^####\s*([-−]?\s?[$€£¥₹]?\s?\d[\d.,]*(?:\s?[%\p{L}]+)?)\s*$/u; // GSM8K's mark before the final answer
+const ITEM = /^(\s*)(?:([-*+])|(\d{1,9})[.)])\s+(.*)$/;
+const RULE = /^\s*(?:(?:-\s*){3,}|(?:\*\s*){3,}|(?:_\s*){3,})$/;
+const ROW = /^\s*\|?(.*?)\|?\s*$/;
+const ALIGNS = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const DEEPEST = 6; // lists in lists
 const BRACES = String.raw`\{((?:[^{}]|\{[^{}]*\})*)\}`;
 const BOXED = new RegExp(String.raw`\\boxed${BRACES}`);
 const INLINE = new RegExp(
@@ -22,32 +27,134 @@ const SYMBOLS = {
 };
 
 /**
- * Format one step.
- * @param {string} step @param {boolean} fenced the step begins inside a code fence
- * @returns {{nodes: Node[], fenced: boolean}} the nodes, and `fenced` of the next step
+ * Cut a text into blocks.
+ * @param {string} text
+ * @returns {{source: string, make: () => HTMLElement}[]} equal sources are equal blocks
  */
-export function dress(step, fenced) {
-  const nodes = [];
-  let code = fenced ? [] : null;
-  let formula = false;
-  const isBlock = (one) => one?.className === "block";
-  const put = (...those) => nodes.push(...(nodes.length && !isBlock(nodes.at(-1)) ? ["\n"] : []), ...those);
-  const close = () => { nodes.push(make("code", { className: "block", textContent: code.join("\n") })); code = null; };
-  for (const line of step.split("\n")) {
-    if (FENCE.test(line)) {
-      if (code) close();
-      else code = [];
-    } else if (code) code.push(line);
-    else if (line.trim() === "\\[") formula = true;
-    else if (line.trim() === "\\]") formula = false;
-    else if (formula) put(...math(line.trim()));
-    else if (FINAL.test(line)) put(make("strong", {}, line));
-    else if (HEADING.test(line)) put(make("strong", {}, ...inline(line.match(HEADING)[1])));
-    else put(...inline(line));
+export function blocks(text, depth = 0) {
+  const lines = text.split("\n");
+  const found = [];
+  let at = 0;
+  /** Add the block that ends before line `end`. */
+  const add = (end, build) => {
+    found.push({ source: lines.slice(at, end).join("\n"), make: build });
+    at = end;
+  };
+  while (at < lines.length) {
+    const line = lines[at];
+    const next = lines[at + 1];
+    if (!line.trim()) at += 1;
+    else if (FENCE.test(line)) addCode(lines, at, add);
+    else if (line.trim() === "\\[" || line.trim() === "$$") addFormula(lines, at, add);
+    else if (line.includes("|") && next?.includes("-") && ALIGNS.test(next) && cells(line).length === cells(next).length)
+      addTable(lines, at, add);
+    else if (RULE.test(line)) add(at + 1, () => make("hr"));
+    else if (FINAL.test(line)) add(at + 1, () => final(line.match(FINAL)[1]));
+    else if (HEADING.test(line)) add(at + 1, () => make("p", {}, make("strong", {}, ...inline(line.match(HEADING)[1]))));
+    else if (ITEM.test(line) && depth < DEEPEST) addList(lines, at, add, depth);
+    else addParagraph(lines, at, add, depth);
   }
-  const open = code !== null;
-  if (open && code.length) close();
-  return { nodes, fenced: open };
+  return found;
+}
+
+function addCode(lines, at, add) {
+  const [, fence, language] = lines[at].match(FENCE);
+  const closes = (line) => line.trim().length >= fence.length && !line.trim().replaceAll(fence[0], "");
+  let end = at + 1;
+  while (end < lines.length && !closes(lines[end])) end += 1;
+  const code = lines.slice(at + 1, end).join("\n");
+  add(Math.min(end + 1, lines.length), () => {
+    const bar = make("div", { className: "bar" }, make("span", { textContent: language || "code" }), copyButton(() => code, "Copy code"));
+    const block = make("pre", { tabIndex: 0 }, make("code", { className: "block", textContent: code }));
+    block.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
+    block.setAttribute("role", "region");
+    return make("div", { className: "code" }, bar, block);
+  });
+}
+
+function addFormula(lines, at, add) {
+  const close = lines[at].trim() === "$$" ? "$$" : "\\]";
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() !== close) end += 1;
+  const inside = lines.slice(at + 1, end).filter((line) => line.trim());
+  add(Math.min(end + 1, lines.length), () =>
+    make("p", {}, ...inside.flatMap((line, index) => [...(index ? ["\n"] : []), ...math(line.trim())])));
+}
+
+function addTable(lines, at, add) {
+  let end = at + 2;
+  while (end < lines.length && lines[end].includes("|")) end += 1;
+  const [head, , ...rows] = lines.slice(at, end).map(cells);
+  const aligns = cells(lines[at + 1]).map((one) => (one.endsWith(":") ? (one.startsWith(":") ? "center" : "right") : "left"));
+  const row = (tag, texts) => make("tr", {}, ...head.map((_, index) => {
+    const cell = make(tag, {}, ...inline(texts[index] ?? ""));
+    cell.style.textAlign = aligns[index];
+    return cell;
+  }));
+  add(end, () => make("div", { className: "table" }, make("table", {},
+    make("thead", {}, row("th", head)), make("tbody", {}, ...rows.map((texts) => row("td", texts))))));
+}
+
+/** The cells of a table's line; a \| is no border. */
+function cells(line) {
+  return line.match(ROW)[1].split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
+
+/** Add a list: the items, with blank lines between and in them. */
+function addList(lines, at, add, depth) {
+  const [, indent, bullet, number] = lines[at].match(ITEM);
+  const isItem = (line) => {
+    const item = line.match(ITEM);
+    return item && item[1].length <= indent.length && Boolean(item[2]) === Boolean(bullet) && !RULE.test(line);
+  };
+  const items = [];
+  let end = at;
+  while (end < lines.length) {
+    const line = lines[end];
+    const deeper = line.search(/\S/) > indent.length;
+    if (isItem(line)) items.push([line.match(ITEM)[4]]);
+    else if (deeper) items.at(-1).push(line.slice(indent.length + 1));
+    else if (!line.trim()) {
+      let next = end;
+      while (next < lines.length && !lines[next].trim()) next += 1;
+      if (next === lines.length || (!isItem(lines[next]) && lines[next].search(/\S/) <= indent.length)) break;
+      items.at(-1).push("");
+      end = next - 1;
+    } else if (begins(line, depth)) break;
+    else items.at(-1).push(line);
+    end += 1;
+  }
+  add(end, () => {
+    const list = make(bullet ? "ul" : "ol", {}, ...items.map((item) =>
+      make("li", {}, ...blocks(dedented(item), depth + 1).map((block) => block.make()))));
+    if (!bullet) list.start = Number(number);
+    return list;
+  });
+}
+
+/** The lines of an item, those after the first without the indentation that they share. */
+function dedented([first, ...rest]) {
+  const least = Math.min(...rest.filter((line) => line.trim()).map((line) => line.search(/\S/)));
+  return [first, ...rest.map((line) => line.slice(Number.isFinite(least) ? least : 0))].join("\n");
+}
+
+/** Tell whether a line begins a block of another kind than a paragraph. */
+function begins(line, depth) {
+  return FENCE.test(line) || RULE.test(line) || FINAL.test(line) || HEADING.test(line) || line.trim() === "\\[" ||
+    line.trim() === "$$" || (ITEM.test(line) && depth < DEEPEST);
+}
+
+function addParagraph(lines, at, add, depth) {
+  let end = at + 1;
+  const isTable = (line) => line?.includes("|") && lines[end + 1]?.includes("-") && ALIGNS.test(lines[end + 1]);
+  while (end < lines.length && lines[end].trim() && !begins(lines[end], depth) && !isTable(lines[end])) end += 1;
+  const text = lines.slice(at, end).join("\n").trim();
+  add(end, () => make("p", {}, ...inline(text)));
+}
+
+/** The final answer, in place of its mark. */
+function final(answer) {
+  return make("p", { className: "final" }, make("span", { textContent: "Answer" }), " ", make("strong", { textContent: answer.trim() }));
 }
 
 function inline(text) {

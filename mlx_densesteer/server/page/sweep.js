@@ -1,7 +1,7 @@
 /** A sweep's results as a grid of layers and doses. */
 
 import { element, fill, make } from "/page/dom.js";
-import { amount, brief, count, percent, where } from "/page/steps.js";
+import { amount, brief, count, percent, where } from "/page/words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [CELL, HEIGHT, LEFT, TOP] = [50, 30, 52, 20];
@@ -141,7 +141,7 @@ function table(rows) {
 /** Drop rounding errors, so that equal settings compare equal. */
 const rounded = (number) => Number(number.toPrecision(6));
 const sorted = (values) => [...new Set(values)].sort((a, b) => a - b);
-const whole = (share) => (typeof share === "number" ? `${Math.round(100 * share)}%` : "-");
+const whole = (share) => (typeof share === "number" ? `${Math.round(100 * share)}\u00a0%` : "-");
 const shown = (value) => (typeof value === "number" ? brief(value) : "-");
 
 function label(text, x, y, anchor) {

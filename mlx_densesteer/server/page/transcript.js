@@ -1,8 +1,8 @@
 /** Turns and answers on the page, and the scrolling through them. */
 
-import { element, make } from "/page/dom.js";
-import { dress } from "/page/markup.js";
-import { brief, count, describe, splitSteps } from "/page/steps.js";
+import { copyButton, element, make } from "/page/dom.js";
+import { blocks } from "/page/markup.js";
+import { brief, changed, describe, steeringOf, stepsOf } from "/page/words.js";
 
 const NEAR = 80; // the page follows new text within this many pixels of the end
 const UPWARD = new Set(["ArrowUp", "PageUp", "Home"]);
@@ -15,6 +15,7 @@ export class Transcript {
   constructor(actions) {
     this.actions = actions;
     this.plain = false;
+    this.named = false; // several vectors: a heading names its own
     this.views = new Map(); // answer -> its view
     this.places = new Map(); // turn -> its element
     this.turns = [];
@@ -37,6 +38,7 @@ export class Transcript {
     element("turns").replaceChildren();
     turns.forEach((turn) => this.add(turn));
     this.refresh();
+    turns.forEach((turn) => this.toChosen(turn));
     this.toEnd();
   }
 
@@ -45,20 +47,39 @@ export class Transcript {
     let place = this.places.get(turn);
     if (!place) {
       const asked = make("h2", { className: "asked" }, make("span", { className: "sr", textContent: "You asked: " }), turn.question);
-      place = make("li", {}, asked, make("div", { className: "answers" }));
+      const overview = make("table", { className: "overview" });
+      const answers = make("div", { className: "answers" });
+      answers.setAttribute("role", "group");
+      answers.setAttribute("aria-label", "Answers, by strength");
+      place = make("li", {}, asked, make("div", { className: "table" }, overview), answers);
       this.places.set(turn, place);
       element("turns").append(place);
     }
-    for (const answer of turn.answers) {
-      if (this.views.has(answer)) continue;
-      const view = new AnswerView(answer, this, () => {
-        const index = turn.answers.indexOf(answer);
-        if (turn === this.turns.at(-1)) this.actions.choose(turn, index);
-        else this.actions.branch(turn, index);
-      });
-      this.views.set(answer, view);
-      place.lastChild.append(view.element);
-    }
+    const list = place.lastChild;
+    turn.answers.forEach((answer, index) => {
+      let view = this.views.get(answer);
+      if (!view) {
+        view = new AnswerView(answer, turn, this, () => {
+          const now = turn.answers.indexOf(answer);
+          if (turn === this.turns.at(-1)) this.actions.choose(turn, now);
+          else this.actions.branch(turn, now);
+        });
+        this.views.set(answer, view);
+      }
+      if (list.children[index] !== view.element) list.insertBefore(view.element, list.children[index] ?? null);
+    });
+  }
+
+  /** Scroll sideways to the answer that the conversation continues from. */
+  toChosen(turn) {
+    const answer = turn.answers[turn.chosen];
+    this.reveal(answer);
+  }
+
+  reveal(answer) {
+    const view = this.views.get(answer)?.element;
+    const list = view?.parentElement;
+    if (list) list.scrollTo({ left: view.offsetLeft - list.offsetLeft - (list.clientWidth - view.offsetWidth) / 2 });
   }
 
   drop(turn) {
@@ -73,8 +94,23 @@ export class Transcript {
 
   /** Show the current state of an answer. */
   update(answer) {
-    this.views.get(answer)?.update();
+    const view = this.views.get(answer);
+    view?.update();
+    if (view && answer.reason) this.compare(view.turn);
     this.follow();
+  }
+
+  /** Show what steering changed: under each steered answer, and in a table of all. */
+  compare(turn) {
+    turn.answers.forEach((answer) => this.views.get(answer)?.showChange());
+    showOverview(this.places.get(turn)?.querySelector(".overview"), turn, this);
+  }
+
+  /** The heading of an answer; a second answer of one setting is numbered. */
+  heading(answer, turn) {
+    const title = describe(steeringOf(answer), this.named);
+    const alike = turn.answers.filter((one) => describe(steeringOf(one), this.named) === title);
+    return alike.length > 1 && alike[0] !== answer ? `${title} (${alike.indexOf(answer) + 1})` : title;
   }
 
   /** Show which answers the conversation continues from, and the buttons of the others. */
@@ -83,8 +119,11 @@ export class Transcript {
     for (const turn of this.turns) {
       const last = turn === this.turns.at(-1);
       turn.answers.forEach((answer, index) => {
-        this.views.get(answer)?.setPlace(turn.answers.length > 1 && index === turn.chosen, index === turn.chosen, last);
+        const view = this.views.get(answer);
+        view?.setPlace(turn.answers.length > 1 && index === turn.chosen, index === turn.chosen, last);
+        view?.showHead();
       });
+      this.compare(turn);
     }
   }
 
@@ -92,6 +131,15 @@ export class Transcript {
   setPlain(plain) {
     this.plain = plain;
     this.views.forEach((view) => view.redraw());
+  }
+
+  /** Show a turn from its question on, with the table of its answers. */
+  toTop(turn) {
+    const scroller = element("scroll");
+    this.following = false;
+    scroller.scrollTop += this.places.get(turn).getBoundingClientRect().top - scroller.getBoundingClientRect().top;
+    this.top = scroller.scrollTop;
+    this.look();
   }
 
   toEnd() {
@@ -126,22 +174,26 @@ export class Transcript {
   }
 }
 
-/** One answer: its steps as they come, and its figures. */
+/** One answer: its steps as they come, what steering changed, and its figures. */
 class AnswerView {
-  constructor(answer, transcript, goOn) {
-    this.answer = answer;
-    this.transcript = transcript;
+  constructor(answer, turn, transcript, goOn) {
+    Object.assign(this, { answer, turn, transcript });
     this.title = make("h3");
+    this.sampling = make("p", { className: "hint sampling" });
     this.steps = make("ol", { className: "steps" });
     this.waiting = make("p", { className: "waiting", textContent: "Waiting for the first token …", hidden: true });
+    this.headline = make("p", { className: "headline", hidden: true });
+    this.detail = make("p", { className: "detail", hidden: true });
     this.note = make("p", { className: "note", hidden: true });
-    this.receipt = make("dl", { className: "receipt" });
+    this.receipt = make("dl", { className: "receipt", hidden: true });
     this.badge = make("span", { className: "badge", textContent: "✓ Continues from this one" });
     this.button = make("button", { type: "button", onclick: goOn });
-    this.copy = make("button", { type: "button", className: "quiet", textContent: "Copy", onclick: () => this.copyText() });
-    this.copy.hidden = !navigator.clipboard; // browsers have none without TLS, except on localhost
+    this.help = make("button", { type: "button", className: "quiet help", textContent: "?", hidden: true, onclick: () => element("figures").showModal() });
+    this.help.setAttribute("aria-label", "What the figures mean");
+    this.copy = copyButton(() => answer.text, "Copy");
     this.element = make("article", { className: "answer" }, make("div", { className: "head" }, this.title, this.copy),
-      this.steps, this.waiting, this.note, this.receipt, make("div", { className: "row" }, this.badge, this.button));
+      this.sampling, this.steps, this.waiting, this.headline, this.detail, this.note, this.receipt,
+      make("div", { className: "row" }, this.badge, this.button, this.help));
     this.update();
   }
 
@@ -152,12 +204,6 @@ class AnswerView {
     this.button.textContent = last ? "Continue from this one" : "Branch from here";
   }
 
-  async copyText() {
-    await navigator.clipboard.writeText(this.answer.text);
-    this.copy.textContent = "Copied";
-    setTimeout(() => { this.copy.textContent = "Copy"; }, 1500);
-  }
-
   redraw() {
     this.steps.replaceChildren();
     this.update();
@@ -166,27 +212,49 @@ class AnswerView {
   /** Show the answer so far; only changed parts are rebuilt. */
   update() {
     const { answer } = this;
-    const title = answer.steering === undefined ? answer.label : describe(answer.steering);
-    this.title.textContent = title;
-    this.element.setAttribute("aria-label", `Answer, ${title}`);
-    const steps = splitSteps(answer.text);
+    this.showHead();
+    const steps = cut(answer.text, answer.starts);
+    this.steps.classList.toggle("counted", Boolean(answer.starts));
     while (this.steps.children.length > steps.length) this.steps.lastChild.remove();
-    let fenced = false;
-    steps.forEach((step, index) => { fenced = this.showStep(index, step, fenced); });
+    steps.forEach((step, index) => this.showStep(index, step));
     this.waiting.hidden = Boolean(answer.text || answer.reason);
     this.showNote();
-    this.showReceipt(steps.length);
+    this.showReceipt();
   }
 
-  /** Show one step; return whether the next begins inside a code fence. */
-  showStep(index, step, fenced) {
-    const item = this.steps.children[index] ?? this.steps.appendChild(make("li"));
-    if (item.step !== step || item.fencedBefore !== fenced) {
-      const dressed = this.transcript.plain ? { nodes: [step], fenced: false } : dress(step, fenced);
-      item.replaceChildren(...dressed.nodes);
-      Object.assign(item, { step, fencedBefore: fenced, fencedAfter: dressed.fenced });
-    }
-    return item.fencedAfter;
+  showHead() {
+    const { answer } = this;
+    const title = this.transcript.heading(answer, this.turn);
+    this.title.textContent = title;
+    this.title.title = steeringOf(answer) ? `Vector ${steeringOf(answer).vector}, strength ${brief(steeringOf(answer).strength)}` : "The stock model";
+    this.element.setAttribute("aria-label", `Answer, ${title}`);
+    const { temperature, top_p, seed } = answer.asked ?? {};
+    const told = temperature ? [`temperature ${temperature}`, ...(top_p < 1 ? [`top p ${top_p}`] : []), ...(seed === undefined ? [] : [`seed ${seed}`])] : [];
+    this.sampling.textContent = told.join(", ");
+  }
+
+  /** Show one step: its blocks, of which those that did not change stay. */
+  showStep(index, step) {
+    const item = this.steps.children[index] ?? this.steps.appendChild(Object.assign(make("li"), { sources: [] }));
+    const made = this.transcript.plain ? [{ source: step, make: () => make("p", { textContent: step }) }] : blocks(step);
+    let same = 0;
+    while (same < made.length && item.sources[same] === made[same].source) same += 1;
+    while (item.children.length > same) item.lastChild.remove();
+    item.append(...made.slice(same).map((block) => block.make()));
+    item.sources = made.map((block) => block.source);
+  }
+
+  /** Under a steered answer: what changed, beside the unsteered one. */
+  showChange() {
+    const { answer, turn } = this;
+    const stock = turn.answers.find((one) => !steeringOf(one));
+    const found = steeringOf(answer) && stock ? changed(answer, stock) : null;
+    this.headline.hidden = this.detail.hidden = !found;
+    if (!found) return;
+    const parts = found.headline.map((part, index) => make("span", { textContent: index < found.headline.length - 1 ? `${part}, ` : part }));
+    this.headline.replaceChildren(...parts);
+    this.detail.textContent = found.detail;
+    this.headline.classList.toggle("other", found.same === false);
   }
 
   showNote() {
@@ -198,18 +266,68 @@ class AnswerView {
     this.note.textContent = told.map((one) => one[0].toUpperCase() + one.slice(1)).join(" ");
   }
 
-  showReceipt(steps) {
-    const { usage } = this.answer;
-    const details = usage?.completion_tokens_details;
-    const rows = details
-      ? [
-          ["tokens", usage.completion_tokens], ["steps", details.steps],
-          ["density", details.density === null ? "-" : brief(details.density)],
-          ["tokens/s", brief(details.tokens_per_second)], ["first after", `${brief(details.time_to_first_token)} s`],
-        ]
-      : steps ? [["so far", count(steps, "step")]] : [];
-    this.receipt.replaceChildren(
-      ...rows.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))),
-    );
+  showReceipt() {
+    const rows = figures(this.answer);
+    this.receipt.hidden = !rows.length;
+    this.help.hidden = !rows.length;
+    this.receipt.replaceChildren(...rows.map(([name, value, title]) =>
+      make("div", { title }, make("dt", { textContent: name }), make("dd", { textContent: value }))));
   }
+}
+
+/** What the figures mean; the page's help has the same words. */
+export const MEANING = {
+  Tokens: "Pieces of text that the model wrote: about three quarters of a word each.",
+  Steps: "Parts of the answer between blank lines. Code and bulleted lists are kept whole. The paper counts every blank line: where that differs, its number is in parentheses.",
+  Density: "Tokens per step: how much each step carries. Steering towards dense raises it.",
+  Speed: "Tokens per second while the answer was written; answers that are written at once share the machine.",
+  "First token": "Time from the question to the first token, waiting included.",
+};
+
+/** The figures of a complete answer: name, value, meaning. */
+function figures(answer) {
+  const { usage } = answer;
+  const details = usage?.completion_tokens_details;
+  if (!details) return [];
+  const { whole, literal } = stepsOf(answer);
+  const per = (steps) => (steps ? brief(usage.completion_tokens / steps) : "-");
+  const beside = (value) => (whole === literal ? "" : ` (${value})`);
+  const found = {
+    Tokens: usage.completion_tokens,
+    Steps: `${whole}${beside(literal)}`,
+    Density: `${per(whole)}${beside(per(literal))}`,
+    Speed: details.tokens_per_second === null ? "-" : `${brief(details.tokens_per_second)}/s`,
+    "First token": `${brief(details.time_to_first_token)} s`,
+  };
+  return Object.entries(found).map(([name, value]) => [name, value, MEANING[name]]);
+}
+
+/** A text in its steps, as the server found them; one piece until then. Their places count characters, not UTF-16 units. */
+function cut(text, starts) {
+  if (!text.trim()) return [];
+  if (!starts?.length) return [text.trim()];
+  const characters = [...text];
+  return starts.map((start, index) => characters.slice(start, starts[index + 1]).join("").replace(/^\s*\n/, "").trimEnd());
+}
+
+/** A line for each answer; on narrow screens, where one card is seen at a time, already of two. */
+function showOverview(table, turn, transcript) {
+  if (!table) return;
+  const done = turn.answers.filter((one) => one.usage);
+  table.parentElement.hidden = turn.answers.length < 2 || done.length < 2;
+  table.parentElement.classList.toggle("pair", turn.answers.length === 2);
+  if (table.parentElement.hidden) return;
+  const most = Math.max(...done.map((one) => one.usage.completion_tokens));
+  const states = turn.answers.some((one) => one.stated);
+  const row = (answer) => {
+    const open = make("button", { type: "button", className: "quiet", textContent: transcript.heading(answer, turn), onclick: () => transcript.reveal(answer) });
+    const tokens = answer.usage?.completion_tokens;
+    const bar = make("span", { className: "bar-of" });
+    bar.style.setProperty("--share", tokens ? tokens / most : 0);
+    const cells = [stepsOf(answer)?.whole ?? "-", tokens ?? "-"].map((text) => make("td", { textContent: text }));
+    cells[1].append(bar);
+    return make("tr", {}, make("th", { scope: "row" }, open), ...cells, ...(states ? [make("td", { textContent: answer.stated ?? "-" })] : []));
+  };
+  const head = ["", "Steps", "Tokens", ...(states ? ["Answer"] : [])].map((text) => make(text ? "th" : "td", text ? { textContent: text, scope: "col" } : {}));
+  table.replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...turn.answers.map(row)));
 }
