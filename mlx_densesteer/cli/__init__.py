@@ -141,7 +141,7 @@ def main() -> None:
     """Run steered small language models on a Mac.
 
     Add a steering vector to a model's residual stream while it generates, and it reasons in
-    fewer, denser steps. No training.
+    fewer, denser steps. The model's weights stay as they are.
     """
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     help="KL(steered || unsteered) in nats per token, separated by commas; negative ones are towards "
     "sparse: --kl=-0.1,0.05,0.1.",
 )
-@positions_option
+@positions_option()
 @strict_option
 @click.option(
     "--limit",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", required=True, metavar="FILE", help="The .mlxfn file to write.")
 @strength_option
 @layers_option()
-@positions_option
+@positions_option()
 @strict_option
 @click.option(
     "--capacity",

@@ -156,11 +156,15 @@ def layer_sets_option(default: str) -> Decorator:
     )
 
 
-positions_option = click.option(
-    "--positions",
-    type=click.Choice(["all", "generated", "prompt", "steps"]),
-    help="At which tokens to steer; steps: those of the answer that end a step. [default: all]",
-)
+def positions_option(default: str = "as trained or as a sweep recommended, else all") -> Decorator:
+    """Make ``--positions``; ``default`` is told."""
+    return click.option(
+        "--positions",
+        type=click.Choice(["all", "generated", "prompt", "steps"]),
+        help="At which tokens to steer; steps: those of the answer that end a step. "
+        f"[default: {default}]",
+    )
+
 
 STRICT = f"{__name__}.strict"  # its key in the context's ``meta``, where ``tell_fit`` finds it
 strict_option = click.option(
@@ -176,7 +180,7 @@ steering_options = _options(
     vector_option("Without it nothing is steered."),
     strength_option,
     layers_option(),
-    positions_option,
+    positions_option(),
     strict_option,
 )
 

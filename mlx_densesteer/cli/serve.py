@@ -54,7 +54,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 )
 @strength_option
 @layers_option()
-@positions_option
+@positions_option()
 @strict_option
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"

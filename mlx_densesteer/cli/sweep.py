@@ -81,7 +81,7 @@ PAIRS = 16  # with which a sweep calibrates, at most
     metavar="N",
     help="With --pairs: settings to generate for. The best at each KL come first.",
 )
-@positions_option
+@positions_option()
 @strict_option
 @task_options
 @run_options
@@ -463,20 +463,17 @@ def _calibrated(
 
 def _positions(vector: "SteeringVector", layers: "list[tuple[int, ...]] | None") -> "Positions":
     """Return the default positions: those of a trained vector at its own layers, else all."""
-    from ..steering.request import recommended_layers, request
+    from ..steering.request import joint_layers, request
 
-    trained = recommended_layers(vector)
-    if len(trained) > 1 and layers in (None, [trained]):
-        return request(vector).positions
-    return "all"
+    joint = joint_layers(vector)
+    return request(vector).positions if joint and layers in (None, [joint]) else "all"
 
 
 def _usual_layers(vector: "SteeringVector") -> list[tuple[int, ...]]:
-    from ..steering.request import recommended_layers
+    from ..steering.request import joint_layers
 
-    trained = recommended_layers(vector)
-    if len(trained) > 1:
-        return [trained]
+    if joint := joint_layers(vector):
+        return [joint]
     if len(vector.layers) <= 6:
         return [(layer,) for layer in vector.layers]
     wanted = [vector.meta.layer_count * k // 8 for k in (2, 3, 4, 5, 6)]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "sparse one, and the reverse at negative strength.",
 )
 @layers_option("Each has its own vector. [default: the middle one]")
-@positions_option
+@positions_option("all")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),

@@ -18,7 +18,7 @@ from ..model.divergence import Branches, Divergence, strengths_for
 from ..model.likelihood import token_log_likelihoods
 from ..model.model import Model, takes_model
 from ..model.residual import TokenPair
-from ..steering.request import DEFAULT_DOSE, joined, recommended_layers, unit_dose
+from ..steering.request import DEFAULT_DOSE, joined, joint_layers, unit_dose
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
 from .extract import HELD_OUT, ReadOut, encode_pairs
@@ -153,11 +153,11 @@ def calibrate(
 
     Args:
         pairs: pairs from which the vector was not made; 8 to 16 are enough.
-        layers: layer numbers, or sequences of layers that are steered together. By default the layers at
-            which the vector's file recommends it, if these are several (a trained vector); else the
+        layers: layer numbers, or sequences of layers that are steered together. By default those
+            of a trained vector, or several that its file recommends together; else the
             ``BEST`` of all layers by the first-order gain (``margin.margin_gains``).
         kl: targets in nats per token; a negative one is for a negative strength.
-        positions: as in ``Steering``; by default ``"all"``, for a trained vector its own.
+        positions: as in ``Steering``; by default ``"all"``, for a trained vector at its layers its own.
         progress: called with what is done now, and how much of all that is done.
 
     Raises:
@@ -170,18 +170,18 @@ def calibrate(
         raise InputError("no KL to calibrate for; expected at least one, such as 0.1.")
     targets = list(dict.fromkeys(map(float, kl)))
     encoded = encode_pairs(model, pairs, ReadOut.of("mean-response"))
-    trained = recommended_layers(vector)
+    joint = joint_layers(vector)
     if layers is not None:
         sets = list(
             dict.fromkeys((k,) if isinstance(k, int) else tuple(sorted(set(k))) for k in layers)
         )
-    elif len(trained) > 1:
-        sets = [trained]
-        positions = positions or (vector.meta.recommended or {}).get("positions")  # type: ignore
+    elif joint:
+        sets = [joint]
     else:
         progress("comparing the layers", 0, 1)
         sets = [(layer,) for layer in best_layers(model, vector, encoded)]
-    where: Positions = positions or "all"
+    own = joint and sets == [joint] and (vector.meta.recommended or {}).get("positions")
+    where: Positions = positions or own or "all"  # type: ignore[assignment]
     vector.select({layer for one in sets for layer in one})  # raises for a layer that is not there
     norms = model.norms(vector, {layer for one in sets for layer in one})
     found, unreached = _strengths(

@@ -264,6 +264,16 @@ def recommended_layers(vector: SteeringVector) -> tuple[int, ...]:
     return found if set(found) <= set(vector.layers) else ()
 
 
+def joint_layers(vector: SteeringVector) -> tuple[int, ...]:
+    """Return the layers that a sweep or a calibration takes together where none are given.
+
+    Those of a trained vector, or several that its file recommends together; empty: each layer is a setting.
+    """
+    layers = recommended_layers(vector)
+    trained = (vector.meta.recommended or {}).get("reason") == "trained"
+    return layers if trained or len(layers) > 1 else ()
+
+
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
     """Return the layer to steer where no sweep recommends one, and the reason in words.
 

@@ -247,7 +247,7 @@ def test_the_options_name_all_positions():
     from mlx_densesteer.cli.options import positions_option
     from mlx_densesteer.steering.vector import Positions
 
-    command = positions_option(lambda: None)
+    command = positions_option()(lambda: None)
     (option,) = command.__click_params__
     assert set(option.type.choices) == set(get_args(Positions))
 

@@ -35,6 +35,18 @@ def test_a_vector_is_trained_told_and_used(run, tmp_path):
     assert "trained: sft" in shown
 
 
+def test_a_sweep_measures_a_trained_vector_where_it_was_trained(run):
+    run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST, "--positions", "generated")
+    few = ("--limit", "1", "-n", "8", "--no-nll", "--json")
+    swept = ("sweep", "-m", "demo", "demo", "-v", "t.npz", "--strengths=1", *few)
+    for number, (given, positions) in enumerate(
+        [((), "generated"), (("-l", "4"), "generated"), (("-l", "4", "--positions", "all"), "all")]
+    ):
+        found = json.loads(run(*swept, *given, "-o", f"sweep-{number}").stdout)
+        assert found["positions"] == positions
+        assert [row["layers"] for row in found["rows"]] == [None, [4]]
+
+
 def test_what_is_refused(run, tmp_path):
     (tmp_path / "there.npz").write_bytes(b"")
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')

@@ -109,12 +109,15 @@ def test_without_layers_the_best_to_first_order_are_measured(model, make_vector,
     assert best_layers(model, measured, encoded, 2) == [0, 3]
 
 
-def test_the_layers_of_a_trained_vector_are_one_setting(model, vector):
-    best = {"layers": [0, 2], "strength": 1.0, "positions": "generated", "reason": "trained"}
+@pytest.mark.parametrize("own", [(0, 2), (2,)])
+def test_a_trained_vector_is_measured_as_it_was_trained(model, vector, own):
+    best = {"layers": [*own], "strength": 1.0, "positions": "generated", "reason": "trained"}
     trained = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
-    found = calibrate(model, trained, PAIRS[:1])
-    assert [row.layers for row in found.rows] == [(0, 2)] and found.positions == "generated"
-    assert [row.layers for row in calibrate(model, trained, PAIRS[:1], layers=[2]).rows] == [(2,)]
+    for given in (None, [own]):
+        found = calibrate(model, trained, PAIRS[:1], layers=given)
+        assert [row.layers for row in found.rows] == [own] and found.positions == "generated"
+    other = calibrate(model, trained, PAIRS[:1], layers=[1])
+    assert [row.layers for row in other.rows] == [(1,)] and other.positions == "all"
 
 
 def test_what_cannot_be_reached_is_left_out_or_refused(model, vector):
