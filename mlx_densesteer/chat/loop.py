@@ -247,7 +247,7 @@ class Chat:
         try:
             getattr(self, f"do_{name}")(asked.argument)
         except (InputError, SteeringError) as error:
-            if not str(error).startswith(f"{name} "):
+            if name not in ("strength", "layer") or not str(error).startswith(f"{name} "):
                 raise
             raise type(error)(f"/{error}") from error  # as it was typed: /strength
 

@@ -1,17 +1,15 @@
 """``densesteer demo``."""
 
 import json
-import shlex
 import shutil
-import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..text import Live, aligned, count, one_line, signed, signed_dose
 from .options import json_option
+from .run import program
 from .sweep import FIGURES, figures
 
 if TYPE_CHECKING:
@@ -102,19 +100,20 @@ def _story(
 
     lines = ["The same question at five doses of one steering vector:", ""]
     lines += [*_wrapped(question, width, "  "), ""]
-    longest = max(own[row.setting.fingerprint].steps for row in rows)
+    longest = min(max(own[row.setting.fingerprint].steps for row in rows), MOST_STEPS)
     for row in rows:
         dose, one = row.setting.dose, own[row.setting.fingerprint]
         found = "no answer" if one.found is None else f"answer {one_line(one.found, 20)}"
-        bar = "#" * min(one.steps, longest, MOST_STEPS)
+        bar = "#" * min(one.steps, longest)
         lines.append(
-            f"{signed_dose(dose):>5}  {bar:<{min(longest, MOST_STEPS)}}  {count(one.steps, 'step'):<8}  "
+            f"{signed_dose(dose):>5}  {bar:<{longest}}  {count(one.steps, 'step'):<8}  "
             f"{found}, {'right' if one.correct else 'wrong'} ({_remark(dose)})"
         )
         steps = split_steps(one.text.partition("\n####")[0])
         room = (1 if dose >= LARGE_DOSE else 4) * (width - 9)
         for number, step in enumerate(steps[:MOST_STEPS], 1):
             lines += _wrapped(one_line(step, room), width, f"{number:>7}  ")
+        lines += ["    ..."] * (len(steps) > MOST_STEPS)
         lines.append("")
     return lines
 
@@ -132,7 +131,7 @@ def _wrapped(text: str, width: int, begin: str = "") -> list[str]:
 
 def _next(width: int) -> list[str]:
     """Return what to try next. A command stands alone on its line, so that it can be pasted."""
-    program, name = _program(), OWN_MODEL.rpartition("/")[2]
+    called, name = program(), OWN_MODEL.rpartition("/")[2]
     tries = {
         "Turn the strength while you talk (/strength 10%, /compare, /help):": (
             "chat -m demo -v demo",
@@ -145,20 +144,8 @@ def _next(width: int) -> list[str]:
     }
     lines = []
     for what, commands in tries.items():
-        lines += [*_wrapped(what, width), *(f"  {program} {command}" for command in commands)]
+        lines += [*_wrapped(what, width), *(f"  {called} {command}" for command in commands)]
     return lines
-
-
-def _program() -> str:
-    """Return how this command can be called from the folder that the user is in."""
-    own = Path(sys.executable).with_name("densesteer")
-    if not own.exists():
-        return f"{shlex.quote(sys.executable)} -m mlx_densesteer"
-    found = shutil.which("densesteer")
-    if found and own.samefile(found):
-        return "densesteer"
-    here = Path.cwd()
-    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
 
 
 def _clearest(

@@ -295,11 +295,9 @@ def _progress(live: Live, wanted: int | None) -> "Callable[[PairsProgress], None
     def show(state: "PairsProgress") -> None:
         seconds = time.monotonic() - began
         rate = f", {state.tokens / seconds:.0f} tokens/s" if state.tokens and seconds > 1 else ""
-        # a batch may hold more good pairs than are kept
-        accepted = f"{min(state.accepted, wanted)} of {wanted}" if wanted else f"{state.accepted}"
         live.show(
-            f"{state.solved}/{state.problems} solved, {state.correct} right; "
-            f"{state.rewritten} rewritten, {state.checked} checked, {accepted} accepted{rate}"
+            f"{state.solved}/{state.problems} solved, {state.correct} right; {state.rewritten} rewritten, "
+            f"{state.checked} checked, {_accepted(state.accepted, wanted)} accepted{rate}"
         )
 
     return show
@@ -309,7 +307,7 @@ def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
     from ..extraction.verification import REASONS
 
     note(
-        f"{count(summary.problems, 'problem')}: {_accepted(summary, wanted)} accepted, "
+        f"{count(summary.problems, 'problem')}: {_accepted(summary.accepted, wanted)} accepted, "
         f"{sum(summary.rejected.values())} rejected, {summary.wrong} solved wrongly, "
         f"{summary.truncated} cut off"
     )
@@ -327,7 +325,7 @@ def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) 
 
     note(
         f"{count(summary.problems, 'problem')}, {count(summary.samples, 'sample')}: {summary.correct} "
-        f"correct, {summary.truncated} cut off; {summary.solved} problems solved, {_accepted(summary, wanted)} pairs"
+        f"correct, {summary.truncated} cut off; {summary.solved} problems solved, {_accepted(summary.accepted, wanted)} pairs"
     )
     _tell_reasons(summary, REASONS)
     _tell_means(summary, ("longest", "shortest"))
@@ -337,9 +335,9 @@ def _tell_samples(summary: "SampleSummary", files: "Files", wanted: int | None) 
     _tell_rest(summary, files, wanted)
 
 
-def _accepted(summary: "Summary | SampleSummary", wanted: int | None) -> str:
-    """Return ``50 of 50``, or the number alone where none was asked for."""
-    return f"{summary.accepted} of {wanted}" if wanted else f"{summary.accepted}"
+def _accepted(number: int, wanted: int | None) -> str:
+    """Return ``50 of 50``, or the number alone where none was asked for. A batch may hold more than are kept."""
+    return f"{min(number, wanted)} of {wanted}" if wanted else f"{number}"
 
 
 def _tell_reasons(summary: "Summary | SampleSummary", reasons: "Mapping[str, str]") -> None:

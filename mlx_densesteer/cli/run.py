@@ -1,6 +1,9 @@
 """Runs over many problems: load the problems, show progress, continue after Ctrl-C."""
 
 import contextlib
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -134,3 +137,18 @@ def answers_progress(
         live.show(f"{done}/{expected} answers, {right} right{rate}{left}", table(answers))
 
     return show
+
+
+def program() -> str:
+    """Return how this command can be called from the folder that the user is in."""
+    own = Path(sys.executable).with_name("densesteer")
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m mlx_densesteer"
+    found = shutil.which("densesteer")
+    if found and own.samefile(found):
+        return "densesteer"
+    here = Path.cwd()
+    if own.is_relative_to(here):
+        below = own.relative_to(here)
+        own = below if below.parent.parts else f"./{below}"
+    return shlex.quote(str(own))

@@ -26,7 +26,7 @@ from .options import (
     task_options,
     vector_option,
 )
-from .run import journalled, load_problems
+from .run import journalled, load_problems, program
 from .steering import read_vector, tell_fit
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def sweep(
     problems, about = load_problems(
         task, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
+    left = _problems_after(about, skip + len(problems))
     where = positions or _positions(steering_vector, chosen)
     subject = {"vector_sha256": steering_vector.sha256(), "positions": where}
     folder = Path(out)
@@ -211,7 +212,7 @@ def sweep(
         result = run(loaded, problems, settings, margin=margin, **options)
     if not ranks.speaks:
         return
-    what_next, command = _next(result, about, where, stored=write)
+    what_next, command = _next(result, about, left, where, stored=write)
     document: dict[str, object] = {
         **about,
         "model": info.name,
@@ -224,7 +225,7 @@ def sweep(
         "rows": [row.describe() for row in result.rows],
         "recommendation": asdict(result.recommendation),
         "calibration": found and found.describe(),
-        "next": command,
+        "next": f"densesteer {command}",
     }
     _keep_earlier(folder, document)
     with atomic_file(folder / "table.json") as file:
@@ -245,7 +246,7 @@ def sweep(
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
         lines = [*_table(result.rows), _LEGEND, "", result.recommendation.text]
-        click.echo("\n".join([*lines, "", f"Next, {what_next}:", f"  {command}"]))
+        click.echo("\n".join([*lines, "", f"Next, {what_next}:", f"  {program()} {command}"]))
 
 
 _LEGEND = (
@@ -253,9 +254,6 @@ _LEGEND = (
     "95%: interval of the accuracy (table.json has the others); p: exact McNemar test against\n"
     "strength 0, not corrected for the number of settings (the recommendation is)"
 )
-
-
-_KEPT = ("task", "split", "skip", "problems_sha256", "system", "max_tokens", "margin")
 
 
 def _keep_earlier(folder: Path, document: "Mapping[str, Any]") -> None:
@@ -267,20 +265,23 @@ def _keep_earlier(folder: Path, document: "Mapping[str, Any]") -> None:
 
     def identity(one: "Mapping[str, Any]") -> list[object]:
         settings = [[row["layers"], row["strength"]] for row in one["rows"]]
-        return [settings, *(one.get(key) for key in _KEPT)]
+        return [settings, one["problems_sha256"], one["margin"]]
 
+    if not (table := folder / "table.json").exists():
+        return
     try:
-        there = parse_object((folder / "table.json").read_bytes(), "the table")
-        if identity(there) == identity(document):
+        if identity(parse_object(table.read_bytes(), "the table")) == identity(document):
             return
     except (OSError, InputError, KeyError, TypeError):
-        if not (folder / "table.json").exists():
-            return
-    number = next(n for n in numbers(1) if not (folder / f"table-{n}.json").exists())
-    for name in ("table.json", "heatmap.png", "curves.png"):
-        old = folder / name
+        pass  # damaged, or of an older form: kept too
+    there = [table, folder / "heatmap.png", folder / "curves.png"]
+    for number in numbers(1):
+        kept = [old.with_stem(f"{old.stem}-{number}") for old in there]
+        if not any(map(Path.exists, kept)):
+            break
+    for old, new in zip(there, kept, strict=True):
         if old.exists():
-            old.rename(old.with_stem(f"{old.stem}-{number}"))
+            old.rename(new)
     note(
         f"{folder}: has an earlier sweep of other settings or problems; its table is now table-{number}.json"
     )
@@ -332,26 +333,27 @@ def _given(option: str) -> bool:
 
 
 def _next(
-    result: "Sweep", about: "Mapping[str, Any]", where: "Positions", *, stored: bool
+    result: "Sweep", about: "Mapping[str, Any]", left: int, where: "Positions", *, stored: bool
 ) -> tuple[str, str]:
-    """Return what to do after a verdict, and the command for it.
+    """Return what to do after a verdict, and the command for it, without the program's name.
 
     Args:
         about: what identifies the problems (``load_problems``).
+        left: how many problems the task has after these.
         stored: whether the vector's file has the recommendation.
     """
     from ..evaluation.recommendation import problems_needed
     from ..steering.request import joined
+    from ..steering.steering import LARGE_DOSE
 
     params = click.get_current_context().params
     best, task, after = result.recommendation, params["task"], params["skip"] + about["problems"]
     same = ["-m", params["model"], "-v", params["vector"]]
     place = ["--positions", where] * (where != "all" or _given("positions"))
     kept = ["split", "revision", "max_tokens", "rows", "system", "no_nll"]
-    left = _problems_after(about, after)
     if best.layers:
         if not stored:
-            same += ["-l", ",".join(map(str, best.layers)), f"--strength={best.strength!r}", *place]
+            same += ["-l", joined(best.layers), f"--strength={best.strength!r}", *place]
         if about["split"] == params["split"]:  # else eval takes the split test by itself
             if not left:
                 return "try it", _command("chat", same, ["system"])
@@ -370,15 +372,20 @@ def _next(
         kept = [name for name in every if name not in ("model", "vector", "limit", "as_json")]
         command = _command("sweep", [*same, "--limit", str(need)], kept, task)
         return "go on with more problems", command
-    unsteered, *steered = result.rows
-    fewest = min(steered, key=lambda row: row.score.steps.value)
-    before, now = (row.score.steps.value for row in (unsteered, fewest))
-    if now >= before:
-        return "look for another layer", _command("vector", ["show", params["vector"]], [])
-    layer, dose = joined(fewest.setting.layers), signed_dose(fewest.setting.dose).lstrip("+")
-    where_from = f"{now:.1f} steps instead of {before:.1f} at layer {layer}, {dose}"
-    same += ["-l", layer.replace("+", ","), "-s", dose, *place]
-    return f"see for yourself what it changes ({where_from})", _command("chat", same, ["system"])
+    if one:
+        look, seen = one, ""
+    else:
+        unsteered, *steered = result.rows
+        sound = [row for row in steered if row.setting.dose < LARGE_DOSE]
+        fewest = min(sound, key=lambda row: row.score.steps.value, default=unsteered)
+        before, now = (row.score.steps.value for row in (unsteered, fewest))
+        if now >= before:
+            return "look for another layer", _command("vector", ["show", params["vector"]], [])
+        look, seen = fewest.setting, f"{now:.1f} steps instead of {before:.1f} at "
+    layer, dose = joined(look.layers), signed_dose(look.dose).lstrip("+")
+    same += ["-l", layer, "-s", dose, *place]
+    what = f"see for yourself what it changes ({seen}layer {layer}, {dose})"
+    return what, _command("chat", same, ["system"])
 
 
 def _problems_after(about: "Mapping[str, Any]", number: int) -> int:
@@ -394,14 +401,18 @@ def _problems_after(about: "Mapping[str, Any]", number: int) -> int:
 
 
 def _command(name: str, words: list[str], kept: list[str], *task: str) -> str:
-    """Return a command with ``words`` and those options of this one in ``kept`` that were given."""
+    """Return a command with ``words`` and those options of this one in ``kept`` that were given.
+
+    Without the program's name, and without what is no parameter (``--strict``).
+    """
     ctx = click.get_current_context()
     for option in ctx.command.params:
-        if isinstance(option, click.Option) and option.name in kept and _given(option.name):
+        named = isinstance(option, click.Option) and option.name in kept
+        if named and option.name in ctx.params and _given(option.name):
             value = ctx.params[option.name]
             for one in value if option.multiple else [value]:
                 words = [*words, option.opts[0], *([] if option.is_flag else [str(one)])]
-    return shlex.join(["densesteer", name, *words, *task])
+    return shlex.join([name, *words, *task])
 
 
 def _read_pairs(file: str, vector: "SteeringVector") -> "list[Pair]":

@@ -146,16 +146,16 @@ class Model:
         for block in decoder_blocks(self.network).values():
             for norm in (block.input_layernorm, block.post_attention_layernorm):
                 digest.update(_bfloat16_bytes(norm.weight))
-            if "bias" in block.mlp.down_proj:
-                digest.update(_bfloat16_bytes(block.mlp.down_proj.bias))
+            if (bias := _last_bias(block)) is not None:
+                digest.update(_bfloat16_bytes(bias))
         digest.update(_bfloat16_bytes(self.network.model.norm.weight))
         return digest.hexdigest()[:16]
 
     @cached_property
     def baked_layers(self) -> tuple[int, ...]:
         """The layers at which ``bake`` wrote a steering into the weights; empty for other models."""
-        last = {k: block.mlp.down_proj for k, block in decoder_blocks(self.network).items()}
-        return tuple(k for k, one in last.items() if "bias" in one and one.bias.any().item())
+        biases = {k: _last_bias(block) for k, block in decoder_blocks(self.network).items()}
+        return tuple(k for k, bias in biases.items() if bias is not None and bias.any().item())
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -629,6 +629,12 @@ def _base_name(model: str) -> str:
     while (shorter := _PRECISION.sub("", name)) != name:
         name = shorter
     return name
+
+
+def _last_bias(block: nn.Module) -> mx.array | None:
+    """Return the bias on a block's output, where ``bake`` writes a steering; an adapter may wrap its layer."""
+    last = block.mlp.down_proj
+    return getattr(last, "linear", last).get("bias")
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 
 import mlx_densesteer as ds
 from mlx_densesteer import demo
+from mlx_densesteer.cli.run import program
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.steering.request import request
@@ -140,7 +141,7 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     assert all(float(cell[2]) > 1 for cell in cells[1:])
     assert lines[-4].startswith("No setting is recommended")  # two problems support nothing
     assert lines[-3] == "" and lines[-2].startswith("Next, ")
-    assert lines[-1].startswith("  densesteer ")
+    assert lines[-1].startswith(f"  {program()} sweep -m demo ")
     folder = tmp_path / "out"
     assert {p.name for p in folder.iterdir()} == {
         "answers.jsonl", "table.json", "heatmap.png", "curves.png",
@@ -174,9 +175,11 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
         ("tokens", 0, ["--split", "test"], "confirm it on other problems",
          "eval {} -l 5 --strength=4.76 --skip 2 --split test -n 48 --no-nll demo"),
         ("tokens", 0, ["--split", "test", "--skip", "498"], "try it", "chat {} -l 5 --strength=4.76"),
-        ("none", 499, [], "see for yourself what it changes (1.0 steps instead of ", "chat {} -l 5 -s 20%"),
-        ("none", 0, [], "go on with more problems",
+        ("none", 499, [], "see for yourself what it changes (layer 5, 20%)", "chat {} -l 5 -s 20%"),
+        ("none", 0, ["--strict"], "go on with more problems",
          "sweep {} --limit 189 -l 5 -s 20% -n 48 --no-nll demo"),
+        ("none", 0, ["--skip", "490", "--strengths=20%,200%"],
+         "see for yourself what it changes (1.0 steps instead of ", "chat {} -l 5 -s 20%"),
         ("none", 0, ["--skip", "490", "--strengths=-30%"], "look for another layer", "vector show demo"),
     ],
 )  # fmt: skip
@@ -206,7 +209,7 @@ def test_a_sweep_ends_with_the_next_command(run, monkeypatch, reason, needed, mo
     )
     *_, told, printed = run(*words, "-s", "20%", *more).stdout.splitlines()
     assert told.startswith(f"Next, {says}")
-    assert printed == f"  densesteer {command.format('-m demo -v demo')}"
+    assert printed == f"  {program()} {command.format('-m demo -v demo')}"
 
 
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):

@@ -199,16 +199,19 @@ def test_the_demo_shows_a_problem_in_which_the_effect_is_seen(monkeypatch):
 
 
 def test_the_commands_that_the_demo_suggests_can_be_pasted(tmp_path, monkeypatch):
-    from mlx_densesteer.cli.demo import _program
+    from mlx_densesteer.cli.run import program as called
 
     program = tmp_path / "my env" / "bin" / "densesteer"
     program.parent.mkdir(parents=True)
     monkeypatch.setattr("sys.executable", str(program.with_name("python")))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert _program() == f"'{program.with_name('python')}' -m mlx_densesteer"
+    assert called() == f"'{program.with_name('python')}' -m mlx_densesteer"
     program.touch(0o755)
-    assert _program() == f"'{program}'"
+    assert called() == f"'{program}'"
     monkeypatch.chdir(tmp_path)
-    assert _program() == "'my env/bin/densesteer'"
+    assert called() == "'my env/bin/densesteer'"
+    with monkeypatch.context() as there:
+        there.chdir(program.parent)
+        assert called() == "./densesteer"
     monkeypatch.setenv("PATH", str(program.parent))
-    assert _program() == "densesteer"
+    assert called() == "densesteer"
