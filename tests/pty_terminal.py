@@ -64,7 +64,7 @@ class Terminal:
 
     def end(self) -> int:
         """Wait for the program's end; return its exit status, or minus the signal."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 90
         while self.pump():
             assert time.monotonic() < until, self.text
         while self.process.isalive():  # its output has ended; `close` would kill it after 0.1 s
