@@ -23,6 +23,7 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,19 +160,30 @@ def last_boxed(text: str) -> str | None:
 def stated_answer(response: str) -> str | None:
     """Return the answer that a response marks as its last, or ``None`` without a mark.
 
-    The mark is GSM8K's ``#### 32`` in the last line, else the last box. Numbers come in one typesetting:
-    9,500 and 9500.0 are both ``9500``.
+    The mark is GSM8K's ``#### 32`` in the last line, else the last box. Equal answers are equal texts: a
+    number by its value (9,500.0 is ``9500``, 1/2 is ``0.5``, 50% is ``50``), another answer by ``normalise``.
     """
     last = response.rstrip().rpartition("\n")[2].strip()
-    marked = last[4:] if last.startswith("####") else last_boxed(response)
-    if not marked or len(marked) > LONGEST:
-        return None
-    number = read_number(marked)
-    if number is None:
-        return None if last.startswith("####") else bare(marked)
-    if isinstance(number.value, Fraction) and number.value.denominator == 1:
-        return f"{number.value}{'%' * number.percent}"
-    return number.text
+    line = last[4:] if last.startswith("####") and not _HEADING.match(last) else ""
+    box = last_boxed(response) or ""
+    for marked in (line, box):
+        if len(marked) <= LONGEST and (number := read_number(marked)):
+            return _written(number)
+    return normalise(bare(box)) or None if len(box) <= LONGEST else None
+
+
+_HEADING = re.compile(r"####\s*\d+\.\s*[^\W\d]")  # "#### 1. Setup" is a heading
+
+
+def _written(number: Number) -> str:
+    """Write the value of a number: in decimals if they end, else as a fraction."""
+    value = number.value
+    if not isinstance(value, Fraction):
+        return str(value)
+    if number.percent and 0 < abs(value) < 1:  # as ``Number.equals`` reads it
+        value /= 100
+    decimals = f"{Decimal(value.numerator) / value.denominator:f}"
+    return decimals if Fraction(decimals) == value else str(value)
 
 
 _REWRITES = (

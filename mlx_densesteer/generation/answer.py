@@ -23,6 +23,7 @@ def split_steps(text: str) -> list[str]:
 
 
 _FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
+_HEADING = re.compile(r"\s*#{1,6}\s")
 _ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])\s")
 
 
@@ -32,26 +33,29 @@ def step_starts(text: str) -> list[int]:
     These are the blocks of ``split_steps``, of which some are joined: a blank line separates no steps
 
     - in a fenced code block;
-    - in an item of a list: the next block is indented more than the item;
+    - in an item of a list: the next block is indented at least as far as the item's text;
     - between the bullets of one list. The items of a numbered list are steps: so models write them.
+
+    A heading or a code block that is indented less than the item's text ends the list.
 
     The page shows these steps. All that is measured, and the positions ``steps``, follow ``split_steps``.
     """
     starts: list[int] = []
     fence: str | None = None  # what opened the code block
-    item: re.Match[str] | None = None  # the first item of the list that the step ends in
+    item: re.Match[str] | None = None  # the last outermost item of the list that the step ends in
     blank, at = True, 0
     for line in text.split("\n"):
         if not line.strip():
             blank, at = True, at + len(line) + 1
             continue
-        found = _ITEM.match(line)
-        if blank and fence is None and not (starts and item and _continues(item, found, line)):
-            starts.append(at)
-            item = found
-        item = item or (found if fence is None else None)
         if fence is None:
-            opened = _FENCE.match(line)
+            found, opened = _ITEM.match(line), _FENCE.match(line)
+            inside = item is not None and _indent(line) >= len(item[0])
+            if blank and not inside and not (item and found and _same_list(item, found)):
+                starts.append(at)
+                item = None
+            if not inside:
+                item = None if opened or _HEADING.match(line) else found or item
             fence = opened[1] if opened else None
         elif len(line.strip()) >= len(fence) and not line.strip().strip(fence[0]):
             fence = None
@@ -59,12 +63,13 @@ def step_starts(text: str) -> list[int]:
     return starts
 
 
-def _continues(item: re.Match[str], found: re.Match[str] | None, line: str) -> bool:
-    """Tell whether a line after a blank one belongs to the list that began with ``item``."""
-    indent = len(line) - len(line.lstrip())
-    return indent > len(item[1]) or (
-        found is not None and found[2] == item[2] and found[2] in "-*+"
-    )
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _same_list(item: re.Match[str], found: re.Match[str]) -> bool:
+    """Tell whether two bullets with a blank line between them are of one list."""
+    return found[2] == item[2] and found[2] in "-*+"
 
 
 def density(tokens: int, steps: int) -> float | None:

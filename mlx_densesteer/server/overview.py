@@ -54,6 +54,7 @@ class Overview:
                 "hidden_size": model.hidden_size,
                 "context": model.context,
                 "max_tokens": self.settings.limits.max_tokens,
+                "fingerprint": model.fingerprint,
                 "dtype": model.info.dtype,
                 "quantization": model.info.quantization,
             },

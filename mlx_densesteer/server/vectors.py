@@ -18,7 +18,7 @@ from ..model.model import Model
 from ..steering.request import Amount, MeasuredModel, Request, format_dose, request
 from ..steering.steering import LARGE_DOSE, Positions, Steering
 from ..steering.vector import SteeringVector, VectorMeta, format_layers
-from ..text import count
+from ..text import count, one_line
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
 from .settings import Settings
@@ -160,12 +160,16 @@ class Vectors:
         return steering.describe() | {"dose": dose, "warning": warning}
 
     def listing(self, one: NamedVector) -> dict[str, object]:
-        """Return a vector's description; ``unit_dose`` is the dose of strength 1 at each layer."""
+        """Return a vector's description; ``unit_dose`` is the dose of strength 1 at each layer.
+
+        ``fingerprint`` identifies its numbers, at all its layers.
+        """
         vector, meta = one.vector, one.vector.meta
         sizes, norms = vector.norms(), self.model.norms(vector, vector.layers)
         return {
             "name": one.name,
             "about": _about(meta),
+            "fingerprint": Steering(vector, 1.0, vector.layers, "all").fingerprint,
             "layers": list(vector.layers),
             "default": self.describe(one.request().steering(self._asked_of)),
             "unit_dose": {str(layer): sizes[layer] / norms[layer] for layer in vector.layers},
@@ -314,11 +318,11 @@ class _Known:
 
 def _about(meta: VectorMeta) -> str:
     """Return one sentence on a vector: how it was made, of what, and for which model."""
-    method = (meta.method or "method not recorded").partition(":")[0]
+    method = one_line((meta.method or "").partition(":")[0]) or "method not recorded"
     pairs = f" of {count(meta.pair_count, 'pair')}" if meta.pair_count else ""
     swept = (meta.recommended or {}).get("reason") not in (None, "trained")
     found = ", setting recommended by a sweep" if swept else ""
-    return f"{method[0].upper()}{method[1:]}{pairs}, made for {meta.model}{found}."
+    return f"{method[0].upper()}{method[1:]}{pairs}, made for {one_line(meta.model)}{found}."
 
 
 def exact(amount: Amount) -> str:

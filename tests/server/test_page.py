@@ -308,6 +308,8 @@ def test_asking_again_adds_an_answer_in_its_place_and_none_twice(open_page):
     assert len(sent) == 2
     sent.clear()
     page.get_by_role("button", name="Ask again").click()  # greedy: both are there
+    toast = page.locator("#toast")
+    assert toast.inner_text() == "Answered already: the answers of this setting are shown."
     page.get_by_label("Strength as a number").fill("-7")
     page.get_by_role("button", name="Ask again").click()
     answered(page)
@@ -341,8 +343,14 @@ def test_another_system_message_is_another_request(open_page):
     answered(page)
     assert not page.locator("#told-system").is_visible()
     page.get_by_label("System message").fill("Be brief.")
+    page.get_by_label("Compare with unsteered").uncheck()
     page.get_by_role("button", name="Ask again").click()
     answered(page)
+    assert len(answers(page)) == 3 and page.locator(".headline:visible").count() == 1
+    page.get_by_label("Compare with unsteered").check()
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    assert page.locator(".headline:visible").count() == 2
     assert [one["messages"][0]["role"] for one in sent] == ["user"] * 2 + ["system"] * 2
     assert page.locator("#told-system").inner_text().split() == [
         "System",
@@ -381,6 +389,60 @@ def test_five_strengths_are_one_button(open_page):
     five.click()  # again, of the last question: all are there
     assert page.locator(".answer.chosen h3").text_content() == DENSE
     assert len(sent) == 5 and len(titles(page)) == 5
+    for question in (None, "And now?"):  # the dial stands at none of the five
+        page.get_by_label("Strength as a number").fill("3.8")
+        if question:
+            fulfilled(page, lambda request: ("a", [0], None))
+            page.get_by_label("Question", exact=True).fill(question)
+        five.click()
+        until(page, "!document.querySelector('#send').hidden")
+        last = page.locator("#turns > li").last
+        chosen = last.locator(".answer.chosen h3").get_attribute("title")
+        assert chosen == "Vector demo, strength 4.76"
+    assert len(sent) == 10
+
+
+def test_five_strengths_of_a_vector_that_is_off_by_default(open_page):
+    def off(route):
+        response = route.fetch()
+        body = response.json()
+        body["vectors"][0]["default"] |= {"strength": 0, "dose": 0}  # serve -s 0
+        route.fulfill(response=response, json=body)
+
+    page = open_page(before=lambda page: page.route("**/v1/steering", off))
+    sent = watched(page)
+    fulfilled(page, lambda request: ("a", [0], None))
+    page.locator("#send:enabled").wait_for()
+    page.get_by_label("Question", exact=True).fill(QUESTION)
+    page.get_by_role("button", name="Try five strengths").click()
+    answered(page)
+    strengths = sorted(one.get("steering", {"strength": 0})["strength"] for one in sent)
+    most = float(page.get_by_label("Strength", exact=True).get_attribute("max"))
+    assert strengths == pytest.approx([share * most for share in (-0.25, 0, 0.125, 0.25, 0.5)])
+
+
+def test_answers_of_another_model_or_vector_are_asked_for_anew(open_page):
+    changes = []
+
+    def answer(route):
+        response = route.fetch()
+        body = response.json()
+        for part in changes:
+            (body["model"] if part == "model" else body["vectors"][0])["fingerprint"] = "another"
+        route.fulfill(response=response, json=body)
+
+    page = open_page(before=lambda page: page.route("**/v1/steering", answer))
+    sent = watched(page)
+    fulfilled(page, lambda request: ("a", [0], None))
+    ask(page)
+    answered(page)
+    for change, asked in (("model", 4), ("vector", 5), (None, 5)):
+        changes[:] = filter(None, [change])
+        page.reload()
+        page.locator("#again:enabled").click()
+        answered(page)
+        assert len(sent) == asked == len(answers(page))
+        assert page.get_by_text("another model: demo").count() == 2
 
 
 def test_a_phone_compares_by_swiping(open_page):
@@ -684,13 +746,15 @@ def test_an_unfinished_answer_is_replaced_by_a_whole_one_only(open_page):
     page = open_page()
     page.get_by_label("Compare with unsteered").uncheck()
     half = {"choices": [{"delta": {"content": "Half"}, "finish_reason": None}]}
-    bodies = [events(half), ""]
+    less = {"choices": [{"delta": {"content": "Ha"}, "finish_reason": None}]}
+    bodies = [events(half), "", events(less)]
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=bodies.pop(0)))
     ask(page)
     page.locator("#alert").get_by_text("broke off").wait_for()
-    page.get_by_role("button", name="Ask again").click()
-    page.locator("#alert").get_by_text("broke off").wait_for()
-    assert not bodies and [one["steps"] for one in answers(page)] == [["Half"]]
+    for left in (1, 0):
+        page.get_by_role("button", name="Ask again").click()
+        page.locator("#alert").get_by_text("broke off").wait_for()
+        assert len(bodies) == left and [one["steps"] for one in answers(page)] == [["Half"]]
     page.unroute("**/v1/chat/completions")
     page.get_by_role("button", name="Ask again").click()
     answered(page)
@@ -825,9 +889,10 @@ def test_markdown_and_formulas_are_dressed(open_page):
         "### Step 1\nWe **multiply** `a`:\n\\[\n\\frac{3}{4} \\times 8 = \\boxed{6}\n\\]\n\n"
         "```python\nx = 1\n\ny = **2**\n```\nSo \\(x \\le 2\\), 3 * 4 ** 2, $5.\n\n"
         "| day | apples |\n|:--|--:|\n| Monday | **4** |\n| a \\| b | 5 |\n\n"
-        "- one\n\n  more of one\n- two\n  1. inner\n\nThe end."
+        "- one\n\n  more of one\n- two\n  1. inner\n\n"
+        "#### 2 Solution\nThe end.\n#### 6"
     )
-    starts = [text.index(one) for one in ("###", "```python", "| day", "- one", "The end.")]
+    starts = [text.index(one) for one in ("###", "```python", "| day", "- one", "#### 2")]
     fulfilled(page, lambda request: (text, starts, "6"))
     page.get_by_label("Compare with unsteered").uncheck()
     ask(page)
@@ -836,7 +901,9 @@ def test_markdown_and_formulas_are_dressed(open_page):
     assert steps.count() == 5
     assert steps.first.locator("p").all_inner_texts() == ["Step 1", "We multiply a:", "3/4 × 8 = 6"]
     assert steps.nth(1).locator("p").all_inner_texts() == ["So x ≤ 2, 3 * 4 ** 2, $5."]
-    assert page.locator(".answer p > strong").all_inner_texts() == ["Step 1", "multiply"]
+    strong = page.locator(".answer p > strong").all_inner_texts()
+    assert strong == ["Step 1", "multiply", "2 Solution", "6"]
+    assert page.locator(".answer .final").all_inner_texts() == ["Answer 6"]
     assert page.locator(".answer mark").inner_text() == "6"
     assert page.locator(".answer code.block").all_inner_texts() == ["x = 1\n\ny = **2**"]
     assert page.locator(".answer .code .bar span").inner_text() == "python"
@@ -850,6 +917,20 @@ def test_markdown_and_formulas_are_dressed(open_page):
     assert items.last.locator("ol > li").all_inner_texts() == ["inner"]
     page.get_by_label("Show answers as plain text").check()
     assert "\n\n".join(answers(page)[0]["steps"]) == text
+
+
+def test_no_text_of_the_model_holds_the_page_up(open_page):
+    page = open_page()
+    made = page.evaluate("""async () => {
+        const { blocks } = await import("/page/markup.js");
+        const gap = " ".repeat(40_000);
+        const texts = [`a | b\n|${gap}-${gap}x`, `| a${gap}x | b |\n|-|-|`, `# ${gap}a\u2028b`, "#### 1. Setup"];
+        const began = performance.now();
+        const tags = texts.map((text) => blocks(text, true).map((one) => one.make().firstElementChild?.tagName ?? "P"));
+        return { tags, milliseconds: performance.now() - began };
+    }""")
+    assert made["tags"] == [["P"], ["TABLE"], ["STRONG"], ["STRONG"]]
+    assert made["milliseconds"] < 1000
 
 
 def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):

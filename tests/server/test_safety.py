@@ -596,10 +596,11 @@ def test_the_folder_of_vectors(tmp_path):
         rewritten(good, tmp_path / f"{name}.npz", changes)
     with serving(folder=tmp_path) as server:
 
-        def names():
-            return [one["name"] for one in server.ask("/v1/steering")[2]["vectors"]]
+        def listed():
+            return {one["name"]: one for one in server.ask("/v1/steering")[2]["vectors"]}
 
-        assert names() == ["demo", "good"]
+        before = listed()
+        assert list(before) == ["demo", "good"]
         for name, words in (("small", "hidden size"), ("damaged", "cannot be used"), ("zero", "Choose another layer"), ("folder", "cannot be used"),
                             *((name, f"vector '{name}' cannot be used") for name in (*strange, "pipe")),
                             ("no model name@x=1", "expected letters"),
@@ -613,8 +614,14 @@ def test_the_folder_of_vectors(tmp_path):
         SteeringVector({5: np.full(192, 3.0)}, good.meta).save(tmp_path / "good.npz")
         second = server.chat(QUESTION, model="demo@good=5", max_tokens=30)
         assert second["steering"]["fingerprint"] != first["steering"]["fingerprint"]
-        good.save(tmp_path / "later.npz")
-        assert names() == ["demo", "good", "later"]
+        rewritten(good, tmp_path / "later.npz", {"method": ": \n", "model": "two\nlines"})
+        after = listed()
+        assert list(after) == ["demo", "good", "later"]
+        assert after["later"]["about"].startswith(
+            "Method not recorded of 50 pairs, made for two lines"
+        )
+        assert after["later"]["fingerprint"] == before["good"]["fingerprint"]
+        assert after["good"]["fingerprint"] != before["good"]["fingerprint"]
         (tmp_path / "good.npz").unlink()
         assert server.refusal({"model": "demo@good=1"})[0] == 400
 

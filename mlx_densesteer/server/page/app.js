@@ -2,7 +2,7 @@
 
 import { Refused, answer as ask, hasKey, overview, useKey } from "/page/api.js";
 import { Dial } from "/page/dial.js";
-import { element, make } from "/page/dom.js";
+import { element, make, toast } from "/page/dom.js";
 import { asJson, asMarkdown, download } from "/page/exporting.js";
 import * as history from "/page/history.js";
 import { closeOverlays, wirePanels } from "/page/panels.js";
@@ -11,8 +11,9 @@ import { remember, remembered, sampling, wireSettings } from "/page/settings.js"
 import { Sweep } from "/page/sweep.js";
 import { themed } from "/page/theme.js";
 import { MEANING, Transcript } from "/page/transcript.js";
-import { brief, count, describe, steeringOf } from "/page/words.js";
+import { circumstances, count, describe, steeringOf } from "/page/words.js";
 
+const ALREADY = "Answered already: the answers of this setting are shown.";
 const [HERE, DRAFT] = ["densesteer.open", "densesteer.draft"]; // in this tab
 
 let server = null; // the overview; null until it has come
@@ -48,6 +49,7 @@ async function connect() {
       sweep.show(dial.vector, setting);
       remember(`dial ${model.id}`, setting);
     });
+    transcript.model = model;
     transcript.named = server.vectors.length > 1;
     transcript.refresh();
     if (server.vectors.length) sweep.show(dial.vector, dial.setting);
@@ -100,18 +102,37 @@ function asked(steering) {
   return { ...sampling(), steering };
 }
 
-/** What makes two requests equal; null: they never are, since each draws its own sample. */
-function sameness({ steering, temperature, top_p, seed }, system) {
-  if (temperature && seed === undefined) return null;
-  const { vector, strength, layers, positions } = steering ?? {};
-  return JSON.stringify([vector, strength && Number(strength.toPrecision(6)), layers, positions, temperature, top_p, seed, system ?? ""]);
+/** An answer that has not come yet: what is asked, and of which model and vector. */
+function unanswered(asked, system) {
+  const { id, fingerprint, dtype, quantization } = server.model;
+  const { steering } = asked;
+  const vector = server.vectors.find((one) => one.name === steering?.vector)?.fingerprint;
+  const dose = steering && dial.dose(steering);
+  return { asked, system, model: { id, fingerprint, dtype, quantization }, vector, dose, at: new Date().toISOString(), text: "" };
 }
 
+/** What makes the requests of two answers equal; null: they never are, since each draws its own sample. */
+function sameness(answer) {
+  const { steering, temperature, seed } = answer.asked;
+  if (temperature && seed === undefined) return null;
+  const { vector, strength, layers, positions } = steering ?? {};
+  const exact = strength && Number(strength.toPrecision(6));
+  return JSON.stringify([vector, answer.vector, exact, layers, positions, circumstances(answer)]);
+}
+
+const isWhole = (answer) => answer.reason === "stop" || answer.reason === "length";
+
 /** The answer of a turn to the same request, if it is complete. */
-function known(turn, one, system) {
-  const key = sameness(one, system);
-  return turn.answers.find((other) => key !== null && sameness(other.asked, other.system) === key &&
-    (other.reason === "stop" || (other.reason === "length" && other.asked.max_tokens === one.max_tokens)));
+function known(turn, answer) {
+  const key = sameness(answer);
+  return turn.answers.find((other) => key !== null && sameness(other) === key &&
+    (other.reason === "stop" || (isWhole(other) && other.asked.max_tokens === answer.asked.max_tokens)));
+}
+
+/** The answer whose strength is nearest to that of a steering. */
+function nearest(answers, steering) {
+  const apart = ({ asked }) => Math.abs((asked.steering?.strength ?? 0) - (steering?.strength ?? 0));
+  return answers.reduce((best, one) => (apart(one) < apart(best) ? one : best));
 }
 
 /**
@@ -122,28 +143,27 @@ async function run(turn, wanted, main) {
   quiet();
   const here = conversation; // the user may open another one meanwhile
   const system = element("system").value;
-  const missing = wanted.filter((one) => !known(turn, one, system));
-  const there = known(turn, asked(main), system);
-  if (!missing.length) {
-    turn.chosen = turn.answers.indexOf(there ?? known(turn, wanted.at(-1), system));
+  const fresh = wanted.map((one) => unanswered(one, system));
+  const answers = fresh.filter((one) => !known(turn, one));
+  const chosen = known(turn, unanswered(asked(main), system)) ?? nearest(fresh.map((one) => known(turn, one) ?? one), main);
+  if (!answers.length) {
+    turn.chosen = turn.answers.indexOf(chosen);
     transcript.refresh();
     transcript.toChosen(turn);
     history.keep(here);
-    element("status").textContent = "Answered already: the answers of this setting are shown.";
+    element("status").textContent = ALREADY;
+    toast(ALREADY);
     return;
   }
   here.system = system;
   if (!here.turns.includes(turn)) here.turns.push(turn);
   const messages = [...history.messages(here, here.turns.indexOf(turn)), { role: "user", content: turn.question }];
-  const answers = missing.map((one) =>
-    ({ asked: one, system, dose: one.steering && dial.dose(one.steering), at: new Date().toISOString(), text: "" }));
   const before = turn.answers[turn.chosen];
-  const keys = missing.map((one) => sameness(one, system));
-  const replaced = turn.answers.filter((one) => keys.includes(sameness(one.asked, one.system) ?? NaN)); // unfinished ones
+  const keys = answers.map(sameness);
+  const replaced = turn.answers.filter((one) => keys.includes(sameness(one) ?? NaN)); // unfinished, or cut off
   turn.answers = [...turn.answers, ...answers].filter((one) => !replaced.includes(one));
   replaced.forEach((one) => transcript.dropAnswer(one));
-  const first = (one) => brief(one.asked.steering?.strength ?? 0) === brief(main?.strength ?? 0);
-  turn.chosen = turn.answers.indexOf(answers.find(first) ?? there ?? answers.at(-1));
+  turn.chosen = turn.answers.indexOf(chosen);
   history.arrange(turn);
   transcript.add(turn);
   transcript.refresh();
@@ -181,14 +201,15 @@ async function follow(request, answer, signal) {
   transcript.update(answer);
 }
 
-/** Keep the answers, drop those without text for what was there before, and offer to retry those that failed. */
+/** Keep the answers, but for one that is not whole what it replaced, and offer to retry those that failed. */
 function finish(here, turn, answers, { before, replaced }) {
   const failed = answers.filter((one) => one.error);
-  const empty = answers.filter((one) => !one.text && one.reason !== "stop" && one.reason !== "length");
+  const replaces = (one) => replaced.some((other) => sameness(other) === sameness(one));
+  const empty = answers.filter((one) => !isWhole(one) && (!one.text || replaces(one)));
   if (empty.length) {
     const chosen = empty.includes(turn.answers[turn.chosen]) ? before : turn.answers[turn.chosen];
-    const keys = empty.map((one) => sameness(one.asked, one.system));
-    const back = replaced.filter((one) => keys.includes(sameness(one.asked, one.system)));
+    const keys = empty.map(sameness);
+    const back = replaced.filter((one) => keys.includes(sameness(one)));
     turn.answers = [...turn.answers.filter((one) => !empty.includes(one)), ...back];
     turn.chosen = Math.max(0, turn.answers.indexOf(chosen));
     history.arrange(turn);

@@ -6,6 +6,7 @@ import { brief, describe, percent } from "/page/words.js";
 const FALLBACK = 4; // times the default strength: the range if no dose is known
 const CATCH = 0.015; // a dragged dial stops at 0 and at the default within this share of the range
 const FIVE = [-1, 0, 0.5, 1, 2]; // times the default dose: what "Try five strengths" asks
+const SHARE = 0.25; // of the range: what they are times of if the default is no steering
 const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }; // steps
 
 export class Dial {
@@ -74,7 +75,7 @@ export class Dial {
     const usual = this.vector.default;
     const known = unit !== null && this.dose(usual) !== null;
     const full = known ? this.dose(usual) / unit : Math.abs(usual.strength || 1);
-    const base = Math.min(full, this.most() / Math.max(...FIVE));
+    const base = Math.min(full || this.most() * SHARE, this.most() / Math.max(...FIVE));
     return FIVE.map((share) => (share ? { ...setting, strength: share * base } : null));
   }
 

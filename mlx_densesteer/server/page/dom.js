@@ -15,6 +15,21 @@ export function fill(select, values) {
   select.replaceChildren(...[...values].map((value) => make("option", { value, textContent: value })));
 }
 
+const SHOWN = 15_000; // milliseconds
+let hiding = 0;
+
+/** Show a text for a moment. @param {string} text @param {(() => void) | null} undo takes back what was done */
+export function toast(text, undo = null) {
+  const place = element("toast");
+  const hide = () => { place.hidden = true; };
+  element("toast-text").textContent = text;
+  element("undo").hidden = !undo;
+  element("undo").onclick = () => { hide(); undo(); };
+  place.hidden = false;
+  clearTimeout(hiding);
+  hiding = setTimeout(hide, SHOWN);
+}
+
 /** A button that copies a text. @param {() => string} text */
 export function copyButton(text, label) {
   const button = make("button", { type: "button", className: "quiet copy", textContent: "Copy" });

@@ -46,7 +46,7 @@ function fenced(text) {
 
 function receipt(answer) {
   const { usage, asked, reason, error, steering } = answer;
-  const told = [];
+  const told = answer.model ? [`model ${answer.model.id}`] : [];
   if (usage) {
     const details = usage.completion_tokens_details;
     const { whole, literal } = stepsOf(answer);

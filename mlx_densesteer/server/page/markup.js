@@ -8,12 +8,12 @@
 import { copyButton, make } from "/page/dom.js";
 
 const FENCE = /^\s*(`{3,}(?=[^`]*$)|~{3,})\s*(\S*)/;
-const HEADING = /^\s*#{1,6}\s+(.*)$/;
-const FINAL = /^####\s*([-−]?\s?[$€£¥₹]?\s?\d[\d.,]*(?:\s?[%\p{L}]+)?)\s*$/u; // GSM8K's mark before the final answer
-const ITEM = /^(\s*)(?:([-*+])|(\d{1,9})[.)])\s+(.*)$/;
+const HEADING = /^\s*#{1,6}\s+(.*)$/s;
+const FINAL = /^####\s*([-−]?\s?[$€£¥₹]?\s?\d[\d.,]*(?:(?<!\.)\s?[%\p{L}]+)?)\s*$/u; // GSM8K's mark before the final answer
+const ITEM = /^(\s*)(?:([-*+])|(\d{1,9})[.)])\s+(.*)$/s;
 const RULE = /^\s*(?:(?:-\s*){3,}|(?:\*\s*){3,}|(?:_\s*){3,})$/;
-const ROW = /^\s*\|?(.*?)\|?\s*$/;
-const ALIGNS = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const BORDERS = /^\||(?<!\\)\|$/g; // of a trimmed line, as ALIGNS is
+const ALIGNS = /^\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
 const DEEPEST = 6; // lists in lists
 const BRACES = String.raw`\{((?:[^{}]|\{[^{}]*\})*)\}`;
 const BOXED = new RegExp(String.raw`\\boxed${BRACES}`);
@@ -29,15 +29,16 @@ const SYMBOLS = {
 /**
  * Cut a text into blocks.
  * @param {string} text
+ * @param {boolean} ends the answer ends with it: GSM8K's mark in the last line is shown as the answer
  * @returns {{source: string, make: () => HTMLElement}[]} equal sources are equal blocks
  */
-export function blocks(text, depth = 0) {
+export function blocks(text, ends = false, depth = 0) {
   const lines = text.split("\n");
   const found = [];
   let at = 0;
   /** Add the block that ends before line `end`. */
-  const add = (end, build) => {
-    found.push({ source: lines.slice(at, end).join("\n"), make: build });
+  const add = (end, build, kind = "") => {
+    found.push({ source: kind + lines.slice(at, end).join("\n"), make: build });
     at = end;
   };
   while (at < lines.length) {
@@ -46,10 +47,10 @@ export function blocks(text, depth = 0) {
     if (!line.trim()) at += 1;
     else if (FENCE.test(line)) addCode(lines, at, add);
     else if (line.trim() === "\\[" || line.trim() === "$$") addFormula(lines, at, add);
-    else if (line.includes("|") && next?.includes("-") && ALIGNS.test(next) && cells(line).length === cells(next).length)
+    else if (line.includes("|") && isAligns(next) && cells(line).length === cells(next).length)
       addTable(lines, at, add);
     else if (RULE.test(line)) add(at + 1, () => make("hr"));
-    else if (FINAL.test(line)) add(at + 1, () => final(line.match(FINAL)[1]));
+    else if (ends && at === lines.length - 1 && FINAL.test(line)) add(at + 1, () => final(line.match(FINAL)[1]), "final:");
     else if (HEADING.test(line)) add(at + 1, () => make("p", {}, make("strong", {}, ...inline(line.match(HEADING)[1]))));
     else if (ITEM.test(line) && depth < DEEPEST) addList(lines, at, add, depth);
     else addParagraph(lines, at, add, depth);
@@ -95,9 +96,14 @@ function addTable(lines, at, add) {
     make("thead", {}, row("th", head)), make("tbody", {}, ...rows.map((texts) => row("td", texts))))));
 }
 
+/** Tell whether a line parts a table's head from its rows. */
+function isAligns(line) {
+  return Boolean(line?.includes("-")) && ALIGNS.test(line.trim());
+}
+
 /** The cells of a table's line; a \| is no border. */
 function cells(line) {
-  return line.match(ROW)[1].split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+  return line.trim().replace(BORDERS, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
 /** Add a list: the items, with blank lines between and in them. */
@@ -126,7 +132,7 @@ function addList(lines, at, add, depth) {
   }
   add(end, () => {
     const list = make(bullet ? "ul" : "ol", {}, ...items.map((item) =>
-      make("li", {}, ...blocks(dedented(item), depth + 1).map((block) => block.make()))));
+      make("li", {}, ...blocks(dedented(item), false, depth + 1).map((block) => block.make()))));
     if (!bullet) list.start = Number(number);
     return list;
   });
@@ -146,7 +152,7 @@ function begins(line, depth) {
 
 function addParagraph(lines, at, add, depth) {
   let end = at + 1;
-  const isTable = (line) => line?.includes("|") && lines[end + 1]?.includes("-") && ALIGNS.test(lines[end + 1]);
+  const isTable = (line) => line.includes("|") && isAligns(lines[end + 1]);
   while (end < lines.length && lines[end].trim() && !begins(lines[end], depth) && !isTable(lines[end])) end += 1;
   const text = lines.slice(at, end).join("\n").trim();
   add(end, () => make("p", {}, ...inline(text)));

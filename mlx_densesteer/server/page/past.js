@@ -1,9 +1,7 @@
 /** The list of past conversations. */
 
-import { element, make } from "/page/dom.js";
+import { element, make, toast } from "/page/dom.js";
 import * as history from "/page/history.js";
-
-const UNDO = 15_000; // milliseconds in which a deletion can be undone
 
 /**
  * Show the list.
@@ -37,17 +35,10 @@ export function forgetAll(removed) {
   dialog.showModal();
 }
 
-let hiding = 0;
-
 function forget(one, removed) {
   history.remove(one.id);
   removed(one.id);
-  const toast = element("toast");
-  element("toast-text").textContent = `Deleted “${one.title}”.`;
-  toast.hidden = false;
-  clearTimeout(hiding);
-  hiding = setTimeout(() => { toast.hidden = true; }, UNDO);
-  element("undo").onclick = () => { toast.hidden = true; history.restore(one); removed(null); };
+  toast(`Deleted “${one.title}”.`, () => { history.restore(one); removed(null); });
 }
 
 function when({ updated }) {

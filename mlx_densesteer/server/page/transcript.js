@@ -2,7 +2,7 @@
 
 import { copyButton, element, make } from "/page/dom.js";
 import { blocks } from "/page/markup.js";
-import { brief, changed, describe, steeringOf, stepsOf } from "/page/words.js";
+import { brief, changed, circumstances, describe, identity, steeringOf, stepsOf } from "/page/words.js";
 
 const NEAR = 80; // the page follows new text within this many pixels of the end
 const UPWARD = new Set(["ArrowUp", "PageUp", "Home"]);
@@ -15,6 +15,7 @@ export class Transcript {
   constructor(actions) {
     this.actions = actions;
     this.plain = false;
+    this.model = null; // the server's
     this.named = false; // several vectors: a heading names its own
     this.views = new Map(); // answer -> its view
     this.places = new Map(); // turn -> its element
@@ -216,7 +217,7 @@ class AnswerView {
     const steps = cut(answer.text, answer.starts);
     this.steps.classList.toggle("counted", Boolean(answer.starts));
     while (this.steps.children.length > steps.length) this.steps.lastChild.remove();
-    steps.forEach((step, index) => this.showStep(index, step));
+    steps.forEach((step, index) => this.showStep(index, step, Boolean(answer.starts) && index === steps.length - 1));
     this.waiting.hidden = Boolean(answer.text || answer.reason);
     this.showNote();
     this.showReceipt();
@@ -229,14 +230,16 @@ class AnswerView {
     this.title.title = steeringOf(answer) ? `Vector ${steeringOf(answer).vector}, strength ${brief(steeringOf(answer).strength)}` : "The stock model";
     this.element.setAttribute("aria-label", `Answer, ${title}`);
     const { temperature, top_p, seed } = answer.asked ?? {};
+    const { model } = this.transcript;
+    const other = model && answer.model && identity(answer.model) !== identity(model);
     const told = temperature ? [`temperature ${temperature}`, ...(top_p < 1 ? [`top p ${top_p}`] : []), ...(seed === undefined ? [] : [`seed ${seed}`])] : [];
-    this.sampling.textContent = told.join(", ");
+    this.sampling.textContent = [...(other ? [`another model: ${answer.model.id}`] : []), ...told].join(", ");
   }
 
   /** Show one step: its blocks, of which those that did not change stay. */
-  showStep(index, step) {
+  showStep(index, step, ends) {
     const item = this.steps.children[index] ?? this.steps.appendChild(Object.assign(make("li"), { sources: [] }));
-    const made = this.transcript.plain ? [{ source: step, make: () => make("p", { textContent: step }) }] : blocks(step);
+    const made = this.transcript.plain ? [{ source: step, make: () => make("p", { textContent: step }) }] : blocks(step, ends);
     let same = 0;
     while (same < made.length && item.sources[same] === made[same].source) same += 1;
     while (item.children.length > same) item.lastChild.remove();
@@ -247,7 +250,7 @@ class AnswerView {
   /** Under a steered answer: what changed, beside the unsteered one. */
   showChange() {
     const { answer, turn } = this;
-    const stock = turn.answers.find((one) => !steeringOf(one));
+    const stock = turn.answers.find((one) => !steeringOf(one) && circumstances(one) === circumstances(answer));
     const found = steeringOf(answer) && stock ? changed(answer, stock) : null;
     this.headline.hidden = this.detail.hidden = !found;
     if (!found) return;

@@ -50,6 +50,18 @@ export function steeringOf({ steering, asked, dose }) {
   return asked?.steering ? { ...asked.steering, dose } : null;
 }
 
+/** What makes two models one: the same weights in the same precision. @returns {string} */
+export function identity(model) {
+  const { fingerprint, dtype, quantization } = model ?? {};
+  return JSON.stringify([fingerprint, dtype, quantization]);
+}
+
+/** What an answer was asked with beside its steering: the model, the system message, the sampling. @returns {string} */
+export function circumstances({ asked, system, model }) {
+  const { temperature, top_p, seed } = asked ?? {};
+  return JSON.stringify([identity(model), system ?? "", temperature, top_p, seed]);
+}
+
 /** Where an answer stands among those of other strengths: its dose with the strength's sign; 0 is unsteered. */
 export function standing(answer) {
   const steering = steeringOf(answer);
