@@ -925,12 +925,9 @@ def test_no_text_of_the_model_holds_the_page_up(open_page):
         const { blocks } = await import("/page/markup.js");
         const gap = " ".repeat(40_000);
         const texts = [`a | b\n|${gap}-${gap}x`, `| a${gap}x | b |\n|-|-|`, `# ${gap}a\u2028b`, "#### 1. Setup"];
-        const began = performance.now();
-        const tags = texts.map((text) => blocks(text, true).map((one) => one.make().firstElementChild?.tagName ?? "P"));
-        return { tags, milliseconds: performance.now() - began };
-    }""")
-    assert made["tags"] == [["P"], ["TABLE"], ["STRONG"], ["STRONG"]]
-    assert made["milliseconds"] < 1000
+        return texts.map((text) => blocks(text, true).map((one) => one.make().firstElementChild?.tagName ?? "P"));
+    }""")  # for hours, where an expression backtracks
+    assert made == [["P"], ["TABLE"], ["STRONG"], ["STRONG"]]
 
 
 def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
