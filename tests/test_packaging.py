@@ -140,7 +140,7 @@ def test_the_metadata_says_what_is_installed(dist):
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload().startswith("# mlx-densesteer")
     assert "densesteer = mlx_densesteer.cli:main" in entry_points
-    extras = set(told.get_all("Provides-Extra")) - {"dev", "lm-eval", "menubar"}
+    extras = set(told.get_all("Provides-Extra")) - {"dev", "docs", "lm-eval", "menubar"}
     shown = re.search(r"\.whl\)\[(.*?)\]", (ROOT / "docs" / "install.md").read_text("utf-8"))
     assert set(shown[1].split(",")) == extras, "docs/install.md shows how to install all of them"
     base = {r.split(";")[0].rstrip() for r in told.get_all("Requires-Dist") if "extra ==" not in r}

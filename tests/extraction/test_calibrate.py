@@ -269,6 +269,7 @@ def test_a_sweep_calibrates_and_tries_only_the_best(run, monkeypatch, tmp_path):
 
 
 def test_the_next_command_of_a_sweep_that_recommends_nothing(run, monkeypatch):
+    from mlx_densesteer.cli.run import program
     from mlx_densesteer.evaluation import sweep as sweeping
     from mlx_densesteer.evaluation.recommendation import Recommendation, Unproven
 
@@ -280,15 +281,15 @@ def test_the_next_command_of_a_sweep_that_recommends_nothing(run, monkeypatch):
     words = ("sweep", "-m", "demo", "demo", "-v", "v.npz", "-l", "4+5", "--strengths=5%", "--skip", "7",
              "--limit", "2", "-n", "8", "--no-nll", "--system", "Be brief.")  # fmt: skip
     expected = (
-        "densesteer sweep -m demo -v v.npz -l 4+5 --strengths=0.30000000000000004 --skip 9 --limit 321 "
+        "sweep -m demo -v v.npz -l 4+5 --strengths=0.30000000000000004 --skip 9 --limit 321 "
         "-o sweep-confirm -n 8 --system 'Be brief.' --no-nll demo"
     )
     *_, says, command = run(*words).stdout.splitlines()
     assert (says, command) == (
         "Next, try that setting alone on other problems:",
-        f"  {expected}",
+        f"  {program()} {expected}",
     )
     document = json.loads(run(*words, "--json", "--write").stdout)
-    assert document["next"] == expected
+    assert document["next"] == f"densesteer {expected}"
     assert document["recommendation"]["unproven"]["layers"] == [4, 5]
     assert ds.SteeringVector.load("v.npz").meta.recommended is None  # unproven is not stored
