@@ -144,6 +144,7 @@ def sweep(
 
     from .. import demo
     from ..files import atomic_file, disk_errors, file_to_replace
+    from ..steering.request import usual_positions
 
     steering_vector = read_vector(vector)
     if write and vector == demo.NAME:
@@ -157,7 +158,7 @@ def sweep(
         task, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
     left = _problems_after(about, skip + len(problems))
-    where = positions or _positions(steering_vector, chosen)
+    where = positions or usual_positions(steering_vector, chosen)
     subject = {"vector_sha256": steering_vector.sha256(), "positions": where}
     folder = Path(out)
     _check_folder(folder, {"task": task, "split": about["split"], **subject})
@@ -470,14 +471,6 @@ def _calibrated(
     if ranks.speaks:
         click.echo("\n".join([*calibration_table(found), ""]), err=True)
     return found
-
-
-def _positions(vector: "SteeringVector", layers: "list[tuple[int, ...]] | None") -> "Positions":
-    """Return the default positions: those of a trained vector at its own layers, else all."""
-    from ..steering.request import joint_layers, request
-
-    joint = joint_layers(vector)
-    return request(vector).positions if joint and layers in (None, [joint]) else "all"
 
 
 def _usual_layers(vector: "SteeringVector") -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from ..model.divergence import Branches, Divergence, strengths_for
 from ..model.likelihood import token_log_likelihoods
 from ..model.model import Model, takes_model
 from ..model.residual import TokenPair
-from ..steering.request import DEFAULT_DOSE, joined, joint_layers, unit_dose
+from ..steering.request import DEFAULT_DOSE, joined, joint_layers, unit_dose, usual_positions
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector
 from .extract import HELD_OUT, ReadOut, encode_pairs
@@ -180,8 +180,7 @@ def calibrate(
     else:
         progress("comparing the layers", 0, 1)
         sets = [(layer,) for layer in best_layers(model, vector, encoded)]
-    own = joint and sets == [joint] and (vector.meta.recommended or {}).get("positions")
-    where: Positions = positions or own or "all"  # type: ignore[assignment]
+    where = positions or usual_positions(vector, sets)
     vector.select({layer for one in sets for layer in one})  # raises for a layer that is not there
     norms = model.norms(vector, {layer for one in sets for layer in one})
     found, unreached = _strengths(

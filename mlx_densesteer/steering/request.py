@@ -274,6 +274,18 @@ def joint_layers(vector: SteeringVector) -> tuple[int, ...]:
     return layers if trained or len(layers) > 1 else ()
 
 
+def usual_positions(
+    vector: SteeringVector, sets: Sequence[tuple[int, ...]] | None = None
+) -> Positions:
+    """Return the positions of a sweep or a calibration where none are given: the file's at ``joint_layers``, else all.
+
+    Args:
+        sets: the layers of each setting; ``None`` are the usual ones.
+    """
+    joint = joint_layers(vector)
+    return request(vector).positions if joint and sets in (None, [joint]) else "all"
+
+
 def default_layer(vector: SteeringVector) -> tuple[int, str]:
     """Return the layer to steer where no sweep recommends one, and the reason in words.
 
