@@ -11,7 +11,7 @@ from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.generation.speculation import Draft
 from mlx_densesteer.generation.stream import Generation, generate
-from mlx_densesteer.model.block import decoder_blocks
+from mlx_densesteer.model.families import decoder_blocks
 from mlx_densesteer.model.model import Model, load
 from mlx_densesteer.steering.request import resolve
 

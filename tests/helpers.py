@@ -15,7 +15,8 @@ import pytest
 from mlx_lm.models.base import create_attention_mask
 
 from mlx_densesteer.export.closeness import TF32
-from mlx_densesteer.model.block import decoder_blocks, make_cache
+from mlx_densesteer.model.block import make_cache
+from mlx_densesteer.model.families import decoder_blocks
 from mlx_densesteer.model.machine import rounds_to_tf32
 from mlx_densesteer.steering.steering import Steering
 

@@ -211,7 +211,8 @@ def largest_error() -> float:
     import numpy as np
     from mlx_lm.models.base import create_attention_mask
 
-    from ..model.block import decoder_blocks, make_cache, unpatch
+    from ..model.block import make_cache, unpatch
+    from ..model.families import decoder_blocks
     from ..steering.steering import Steering
     from ..steering.vector import SteeringVector, VectorMeta
 

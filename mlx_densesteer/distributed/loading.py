@@ -19,8 +19,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .._version import __version__
 from ..errors import DistributedError
-from ..model.block import decoder_blocks, patch
+from ..model.block import patch
 from ..model.config import origin
+from ..model.families import decoder_blocks
 from ..model.model import Model, check_finite, find, load, open_network, open_tokenizer, set_dtype
 from ..steering.vector import Positions, SteeringVector
 from .ranks import Ranks

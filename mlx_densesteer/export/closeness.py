@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..errors import ExportError
 from ..model.block import make_cache
+from ..model.families import stream_dtype
 from ..model.machine import rounds_to_tf32
 from ..model.model import dtype_name
 from ..steering.steering import Steering
@@ -82,7 +83,7 @@ def reference(network: nn.Module, tokens: list[int], steering: Steering) -> Refe
         network(batch, make_cache(network, one))[0].astype(mx.float32) for one in (steering, None)
     )
     mx.eval(steered, unsteered)
-    dtype = dtype_name(network.model.norm.weight.dtype)
+    dtype = dtype_name(stream_dtype(network))
     return Reference(tuple(tokens), steered, unsteered, dtype)
 
 

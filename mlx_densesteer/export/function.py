@@ -26,7 +26,7 @@ from ..errors import ExportError
 from ..files import atomic_path, check_disk, file_to_replace, full_disk
 from ..model.block import deltas, make_cache
 from ..model.cache import Shift
-from ..model.likelihood import head_of
+from ..model.families import cache_shapes, head_of, stream_dtype
 from ..model.model import Model, dtype_name, takes_model
 from ..model.places import EVERYWHERE
 from ..steering.steering import LARGE_DOSE, Steering
@@ -219,9 +219,11 @@ class FixedCache:
         self.values = mx.slice_update(self.values, values, start, axes=(2,))
         return self.keys, self.values
 
-    def make_mask(self, count: int, **_: object) -> mx.array:
+    def make_mask(self, count: int, window_size: int | None = None, **_: object) -> mx.array:
         """Return which of the ``capacity`` positions each of ``count`` new tokens sees."""
-        return mx.arange(self.keys.shape[2]) <= self.offset + mx.arange(count)[:, None]
+        at, new = mx.arange(self.keys.shape[2]), self.offset + mx.arange(count)[:, None]
+        seen = at <= new
+        return seen if window_size is None else seen & (new < at + window_size)
 
 
 def steered_step(network: nn.Module, vectors: Mapping[int, mx.array], capacity: int) -> Step:
@@ -255,11 +257,9 @@ def steered_step(network: nn.Module, vectors: Mapping[int, mx.array], capacity: 
 
 def empty_cache(network: nn.Module, capacity: int) -> list[mx.array]:
     """Return zeros for keys and values of every layer, in the residual stream's dtype."""
-    args = network.args
-    head_size = args.hidden_size // args.num_attention_heads
-    shape = (1, args.num_key_value_heads, capacity, head_size)
-    dtype = network.model.norm.weight.dtype
-    return [mx.zeros(shape, dtype) for _ in range(2 * args.num_hidden_layers)]
+    dtype = stream_dtype(network)
+    shapes = (shape for layer in cache_shapes(network) for shape in layer)
+    return [mx.zeros((1, heads, capacity, width), dtype) for _, heads, _, width in shapes]
 
 
 def _next_logits(network: nn.Module, tokens: mx.array, caches: list) -> mx.array:
@@ -307,7 +307,7 @@ def _check(
         logits[one] = tuple(map(mx.concatenate, zip(*pairs, strict=True)))
     size = float(np.max([mx.abs(b).max().item() for _, b in logits.values()]))  # NaN if any is NaN
     largest = float(np.max([mx.abs(a - b).max().item() for a, b in logits.values()]))
-    dtype = network.model.norm.weight.dtype
+    dtype = stream_dtype(network)
     limit = max(TOLERANCES[dtype], float32_share()) * size
     times = slope(*(a - b for a, b in zip(logits[-strength], logits[0.0], strict=True)))
     if not (largest <= limit and (dtype != mx.float32 or abs(times - 1) <= EXACT_SLOPE)):

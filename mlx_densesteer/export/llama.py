@@ -1,46 +1,65 @@
-"""Qwen2 as ``model_type: llama``: the same arithmetic, with biases that hold a steering.
+"""A model with biases on every projection: the same arithmetic, and the biases hold a steering.
 
-A Qwen2 block has biases on q, k and v only; mlx-lm's and transformers' ``llama`` have them on
-every projection. ``mlp.down_proj.bias`` of layer l becomes ``lambda * v_l``, and every other new
-bias is zero. The block's output is then that of run-time steering at every position:
+mlx-lm's and transformers' ``llama`` have such biases, and their ``smollm3``; Qwen2 and Mistral become a
+``llama``. ``mlp.down_proj.bias`` of layer l becomes ``lambda * v_l``, and every other new bias is zero.
+The block's output is then that of run-time steering at every position:
 
     h + (W_down a + lambda * v)  =  (h + W_down a) + lambda * v
 
 Source: ``models/llama.py`` and ``models/qwen2.py`` of mlx-lm, ``modeling_llama.py`` of transformers.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import ExportError, ModelError
-from ..model.weights import weight_files
+from ..model.weights import read_tensors, weight_files
 
-_DOWN = ".mlp.down_proj.weight"
+_LAST = ".mlp.down_proj"
+_PROJECTION = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+# mlx-lm's and transformers' class of the baked model
+_CLASSES = {
+    "qwen2": ("llama", "LlamaForCausalLM"),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("llama", "LlamaForCausalLM"),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+}
 _LEFT_OUT = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
 def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
-    """Return the ``config.json`` with which stock ``llama`` computes what a Qwen2 model computes.
+    """Return the ``config.json`` with which a stock class with biases computes what a model computes.
 
     Args:
         config: what ``read_config`` returns, so that no sliding window hides anything.
 
     Raises:
-        ExportError: quantised by another program.
+        ExportError: quantised by another program, or of a family that has no biases.
     """
+    if config["model_type"] not in _CLASSES:
+        raise ExportError(
+            f"{name}: a {config['model_type']} model has no place for a vector: its blocks have no bias on their "
+            f"output, as {', '.join(_CLASSES)} can. Steer it while it runs, or give llama.cpp the vector "
+            "(`densesteer vector export`)."
+        )
     if config.get("quantization_config") and not config.get("quantization"):
         raise ExportError(
             f"{name}: is quantised, but not by mlx-lm. Expected a folder that `densesteer convert` wrote."
         )
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
+    family, architecture = _CLASSES[str(config["model_type"])]
+    size = config.get("head_dim") or int(config["hidden_size"]) // int(
+        config["num_attention_heads"]
+    )
     return kept | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": family,
         "attention_bias": True,
         "mlp_bias": True,
-        "head_dim": int(config["hidden_size"]) // int(config["num_attention_heads"]),
+        "head_dim": size,
         "hidden_act": "silu",
     }
 
@@ -58,7 +77,7 @@ def llama_shards(
     The arrays are lazy: ``pop`` each as it is used, so that one at a time is in memory.
 
     Args:
-        folder: the Qwen2 model's folder.
+        folder: the model's folder.
         config: its ``config.json``.
         deltas: ``lambda * v`` of each steered layer, float32, ``hidden`` values.
         dequantize: return quantised matrices as plain ones, in the model's dtype.
@@ -70,6 +89,7 @@ def llama_shards(
     """
     own = weights_dtype(folder)
     dtype = bias_dtype or own
+    there = read_tensors(folder)
     for file in weight_files(folder):
         arrays = read_weights(file)
         copies = ["lm_head.weight"] if config["tie_word_embeddings"] else []
@@ -77,9 +97,23 @@ def llama_shards(
             del arrays[name]  # mlx-swift-lm refuses tensors that the model has no place for
         if dequantize:
             _undo_quantization(arrays, config, own)
-        for name in [name for name in arrays if name.endswith(_DOWN)]:
-            arrays |= _biases(name.removesuffix(_DOWN), config, deltas, dtype)
+        for name in list(arrays):
+            matrix, _, kind = name.rpartition(".")
+            bias = f"{matrix}.bias"
+            if _PROJECTION.fullmatch(matrix) and (kind == "bias" or bias not in there):
+                zeros = mx.zeros(arrays[name].shape[0], dtype)
+                arrays[bias] = _with_delta(arrays.get(bias, zeros), matrix, deltas, bias_dtype)
         yield arrays
+
+
+def _with_delta(
+    bias: mx.array, matrix: str, deltas: Mapping[int, mx.array], dtype: mx.Dtype | None
+) -> mx.array:
+    """Return the bias of a projection, plus ``lambda * v`` if it is the block's last."""
+    delta = deltas.get(int(matrix.split(".")[2]))
+    if delta is None or not matrix.endswith(_LAST):
+        return bias
+    return (bias.astype(mx.float32) + delta.reshape(-1)).astype(dtype or bias.dtype)
 
 
 def weights_dtype(folder: Path) -> mx.Dtype:
@@ -100,20 +134,6 @@ def read_weights(file: Path) -> dict[str, mx.array]:
         return mx.load(str(file))  # lazy: only what is used is read
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{file}: is damaged or incomplete ({error}).") from error
-
-
-def _biases(
-    block: str, config: Mapping[str, object], deltas: Mapping[int, mx.array], dtype: mx.Dtype
-) -> dict[str, mx.array]:
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    delta = deltas.get(int(block.rpartition(".")[2]))
-    down = mx.zeros(hidden, dtype) if delta is None else delta.reshape(hidden).astype(dtype)
-    return {
-        f"{block}.self_attn.o_proj.bias": mx.zeros(hidden, dtype),
-        f"{block}.mlp.gate_proj.bias": mx.zeros(inner, dtype),
-        f"{block}.mlp.up_proj.bias": mx.zeros(inner, dtype),
-        f"{block}.mlp.down_proj.bias": down,
-    }
 
 
 def _undo_quantization(

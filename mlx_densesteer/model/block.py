@@ -1,104 +1,120 @@
 """The steered decoder block, and its exact undo.
 
-Steering belongs to the KV cache, not to the model. ``patch`` changes the class of each Qwen2
-``TransformerBlock``, so that a block looks at its cache. If the cache has no ``Shift``, the block
-is mlx-lm's own, bit for bit. If it has one, the block adds ``lambda * v`` in the same fused
-operation that adds its MLP to the residual stream. Where the cache asks for it (``unsteered``), the block records its
-output before anything is added. For positions that depend on the tokens it also
-changes the class of the ``Qwen2Model`` around them, which sees the tokens before they are embedded.
-
-Not covered: other model families.
+Steering belongs to the KV cache, not to the model. ``patch`` changes the class of each decoder block to
+a subclass of that class, so that a block looks at its cache. If the cache has no ``Shift``, the block
+is mlx-lm's own, bit for bit. If it has one, the block adds ``lambda * v`` to its output: in the same
+fused operation that adds its MLP to the residual stream, where mlx-lm's code for the block is that of
+Qwen2 (``families.is_plain``), else in one operation more. Where the cache asks for it (``record``), it
+tells its unsteered output before anything is added. ``patch`` also changes the class of the stack around
+the blocks, which sees the tokens before they are embedded, for positions that depend on them.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
-from mlx_lm.models.qwen2 import Qwen2Model, TransformerBlock
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import ModelError, SteeringError
+from ..errors import SteeringError
 from ..steering.steering import Steering
 from .cache import Shift, SteeredKVCache, note_step_ends, where_in
+from .families import check_network, decoder_blocks, is_plain, stream_dtype
 from .places import StepEnds, span_of, step_ends_of
 
 if TYPE_CHECKING:
     from .model import Model
 
 
-class SteeredBlock(TransformerBlock):
-    """mlx-lm's Qwen2 block; it adds ``lambda * v`` to its output where the cache says so."""
+class SteeredBlock:
+    """Base of the steered classes: adds ``lambda * v`` to a block's output where its cache says so."""
+
+    stock: type[nn.Module]  # the block's own class
+    plain: bool  # whether its code is that of Qwen2's block
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
     ) -> mx.array:
-        shift, unsteered = getattr(cache, "shift", None), getattr(cache, "unsteered", None)
-        if shift is None and unsteered is None:
+        instead = getattr(cache, "instead", None)
+        if instead is not None:
+            return instead(self, x, mask)
+        shift, record = getattr(cache, "shift", None), getattr(cache, "record", None)
+        if shift is None and record is None:
             return super().__call__(x, mask, cache)
         offset = cache.offset
-        if shift is None:
-            h = super().__call__(x, mask, cache)
-            unsteered.append((offset, h))
-            return h
-        where = where_in(cache, offset, x.shape[1])
+        where = where_in(cache, offset, x.shape[1]) if shift is not None else False
         cache.expecting = True
         try:
-            r = self.self_attn(self.input_layernorm(x), mask, cache)
+            if self.plain and record is None:
+                r = self.self_attn(self.input_layernorm(x), mask, cache)
+            else:
+                h = super().__call__(x, mask, cache)
         finally:
             cache.expecting = False
-        h = x + r
-        r = self.mlp(self.post_attention_layernorm(h))
-        if unsteered is None:
-            return shift.add(h, r, where)
-        h = h + r
-        unsteered.append((offset, h))
-        return shift.add_alone(h, where)
+        if self.plain and record is None:
+            h = x + r
+            return shift.add(h, self.mlp(self.post_attention_layernorm(h)), where)
+        if record is not None:
+            record(offset, h)
+        return h if shift is None else shift.add_alone(h, where)
 
 
-class SteeredQwen2Model(Qwen2Model):
-    """mlx-lm's stack of Qwen2 blocks; it tells caches that ask for it which tokens end a step."""
+class SteeredStack:
+    """Base of the steered stacks of blocks: tells caches that ask for it which tokens end a step."""
 
+    stock: type[nn.Module]
     step_ends: StepEnds | None = None
 
     def __call__(
-        self,
-        inputs: mx.array,
-        cache: Any | None = None,
-        input_embeddings: mx.array | None = None,
+        self, inputs: mx.array, cache: Any | None = None, *given: Any, **named: Any
     ) -> mx.array:
         if cache is not None and self.step_ends is not None:
             note_step_ends(cache, inputs, self.step_ends)
-        return super().__call__(inputs, cache, input_embeddings)
+        return super().__call__(inputs, cache, *given, **named)
+
+
+@cache
+def steered_block(stock: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a block's class that steers."""
+    return _subclass(SteeredBlock, stock, plain=is_plain(stock))
+
+
+@cache
+def steered_stack(stock: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a stack's class that knows which tokens end a step."""
+    return _subclass(SteeredStack, stock)
+
+
+def _subclass(base: type, stock: type[nn.Module], **more: object) -> type[nn.Module]:
+    names = {"stock": stock, "__module__": __name__, **more}
+    return type(f"Steered{stock.__name__}", (base, stock), names)
 
 
 def patch(network: nn.Module, tokenizer: TokenizerWrapper | None = None) -> nn.Module:
-    """Change the class of every Qwen2 block to ``SteeredBlock``; return ``network``.
+    """Change the class of every decoder block to ``steered_block`` of it; return ``network``.
 
     No parameter, weight or output changes, and a second call changes nothing. mlx-lm's
     ``make_prompt_cache(network)`` then makes unsteered ``SteeredKVCache``s, so that every row of a
-    batch can have its own steering. While patched, ``make_prompt_cache`` ignores ``max_kv_size``, and
-    ``load_prompt_cache`` raises ``KeyError`` for a file that was saved from these caches. After
-    ``unpatch`` new caches are stock again.
+    batch can have its own steering. They keep all keys and values, also those of a block that attends to
+    a window only, as mlx-lm's rotating caches do not: so they can be cut back. While patched,
+    ``make_prompt_cache`` ignores ``max_kv_size``, and ``load_prompt_cache`` raises ``KeyError`` for a file
+    that was saved from these caches. After ``unpatch`` new caches are stock again.
 
     Args:
         tokenizer: needed once for positions ``"steps"``; the network remembers what it says.
 
     Raises:
-        ModelError: a block of another class, even a subclass of Qwen2's.
+        UnsupportedModelError: the network cannot be steered; the message says why.
     """
     blocks = decoder_blocks(network)
-    for layer, block in blocks.items():
-        if type(block) not in (TransformerBlock, SteeredBlock):
-            raise ModelError(
-                f"layer {layer} is a {type(block).__name__} of {type(block).__module__}, expected "
-                "TransformerBlock of mlx_lm.models.qwen2: only the Qwen2 family can be steered."
-            )
+    if not any(isinstance(block, SteeredBlock) for block in blocks.values()):
+        check_network(network)
     for block in blocks.values():
-        block.__class__ = SteeredBlock
-    if type(network.model) is Qwen2Model:
-        network.model.__class__ = SteeredQwen2Model
+        if not isinstance(block, SteeredBlock):
+            block.__class__ = steered_block(type(block))
+    if not isinstance(network.model, SteeredStack):
+        network.model.__class__ = steered_stack(type(network.model))
     known = getattr(network.model, "step_ends", None)
     if tokenizer is not None and (known is None or known.tokenizer is not tokenizer):
         network.model.step_ends = StepEnds(tokenizer, network.args.vocab_size)
@@ -113,30 +129,12 @@ def _unsteered_caches(count: int) -> list[KVCache]:
 
 def unpatch(network: nn.Module) -> nn.Module:
     """Give every block its stock class again; return ``network``."""
-    for block in decoder_blocks(network).values():
-        if type(block) is SteeredBlock:
-            block.__class__ = TransformerBlock
-    if type(network.model) is SteeredQwen2Model:
-        network.model.__class__ = Qwen2Model
+    for part in (*decoder_blocks(network).values(), network.model):
+        if isinstance(part, SteeredBlock | SteeredStack):
+            part.__class__ = part.stock
     if "make_cache" in vars(network):
         del network.make_cache
     return network
-
-
-def decoder_blocks(network: nn.Module) -> dict[int, nn.Module]:
-    """Return the blocks by layer number; under pipeline parallelism only this rank's own.
-
-    Raises:
-        ModelError: a network without ``model.layers``.
-    """
-    # mlx-lm's network.layers is a slice copy; network.model.layers is the list itself.
-    layers = getattr(getattr(network, "model", None), "layers", None)
-    if not layers:
-        raise ModelError(
-            f"{type(network).__module__}.{type(network).__name__} has no model.layers; "
-            "expected a Qwen2 model as mlx_lm.load returns it."
-        )
-    return {i: block for i, block in enumerate(layers) if block is not None}
 
 
 def make_cache(
@@ -157,12 +155,12 @@ def make_cache(
     are the prompt and all others are generated.
 
     Args:
-        model: what ``load`` returns, or a Qwen2 network of mlx-lm.
+        model: what ``load`` returns, or a network of mlx-lm.
         steering: what to add, or ``None``.
         prompt_length: tokens of the prompt; needed for positions other than ``"all"``.
 
     Raises:
-        ModelError: not a Qwen2 model, or as ``deltas``.
+        ModelError: a network that cannot be steered, or as ``deltas``.
         VectorMismatchError: the vector does not fit the model.
         SteeringError: ``prompt_length`` is missing, or as ``deltas``.
     """
@@ -199,7 +197,7 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
         _ = step_ends_of(network).table  # raises now, and not with the first token
     if not steering.strength:
         return {}
-    dtype = network.model.norm.weight.dtype
+    dtype = stream_dtype(network)
     limit = float(mx.finfo(dtype).max)
     made = {}
     for layer in sorted(set(steering.layers) & set(decoder_blocks(network))):

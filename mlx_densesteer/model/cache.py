@@ -8,7 +8,8 @@ Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range 
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -18,9 +19,12 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from ..errors import SteeringError
+from .families import cache_shapes, stream_dtype
 from .places import EVERYWHERE, Span, StepEnds
 
 KEPT_BUFFERS = 2**28  # bytes
+# Called with the first position and a block's unsteered output, ``(rows, tokens, hidden)``.
+Record = Callable[[int, mx.array], None]
 
 
 @partial(mx.compile, shapeless=True)
@@ -161,8 +165,7 @@ class _Carrier:
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
     step_ends: mx.array | None = None  # which of the tokens to come end a step, (rows, tokens)
-    # Where a block records its unsteered output, with its first position; ``None``: nowhere.
-    unsteered: list[tuple[int, mx.array]] | None = None
+    record: Record | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         if self.shift is not None and not self.expecting:
@@ -236,6 +239,46 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         return extracted
 
 
+class Reading:
+    """In place of a block's cache for one reading from the first token on: keeps nothing."""
+
+    offset = 0
+    expecting = False
+
+    def __init__(self, shift: Shift | None = None, record: Record | None = None):
+        self.shift, self.record = shift, record
+        self.step_ends: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+class Passed(KVCache):
+    """In place of a block's cache: the block computes nothing, and passes its input on.
+
+    With ``output`` it returns that instead, as if the block had computed it, and ``shift`` steers it. So a
+    network's own forward pass continues from a stream that was kept.
+
+    Args:
+        offset: the position of the first token.
+        output: ``(rows, tokens, hidden)``, unsteered.
+    """
+
+    def __init__(self, offset: int = 0, output: mx.array | None = None, shift: Shift | None = None):
+        super().__init__()
+        self.offset, self.output, self.shift = offset, output, shift
+        self.step_ends: mx.array | None = None
+
+    def instead(self, _block: nn.Module, x: mx.array, _mask: mx.array | str | None) -> mx.array:
+        """Return what a steered block returns instead of its own output."""
+        if self.output is None:
+            return x
+        if self.shift is None:
+            return self.output
+        where = where_in(self, self.offset, self.output.shape[1])
+        return self.shift.add_alone(self.output, where)
+
+
 def note_step_ends(caches: Sequence[KVCache], tokens: mx.array, step_ends: StepEnds) -> None:
     """Tell the caches that need it which of ``tokens``, ``(rows, tokens)``, end a step.
 
@@ -267,9 +310,8 @@ def where_in(cache: KVCache, offset: int | mx.array, length: int) -> bool | mx.a
 
 def token_bytes(network: nn.Module) -> int:
     """Return how many bytes the keys and values of one token take, in the network's dtype."""
-    args = network.args
-    width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
-    return 2 * args.num_hidden_layers * width * network.model.norm.weight.dtype.size
+    shapes = (shape for layer in cache_shapes(network) for shape in layer)
+    return sum(math.prod(shape) for shape in shapes) * stream_dtype(network).size
 
 
 def clear_buffers() -> None:
@@ -284,7 +326,7 @@ def twin_of(cache: KVCache) -> KVCache:
     Both share what is computed so far; filling, trimming or steering one does not change the other.
     """
     twin = copy.copy(cache)
-    twin.unsteered = None
+    twin.record = None
     if cache.keys is not None:
         # A cache writes new keys into its array object in place, so the twin needs its own objects.
         twin.keys, twin.values = tree_map(

@@ -1,14 +1,17 @@
 """Read the configuration of a model folder as transformers does. No mlx.
 
 transformers is the reference: what a key means, and what its absence means, is what its
-``Qwen2Config`` and ``modeling_qwen2`` make of it. mlx-lm reads fewer keys and has other defaults, so
-``read_config`` returns a form that both read alike, and refuses what mlx-lm cannot compute.
+``Qwen2Config`` and ``modeling_qwen2`` make of it, and those of the other families of ``RULES``. mlx-lm
+reads fewer keys and has other defaults, so ``read_config`` returns a form that both read alike, and
+refuses what mlx-lm cannot compute. The configuration of any other family is left to mlx-lm.
 """
 
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import (
     ConversionError,
@@ -21,7 +24,6 @@ from ..files import parse_object
 from ..text import cause
 from .weights import Tensor, read_tensors, same_bytes
 
-FAMILY = "qwen2"
 RECORD = "densesteer.json"  # what `convert` and `bake` write beside the weights
 BAKED = "densesteer"  # the key of a baked folder's config.json that holds its steering
 
@@ -29,13 +31,65 @@ _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
-# The defaults of transformers' Qwen2Config; the other counts it lacks are refused.
-_DEFAULTS = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """How transformers reads the ``config.json`` of a family, where mlx-lm would read it otherwise.
+
+    Args:
+        name: of the family, in errors.
+        defaults: of transformers' configuration; the other counts it lacks are refused.
+        head: whether ``head_dim`` may differ from ``hidden_size / num_attention_heads``.
+        window: whether transformers attends to a window: never, always, or with ``use_sliding_window``.
+        unread: keys that transformers honours and mlx-lm does not, with the value that changes nothing.
+    """
+
+    name: str
+    defaults: Mapping[str, object]
+    head: bool = True
+    window: Literal["never", "always", "asked"] = "never"
+    unread: Mapping[str, object] = field(default_factory=dict)
+
+
+_USUAL = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+RULES = {
+    "qwen2": _Rules(
+        "Qwen2",
+        {**_USUAL, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+        head=False,
+        window="asked",
+    ),
+    "qwen3": _Rules(
+        "Qwen3",
+        {**_USUAL, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        window="asked",
+        unread={"attention_bias": False},
+    ),
+    "llama": _Rules(
+        "Llama", {**_USUAL, "max_position_embeddings": 2048, "num_key_value_heads": None}
+    ),
+    "mistral": _Rules(
+        "Mistral",
+        {
+            **_USUAL,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+        window="always",
+        unread={"attention_bias": False, "mlp_bias": False},
+    ),
+    "smollm3": _Rules(
+        "SmolLM3",
+        {
+            **_USUAL,
+            "rope_theta": 2000000.0,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+        },
+        window="asked",
+    ),
 }
 _IGNORED = ("rope_parameters", "rope_traditional", "partial_rotary_factor")
 _REMEDY = "Correct it, or download it again."
@@ -51,16 +105,15 @@ _shown.maxstring = 60
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """Return the ``config.json`` of a model folder of the Qwen2 family, as mlx-lm has to read it.
+    """Return the ``config.json`` of a model folder, as mlx-lm has to read it.
 
-    Every key that changes what a Qwen2 model computes has the value that transformers uses:
+    Of a family of ``RULES`` every key that changes what the model computes has the value that transformers uses:
     defaults are filled in, the ``rope_parameters`` of transformers 5 become ``rope_theta`` and
     ``rope_scaling``, and ``tie_word_embeddings`` says what the weight files say.
 
     Raises:
         ModelError: not a model folder, or its configuration or weight files are damaged.
-        UnsupportedModelError: not of the Qwen2 family, or it computes something that mlx-lm cannot;
-            the message names the key.
+        UnsupportedModelError: it computes something that mlx-lm cannot; the message names the key.
     """
     return read_folder(folder)[0]
 
@@ -151,18 +204,6 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
         raise ModelError(
             f"{name}: its config.json names no model_type, so it is no language model."
         )
-    if _is_baked(config):
-        config |= {"model_type": FAMILY, "architectures": ["Qwen2ForCausalLM"]}
-    if config["model_type"] != FAMILY:
-        architectures = config.get("architectures")
-        listed = isinstance(architectures, list) and architectures
-        shown = (
-            ", ".join(str(a)[:60] for a in architectures[:3]) if listed else "unknown architecture"
-        )
-        raise UnsupportedModelError(
-            f"{name}: is a {config['model_type'][:60]} model ({shown}), but "
-            "only the Qwen2 family (Qwen2, Qwen2.5; model_type qwen2) can be steered."
-        )
     if "model_file" in config:
         raise UnsupportedModelError(
             f"{name}: has its own model code ({_shown.repr(config['model_file'])}), which is never run. "
@@ -171,24 +212,19 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
     return check_config(config, where)
 
 
-def _is_baked(config: Mapping[str, object]) -> bool:
-    """Tell whether ``bake`` wrote the folder: Qwen2 as a ``llama`` with a bias on every projection."""
-    biases = config.get("attention_bias"), config.get("mlp_bias")
-    return config["model_type"] == "llama" and BAKED in config and biases == (True, True)
-
-
 def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
-    """Return a configuration of a Qwen2 model in the form that ``read_config`` describes.
+    """Return a model's configuration in the form that ``read_config`` describes.
 
     Args:
         where: names the file in errors.
 
     Raises:
         ModelError: a value of a wrong type or size.
-        UnsupportedModelError: a value that mlx-lm's Qwen2 does not compute with.
+        UnsupportedModelError: a value that mlx-lm does not compute with.
     """
-    config = {**_DEFAULTS, **given}
-    if config["num_key_value_heads"] is None:
+    rules = RULES.get(given["model_type"])
+    config = {**rules.defaults, **given} if rules else dict(given)
+    if rules and config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
 
     def check(key: str, right: bool, expected: str) -> None:
@@ -196,16 +232,10 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
             found = f"{key} {_shown.repr(config[key])}" if key in config else f"no {key}"
             raise _wrong(where, found, expected)
 
-    for key in _COUNTS:
+    for key in _COUNTS if rules else ("vocab_size",):
         value = config.get(key)
         check(key, type(value) is int and 0 < value < 2**31, "a whole number above 0")
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    check("num_hidden_layers", config["num_hidden_layers"] <= 10_000, "at most 10000")
-    check("num_key_value_heads", heads % kv_heads == 0, f"a divisor of the {heads} attention heads")
-    size = config["hidden_size"] // heads
-    check("num_attention_heads", size > 0 and size % 2 == 0, "heads of an even size")
-    check("rms_norm_eps", _is_number(config["rms_norm_eps"]), "a number")
-    for key in ("tie_word_embeddings", "use_sliding_window"):
+    for key in ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"):
         check(key, type(config.get(key, False)) is bool, "true or false")
     check("architectures", all(type(v) is str for v in _list(config.get("architectures"))), "names")
     known = config["vocab_size"]
@@ -216,9 +246,27 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     check("quantization", right, "bits and group_size, as mlx-lm writes them")
     for key in ("torch_dtype", "dtype"):
         check(key, isinstance(config.get(key), str | None), "a name such as bfloat16")
-    _check_arithmetic(config, where)
+    _check_quantization(config, where)
     absent = [key for key in ("quantization", "quantization_config") if config.get(key) is None]
-    return {k: v for k, v in config.items() if k not in (*_IGNORED, *absent)} | _rope(config, where)
+    config = {key: value for key, value in config.items() if key not in absent}
+    if rules is None:
+        return config
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    check("num_hidden_layers", config["num_hidden_layers"] <= 10_000, "at most 10000")
+    check("num_key_value_heads", heads % kv_heads == 0, f"a divisor of the {heads} attention heads")
+    size = config["hidden_size"] // heads
+    if rules.head and config.get("head_dim") is not None:
+        size = config["head_dim"]
+        check("head_dim", type(size) is int and 0 < size < 2**16, "a whole number above 0")
+    check("num_attention_heads", size > 0 and size % 2 == 0, "heads of an even size")
+    check("rms_norm_eps", _is_number(config["rms_norm_eps"]), "a number")
+    _check_arithmetic(config, rules, where)
+    config = {k: v for k, v in config.items() if k not in _IGNORED} | _rope(config, where)
+    if rules.head:
+        config["head_dim"] = size
+    if rules.window != "asked":  # checked to hide nothing; mlx-lm's Llama would obey these
+        config = {k: v for k, v in config.items() if k not in ("layer_types", "sliding_window")}
+    return config
 
 
 def _wrong(where: str, found: str, expected: str) -> ModelError:
@@ -227,8 +275,7 @@ def _wrong(where: str, found: str, expected: str) -> ModelError:
 
 def _unsupported(where: str, key: str, value: object, expected: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{where} has {key} {_shown.repr(value)}, which mlx-lm's Qwen2 does not compute; "
-        f"expected {expected}."
+        f"{where} has {key} {_shown.repr(value)}, which mlx-lm does not compute; expected {expected}."
     )
 
 
@@ -244,34 +291,46 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _check_arithmetic(config: Mapping[str, object], where: str) -> None:
+def _check_arithmetic(config: Mapping[str, object], rules: _Rules, where: str) -> None:
     """Raise ``UnsupportedModelError`` for a key that transformers honours and mlx-lm ignores."""
     size = config["hidden_size"] // config["num_attention_heads"]
-    for key, values, expected in (
+    wanted: list[tuple[str, tuple, str]] = [
         ("hidden_act", ("silu", "swish"), "silu"),
-        ("head_dim", (None, size), f"hidden_size / num_attention_heads, which is {size}"),
         ("is_causal", (None, True), "true: every token sees only those before it"),
         ("per_layer_config", (None, {}), "one configuration for all layers"),
-    ):
+    ]
+    if not rules.head:
+        heads = f"hidden_size / num_attention_heads, which is {size}"
+        wanted.append(("head_dim", (None, size), heads))
+    wanted += [(k, (None, value), str(value).lower()) for k, value in rules.unread.items()]
+    for key, values, expected in wanted:
         if config.get(key) not in values:
             raise _unsupported(where, key, config[key], expected)
+    _check_window(config, rules, where)
+
+
+def _check_quantization(config: Mapping[str, object], where: str) -> None:
     method = config.get("quantization_config")
     if method and config.get("quantization") is None:
         kind = method.get("quant_method") if isinstance(method, dict) else method
         if kind != "awq" or str(method.get("version", "gemm")).lower() != "gemm":
             raise UnsupportedModelError(
-                f"{where} has weights quantised with {_shown.repr(kind)}, which mlx-lm's Qwen2 does not read. Convert "
+                f"{where} has weights quantised with {_shown.repr(kind)}, which mlx-lm does not read. Convert "
                 "the model's original weights (densesteer convert)."
             )
-    _check_window(config, where)
 
 
-def _check_window(config: Mapping[str, object], where: str) -> None:
+def _check_window(config: Mapping[str, object], rules: _Rules, where: str) -> None:
     """Raise ``UnsupportedModelError`` if a layer attends to less than the whole context."""
+    if rules.window == "never":
+        return
     layers, context = config["num_hidden_layers"], config["max_position_embeddings"]
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    asked = rules.window == "always" or config.get("use_sliding_window")
+    window = config.get("sliding_window", 4096) if asked else None
     kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
-    if kinds is None:
+    if rules.window == "always":
+        windowed = window is not None
+    elif kinds is None:
         windowed = window is not None and not (type(first) is int and first >= layers)
     else:
         known = isinstance(kinds, list) and len(kinds) == layers
@@ -281,7 +340,7 @@ def _check_window(config: Mapping[str, object], where: str) -> None:
     if windowed and not (type(window) is int and window >= context):
         raise UnsupportedModelError(
             f"{where} has sliding-window attention (sliding_window {_shown.repr(window)}), but "
-            "mlx-lm's Qwen2 has full attention only, so it would compute something else. Use a model "
+            f"mlx-lm's {rules.name} has full attention only, so it would compute something else. Use a model "
             "without it, or set max_position_embeddings to at most sliding_window: in so short a "
             "context the window hides nothing."
         )
@@ -298,7 +357,7 @@ def _rope(config: Mapping[str, object], where: str) -> dict[str, object]:
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedModelError(
             f"{where} has rope_parameters {_shown.repr(given)}; expected one rotary embedding "
-            "for all layers, as the Qwen2 family has."
+            "for all layers."
         )
     kind = given.get("rope_type", given.get("type", "default"))
 

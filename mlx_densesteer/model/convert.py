@@ -82,13 +82,13 @@ def convert(
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
-    """Convert a Qwen2 model for MLX and return the folder, by default in ``converted/``.
+    """Convert a model for MLX and return the folder, by default in ``converted/``.
 
     The folder is written under a temporary name, loaded, checked with one forward pass, and
     renamed: an interrupted run leaves no incomplete model.
 
     Args:
-        source: a Hub id, a Hugging Face folder, or a Qwen2 GGUF file (extra ``gguf``).
+        source: a Hub id, a Hugging Face folder, or a GGUF file (extra ``gguf``).
         out: the folder to write.
         bits: 4 or 8 quantises the matrices; ``None`` keeps ``dtype``.
         dtype: of what is not quantised; by default the source's own, bfloat16 for GGUF.
@@ -99,7 +99,7 @@ def convert(
         ConversionError: ``out`` exists, an option does not fit the model, or the result fails its
             check.
         DiskError: too little room on the disk.
-        UnsupportedModelError: not of the Qwen2 family.
+        UnsupportedModelError: it cannot be steered.
         ModelError, HubError: the source cannot be read.
     """
     target = _Target(bits, group_size, dtype)
@@ -269,5 +269,7 @@ def _set_config(file: Path, source: _Source) -> None:
     """Correct what mlx-lm writes: the dtype, and a rope that it was not given (``mlx_lm_folder``)."""
     config = json.loads(file.read_text("utf-8"))
     config.pop("dtype", None)
-    config |= {"torch_dtype": source.dtype, "rope_scaling": source.config["rope_scaling"]}
+    config["torch_dtype"] = source.dtype
+    if "rope_scaling" in source.config:
+        config["rope_scaling"] = source.config["rope_scaling"]
     file.write_text(json.dumps(config, indent=4, sort_keys=True), "utf-8")

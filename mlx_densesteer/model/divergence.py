@@ -6,6 +6,7 @@ is computed once for each text (``Branches``), and only the blocks above run for
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,9 +16,10 @@ import numpy as np
 from ..errors import InputError
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector, format_layers
-from .block import decoder_blocks, make_cache, patch
-from .cache import Shift, SteeredKVCache
-from .likelihood import BATCH_TOKENS, LOGITS, _log_sum_exp, head_of
+from .block import make_cache, patch
+from .cache import Passed, Reading, Shift, SteeredKVCache
+from .families import decoder_blocks, head_of
+from .likelihood import BATCH_TOKENS, LOGITS, _log_sum_exp
 from .prompt import check_ids
 
 Text = tuple[Sequence[int], int]  # token ids, and where the response begins
@@ -57,16 +59,18 @@ class Branches:
             )
         self.network, self.first = patch(network), first
         self.response = list(tokens[first:])
-        self._blocks = decoder_blocks(network)
-        wanted = set(layers)
+        self._tokens = mx.array([list(tokens[:-1])])
         self._kept: dict[int, mx.array] = {}
-        h = network.model.embed_tokens(mx.array([list(tokens[:-1])]))
-        for layer, block in self._blocks.items():
-            h = block(h, "causal", SteeredKVCache())
-            if layer in wanted:
-                self._kept[layer] = h
-        self.unsteered = self._normed(h)[0]
+        wanted = set(layers)
+        caches = [
+            Reading(record=partial(self._keep, layer) if layer in wanted else None)
+            for layer in decoder_blocks(network)
+        ]
+        self.unsteered = self._normed(caches)[0]
         mx.eval(self.unsteered, self._kept)
+
+    def _keep(self, layer: int, _start: int, h: mx.array) -> None:
+        self._kept[layer] = h
 
     def steered(self, steerings: Sequence[Steering]) -> mx.array:
         """Return the normed stream that predicts each response token, ``(steerings, response, hidden)``.
@@ -88,18 +92,18 @@ class Branches:
             Shift.stack([getattr(cache, "shift", None) for cache in caches])
             for caches in zip(*rows, strict=True)
         ]
-        h = mx.broadcast_to(kept, (len(steerings), *kept.shape[1:]))
-        for (layer, block), shift in zip(self._blocks.items(), shifts, strict=True):
-            if layer == lowest:
-                h = shift.add_alone(h, shift.where(0, h.shape[1]))
-            elif layer > lowest:
-                h = block(h, "causal", SteeredKVCache(shift))
-        h = self._normed(h)
+        caches: list[Passed | SteeredKVCache] = [Passed() for _ in range(lowest)]
+        caches.append(
+            Passed(0, mx.broadcast_to(kept, (len(rows), *kept.shape[1:])), shifts[lowest])
+        )
+        caches += [SteeredKVCache(shift) for shift in shifts[lowest + 1 :]]
+        h = self._normed(caches)
         mx.eval(h)
         return h
 
-    def _normed(self, h: mx.array) -> mx.array:
-        return self.network.model.norm(h[:, self.first - 1 :])
+    def _normed(self, caches: Sequence[object]) -> mx.array:
+        """Send the text through the network; return the normed stream from the response's first token on."""
+        return self.network.model(self._tokens, caches)[:, self.first - 1 :]
 
 
 def divergences(network: nn.Module, steered: mx.array, unsteered: mx.array) -> np.ndarray:

@@ -3,29 +3,40 @@
 ``margin.margin_gains`` and ``train.train`` differentiate it. It goes through the blocks that steer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..steering.vector import Positions
-from .block import decoder_blocks
-from .cache import Shift
-from .likelihood import head_of
+from .block import patch
+from .cache import Passed, Reading, Shift
+from .families import decoder_blocks, head_of
 from .places import span_of, step_ends_of
 
 _SLICE = 128  # positions whose logits are in memory at a time
 
 
-class _NoCache:
-    """In place of a block's cache: keeps nothing, and holds what the block adds."""
+class _Recomputed:
+    """In place of a block's cache: the block's backward pass computes it again.
 
-    offset = 0
-    shift: Shift | None = None
-    step_ends: mx.array | None = None
+    Args:
+        shift: what the block adds, as a function of ``delta``, so that it has a gradient.
+    """
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
+    def __init__(self, delta: mx.array | None, shift: Callable[[mx.array], Shift]):
+        self._delta, self._shift = delta, shift
+        self.shift = None if delta is None else shift(delta)  # it is told the step ends
+        self.step_ends: mx.array | None = None
+
+    def instead(self, block: nn.Module, x: mx.array, mask: mx.array | str | None) -> mx.array:
+        def output(x: mx.array, delta: mx.array | None = None) -> mx.array:
+            cache = Reading(None if delta is None else self._shift(delta))
+            cache.step_ends = self.step_ends
+            return block(x, mask, cache)
+
+        given = [x] if self._delta is None else [x, self._delta]
+        return mx.checkpoint(output)(*given)
 
 
 def response_log_likelihood(
@@ -58,30 +69,23 @@ def response_log_likelihood(
     if below is None:
         below = stream_below(network, prompt, response, lowest)
 
-    step_ends = None
-    if span.step_ends:
-        step_ends = step_ends_of(network).table[mx.array([[*prompt, *response[:-1]]])]
-
     def shift(delta: mx.array) -> Shift:
         return Shift.of(delta.reshape(1, 1, -1), [span])
 
-    first = shift(deltas[lowest])
-    h = first.add_alone(below, first.where(0, below.shape[1], step_ends))
-    for layer, block in decoder_blocks(network).items():
-        if layer <= lowest:
-            continue
-        given = [h, deltas[layer]] if layer in deltas else [h]
+    def cache_of(layer: int) -> Passed | Reading | _Recomputed:
+        delta = deltas.get(layer)
+        if layer < lowest:
+            return Passed()
+        if layer == lowest:
+            return Passed(0, below, shift(delta))
+        if recompute:
+            return _Recomputed(delta, shift)
+        return Reading(None if delta is None else shift(delta))
 
-        def output(
-            h: mx.array, delta: mx.array | None = None, block: nn.Module = block
-        ) -> mx.array:
-            cache = _NoCache()
-            if delta is not None:
-                cache.shift, cache.step_ends = shift(delta), step_ends
-            return block(h, "causal", cache)
-
-        h = (mx.checkpoint(output) if recompute else output)(*given)
-    h = network.model.norm(h)[0, len(prompt) - 1 :]
+    if span.step_ends:
+        _ = step_ends_of(network).table  # raises if it cannot be told
+    caches = [cache_of(layer) for layer in decoder_blocks(patch(network))]
+    h = network.model(mx.array([[*prompt, *response[:-1]]]), caches)[0, len(prompt) - 1 :]
     parts = [slice(start, start + _SLICE) for start in range(0, len(response), _SLICE)]
     return mx.stack([_score(network, h[part], response[part]) for part in parts]).sum()
 
@@ -93,12 +97,12 @@ def stream_below(
 
     Nothing that is added at this layer or above changes it, so it can be kept while a vector changes.
     """
-    h = network.model.embed_tokens(mx.array([[*prompt, *response[:-1]]]))
-    for number, block in decoder_blocks(network).items():
-        h = block(h, "causal")
-        if number == layer:
-            break
-    return h
+    found: list[mx.array] = []
+    caches: list[Reading | Passed] = [Reading() for _ in range(layer)]
+    caches.append(Reading(record=lambda _, h: found.append(h)))
+    caches += [Passed() for _ in range(layer + 1, len(decoder_blocks(patch(network))))]
+    network.model(mx.array([[*prompt, *response[:-1]]]), caches)
+    return found[0]
 
 
 def _score(network: nn.Module, h: mx.array, tokens: Sequence[int]) -> mx.array:

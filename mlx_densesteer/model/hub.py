@@ -28,6 +28,7 @@ from ..errors import HubError
 from ..files import check_disk
 from ..text import cause, printable, unguarded
 from .config import parse_config
+from .families import check_family
 from .weights import INDEX, parse_index
 
 CONFIG = "config.json"
@@ -44,7 +45,7 @@ def fetch_model(repo: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model's files; download what is not in the cache.
 
     The weights are the files that the index names, or ``model*.safetensors`` without one. They are not
-    downloaded if ``config.json`` is that of another family. Without a network, a complete copy in the
+    downloaded if ``config.json`` is that of a model that cannot be steered. Without a network, a complete copy in the
     cache is enough.
 
     Raises:
@@ -52,7 +53,8 @@ def fetch_model(repo: str, *, revision: str | None = None) -> Path:
         ModelError, UnsupportedModelError: the index is damaged, or see ``config.parse_config``.
         DiskError: the cache's disk has no room for what is missing.
     """
-    parse_config(fetch_file(repo, CONFIG, revision=revision).read_bytes(), repo)
+    content = fetch_file(repo, CONFIG, revision=revision).read_bytes()
+    check_family(parse_config(content, repo), repo)
 
     def download(offline: bool) -> Path:
         weights = _indexed(repo, revision, offline) or [WEIGHT_FILES]

@@ -1,6 +1,6 @@
 """The log-likelihood of texts under the model, steered or not: batched, in constant memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..steering.steering import Steering
 from .block import make_cache
 from .cache import SteeredBatchKVCache
+from .families import head_of
 from .prompt import check_ids
 
 ROWS = 16  # sequences that go through the blocks together
@@ -174,12 +175,6 @@ def pad_right(sequences: Sequence[Sequence[int]]) -> mx.array:
     return mx.array(
         [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences], mx.int32
     )
-
-
-def head_of(network: nn.Module) -> Callable[[mx.array], mx.array]:
-    """Return the function from the normed stream ``(..., hidden)`` to logits ``(..., vocabulary)``."""
-    tied = network.args.tie_word_embeddings
-    return network.model.embed_tokens.as_linear if tied else network.lm_head
 
 
 def token_log_likelihoods(

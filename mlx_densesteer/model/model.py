@@ -18,7 +18,6 @@ from typing import ParamSpec, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
@@ -36,9 +35,10 @@ from ..steering.request import stored_strength, unit_dose
 from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
-from .block import decoder_blocks, patch
-from .config import BAKED, check_adapter, local_folder, origin, read_folder
+from .block import patch
+from .config import RULES, check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
+from .families import check_family, decoder_blocks, stream_dtype
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
@@ -82,12 +82,12 @@ class Model:
     steering (``block.make_cache``), the network computes what the stock network computes.
 
     Args:
-        network: a Qwen2 model as ``mlx_lm.load`` returns it. Its blocks are patched.
+        network: a text model as ``mlx_lm.load`` returns it. Its blocks are patched.
         tokenizer: its tokenizer.
         name: the name for metadata; by default that of the tokenizer's folder.
 
     Raises:
-        ModelError: a network of another family.
+        UnsupportedModelError: the network cannot be steered (``families``).
     """
 
     def __init__(self, network: nn.Module, tokenizer: TokenizerWrapper, name: str | None = None):
@@ -137,15 +137,16 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the weights: the first 16 digits of the SHA-256 of every RMSNorm weight as bfloat16.
+        """Identify the weights: the first 16 digits of the SHA-256 of every norm's weights as bfloat16.
 
         Norm weights are not quantised, so all precisions of a checkpoint have one fingerprint. A baked
         model's biases count too.
         """
         digest = hashlib.sha256()
         for block in decoder_blocks(self.network).values():
-            for norm in (block.input_layernorm, block.post_attention_layernorm):
-                digest.update(_bfloat16_bytes(norm.weight))
+            for name, weight in sorted(tree_flatten(block.parameters())):
+                if "norm" in name:
+                    digest.update(_bfloat16_bytes(weight))
             if (bias := _last_bias(block)) is not None:
                 digest.update(_bfloat16_bytes(bias))
         digest.update(_bfloat16_bytes(self.network.model.norm.weight))
@@ -154,21 +155,26 @@ class Model:
     @cached_property
     def baked_layers(self) -> tuple[int, ...]:
         """The layers at which ``bake`` wrote a steering into the weights; empty for other models."""
-        biases = {k: _last_bias(block) for k, block in decoder_blocks(self.network).items()}
-        return tuple(k for k, bias in biases.items() if bias is not None and bias.any().item())
+        blocks = decoder_blocks(self.network)
+        return tuple(layer for layer, block in blocks.items() if _is_baked(block))
 
     @cached_property
     def info(self) -> ModelInfo:
         """What a vector's metadata records of this model."""
-        last = self.network.model.layers[-1].mlp.down_proj
-        bits, mode = getattr(last, "bits", None), getattr(last, "mode", "affine")
-        kind = "" if mode == "affine" else f"{mode}, "
+        last = list(decoder_blocks(self.network).values())[-1]
+        # the first by name: of Qwen2's block mlp.down_proj
+        quantised = [(k, one) for k, one in last.named_modules() if getattr(one, "bits", None)]
+        method = "none"
+        if quantised:
+            one = min(quantised)[1]
+            kind = "" if one.mode == "affine" else f"{one.mode}, "
+            method = f"{kind}{one.bits}-bit, group {one.group_size}"
         return ModelInfo(
             name=self.name,
             layer_count=self.layer_count,
             hidden_size=self.hidden_size,
-            dtype=dtype_name(self.network.model.norm.weight.dtype),
-            quantization=f"{kind}{bits}-bit, group {last.group_size}" if bits else "none",
+            dtype=dtype_name(stream_dtype(self.network)),
+            quantization=method,
             fingerprint=self.fingerprint,
             end_of_turn=self.end_of_turn and self.tokenizer.convert_ids_to_tokens(self.end_of_turn),
         )
@@ -423,7 +429,7 @@ def load(
     slowly, it is in float32.
 
     Raises:
-        UnsupportedModelError: not of the Qwen2 family.
+        UnsupportedModelError: it cannot be steered, or mlx-lm would compute something else than transformers.
         ModelError: not a model folder, or its files are damaged.
         HubError: the Hub did not deliver the files.
     """
@@ -431,6 +437,10 @@ def load(
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
     _ = model.end_of_turn  # told now, not within an answer
+    if (kind := model.network.model_type) not in RULES:
+        note(
+            f"{model.name}: the configuration of a {kind} model is read by mlx-lm as it is, and not checked here"
+        )
     if model.baked_layers:
         where = format_layers(model.baked_layers)
         note(
@@ -467,29 +477,13 @@ def open_network(
     The weights stay on the disk until they are used.
     """
     with loading(path), mlx_lm_folder(path) as place:
-        network, config = load_model(place, lazy=True, get_model_classes=_classes)
+        network, config = load_model(place, lazy=True)
         if adapter_path is not None:
             with loading(Path(adapter_path)):
                 check_adapter(Path(adapter_path))
                 network = load_adapters(network, adapter_path)
             network.eval()
     return network, config
-
-
-class _Baked(qwen2.Model):
-    """mlx-lm's Qwen2 with a bias on every projection, as a baked folder has (``export/llama.py``)."""
-
-    def __init__(self, args: qwen2.ModelArgs):
-        super().__init__(args)
-        for block in self.model.layers:
-            mlp = block.mlp
-            for one in (block.self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                one.bias = mx.zeros(one.weight.shape[0])
-
-
-def _classes(config: Mapping[str, object]) -> tuple[type[nn.Module], type]:
-    """Return the classes of a folder's network and of its arguments, as mlx-lm asks for them."""
-    return _Baked if BAKED in config else qwen2.Model, qwen2.ModelArgs
 
 
 def open_tokenizer(path: Path, config: Mapping[str, object]) -> TokenizerWrapper:
@@ -509,8 +503,9 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
     it reads ``config.json`` otherwise than transformers (see ``read_config``).
     """
     config, tensors = read_folder(path)
+    check_family(config, str(path))
     check_tokenizer(path)
-    if (config["rope_scaling"] or {}).get("type") == "dynamic":
+    if config["model_type"] in RULES and (config["rope_scaling"] or {}).get("type") == "dynamic":
         # Changes nothing within max_position_embeddings; mlx-lm's cannot serve a batch.
         config["rope_scaling"] = None
     with tempfile.TemporaryDirectory(prefix="densesteer-") as made:
@@ -566,7 +561,7 @@ def check_finite(network: nn.Module, name: str) -> None:
     """
     logits = mx.isfinite(network(mx.array([[0]]))).all()
     sums = mx.array(True)
-    if not network.args.tie_word_embeddings:
+    if "lm_head" in network:
         for array in network.model.embed_tokens.parameters().values():
             if mx.issubdtype(array.dtype, mx.floating):
                 sums &= mx.isfinite(array.sum(axis=-1)).all()
@@ -581,7 +576,7 @@ def check_finite(network: nn.Module, name: str) -> None:
         return
     found = f"{wrong[0]} has NaN or infinity in it" if wrong else "some value overflows"
     raise ModelError(
-        f"{name}: its logits are not finite: {found} (dtype {dtype_name(network.model.norm.weight.dtype)}). "
+        f"{name}: its logits are not finite: {found} (dtype {dtype_name(stream_dtype(network))}). "
         "Download or convert it again, with the dtype bfloat16 or float32."
     )
 
@@ -633,8 +628,19 @@ def _base_name(model: str) -> str:
 
 def _last_bias(block: nn.Module) -> mx.array | None:
     """Return the bias on a block's output, where ``bake`` writes a steering; an adapter may wrap its layer."""
-    last = block.mlp.down_proj
+    last = block.get("mlp", {}).get("down_proj", {})
     return getattr(last, "linear", last).get("bias")
+
+
+def _is_baked(block: nn.Module) -> bool:
+    """Tell whether a block's last bias is a vector that ``bake`` wrote: its other biases in the MLP are zero."""
+    last = _last_bias(block)
+    if last is None or not last.any().item():
+        return False
+    others = [
+        one for name, one in tree_flatten(block.mlp.gate_proj.parameters()) if name.endswith("bias")
+    ]
+    return bool(others) and not any(one.any().item() for one in others)
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:

@@ -18,21 +18,20 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..errors import SteeringError
 from ..steering.steering import Positions, Steering
-from .block import decoder_blocks, deltas, patch
+from .block import deltas, patch
 from .cache import (
+    Passed,
     Shift,
     SteeredKVCache,
     SteeredQuantizedKVCache,
     clear_buffers,
-    note_step_ends,
     twin_of,
-    where_in,
 )
+from .families import cache_shapes, decoder_blocks
 from .places import span_in_chunk
 from .prompt import check_ids
 
@@ -149,6 +148,8 @@ class Prefix:
         self._captured: int | None = None
         # The unsteered output of layer _captured at the first tokens, as pieces (1, tokens, hidden).
         self._residual: list[mx.array] = []
+        # What the captured block put out since ``fill``, with the first position of each piece.
+        self._recorded: list[tuple[int, mx.array]] = []
         self._begun = False  # whether the last chunk is the beginning of the answer
 
     def fill(
@@ -267,22 +268,23 @@ class Prefix:
         self._residual = _slice(self._residual, 0, count)
         for cache in self.caches:
             cache.trim(cache.offset - count)
-            cache.unsteered = None
+            cache.record = None
+        self._recorded = []
 
     def _record(self) -> None:
         """Let block ``_captured`` record its unsteered output while the caller decodes."""
         whole = self._captured is not None and self.residual_tokens == self.length
         if whole and not self._exact and self.residual_bytes < self._keep_bytes:
-            self.caches[self._captured].unsteered = []
+            recorded = self._recorded
+            self.caches[self._captured].record = lambda at, h: recorded.append((at, h))
 
     def _keep_recorded(self, end: int) -> None:
         """Keep the stream that was recorded while the caller decoded, up to token ``end``."""
-        recorded = self.caches[self._captured or 0].unsteered
-        if not recorded:
+        if not self._recorded:
             return
-        start = stop = recorded[0][0]
+        start = stop = self._recorded[0][0]
         kept: list[mx.array] = []
-        for at, h in recorded:
+        for at, h in self._recorded:
             while stop > at:  # a draft's tokens were taken back, and others follow
                 last = kept.pop()
                 stop -= last.shape[1]
@@ -320,12 +322,12 @@ class Prefix:
             start = self.length
             self._steer(answer=chunk.answer, start=start)
             for tokens in pieces(chunk.tokens):
-                self._tell(tokens)
                 kept = _slice(self._residual, start, start + len(tokens))
                 h = kept[0] if len(kept) == 1 else mx.concatenate(kept, axis=1)
-                h = self._steered(self._captured, h, start)
+                below: list[KVCache] = [Passed(start) for _ in range(self._captured)]
+                below.append(Passed(start, h, self.caches[self._captured].shift))
+                self._send(tokens, [*below, *self.caches[first:]])
                 start += len(tokens)
-                self._blocks_from(first, h)
             self._chunks.append(chunk)
             yield len(chunk.tokens) * (len(self._blocks) - first)
 
@@ -335,55 +337,31 @@ class Prefix:
         Keep its residual stream if ``keep_bytes`` allows it.
         """
         self._steer(answer=chunk.answer, start=self.length - held)
-        keep = self._captured is not None and self.residual_tokens == self.length
-        kept = []
+        kept: list[mx.array] = []
+        if self._captured is not None and self.residual_tokens == self.length:
+            self.caches[self._captured].record = lambda _, h: kept.append(h)
         for tokens in pieces(chunk.tokens[held:]):
-            h = self.network.model.embed_tokens(self._tell(tokens))
-            kept.append(self._blocks_from(0, h, capture=keep))
-        if keep and self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
+            self._send(tokens, self.caches, kept)
+        if self._captured is not None:
+            self.caches[self._captured].record = None
+        if self.residual_bytes + sum(h.nbytes for h in kept) <= self._keep_bytes:
             self._residual += kept
         if held:
             del self._chunks[-1]
         self._chunks.append(chunk)
         return (len(chunk.tokens) - held) * len(self._blocks)
 
-    def _blocks_from(self, first: int, h: mx.array, *, capture: bool = False) -> mx.array | None:
-        """Fill the caches from block ``first`` on; return the unsteered output of layer ``_captured``.
+    def _send(
+        self, tokens: Sequence[int], caches: Sequence[KVCache], kept: Sequence[mx.array] = ()
+    ) -> None:
+        """Send tokens through the network and fill its caches.
 
-        ``h`` is the input of block ``first``, ``(1, tokens, hidden)``. Only the caches are
-        evaluated, so mlx does not compute the last block's MLP.
+        Only the caches and ``kept`` are evaluated, so mlx does not compute the last block's MLP, nor
+        what a ``Passed`` replaces.
         """
-        if first == len(self._blocks):
-            return None
-        kept = None
-        start = self.caches[first].offset
-        mask = create_attention_mask(h, self.caches[first])
-        for layer in range(first, len(self._blocks)):
-            block, cache = self._blocks[layer], self.caches[layer]
-            if capture and layer == self._captured:
-                shift, cache.shift = cache.shift, None
-                kept = block(h, mask, cache)
-                cache.shift = shift
-                h = self._steered(layer, kept, start)
-            else:
-                h = block(h, mask, cache)
-        mx.eval([cache.state for cache in self.caches[first:]], [] if kept is None else kept)
+        self.network.model(mx.array([tokens]), caches)
+        mx.eval([cache.state for cache in caches if cache.keys is not None], list(kept))
         clear_buffers()
-        return kept
-
-    def _steered(self, layer: int, h: mx.array, start: int) -> mx.array:
-        cache = self.caches[layer]
-        if cache.shift is None:
-            return h
-        return cache.shift.add_alone(h, where_in(cache, start, h.shape[1]))
-
-    def _tell(self, tokens: Sequence[int]) -> mx.array:
-        """Return the next tokens, ``(1, tokens)``, after telling the caches which end a step."""
-        ids = mx.array([tokens])
-        step_ends = getattr(self.network.model, "step_ends", None)
-        if step_ends is not None:
-            note_step_ends(self.caches, ids, step_ends)
-        return ids
 
     def _steer(self, *, answer: bool, start: int) -> None:
         """Set the shift of every cache for a chunk that begins at ``start``."""
@@ -467,11 +445,13 @@ def _quantization(network: nn.Module, bits: int | None) -> tuple[int, int] | Non
     """Return the group size and the bits of quantised keys and values."""
     if bits is None:
         return None
-    width = network.args.hidden_size // network.args.num_attention_heads
-    group_size = next((size for size in (64, 32) if width % size == 0), None)
+    widths = sorted({shape[-1] for layer in cache_shapes(network) for shape in layer})
+    sizes = (64, 32)
+    group_size = next((s for s in sizes if not any(width % s for width in widths)), None)
     if bits not in (4, 8) or group_size is None:
+        shown = ", ".join(map(str, widths))
         raise SteeringError(
-            f"{bits} bits for keys and values of width {width}: expected 4 or 8 bits, and a width "
+            f"{bits} bits for keys and values of width {shown}: expected 4 or 8 bits, and a width "
             "that is a multiple of 32. Leave kv_bits out."
         )
     return group_size, bits

@@ -1,6 +1,7 @@
 """Read the residual stream: batched, in constant memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -9,7 +10,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..steering.vector import format_layers
-from .block import decoder_blocks
+from .block import patch
+from .cache import Passed, Reading
+from .families import decoder_blocks
 from .likelihood import pad_right
 from .prompt import check_ids
 
@@ -94,14 +97,36 @@ def residual_norms(
     layers = check_layers(network, layers)
     check_ids(tokens, network.args.vocab_size, "the text")
     norms = {}
-    h = network.model.embed_tokens(mx.array([list(tokens)]))
-    for layer, block in decoder_blocks(network).items():
-        if layer > layers[-1]:
-            break
-        h = block(h, "causal")
-        if layer in layers:
-            norms[layer] = float(mx.mean(_norms(h)[0, first:]))
+
+    def measure(layer: int, h: mx.array) -> None:
+        norms[layer] = float(mx.mean(_norms(h)[0, first:]))
+
+    _each_output(network, mx.array([list(tokens)]), layers, measure)
     return norms
+
+
+def _each_output(
+    network: nn.Module,
+    tokens: mx.array,
+    layers: Sequence[int],
+    take: Callable[[int, mx.array], None],
+) -> None:
+    """Call ``take(layer, h)`` with the unsteered output of each of the layers, in their order.
+
+    ``h`` is ``(rows, tokens, hidden)``. ``take`` evaluates what it needs, so one block's activations are in
+    memory at a time. What lies above the last layer is not computed.
+    """
+
+    def cache_of(layer: int) -> Reading | Passed:
+        if layer > layers[-1]:
+            return Passed()
+        return Reading(record=partial(_take, take, layer)) if layer in layers else Reading()
+
+    network.model(tokens, [cache_of(layer) for layer in decoder_blocks(patch(network))])
+
+
+def _take(take: Callable[[int, mx.array], None], layer: int, _start: int, h: mx.array) -> None:
+    take(layer, h)
 
 
 def _batches(pairs: Sequence[TokenPair]) -> Iterator[list[int]]:
@@ -123,29 +148,31 @@ def _read(
     layers: Sequence[int],
     weigh: Weigh,
 ) -> Iterator[PairStates]:
-    """Send a batch through the blocks: in each the positive sequences, then the negative ones."""
+    """Send the positive sequences of a batch through the network, then the negative ones."""
     prompts = [len(pairs[number].prompt) for number in numbers]
     rows = list(zip(*(pairs[number].sequences for number in numbers), strict=True))
-    streams = [network.model.embed_tokens(pad_right(side)) for side in rows]
-    weights = [
-        [_weights(side, prompts, how, h.shape[1]) for how in (weigh, _uniform)]
-        for side, h in zip(rows, streams, strict=True)
-    ]
-    for layer, block in decoder_blocks(network).items():
-        if layer > layers[-1]:
-            return
-        streams = [block(h, "causal") for h in streams]  # which hides the padding
-        mx.eval(streams)
-        if layer in layers:
-            sums, norms = [], []
-            for h, (asked, uniform) in zip(streams, weights, strict=True):
-                # mx.where, because infinity * 0 is not 0
-                sums.append(mx.where(asked == 0, 0, h.astype(mx.float32) * asked).sum(axis=1))
-                norms.append(
-                    mx.where(uniform == 0, 0, _norms(h)[..., None] * uniform).sum(axis=(1, 2))
-                )
-            both = np.array(mx.stack(sums, axis=1)), np.array(mx.stack(norms, axis=1))
-            yield PairStates(layer, numbers, both[0], both[1].astype(np.float64))
+    sums: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    norms: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    for side in rows:
+        tokens = pad_right(side)  # the causal mask hides the padding
+        asked, uniform = (
+            _weights(side, prompts, how, tokens.shape[1]) for how in (weigh, _uniform)
+        )
+
+        def take(
+            layer: int, h: mx.array, asked: mx.array = asked, uniform: mx.array = uniform
+        ) -> None:
+            # mx.where, because infinity * 0 is not 0
+            total = mx.where(asked == 0, 0, h.astype(mx.float32) * asked).sum(axis=1)
+            norm = mx.where(uniform == 0, 0, _norms(h)[..., None] * uniform).sum(axis=(1, 2))
+            mx.eval(total, norm)
+            sums[layer].append(np.array(total))
+            norms[layer].append(np.array(norm))
+
+        _each_output(network, tokens, layers, take)
+    for layer in layers:
+        rows, lengths = (np.stack(found[layer], axis=1) for found in (sums, norms))
+        yield PairStates(layer, numbers, rows, lengths.astype(np.float64))
 
 
 def _weights(

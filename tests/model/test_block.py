@@ -68,7 +68,7 @@ def test_a_patched_model_is_the_stock_model_bit_for_bit(tiny):
     before = tiny(tokens)
     parameters = dict(tree_flatten(tiny.parameters()))
     patch(tiny)
-    assert all(type(block) is SteeredBlock for block in tiny.model.layers)
+    assert all(isinstance(block, SteeredBlock) for block in tiny.model.layers)
     assert equal(tiny(tokens), before)
     assert equal(tiny(tokens, make_prompt_cache(tiny)), tiny(tokens, make_cache(tiny)))
     after = dict(tree_flatten(tiny.parameters()))
@@ -426,15 +426,7 @@ def test_a_steered_cache_never_passes_unnoticed_through_stock_blocks(tiny, make_
         tiny(mx.array([PROMPT]), cache)
 
 
-def test_another_model_is_refused_by_name(make_vector):
-    from mlx_lm.models import llama
-
-    args = llama.ModelArgs(
-        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=64,
-        num_attention_heads=4, rms_norm_eps=1e-6, vocab_size=64,
-    )  # fmt: skip
-    with pytest.raises(ModelError, match=r"layer 0 is a TransformerBlock of mlx_lm\.models\.llama"):
-        patch(llama.Model(args))
+def test_what_is_no_model_is_refused():
     with pytest.raises(ModelError, match="has no model.layers"):
         patch(nn.Linear(2, 2))
 

@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT
 from hub_server import HubServer
 
-REPO, BIG, LLAMA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Llama"
+REPO, BIG, MAMBA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Mamba"
 ADAPTER = "Org/Tiny-Adapter"
 CHUNK = 10 * 2**20  # huggingface_hub writes pieces of this size
 CUT = CHUNK + 2**20
@@ -80,20 +80,24 @@ def big_folder(hf_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama_folder(hf_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "Tiny-Llama"
+def mamba_folder(hf_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mamba") / "Tiny-Mamba"
     shutil.copytree(hf_folder, folder)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config = {
+        "model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 64, "hidden_size": 64,
+        "intermediate_size": 128, "state_size": 4, "num_hidden_layers": 2, "conv_kernel": 4,
+        "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture
-def folders(hf_folder, big_folder, llama_folder, tmp_path) -> dict[str, Path]:
+def folders(hf_folder, big_folder, mamba_folder, tmp_path) -> dict[str, Path]:
     adapter = tmp_path / "Tiny-Adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    return {REPO: hf_folder, BIG: big_folder, LLAMA: llama_folder, ADAPTER: adapter}
+    return {REPO: hf_folder, BIG: big_folder, MAMBA: mamba_folder, ADAPTER: adapter}
 
 
 @pytest.fixture
@@ -235,10 +239,13 @@ def test_a_gated_repository_on_the_command_line(user, hub):
     assert "hf auth login" in last
 
 
-def test_another_family_is_refused_after_one_small_file(user, hub):
-    done = user.densesteer("convert", LLAMA)
+def test_a_model_that_cannot_be_steered_is_refused_after_one_small_file(user, hub):
+    done = user.densesteer("convert", MAMBA)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"{LLAMA}: is a llama model (LlamaForCausalLM)" in done.stderr
+    assert (
+        f"{MAMBA}: is a mamba model, which cannot be steered: it is no single stack of text"
+        in done.stderr
+    )
     assert {Path(r.path).name for r in hub.requests} == {"config.json"}
     assert not (user.home / "converted").exists()
 

@@ -130,7 +130,7 @@ def test_what_does_not_fit_changes_nothing(tiny, steering, make_vector):
 def test_an_interruption_empties_it(tiny, steering, monkeypatch):
     prefix = filled(tiny, steering)
     with monkeypatch.context() as patching:
-        patching.setattr("mlx_densesteer.model.prefix.create_attention_mask", _interrupt)
+        patching.setattr("mlx_densesteer.model.prefix.clear_buffers", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prefix.fill([*CHUNKS, Chunk((3,))], steering)
     assert prefix.length == 0
