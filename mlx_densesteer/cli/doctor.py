@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .. import demo
 from .._version import __version__
 from ..model.machine import (
     FOR_WEIGHTS,
@@ -25,6 +26,7 @@ from ..model.machine import (
     working_set,
 )
 from ..text import count
+from . import completers
 
 if TYPE_CHECKING:
     from mlx_lm.models.qwen2 import Model
@@ -49,6 +51,58 @@ def examine() -> Iterator[Finding]:
     yield from _packages()
     yield from _system()
     yield from _runtime()
+
+
+def examine_model(name: str) -> Iterator[Finding]:
+    """Yield what works with a model, from its configuration alone.
+
+    Raises:
+        UnsupportedModelError: it cannot be steered; the message says why.
+        ModelError, HubError: no model, or a damaged one.
+    """
+    from ..export.llama import BAKES
+    from ..model.config import RULES, local_folder, parse_config, read_config
+    from ..model.families import decoder_blocks, empty_network, is_plain, window_of
+    from ..model.hub import CONFIG, fetch_file
+
+    folder = demo.MODEL if name == demo.NAME else local_folder(name)
+    if folder is None:
+        config = parse_config(fetch_file(name, CONFIG).read_bytes(), name)
+    else:
+        config = read_config(folder)
+    network = empty_network(config, name)
+    kind = str(config["model_type"])
+    yield Finding(
+        "model",
+        f"{name}, a {kind} of {config['num_hidden_layers']} blocks of {network.args.hidden_size}",
+    )
+    told = f"read by {RULES[kind].name}'s rules, as transformers does" if kind in RULES else None
+    hint = None if told else "compare its first answers with another program"
+    yield Finding("config.json", told or "left to mlx-lm, not checked here", hint=hint)
+    blocks = list(decoder_blocks(network).values())
+    plain = all(is_plain(type(block)) for block in blocks)
+    ways = "in the last addition of a block" if plain else "by one operation after a block"
+    yield Finding("steering", f"{ways}: generate, chat, serve, extract, sweep, train, eval")
+    if window := window_of(network):
+        yield Finding(
+            "windows",
+            f"some blocks attend to {window} tokens; their keys and values are kept whole",
+        )
+    bakes = (
+        f"as a {BAKES[kind][0]} with biases"
+        if kind in BAKES
+        else "no place for a vector in its weights"
+    )
+    hint = None if kind in BAKES else "give llama.cpp the vector: `densesteer vector export`"
+    yield Finding("bake", bakes, hint=hint)
+    ways = [
+        way
+        for way, has in (("tensor", "shard"), ("pipeline", "pipeline"))
+        if hasattr(network if has == "shard" else network.model, has)
+    ]
+    yield Finding(
+        "several Macs", f"{' and '.join(ways)} parallel" if ways else "mlx-lm cannot cut it"
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -235,13 +289,21 @@ def largest_error() -> float:
 
 
 @click.command()
-def doctor() -> None:
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=completers.models,
+    metavar="MODEL",
+    help="Tell what works with this model, and why not.",
+)
+def doctor(model: str | None) -> None:
     """Check this machine: versions, device, memory, and that steering computes correctly.
 
-    Exits with 1 if models cannot run.
+    With -m it tells instead what can be done with a model, from its config.json alone. Exits with 1 if
+    models cannot run, or this one.
     """
     wrong = fatal = 0
-    for finding in examine():
+    for finding in examine() if model is None else examine_model(model):
         mark = "ok" if finding.remedy is None else "!!"
         click.echo(f"{mark}  {finding.name:<16}{finding.value}")
         if advice := finding.remedy or finding.hint:

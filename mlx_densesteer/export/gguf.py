@@ -19,14 +19,13 @@ import numpy as np
 
 from ..errors import ExportError
 from ..files import atomic_path, parse_object
-from ..model.gguf import SPLIT, gguf_name
+from ..model.gguf import BAKED_KEY, WORDS, gguf_name, words_of
 from ..steering.formats.gguf import check_header, complete, contents, damage, gguf_package
 from .closeness import differing
 
 if TYPE_CHECKING:
     import gguf
 
-RECORD_KEY = "mlx_densesteer.baked"  # JSON, as `densesteer.json` of a folder
 ARCHITECTURE = "llama"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
@@ -59,7 +58,7 @@ def write(
     with atomic_path(out) as made:
         writer = _writer(gguf, made, folder, config, end_of_turn)
         writer.add_name(f"{name}, steered")
-        writer.add_string(RECORD_KEY, record)
+        writer.add_string(BAKED_KEY, record)
         for tensor, array in _tensors(shards, config):
             dtype = gguf.GGMLQuantizationType[_DTYPES[array.dtype]]
             writer.add_tensor_info(tensor, array.shape, np.dtype("f4"), array.nbytes, dtype)
@@ -111,10 +110,10 @@ def recorded(path: Path) -> dict[str, object] | None:
     """
     check_header(path, ExportError)
     with damage(path, ExportError):
-        text = contents(gguf_package(path, ExportError).GGUFReader(path), RECORD_KEY)
+        text = contents(gguf_package(path, ExportError).GGUFReader(path), BAKED_KEY)
         if text is None:
             return None
-        return parse_object(text, f"{path}: {RECORD_KEY}", error=ExportError)
+        return parse_object(text, f"{path}: {BAKED_KEY}", error=ExportError)
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -159,22 +158,29 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
     writer.add_head_count_kv(int(config["num_key_value_heads"]))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(float(config["rope_theta"]))
-    writer.add_rope_dimension_count(int(config["hidden_size"]) // heads)
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_vocab_size(int(config["vocab_size"]))
 
 
 def _add_tokenizer(
     writer: "gguf.GGUFWriter", folder: Path, size: int, end_of_turn: int | None
 ) -> None:
-    tokens, kinds, merges = _vocabulary(folder, size)
+    tokens, kinds, merges, words = _vocabulary(folder, size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(words)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(WORDS[words].begins)
     settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    adders = {"eos_token": writer.add_eos_token_id, "pad_token": writer.add_pad_token_id}
+    adders = {
+        "bos_token": writer.add_bos_token_id,
+        "eos_token": writer.add_eos_token_id,
+        "pad_token": writer.add_pad_token_id,
+    }
     for key, add in adders.items():
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
@@ -188,14 +194,14 @@ def _add_tokenizer(
         writer.add_chat_template(template)
 
 
-def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str]]:
-    """Return tokens, their types and the merges of ``tokenizer.json``."""
+def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str], str]:
+    """Return tokens, their types, the merges and llama.cpp's name for the rules of ``tokenizer.json``."""
     document = json.loads((folder / "tokenizer.json").read_bytes())
-    cutting = json.dumps(document.get("pre_tokenizer"), ensure_ascii=False)
-    if SPLIT not in cutting.replace("\\\\", "\\"):
+    words = words_of(document)
+    if words is None:
         raise ExportError(
-            f"{folder}: its tokenizer does not cut text into words as Qwen2's does, and llama.cpp "
-            "would. Use the format hf."
+            f"{folder}: its tokenizer cuts text into words by a rule that is not known here "
+            f"({', '.join(WORDS)} are), so llama.cpp might cut it otherwise. Use the format hf."
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [_UNUSED] * size
@@ -205,7 +211,7 @@ def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     merges = document["model"]["merges"]
-    return tokens, kinds, [m if isinstance(m, str) else " ".join(m) for m in merges]
+    return tokens, kinds, [m if isinstance(m, str) else " ".join(m) for m in merges], words
 
 
 def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:

@@ -21,7 +21,7 @@ from ..model.weights import read_tensors, weight_files
 _LAST = ".mlp.down_proj"
 _PROJECTION = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 # mlx-lm's and transformers' class of the baked model
-_CLASSES = {
+BAKES = {
     "qwen2": ("llama", "LlamaForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
     "mistral": ("llama", "LlamaForCausalLM"),
@@ -39,10 +39,10 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
     Raises:
         ExportError: quantised by another program, or of a family that has no biases.
     """
-    if config["model_type"] not in _CLASSES:
+    if config["model_type"] not in BAKES:
         raise ExportError(
             f"{name}: a {config['model_type']} model has no place for a vector: its blocks have no bias on their "
-            f"output, as {', '.join(_CLASSES)} can. Steer it while it runs, or give llama.cpp the vector "
+            f"output, as {', '.join(BAKES)} can. Steer it while it runs, or give llama.cpp the vector "
             "(`densesteer vector export`)."
         )
     if config.get("quantization_config") and not config.get("quantization"):
@@ -50,7 +50,7 @@ def llama_config(config: Mapping[str, object], name: str) -> dict[str, object]:
             f"{name}: is quantised, but not by mlx-lm. Expected a folder that `densesteer convert` wrote."
         )
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    family, architecture = _CLASSES[str(config["model_type"])]
+    family, architecture = BAKES[str(config["model_type"])]
     size = config.get("head_dim") or int(config["hidden_size"]) // int(
         config["num_attention_heads"]
     )

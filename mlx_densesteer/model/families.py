@@ -73,8 +73,8 @@ def decoder_blocks(network: nn.Module) -> dict[int, nn.Module]:
     return {i: block for i, block in enumerate(layers) if block is not None}
 
 
-def check_family(config: Mapping[str, object], name: str) -> None:
-    """Raise unless a model of this configuration can be steered. Needs no weights, and reads none.
+def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
+    """Return the stock network of a configuration if it can be steered. Needs no weights, and makes none.
 
     Args:
         config: what ``config.read_config`` returns.
@@ -101,6 +101,7 @@ def check_family(config: Mapping[str, object], name: str) -> None:
         raise UnsupportedModelError(
             f"{name}: is a {kind} model, which cannot be steered: {reason}."
         )
+    return network
 
 
 def check_network(network: nn.Module) -> None:
@@ -138,6 +139,13 @@ def _obstacle(network: nn.Module) -> str | None:
 
 def _parameters(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
+
+
+def window_of(network: nn.Module) -> int | None:
+    """Return how many tokens the blocks of a stock network attend to that attend to a window."""
+    caches = network.make_cache() if hasattr(network, "make_cache") else []
+    sizes = [one.max_size for one in caches if type(one) is RotatingKVCache]
+    return min(sizes, default=None)
 
 
 def stream_dtype(network: nn.Module) -> mx.Dtype:

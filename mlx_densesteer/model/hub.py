@@ -28,7 +28,7 @@ from ..errors import HubError
 from ..files import check_disk
 from ..text import cause, printable, unguarded
 from .config import parse_config
-from .families import check_family
+from .families import empty_network
 from .weights import INDEX, parse_index
 
 CONFIG = "config.json"
@@ -54,7 +54,7 @@ def fetch_model(repo: str, *, revision: str | None = None) -> Path:
         DiskError: the cache's disk has no room for what is missing.
     """
     content = fetch_file(repo, CONFIG, revision=revision).read_bytes()
-    check_family(parse_config(content, repo), repo)
+    empty_network(parse_config(content, repo), repo)
 
     def download(offline: bool) -> Path:
         weights = _indexed(repo, revision, offline) or [WEIGHT_FILES]

@@ -38,7 +38,7 @@ from ..text import cause, count, note, one_line
 from .block import patch
 from .config import RULES, check_adapter, local_folder, origin, read_folder
 from .divergence import Divergence, strengths_for
-from .families import check_family, decoder_blocks, stream_dtype
+from .families import decoder_blocks, empty_network, stream_dtype
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
@@ -503,7 +503,7 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
     it reads ``config.json`` otherwise than transformers (see ``read_config``).
     """
     config, tensors = read_folder(path)
-    check_family(config, str(path))
+    empty_network(config, str(path))
     check_tokenizer(path)
     if config["model_type"] in RULES and (config["rope_scaling"] or {}).get("type") == "dynamic":
         # Changes nothing within max_position_embeddings; mlx-lm's cannot serve a batch.

@@ -13,7 +13,7 @@ from mlx_densesteer.errors import ModelError, UnsupportedModelError
 from mlx_densesteer.export.function import steered_step
 from mlx_densesteer.model.block import SteeredBlock, make_cache, patch, unpatch
 from mlx_densesteer.model.cache import SteeredBatchKVCache, token_bytes
-from mlx_densesteer.model.families import check_family, decoder_blocks, head_of, is_plain
+from mlx_densesteer.model.families import decoder_blocks, empty_network, head_of, is_plain
 from mlx_densesteer.model.gradient import response_log_likelihood
 from mlx_densesteer.model.likelihood import log_likelihoods
 from mlx_densesteer.model.prefix import Chunk, Prefix
@@ -326,4 +326,4 @@ def test_what_cannot_be_steered_says_why(name):
         "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_hidden_layers": 4,
     }  # fmt: skip
     with pytest.raises((UnsupportedModelError, ModelError), match=REFUSED[name]):
-        check_family(config, "x")
+        empty_network(config, "x")
