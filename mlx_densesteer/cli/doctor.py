@@ -61,7 +61,7 @@ def examine_model(name: str) -> Iterator[Finding]:
         ModelError, HubError: no model, or a damaged one.
     """
     from ..export.llama import BAKES
-    from ..model.config import RULES, local_folder, parse_config, read_config
+    from ..model.config import local_folder, parse_config, read_config, unlike
     from ..model.families import decoder_blocks, empty_network, is_plain, window_of
     from ..model.hub import CONFIG, fetch_file
 
@@ -76,9 +76,9 @@ def examine_model(name: str) -> Iterator[Finding]:
         "model",
         f"{name}, a {kind} of {config['num_hidden_layers']} blocks of {network.args.hidden_size}",
     )
-    told = f"read by {RULES[kind].name}'s rules, as transformers does" if kind in RULES else None
-    hint = None if told else "compare its first answers with another program"
-    yield Finding("config.json", told or "left to mlx-lm, not checked here", hint=hint)
+    remark = unlike(config)
+    hint = remark and "compare its first answers with another program's"
+    yield Finding("config.json", remark or "computed as transformers computes it", hint=hint)
     blocks = list(decoder_blocks(network).values())
     plain = all(is_plain(type(block)) for block in blocks)
     ways = "in the last addition of a block" if plain else "by one operation after a block"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ..steering.formats.pt import Towards
     from ..steering.vector import SteeringVector
 
 
@@ -133,11 +134,30 @@ def layer_table(vector: "SteeringVector") -> list[str]:
     help="Layer K of FILE becomes layer K - N here. [default: what FILE records, else 0; "
     "1 for files of llama.cpp's cvector-generator]",
 )
+@click.option(
+    "--layer",
+    type=click.IntRange(0),
+    metavar="L",
+    help="Of a .pt with a bare tensor: the layer whose output it is added to; of a table, that row.",
+)
+@click.option(
+    "--towards",
+    type=click.Choice(["dense", "sparse"]),
+    help="Of a .pt with a bare tensor: where it points. Towards sparse it is negated.",
+)
 @force_option
-def import_(file: str, out: str, model: str | None, layer_offset: int | None, force: bool) -> None:
+def import_(
+    file: str,
+    out: str,
+    model: str | None,
+    layer_offset: int | None,
+    layer: int | None,
+    towards: "Towards | None",
+    force: bool,
+) -> None:
     """Import another program's vector: .pt of torch, .gguf, .safetensors.
 
-    A .pt holds one float tensor for each layer, or a SteeringVector of steering-vectors. The file is read without torch, and code in it is not run. A Hub id as MODEL fetches nothing: it is
+    A .pt holds one float tensor for each layer, a SteeringVector of steering-vectors, or a bare tensor, as SEAL, ASC and ReBalance publish. The file is read without torch, and code in it is not run. A Hub id as MODEL fetches nothing: it is
     recorded as the vector's model, and the layer count is taken from FILE. A control vector of
     llama.cpp or repeng steers at the output of the block that its number names, there and here.
     """
@@ -154,7 +174,9 @@ def import_(file: str, out: str, model: str | None, layer_offset: int | None, fo
         raise click.UsageError(
             f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."
         )
-    loaded = import_vector(file, model=model, layer_offset=layer_offset)
+    loaded = import_vector(
+        file, model=model, layer_offset=layer_offset, layer=layer, towards=towards
+    )
     if folder and folder.is_dir():
         loaded = _fit_to_folder(loaded, folder)
     loaded.save(path)

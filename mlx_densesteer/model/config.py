@@ -91,6 +91,28 @@ RULES = {
         window="asked",
     ),
 }
+# Families without rules of which a configuration as transformers 5 writes it was compared with transformers, without a
+# stretched context (tests/model/test_stock_families.py)
+COMPARED = frozenset(
+    [
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "mixtral",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi3",
+        "qwen2_moe",
+        "qwen3_moe",
+    ]
+)
 _IGNORED = ("rope_parameters", "rope_traditional", "partial_rotary_factor")
 _REMEDY = "Correct it, or download it again."
 _FILES = {  # hints for files that users mistake for a model
@@ -250,7 +272,7 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
     absent = [key for key in ("quantization", "quantization_config") if config.get(key) is None]
     config = {key: value for key, value in config.items() if key not in absent}
     if rules is None:
-        return config
+        return _old_names(config)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     check("num_hidden_layers", config["num_hidden_layers"] <= 10_000, "at most 10000")
     check("num_key_value_heads", heads % kv_heads == 0, f"a divisor of the {heads} attention heads")
@@ -402,6 +424,45 @@ def _rope(config: Mapping[str, object], where: str) -> dict[str, object]:
         scaling["attention_factor"] = attention
         scaling["mscale"] = (attention - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _old_names(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a configuration as transformers 5 writes it under the names of transformers 4, which mlx-lm reads.
+
+    Without them mlx-lm would take its own defaults for a family that has no rules here.
+    """
+    given = config.get("rope_parameters")
+    given = given if isinstance(given, dict) else {}
+    local = given.get("sliding_attention")
+    own = given.get("full_attention", given)
+    found: dict[str, object] = {}
+    if isinstance(local, dict):
+        found["rope_local_base_freq"] = local.get("rope_theta")
+    if isinstance(own, dict):
+        for key in ("rope_theta", "partial_rotary_factor"):
+            found[key] = own.get(key)
+        if own.get("rope_type", "default") != "default":
+            found["rope_scaling"] = own
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        regular = all(
+            (k == "full_attention") == ((i + 1) % period == 0) for i, k in enumerate(kinds)
+        )
+        found["sliding_window_pattern"] = period if regular else None
+    found["num_experts"] = config.get("num_local_experts")
+    return {k: v for k, v in found.items() if v is not None} | dict(config)
+
+
+def unlike(config: Mapping[str, object]) -> str | None:
+    """Return a remark if mlx-lm's reading of a configuration was not compared with transformers'; else ``None``."""
+    kind = config["model_type"]
+    if kind in RULES:
+        return None
+    if kind in COMPARED and not config.get("rope_scaling"):
+        return None
+    what = f"{kind} with a stretched context" if kind in COMPARED else str(kind)
+    return f"mlx-lm's {what} was not compared with transformers here"
 
 
 def _yarn_attention(given: Mapping[str, object], factor: float) -> float | None:

@@ -36,7 +36,7 @@ from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
 from .block import patch
-from .config import RULES, check_adapter, local_folder, origin, read_folder
+from .config import RULES, check_adapter, local_folder, origin, read_folder, unlike
 from .divergence import Divergence, strengths_for
 from .families import decoder_blocks, empty_network, stream_dtype
 from .hub import fetch_model
@@ -437,10 +437,8 @@ def load(
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
     _ = model.end_of_turn  # told now, not within an answer
-    if (kind := model.network.model_type) not in RULES:
-        note(
-            f"{model.name}: the configuration of a {kind} model is read by mlx-lm as it is, and not checked here"
-        )
+    if remark := unlike({"rope_scaling": None, **vars(model.network.args)}):
+        note(f"{model.name}: {remark}")
     if model.baked_layers:
         where = format_layers(model.baked_layers)
         note(

@@ -114,12 +114,12 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path, name, protoco
         ({"size": 2**31 - 1, "stride": 2**31 - 1}, "in a storage of 8"),
         (
             {"size": (2, 4), "stride": (4, 1)},
-            r"holds a tensor of size \(2, 4\) .*; expected one vector",
+            "layer 0 is not one vector",
         ),
         ({"size": (1, 8), "stride": 1}, r"a tensor of size \(1, 8\) and stride \(1,\)"),
         ({"size": (), "stride": ()}, "expected one vector"),
         ({"layer": -1}, "would be layer -1"),
-        ({"layer": b"direction"}, "layer 'direction' is not a tensor"),
+        ({"layer": b"direction"}, "layer .direction. is not one vector"),
         ({"layer_type": b"self_attn"}, "layer type 'self_attn', expected 'decoder_block'"),
     ],
 )
@@ -202,6 +202,59 @@ def test_what_torch_itself_writes(tmp_path):
             assert np.array_equal(array, np.array(expected[path.stem[:-1]], np.float32)), path
     with pytest.raises(VectorFormatError, match="format from before 1.6"):
         import_vector(tmp_path / "older.pt", model="x")
+
+
+BARE = """
+import sys, torch
+out = sys.argv[1]
+table = torch.arange(24, dtype=torch.float32).reshape(3, 8) / 7
+torch.save(table[1].clone(), out + "/one.pt")
+torch.save(table.bfloat16(), out + "/table.pt")
+torch.save(table.T.contiguous().T, out + "/turned.pt")
+torch.save(table[:, None, :], out + "/deep.pt")
+torch.save(torch.nn.Parameter(table[1:2].clone()), out + "/parameter.pt")
+torch.save(table.reshape(1, 3, 2, 4), out + "/cube.pt")
+torch.save({1: table}, out + "/nested.pt")
+torch.save(table[:1].expand(10**9, 8), out + "/bomb.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_bare_tensor_needs_a_layer_and_a_direction(tmp_path):
+    """As SEAL, ASC and ReBalance publish: nothing in the file says what it is."""
+    run_with_torch("-c", BARE, tmp_path)
+    row = np.arange(8, 16, dtype=np.float32) / 7
+    for name, layer in (("one", 20), ("table", 1), ("turned", 1), ("deep", 1), ("parameter", 5)):
+        path = tmp_path / f"{name}.pt"
+        with pytest.raises(VectorFormatError, match="without a layer and a sign"):
+            import_vector(path, model="x")
+        with pytest.raises(VectorFormatError, match="without a layer and a sign"):
+            import_vector(path, model="x", layer=layer)
+        found = import_vector(path, model="x", layer=layer, towards="dense")
+        assert list(found.layers) == [layer]
+        expected = (
+            row if name != "table" else (row.view(np.uint32) + 0x7FFF >> 16 << 16).view(np.float32)
+        )
+        assert found.layers[layer] == pytest.approx(expected, rel=2**-8)
+        assert name == "table" or np.array_equal(found.layers[layer], row)
+        sparse = import_vector(path, model="x", layer=layer, towards="sparse")
+        assert np.array_equal(sparse.layers[layer], -found.layers[layer])
+    refused = {"cube": "expected one vector", "bomb": "refused, its pickle asks for a tensor"}
+    for name, message in refused.items():
+        with pytest.raises(VectorFormatError, match=message):
+            import_vector(tmp_path / f"{name}.pt", model="x", layer=1, towards="dense")
+    with pytest.raises(VectorFormatError, match="layer 1 is not one vector"):
+        import_vector(tmp_path / "nested.pt", model="x")
+    with pytest.raises(VectorFormatError, match="no row for layer 3"):
+        import_vector(tmp_path / "table.pt", model="x", layer=3, towards="dense")
+
+
+def test_a_file_with_layers_takes_none(tmp_path):
+    path = pt_file(tmp_path / "v.pt", opcodes(), {"0": VALUES.tobytes()})
+    with pytest.raises(VectorFormatError, match="names its layers"):
+        import_vector(path, model="x", layer=1, towards="dense")
+    with pytest.raises(VectorFormatError, match=r"of a \.pt file with a bare tensor only"):
+        import_vector(tmp_path / "v.gguf", model="x", layer=1)
 
 
 def test_infinity_is_refused(tmp_path):

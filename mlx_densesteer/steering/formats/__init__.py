@@ -5,14 +5,19 @@ from pathlib import Path
 from ...errors import VectorFormatError
 from ..vector import SteeringVector
 from .gguf import load_control_vector, save_control_vector
-from .pt import load_pt
+from .pt import Towards, load_pt
 from .safetensors import load_safetensors, save_safetensors
 
 _WRITERS = {"gguf": save_control_vector, "safetensors": save_safetensors}
 
 
 def import_vector(
-    path: str | Path, *, model: str | None = None, layer_offset: int | None = None
+    path: str | Path,
+    *,
+    model: str | None = None,
+    layer_offset: int | None = None,
+    layer: int | None = None,
+    towards: Towards | None = None,
 ) -> SteeringVector:
     """Read another program's vector file: ``.pt``, ``.gguf`` or ``.safetensors``.
 
@@ -20,12 +25,21 @@ def import_vector(
         model: the model that the vector was made for, if the file does not name it.
         layer_offset: number N in the file is layer ``N - layer_offset``; by default what the file says,
             else 0. Files of llama.cpp's ``cvector-generator`` need 1.
+        layer: of a ``.pt`` file with a bare tensor: the layer to whose output it is added. Of a table it takes
+            that row; where row 0 is the embedding's, as in Hugging Face's ``hidden_states``, row ``L + 1`` is layer L's:
+            cut the table first.
+        towards: of such a file: where the tensor points, towards ``"dense"`` or ``"sparse"`` reasoning. Towards
+            sparse it is negated: positive strength is towards dense here.
 
     Raises:
         VectorFormatError: an unknown ending, ``model`` is missing, or the file is not what its ending says.
     """
     path = Path(path)
     ending = path.suffix.lower()
+    if ending != ".pt" and not (layer is None and towards is None):
+        raise VectorFormatError(
+            f"{path}: layer and direction can be said of a .pt file with a bare tensor only. Leave them out."
+        )
     if ending == ".gguf":
         return load_control_vector(path, model=model, layer_offset=layer_offset)
     if ending == ".safetensors":
@@ -41,7 +55,7 @@ def import_vector(
             f"{path}: a .pt file does not say which model it was made for: name the model. Leave the layer "
             "offset out: its layers are counted from 0, as here."
         )
-    return load_pt(path, model=model)
+    return load_pt(path, model=model, layer=layer, towards=towards)
 
 
 def export_vector(

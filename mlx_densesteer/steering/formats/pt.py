@@ -1,4 +1,4 @@
-"""Steering vectors that torch saved: a ``SteeringVector`` of ``steering-vectors``, or ``{layer: tensor}``.
+"""Steering vectors that torch saved: a ``SteeringVector`` of ``steering-vectors``, ``{layer: tensor}``, or a bare tensor.
 
 A ``.pt`` file is a zip archive with a pickle (``data.pkl``) and one raw file per storage. An ordinary
 unpickler imports and calls whatever the pickle names. This one knows a few names, gives each a harmless
@@ -6,7 +6,8 @@ stand-in, and refuses a pickle with any other name.
 
 A tensor is float16, bfloat16, float32 or float64, of shape ``(hidden,)`` or with further dimensions of 1,
 contiguous or not, and may be an ``nn.Parameter``. A layer is an integer, or a name that ends in one
-(``layer_14``). Files in torch's older format (before 1.6) are refused: they are no zip archives.
+(``layer_14``). A bare tensor, ``(hidden,)`` or ``(layers, hidden)``, says neither its layer nor its sign: SEAL, ASC and
+ReBalance publish such; the caller has to know both. Files in torch's older format (before 1.6) are refused: they are no zip archives.
 
 Format: torch.save with the zip serialisation, ``torch/serialization.py``.
 """
@@ -18,7 +19,7 @@ import reprlib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from ...files import read_archive, read_file
 from ...text import one_line
 from ..vector import SteeringVector
 from .base import LAYER_NAME, check_total, layer_of, meta_of, upper_halves
+
+Towards = Literal["dense", "sparse"]
 
 
 class _SteeringVectorState:
@@ -55,19 +58,31 @@ class _Unsuitable(Exception):
 def _rebuild_tensor(
     storage: object, offset: object, size: object, stride: object, *_: object
 ) -> np.ndarray:
-    """Stand in for ``torch._utils._rebuild_tensor_v2``, for vectors; other dimensions are 1."""
+    """Stand in for ``torch._utils._rebuild_tensor_v2``, for one vector or a table of vectors; other dimensions are 1."""
     if not (isinstance(storage, np.ndarray) and type(offset) is int):
         raise _Refused("a tensor without a storage of floats")
     shape = f"a tensor of size {reprlib.repr(size)} and stride {reprlib.repr(stride)}"
     if not (_are_numbers(size) and _are_numbers(stride) and len(size) == len(stride)):
         raise _Refused(shape)
-    long = [(count, step) for count, step in zip(size, stride, strict=True) if count != 1]
-    if not size or len(long) > 1:
+    long = [(count, step) for count, step in zip(size, stride, strict=True) if count != 1] or [
+        (1, 1)
+    ]
+    if not size or len(long) > 2:
         raise _Unsuitable(f"{shape}; expected one vector for each layer")
-    width, step = long[0] if long else (1, 1)
-    if width < 0 or step < 1 or not 0 <= offset <= offset + (width - 1) * step < len(storage):
+    reach = offset + sum((count - 1) * step for count, step in long)
+    if any(n < 0 or step < 1 for n, step in long) or not 0 <= offset <= reach < len(storage):
         raise _Refused(f"{shape} at {reprlib.repr(offset)} in a storage of {len(storage)}")
-    return storage[offset : offset + (width - 1) * step + 1 : step]
+    if len(long) == 1:
+        return storage[offset : reach + 1 : long[0][1]]
+    (rows, down), (width, step) = long
+    if rows * width > len(storage):  # a table that repeats its storage
+        raise _Refused(shape)
+    return np.stack(
+        [
+            storage[at : at + (width - 1) * step + 1 : step]
+            for at in range(offset, offset + rows * down, down)
+        ]
+    )
 
 
 def _are_numbers(value: object) -> bool:
@@ -147,7 +162,9 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused(f"the persistent id {reprlib.repr(pid)}")
 
 
-def load_pt(path: Path, *, model: str) -> SteeringVector:
+def load_pt(
+    path: Path, *, model: str, layer: int | None = None, towards: Towards | None = None
+) -> SteeringVector:
     """Do what ``import_vector`` does for a file of torch; float16 and bfloat16 become float32 exactly."""
     data = read_file(path, "a vector's file (.pt)")
     if _OLDER in data[:32]:
@@ -159,8 +176,8 @@ def load_pt(path: Path, *, model: str) -> SteeringVector:
     root, pickled, storages = _parts(path, members)
     if members.get(f"{root}byteorder", b"little").strip() != b"little":
         raise VectorFormatError(f"{path}: was saved on a big-endian machine; save it again.")
-    layers = _layers(path, _unpickle(path, pickled, storages))
-    meta = meta_of(path, "steering-vectors .pt", layers, model)
+    layers = _layers(path, _unpickle(path, pickled, storages), layer, towards)
+    meta = meta_of(path, "steering-vectors .pt" if layer is None else "tensor .pt", layers, model)
     return SteeringVector(layers, meta, name=path.name)
 
 
@@ -217,7 +234,27 @@ def _check_opcodes(data: bytes) -> None:
             raise _Refused(f"memo slot {argument}")
 
 
-def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
+def _bare(
+    path: Path, found: np.ndarray, layer: int | None, towards: Towards | None
+) -> dict[int, np.ndarray]:
+    """Return the vector of a tensor that says neither its layer nor its sign."""
+    table = f"a table of {len(found)} vectors" if found.ndim == 2 else "one vector"
+    if layer is None or towards is None:
+        raise VectorFormatError(
+            f"{path}: holds {table}, without a layer and a sign. Say which layer's output it is added to (--layer), "
+            "and whether it points towards dense or towards sparse reasoning (--towards)."
+        )
+    if found.ndim == 2 and not 0 <= layer < len(found):
+        raise VectorFormatError(f"{path}: holds {table}, so it has no row for layer {layer}.")
+    check_total(path, [found.size])
+    row = found[layer] if found.ndim == 2 else found
+    row = upper_halves(row) if row.dtype == "<u2" else row
+    return {layer: row if towards == "dense" else -row}
+
+
+def _layers(
+    path: Path, found: object, layer: int | None = None, towards: Towards | None = None
+) -> dict[int, np.ndarray]:
     named = found
     if isinstance(found, _SteeringVectorState):
         state = found.state if isinstance(found.state, dict) else {}
@@ -227,12 +264,16 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
                 f"{path}: layer type {reprlib.repr(kind)}, expected 'decoder_block'. Only vectors that were read "
                 "at the output of a decoder block can be used."
             )
-    if not isinstance(named, dict) or not named:
-        what = (
-            "one tensor without a layer" if isinstance(found, np.ndarray) else "no vectors by layer"
-        )
+    if isinstance(found, np.ndarray):
+        return _bare(path, found, layer, towards)
+    if layer is not None or towards is not None:
         raise VectorFormatError(
-            f"{path}: holds {what}. Expected a SteeringVector of steering_vectors, or "
+            f"{path}: names its layers, and is read as towards dense. Leave --layer and --towards out; a negative "
+            "strength steers the other way."
+        )
+    if not isinstance(named, dict) or not named:
+        raise VectorFormatError(
+            f"{path}: holds no vectors by layer. Expected a SteeringVector of steering_vectors, or "
             "torch.save({layer: tensor})."
         )
     check_total(path, (array.size for array in named.values() if isinstance(array, np.ndarray)))
@@ -240,8 +281,8 @@ def _layers(path: Path, found: object) -> dict[int, np.ndarray]:
     for name, array in named.items():
         match = LAYER_NAME.fullmatch(name) if isinstance(name, str) else None
         number = int(match[1]) if match else name
-        if type(number) is not int or not isinstance(array, np.ndarray):
-            raise VectorFormatError(f"{path}: layer {reprlib.repr(name)} is not a tensor.")
+        if type(number) is not int or not isinstance(array, np.ndarray) or array.ndim != 1:
+            raise VectorFormatError(f"{path}: layer {reprlib.repr(name)} is not one vector.")
         layer = layer_of(path, reprlib.repr(name), number, 0, layers)
         layers[layer] = upper_halves(array) if array.dtype == "<u2" else array
     return layers
