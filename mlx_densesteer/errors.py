@@ -63,7 +63,7 @@ class ModelError(DenseSteerError):
 
 
 class UnsupportedModelError(ModelError):
-    """A model that is not of the Qwen2 family."""
+    """A model that cannot be steered, or that mlx-lm computes otherwise than transformers."""
 
 
 class HubError(DenseSteerError):

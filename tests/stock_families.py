@@ -2,7 +2,7 @@
 
     python stock_families.py FOLDER SETTINGS.json
 
-SETTINGS has ``tokens``, ``layer``, ``vector`` and, for each family, the keys of its configuration. FOLDER gets a random
+SETTINGS has ``tokens``, ``layer``, ``vector`` and, for each model, its family and the keys of its configuration. FOLDER gets a random
 model of each as transformers saves it, and beside its weights ``logits.npz``: float32 ``plain`` and ``steered``,
 (tokens, vocabulary), the latter with the vector added to the output of the layer by a hook.
 """
@@ -25,9 +25,9 @@ def add(module, arguments, result):
     return (result[0] + vector, *result[1:]) if isinstance(result, tuple) else result + vector
 
 
-for name, keys in settings["families"].items():
+for name, (kind, keys) in settings["models"].items():
     try:
-        config = transformers.AutoConfig.for_model(name, **keys)
+        config = transformers.AutoConfig.for_model(kind, **keys)
         torch.manual_seed(len(name))
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():

@@ -55,8 +55,8 @@ def bake(
 ) -> None:
     """Bake a steering into a checkpoint that other programs run unchanged.
 
-    Qwen2 is written as a `llama` model whose biases hold strength times vector, for mlx-lm,
-    transformers or llama.cpp. The checkpoint has one strength, at every position. It is compared
+    Qwen2, Llama and Mistral are written as a `llama` model whose biases hold strength times vector,
+    SmolLM3 as itself, for mlx-lm, transformers or llama.cpp. The checkpoint has one strength, at every position. It is compared
     with run-time steering before it gets its name, which is printed on standard output.
     """
     from dataclasses import replace

@@ -96,6 +96,7 @@ def load_over_ranks(name: str | Path, ranks: Ranks, *, pipeline: bool = False) -
     folder = find(name)
     network, config = open_network(folder)
     tokenizer = open_tokenizer(folder, config)
+    check_way(network, str(name), pipeline=pipeline)
     check_pipeline(config, ranks) if pipeline else check_tensor(config, ranks)
     set_dtype(network, folder)
     model = RankModel(network, tokenizer, origin(name), ranks)
@@ -122,7 +123,7 @@ def load_copies(name: str | Path, ranks: Ranks) -> Model:
 
 def is_pipeline(network: nn.Module) -> bool:
     """Return whether the blocks are spread over ranks."""
-    return network.model.pipeline_size > 1
+    return getattr(network.model, "pipeline_size", 1) > 1
 
 
 def _norms_of_own_layers(model: RankModel) -> dict[int, float]:
@@ -171,6 +172,15 @@ def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
         "chat template": model.chat_template_sha256,
         "versions": f"{__version__}, mlx-lm {mlx_lm.__version__}, mlx {mx.__version__}",
     }
+
+
+def check_way(network: nn.Module, name: str, *, pipeline: bool) -> None:
+    """Raise ``DistributedError`` unless mlx-lm can spread this family over ranks."""
+    if not (hasattr(network.model, "pipeline") if pipeline else hasattr(network, "shard")):
+        raise DistributedError(
+            f"{name}: mlx-lm cannot cut a {network.model_type} model into {'a pipeline' if pipeline else 'slices'}. "
+            "`densesteer doctor -m MODEL` tells how it can."
+        )
 
 
 def check_tensor(config: Mapping[str, object], ranks: Ranks) -> None:

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class DenseSteerLM(TemplateLM):
-    """A Qwen2 model under one steering, for lm-eval; its arguments are the ``--model_args``.
+    """A model under one steering, for lm-eval; its arguments are the ``--model_args``.
 
     Generated text and likelihoods are those of the steered model. A continuation is read as if the
     model had written it after the context, under the same ``positions``.

@@ -87,17 +87,22 @@ def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
     kind = str(config["model_type"])[:60]
     try:
         model, arguments = _get_classes(dict(config))
-    except ValueError as error:
+    except (
+        ValueError,
+        AttributeError,
+        SystemExit,
+    ) as error:  # none such, no model, or it ends the process
         raise UnsupportedModelError(
             f"{name}: is a {kind} model, which mlx-lm does not have."
         ) from error
     try:
         network = model(arguments.from_dict(config))  # lazy: no weight is made
+        reason = _obstacle(network)
     except Exception as error:  # whatever a class of mlx-lm raises
         raise ModelError(
             f"{name}: mlx-lm refuses its config.json ({cause(error)}). Download it again."
         ) from error
-    if reason := _obstacle(network):
+    if reason:
         raise UnsupportedModelError(
             f"{name}: is a {kind} model, which cannot be steered: {reason}."
         )

@@ -78,7 +78,7 @@ class Prefix:
     """The KV caches of one sequence, one for each decoder block.
 
     Args:
-        network: a Qwen2 model of mlx-lm; its blocks are patched.
+        network: a text model of mlx-lm; its blocks are patched.
         keep_bytes: how much of the residual stream to keep for re-steering, in bytes; a token takes
             ``hidden_size`` numbers of the model's dtype. 0 keeps nothing.
         kv_bits: quantise keys and values to 4 or 8 bits.

@@ -468,6 +468,34 @@ def test_doctor_says_what_is_there(run):
         assert word in result.stdout
 
 
+def test_doctor_tells_what_works_with_a_model(run, hf_folder, tmp_path):
+    result = run("doctor", "-m", hf_folder)
+    assert result.exit_code == 0, result.stderr
+    for word in (
+        "a qwen2 of 4 blocks of 64",
+        "in the last addition",
+        "as a llama",
+        "tensor and pipeline",
+    ):
+        assert word in result.stdout
+    for name, changes, expected in (
+        ("gemma", {"model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2, "head_dim": 16},
+         ("by one operation", "attend to 16 tokens", "no place for a vector", "cannot cut it")),
+        ("phi", {"model_type": "phimoe", "num_local_experts": 2, "num_experts_per_tok": 1},
+         ("was not compared with transformers",)),
+    ):  # fmt: skip
+        folder = shutil.copytree(hf_folder, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        result = run("doctor", "-m", folder)
+        assert result.exit_code == 0, result.stderr
+        for word in expected:
+            assert word in result.stdout, word
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    result = run("doctor", "-m", folder)
+    assert result.exit_code == 1 and "which mlx-lm does not have" in result.stderr
+
+
 def test_doctor_finds_what_is_wrong(run, monkeypatch):
     doctor = import_module("mlx_densesteer.cli.doctor")
 

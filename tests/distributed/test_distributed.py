@@ -16,9 +16,10 @@ from helpers import ROOT, at_every_layer
 
 import mlx_densesteer as ds
 from mlx_densesteer.cli import main
-from mlx_densesteer.distributed.loading import check_pipeline, check_tensor
+from mlx_densesteer.distributed.loading import check_pipeline, check_tensor, check_way
 from mlx_densesteer.distributed.ranks import Ranks, launched_rank
 from mlx_densesteer.errors import DistributedError
+from mlx_densesteer.model.families import empty_network
 
 QUESTION = "Rosa has 3 boxes with 8 shells in each. Then Rosa sells 6. How many shells are left?"
 DENSESTEER = (sys.executable, "-m", "mlx_densesteer")
@@ -143,6 +144,24 @@ def test_logits_and_norms_are_those_of_one_process(hf_folder, make_vector, tmp_p
     ]
     models = [(kind, folder) for kind in ("tensor", "pipeline") for folder in folders]
     assert max(compare(tmp_path, make_vector(), models)) < 1e-4
+
+
+def test_a_family_that_mlx_lm_does_not_cut():
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5, "head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2,
+        "rope_theta": 1e4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    llama, gemma = (
+        empty_network(sizes | {"model_type": kind}, kind) for kind in ("llama", "gemma3_text")
+    )
+    check_way(llama, "x", pipeline=False)
+    with pytest.raises(
+        DistributedError, match="x: mlx-lm cannot cut a llama model into a pipeline"
+    ):
+        check_way(llama, "x", pipeline=True)
+    with pytest.raises(DistributedError, match="cannot cut a gemma3_text model into slices"):
+        check_way(gemma, "x", pipeline=False)
 
 
 def test_what_cannot_be_cut_is_said():

@@ -42,13 +42,14 @@ WATCHED = {  # mlx-lm 0.32.2: what, known hashes, where to look here
         "__init__": (["d1fdaf232dd8"], BLOCK),
     },
     qwen2.Attention: {"__call__": (["db53a96997bb"], BLOCK)},
-    qwen2.Qwen2Model: {"__call__": (["b09212e83dd7"], f"{BLOCK}, model/prefix.py")},
-    base: {"create_attention_mask": (["c1c3c8c31632"], "model/prefix.py")},
+    qwen2.Qwen2Model: {"__call__": (["b09212e83dd7"], f"{BLOCK}, distributed/loading.py")},
+    base: {"create_attention_mask": (["c1c3c8c31632"], f"{CACHE}, export/function.py")},
     cache: {"make_prompt_cache": (["d6264c257656"], BLOCK)},
     cache.KVCache: {
         "update_and_fetch": (["436cef10d959"], CACHE),
         "to_quantized": (["dac539e005ae"], CACHE),
         "trim": (["d1df6d2740a7"], "model/prefix.py"),
+        "make_mask": (["3f4c061f8269"], f"{CACHE}: windows"),
     },
     cache.QuantizedKVCache: {
         "update_and_fetch": (["2b15737b1f32"], CACHE),
@@ -95,6 +96,7 @@ WATCHED = {  # mlx-lm 0.32.2: what, known hashes, where to look here
         "load_model": (["116103b5ecf2"], LOAD),
         "load_tokenizer": (["e1c59a2a43d9"], LOAD),
         "load_adapters": (["758d4bc91d55"], LOAD),
+        "_get_classes": (["9ff7fadd53cd"], "model/families.py"),
     },
     sample_utils: {
         "make_sampler": (["254c45c99533"], "generation/sampling.py"),
@@ -119,6 +121,6 @@ def test_the_code_is_one_that_we_have_read(owner, name):
 def test_names_that_a_mixin_must_not_hide():
     """The steered caches add these; mlx-lm's own must not grow the same ones."""
     for stock in (cache.KVCache, cache.BatchKVCache, cache.QuantizedKVCache):
-        added = {"shift", "expecting", "step_ends", "unsteered", "_rows", "take"}
+        added = {"shift", "expecting", "step_ends", "record", "instead", "_rows", "take"}
         assert not added & set(dir(stock))
     assert "shift" not in inspect.getsource(cache.KVCache)

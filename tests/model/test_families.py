@@ -6,6 +6,7 @@ import importlib
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import ROOT
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache
 
@@ -13,6 +14,7 @@ from mlx_densesteer.errors import ModelError, UnsupportedModelError
 from mlx_densesteer.export.function import steered_step
 from mlx_densesteer.model.block import SteeredBlock, make_cache, patch, unpatch
 from mlx_densesteer.model.cache import SteeredBatchKVCache, token_bytes
+from mlx_densesteer.model.config import COMPARED, RULES
 from mlx_densesteer.model.families import decoder_blocks, empty_network, head_of, is_plain
 from mlx_densesteer.model.gradient import response_log_likelihood
 from mlx_densesteer.model.likelihood import log_likelihoods
@@ -303,6 +305,12 @@ def test_the_bytes_of_a_token(network):
     assert token_bytes(network) == held
 
 
+def test_the_documentation_names_every_family():
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    for name in {*FAMILIES, *COMPARED, *RULES}:
+        assert f"`{name}`" in text, name
+
+
 REFUSED = {
     "mamba2": "no single stack",
     "qwen3_next": "keeps a ArraysCache",
@@ -311,6 +319,9 @@ REFUSED = {
     "gemma2": "cannot compute rows of different lengths",  # a fault of mlx-lm 0.32.2
     "falcon_h1": "has no norm",
     "bert": "which mlx-lm does not have",
+    "cache": "which mlx-lm does not have",  # a module, but no model
+    "olmo": "which mlx-lm does not have",  # its module ends the process
+    "../x": "which mlx-lm does not have",
 }
 
 

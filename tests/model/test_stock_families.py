@@ -47,6 +47,30 @@ FAMILIES = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS = {  # of the families with rules: what differs from SIZES
+    "llama, no biases": {},
+    "llama, wide heads": {"head_dim": 32},
+    "llama, stretched": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
+    "llama, tied": {"tie_word_embeddings": True},
+    "llama, as many key heads": {"num_key_value_heads": 4},
+    "mistral, a window as wide as the context": {"sliding_window": 64},
+    "mistral, epsilon": {"rms_norm_eps": 0.1, "sliding_window": None},
+    "qwen3, tied": {"tie_word_embeddings": True},
+    "qwen3, stretched": {"rope_parameters": YARN | {"rope_theta": 500.0}},
+    "qwen3, the usual heads": {"head_dim": 16},
+    "smollm3, every second layer": {"no_rope_layer_interval": 2},
+    "smollm3, layers by name": {"no_rope_layers": [1, 0, 0, 1]},
+    "smollm3, biases": {"attention_bias": True, "mlp_bias": True},
+}  # fmt: skip
+CASES = {name: (name.partition(",")[0], keys) for name, keys in (FAMILIES | VARIANTS).items()}
 TOKENS = [(7 * i + 3) % 250 for i in range(24)]
 
 
@@ -60,21 +84,21 @@ def folders(vector, tiny_tokenizer_files, tmp_path_factory):
     out = tmp_path_factory.mktemp("families")
     settings = {
         "tokens": TOKENS, "layer": LAYER, "vector": vector.tolist(),
-        "families": {name: SIZES | keys for name, keys in FAMILIES.items()},
+        "models": {name: (kind, SIZES | keys) for name, (kind, keys) in CASES.items()},
     }  # fmt: skip
     (out / "settings.json").write_text(json.dumps(settings))
     done = run_with_torch(
         "-I", ROOT / "tests/stock_families.py", out, out / "settings.json", timeout=600
     )
     print(done.stdout)
-    for name in FAMILIES:
+    for name in CASES:
         for file in tiny_tokenizer_files.iterdir():
             if file.name not in ("config.json", "generation_config.json") and (out / name).is_dir():
                 shutil.copy(file, out / name / file.name)
     return out
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
 def test_as_stock_transformers(folders, vector, name):
     assert (folders / name / "logits.npz").is_file(), "transformers did not make it"
     with np.load(folders / name / "logits.npz") as found:
