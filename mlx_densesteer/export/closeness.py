@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..errors import ExportError
 from ..model.block import make_cache
-from ..model.families import stream_dtype
+from ..model.families import decoder_blocks, last_bias, stream_dtype
 from ..model.machine import rounds_to_tf32
 from ..model.model import dtype_name
 from ..steering.steering import Steering
@@ -27,12 +27,16 @@ EXACT_SLOPE = 0.003  # float32, with TF32 too; a strength that is wrong by 1 % i
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of run-time steering and of no steering, float32 ``(tokens, vocabulary)``."""
+    """Logits of run-time steering and of no steering, float32 ``(tokens, vocabulary)``.
+
+    ``biases`` are those that the blocks have on their output without a vector.
+    """
 
     tokens: tuple[int, ...]
     steered: mx.array
     unsteered: mx.array
     dtype: str
+    biases: tuple[mx.array | None, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def reference(network: nn.Module, tokens: list[int], steering: Steering) -> Refe
     )
     mx.eval(steered, unsteered)
     dtype = dtype_name(stream_dtype(network))
-    return Reference(tuple(tokens), steered, unsteered, dtype)
+    biases = tuple(last_bias(block) for block in decoder_blocks(network).values())
+    return Reference(tuple(tokens), steered, unsteered, dtype, biases)
 
 
 def compare(expected: Reference, network: nn.Module) -> Closeness:
@@ -92,8 +97,9 @@ def compare(expected: Reference, network: nn.Module) -> Closeness:
     tokens = mx.array(expected.tokens)[None]
     logits = network(tokens)[0].astype(mx.float32)
     mx.eval(logits)
-    for block in network.model.layers:
-        block.mlp.down_proj.bias = mx.zeros_like(block.mlp.down_proj.bias)
+    for block, own in zip(network.model.layers, expected.biases, strict=True):
+        baked = block.mlp.down_proj.bias
+        block.mlp.down_proj.bias = mx.zeros_like(baked) if own is None else own.astype(baked.dtype)
     without = network(tokens)[0].astype(mx.float32)
     moved = expected.steered - expected.unsteered
     return Closeness(

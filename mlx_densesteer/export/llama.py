@@ -100,7 +100,8 @@ def llama_shards(
         for name in list(arrays):
             matrix, _, kind = name.rpartition(".")
             bias = f"{matrix}.bias"
-            if _PROJECTION.fullmatch(matrix) and (kind == "bias" or bias not in there):
+            new = kind == "weight" and bias not in there
+            if _PROJECTION.fullmatch(matrix) and (new or kind == "bias"):
                 zeros = mx.zeros(arrays[name].shape[0], dtype)
                 arrays[bias] = _with_delta(arrays.get(bias, zeros), matrix, deltas, bias_dtype)
         yield arrays

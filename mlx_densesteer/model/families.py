@@ -153,6 +153,12 @@ def window_of(network: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
+def last_bias(block: nn.Module) -> mx.array | None:
+    """Return the bias on a block's output, where ``bake`` writes a steering; an adapter may wrap its layer."""
+    last = block.get("mlp", {}).get("down_proj", {})
+    return getattr(last, "linear", last).get("bias")
+
+
 def stream_dtype(network: nn.Module) -> mx.Dtype:
     """Return the dtype of the residual stream: that of the final norm."""
     return network.model.norm.weight.dtype

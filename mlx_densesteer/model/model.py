@@ -38,7 +38,7 @@ from ..text import cause, count, note, one_line
 from .block import patch
 from .config import RULES, check_adapter, local_folder, origin, read_folder, unlike
 from .divergence import Divergence, strengths_for
-from .families import decoder_blocks, empty_network, stream_dtype
+from .families import decoder_blocks, empty_network, last_bias, stream_dtype
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
@@ -147,7 +147,7 @@ class Model:
             for name, weight in sorted(tree_flatten(block.parameters())):
                 if "norm" in name:
                     digest.update(_bfloat16_bytes(weight))
-            if (bias := _last_bias(block)) is not None:
+            if (bias := last_bias(block)) is not None:
                 digest.update(_bfloat16_bytes(bias))
         digest.update(_bfloat16_bytes(self.network.model.norm.weight))
         return digest.hexdigest()[:16]
@@ -624,15 +624,9 @@ def _base_name(model: str) -> str:
     return name
 
 
-def _last_bias(block: nn.Module) -> mx.array | None:
-    """Return the bias on a block's output, where ``bake`` writes a steering; an adapter may wrap its layer."""
-    last = block.get("mlp", {}).get("down_proj", {})
-    return getattr(last, "linear", last).get("bias")
-
-
 def _is_baked(block: nn.Module) -> bool:
     """Tell whether a block's last bias is a vector that ``bake`` wrote: its other biases in the MLP are zero."""
-    last = _last_bias(block)
+    last = last_bias(block)
     if last is None or not last.any().item():
         return False
     others = [

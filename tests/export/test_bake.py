@@ -32,6 +32,7 @@ from mlx_densesteer.export import bake as baking
 from mlx_densesteer.export import llama
 from mlx_densesteer.export.closeness import float32_share, reference
 from mlx_densesteer.model.config import origin
+from mlx_densesteer.model.families import empty_network
 from mlx_densesteer.model.model import load_folder
 from mlx_densesteer.model.prompt import encode_prompt
 
@@ -81,6 +82,64 @@ def shortened(monkeypatch):
         )
 
     return shorten
+
+
+BAKED = {  # what is baked, and as what
+    "llama": ({"head_dim": 32}, "llama"),
+    "llama with biases": ({"attention_bias": True, "mlp_bias": True}, "llama"),
+    "mistral": ({"sliding_window": None}, "llama"),
+    "smollm3": ({}, "smollm3"),
+}
+
+
+@pytest.fixture
+def folder_of(tiny_tokenizer_files, tmp_path):
+    """Return a function that writes a tiny random model of a family."""
+
+    def write(kind, **changes):
+        config = {
+            "model_type": kind, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "rope_theta": 1e4, "torch_dtype": "float32",
+            "tie_word_embeddings": False, "head_dim": 16,
+        }  # fmt: skip
+        config |= changes
+        folder = shutil.copytree(tiny_tokenizer_files, tmp_path / "source", dirs_exist_ok=True)
+        network = empty_network(config, kind)
+        mx.random.seed(1)
+        weights = {
+            name: 0.2 * mx.random.normal(array.shape) + 1.0 * name.endswith("norm.weight")
+            for name, array in tree_flatten(network.parameters())
+        }
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", BAKED)
+def test_other_families_are_baked(folder_of, make_vector, tmp_path, name):
+    changes, expected = BAKED[name]
+    folder = folder_of(name.partition(" ")[0], **changes)
+    steering = ds.Steering(make_vector(), 0.7, layers=(1, 2))
+    out = tmp_path / "steered"
+    found = ds.bake(folder, steering, out)  # compares every tensor and the logits with stock mlx-lm
+    assert found.closeness.floor == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == expected
+    baked, source = ds.load(out), ds.load(folder)
+    tokens = mx.array([list(range(40))])
+    wanted = source.network(tokens, ds.make_cache(source, steering))
+    assert float(mx.abs(baked.network(tokens) - wanted).max()) < 1e-4 * float(mx.abs(wanted).max())
+    assert baked.fingerprint != source.fingerprint
+    assert baked.baked_layers == (() if "biases" in name else (1, 2))  # its own biases hide them
+    assert baking.check(out, folder, steering).difference < 1e-3
+
+
+def test_a_family_without_biases_is_not_baked(folder_of, make_vector, tmp_path):
+    steering = ds.Steering(make_vector(), 0.7, layers=(1,))
+    with pytest.raises(ExportError, match="a qwen3 model has no place for a vector.*vector export"):
+        ds.bake(folder_of("qwen3"), steering, tmp_path / "steered")
 
 
 def test_a_baked_folder_runs_as_stock_mlx_lm_runs_it(

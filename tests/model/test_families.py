@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 
 import mlx.core as mx
 import numpy as np
@@ -241,6 +242,19 @@ def test_a_new_strength_computes_the_layers_above_only(network, steering):
     for one, other in zip(prefix.caches, fresh.caches, strict=True):
         assert mx.array_equal(*(cache.keys[..., : cache.offset, :] for cache in (one, other)))
         assert mx.array_equal(*(cache.values[..., : cache.offset, :] for cache in (one, other)))
+
+
+def test_a_steered_layer_costs_nothing_in_a_plain_block_and_one_operation_elsewhere(
+    family, steering
+):
+    name, network = family
+    patch(network)
+    counts = []
+    for one in (None, steering):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, network(mx.array([[1]]), make_cache(network, one)))
+        counts.append(graph.getvalue().count("shape=rectangle"))
+    assert counts[1] - counts[0] == (0 if FAMILIES[name][0] else len(LAYERS))
 
 
 def test_the_head_is_what_the_network_does_after_its_blocks(network):
