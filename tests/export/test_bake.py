@@ -25,7 +25,7 @@ from mlx_densesteer.errors import (
     ConversionError,
     DenseSteerError,
     ExportError,
-    UnsupportedModelError,
+    ModelError,
     VectorMismatchError,
 )
 from mlx_densesteer.export import bake as baking
@@ -170,7 +170,7 @@ def test_a_baked_folder_runs_as_stock_mlx_lm_runs_it(
         ds.convert(out, tmp_path / "converted")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"mlp_bias": False}))
-    with pytest.raises(UnsupportedModelError, match="is a llama model"):
+    with pytest.raises(ModelError, match="Received 18 parameters not in model"):
         ds.load(out)
 
 
@@ -520,22 +520,24 @@ def test_a_result_that_is_not_run_time_steering_is_thrown_away(
     steering = ds.Steering(vector, 1.0, layers=(4, 5))
     right = ds.bake(converted(bits, dtype), steering, tmp_path / "right", format=format)
     print(f"\n{bits or 'no'} bits, {dtype}, {format}: slope {right.closeness.slope:.3f}")
-    monkeypatch.setattr(llama, "_biases", times(factor))
+    monkeypatch.setattr(llama, "_with_delta", times(factor))
     with pytest.raises(ExportError, match="so it was thrown away"):
         ds.bake(converted(bits, dtype), steering, tmp_path / "steered", format=format)
     assert [p.name for p in tmp_path.iterdir()] == ["right"]
 
 
 def times(factor):
-    """``_biases`` with a vector that is ``factor`` times as long."""
-    real = llama._biases
-    return lambda *a: {name: (factor * v).astype(v.dtype) for name, v in real(*a).items()}
+    """``_with_delta`` with a vector that is ``factor`` times as long."""
+    real = llama._with_delta
+    return lambda bias, matrix, deltas, dtype: real(
+        bias, matrix, {layer: factor * v for layer, v in deltas.items()}, dtype
+    )
 
 
 def a_layer_below():
-    real = llama._biases
-    return lambda block, config, deltas, dtype: real(
-        block, config, {layer - 1: v for layer, v in deltas.items()}, dtype
+    real = llama._with_delta
+    return lambda bias, matrix, deltas, dtype: real(
+        bias, matrix, {layer - 1: v for layer, v in deltas.items()}, dtype
     )
 
 
@@ -550,7 +552,7 @@ def test_under_tf32_what_is_right_is_kept_and_nothing_else(
     assert right.closeness.difference > 1e-5 * right.closeness.largest  # as without TF32
     for wrong in (times(1.01), a_layer_below()):
         with monkeypatch.context() as patch:
-            patch.setattr(llama, "_biases", wrong)
+            patch.setattr(llama, "_with_delta", wrong)
             with pytest.raises(ExportError, match="so it was thrown away"):
                 ds.bake(source, steering, tmp_path / "wrong")
             with pytest.raises(ExportError, match="down_proj.bias is another"):
