@@ -55,6 +55,10 @@ def write(
         ExportError: the extra ``gguf`` is missing, or the tokenizer is not Qwen2's.
     """
     gguf = gguf_package(out, ExportError)
+    if config["model_type"] != ARCHITECTURE:  # llama.cpp would rotate every layer of a SmolLM3
+        raise ExportError(
+            f"{name}: a baked {config['model_type']} model cannot be written to GGUF. Use the format hf."
+        )
     with atomic_path(out) as made:
         writer = _writer(gguf, made, folder, config, end_of_turn)
         writer.add_name(f"{name}, steered")
@@ -168,13 +172,13 @@ def _add_shape(writer: "gguf.GGUFWriter", config: Mapping[str, object]) -> None:
 def _add_tokenizer(
     writer: "gguf.GGUFWriter", folder: Path, size: int, end_of_turn: int | None
 ) -> None:
-    tokens, kinds, merges, words = _vocabulary(folder, size)
+    tokens, kinds, merges, words, begins = _vocabulary(folder, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    writer.add_add_bos_token(WORDS[words].begins)
+    writer.add_add_bos_token(begins)
     settings = json.loads((folder / "tokenizer_config.json").read_bytes())
     adders = {
         "bos_token": writer.add_bos_token_id,
@@ -194,8 +198,10 @@ def _add_tokenizer(
         writer.add_chat_template(template)
 
 
-def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str], str]:
-    """Return tokens, their types, the merges and llama.cpp's name for the rules of ``tokenizer.json``."""
+def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str], str, bool]:
+    """Return what ``tokenizer.json`` says: tokens, their types, merges, llama.cpp's name for its rules, and whether
+    every text begins with a token.
+    """
     document = json.loads((folder / "tokenizer.json").read_bytes())
     words = words_of(document)
     if words is None:
@@ -210,8 +216,17 @@ def _vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], list[str
     for added in document["added_tokens"]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
-    merges = document["model"]["merges"]
-    return tokens, kinds, [m if isinstance(m, str) else " ".join(m) for m in merges], words
+    merges = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
+    return tokens, kinds, merges, words, _begins(document.get("post_processor"))
+
+
+def _begins(step: Mapping[str, Any] | None) -> bool:
+    """Return whether a post-processor of ``tokenizer.json`` puts a token before every text."""
+    if not step:
+        return False
+    if step.get("type") == "Sequence":
+        return any(map(_begins, step["processors"]))
+    return step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]
 
 
 def _tensors(shards: Shards, config: Mapping[str, object]) -> Iterator[tuple[str, mx.array]]:

@@ -180,6 +180,7 @@ class Batch:
         self._count = 0
         self._decoding: float | None = None  # seconds of the last step that only decoded
         self._working_set = working_set(gpu())
+        self._token_bytes = token_bytes(model.network)
         mx.reset_peak_memory()
         self._wired = Wired()
         self._generator: BatchGenerator | None = BatchGenerator(
@@ -312,7 +313,7 @@ class Batch:
         if self._working_set is None:
             return True
         longest = max(one.longest for one in (row, *self._inside.values()))
-        wanted = longest * (len(self._inside) + 1) * token_bytes(self._model.network)
+        wanted = longest * (len(self._inside) + 1) * self._token_bytes
         others = mx.get_active_memory() - self._generator.prompt_cache_nbytes
         return wanted <= KV_SHARE * (self._working_set - others)
 

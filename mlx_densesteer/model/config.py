@@ -41,6 +41,7 @@ class _Rules:
         name: of the family, in errors.
         defaults: of transformers' configuration; the other counts it lacks are refused.
         head: whether ``head_dim`` may differ from ``hidden_size / num_attention_heads``.
+        unrotated: whether a window is that of the layers without a rotary embedding (``no_rope_layers``).
         window: whether transformers attends to a window: never, always, or with ``use_sliding_window``.
         unread: keys that transformers honours and mlx-lm does not, with the value that changes nothing.
     """
@@ -49,6 +50,7 @@ class _Rules:
     defaults: Mapping[str, object]
     head: bool = True
     window: Literal["never", "always", "asked"] = "never"
+    unrotated: bool = False
     unread: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -89,6 +91,7 @@ RULES = {
             "num_key_value_heads": 4,
         },
         window="asked",
+        unrotated=True,
     ),
 }
 # Families without rules of which a configuration as transformers 5 writes it was compared with transformers, without a
@@ -350,7 +353,7 @@ def _check_window(config: Mapping[str, object], rules: _Rules, where: str) -> No
     asked = rules.window == "always" or config.get("use_sliding_window")
     window = config.get("sliding_window", 4096) if asked else None
     kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
-    if rules.window == "always":
+    if rules.window == "always" or (rules.unrotated and kinds is None):
         windowed = window is not None
     elif kinds is None:
         windowed = window is not None and not (type(first) is int and first >= layers)
@@ -451,7 +454,8 @@ def _old_names(config: Mapping[str, object]) -> dict[str, object]:
         )
         found["sliding_window_pattern"] = period if regular else None
     found["num_experts"] = config.get("num_local_experts")
-    return {k: v for k, v in found.items() if v is not None} | dict(config)
+    given = {key: value for key, value in config.items() if value is not None}
+    return dict(config) | {k: v for k, v in found.items() if v is not None} | given
 
 
 def unlike(config: Mapping[str, object]) -> str | None:

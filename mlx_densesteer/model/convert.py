@@ -206,9 +206,9 @@ def _check_groups(source: _Source, target: _Target) -> None:
     """Raise if the groups do not fit: mlx-lm would silently leave such a matrix unquantised."""
     if not target.bits:
         return
-    for key in ("hidden_size", "intermediate_size"):
+    for key in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
         width = source.config.get(key)
-        if not isinstance(width, int) or width % target.group_size:
+        if isinstance(width, int) and width % target.group_size:
             raise ConversionError(
                 f"{source.name}: group size {target.group_size} does not divide its {key} {width}. "
                 f"Choose another group size ({', '.join(map(str, GROUP_SIZES))}), or no bits."

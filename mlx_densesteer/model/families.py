@@ -97,12 +97,11 @@ def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
         ) from error
     try:
         network = model(arguments.from_dict(config))  # lazy: no weight is made
-        reason = _obstacle(network)
     except Exception as error:  # whatever a class of mlx-lm raises
         raise ModelError(
             f"{name}: mlx-lm refuses its config.json ({cause(error)}). Download it again."
         ) from error
-    if reason:
+    if reason := _obstacle(network):
         raise UnsupportedModelError(
             f"{name}: is a {kind} model, which cannot be steered: {reason}."
         )
@@ -131,14 +130,16 @@ def _obstacle(network: nn.Module) -> str | None:
             wants = ", ".join(_parameters(type(block).__call__))
             return f"block {layer} takes ({wants}), expected (x, mask, cache)"
     caches = network.make_cache() if hasattr(network, "make_cache") else []
+    if caches and len(caches) != len(decoder_blocks(network)):
+        return f"it keeps {len(caches)} caches for {len(decoder_blocks(network))} blocks"
     for layer, one in enumerate(caches):
         if type(one) not in (KVCache, RotatingKVCache):
             return f"layer {layer} keeps a {type(one).__name__}, expected keys and values"
     rows = [BatchKVCache(list(range(_ROWS))) for _ in decoder_blocks(network)]
     try:
         network(mx.zeros((_ROWS, _ROWS), mx.int32), rows)  # lazy: only the shapes are worked out
-    except ValueError:
-        return "mlx-lm cannot compute rows of different lengths with it"
+    except Exception as error:  # whatever a class of mlx-lm raises
+        return f"mlx-lm cannot compute rows of different lengths with it ({cause(error)})"
     return None
 
 

@@ -36,7 +36,7 @@ from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
 from .block import patch
-from .config import RULES, check_adapter, local_folder, origin, read_folder, unlike
+from .config import BAKED, RULES, check_adapter, local_folder, origin, read_folder, unlike
 from .divergence import Divergence, strengths_for
 from .families import decoder_blocks, empty_network, last_bias, stream_dtype
 from .hub import fetch_model
@@ -464,7 +464,11 @@ def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None
         tokenizer = open_tokenizer(path, config)
         mx.eval(network.parameters())
     check_finite(network, str(path))
-    return Model(network, tokenizer, origin(path) if name is None else name)
+    model = Model(network, tokenizer, origin(path) if name is None else name)
+    baked = config.get(BAKED)
+    if isinstance(baked, dict) and isinstance(baked.get("layers"), list):
+        model.baked_layers = tuple(baked["layers"])  # a bias of the model's own may hide them
+    return model
 
 
 def open_network(
@@ -629,10 +633,9 @@ def _is_baked(block: nn.Module) -> bool:
     last = last_bias(block)
     if last is None or not last.any().item():
         return False
-    others = [
-        one for name, one in tree_flatten(block.mlp.gate_proj.parameters()) if name.endswith("bias")
-    ]
-    return bool(others) and not any(one.any().item() for one in others)
+    gate = block.mlp.get("gate_proj", {})
+    other = getattr(gate, "linear", gate).get("bias")
+    return other is not None and not other.any().item()
 
 
 def _bfloat16_bytes(array: mx.array) -> bytes:

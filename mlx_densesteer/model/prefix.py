@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..errors import SteeringError
 from ..steering.steering import Positions, Steering
+from ..text import cause
 from .block import deltas, patch
 from .cache import (
     Passed,
@@ -454,4 +455,14 @@ def _quantization(network: nn.Module, bits: int | None) -> tuple[int, int] | Non
             f"{bits} bits for keys and values of width {shown}: expected 4 or 8 bits, and a width "
             "that is a multiple of 32. Leave kv_bits out."
         )
+    caches = [
+        SteeredQuantizedKVCache(group_size=group_size, bits=bits) for _ in decoder_blocks(network)
+    ]
+    try:
+        network.model(mx.array([[0]]), caches)  # lazy: only the shapes are worked out
+    except Exception as error:  # whatever a class of mlx-lm raises
+        raise SteeringError(
+            f"mlx-lm cannot quantise the keys and values of a {network.model_type} model "
+            f"({cause(error)}). Leave kv_bits out."
+        ) from error
     return group_size, bits

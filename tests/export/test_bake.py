@@ -132,8 +132,15 @@ def test_other_families_are_baked(folder_of, make_vector, tmp_path, name):
     wanted = source.network(tokens, ds.make_cache(source, steering))
     assert float(mx.abs(baked.network(tokens) - wanted).max()) < 1e-4 * float(mx.abs(wanted).max())
     assert baked.fingerprint != source.fingerprint
-    assert baked.baked_layers == (() if "biases" in name else (1, 2))  # its own biases hide them
+    assert baked.baked_layers == (1, 2)
     assert baking.check(out, folder, steering).difference < 1e-3
+
+
+def test_a_smollm3_is_not_written_to_gguf(folder_of, make_vector, tmp_path):
+    steering = ds.Steering(make_vector(), 0.7, layers=(1,))
+    with pytest.raises(ExportError, match="smollm3 model cannot be written to GGUF"):
+        ds.bake(folder_of("smollm3"), steering, tmp_path / "x.gguf", format="gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_a_family_without_biases_is_not_baked(folder_of, make_vector, tmp_path):

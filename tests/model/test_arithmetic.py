@@ -128,6 +128,28 @@ REFUSED = {  # what is refused, and what the message names
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window 16"),
+        ("smollm3", WINDOW | {"max_window_layers": 28}, "sliding_window 16"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3", WINDOW, "sliding_window 16"),
+        ("mistral", {"sliding_window": 16}, "sliding_window 16"),
+        ("mistral", {"max_position_embeddings": 8192}, "sliding_window 4096"),
+        ("mistral", {"sliding_window": None, "attention_bias": True}, "attention_bias True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"head_dim": 15}, "heads of an even size"),
+        ("llama", {"head_dim": "16"}, "head_dim '16'"),
+        ("llama", {"mlp_bias": 1}, "mlp_bias 1"),
+        ("llama", rope("longrope", **LONG, original_max_position_embeddings=32), "'longrope'"),
+    ],
+)
+def test_other_families_refuse_by_name(kind, changes, named):
+    with pytest.raises(ModelError, match=re.escape(named)):
+        check_config(changed(changes) | {"model_type": kind}, "x")
+
+
 def changed(changes):
     config = {**CONFIG, **{k: v for k, v in changes.items() if k != "head"}}
     return {key: value for key, value in config.items() if value is not ABSENT}

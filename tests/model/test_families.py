@@ -11,7 +11,7 @@ from helpers import ROOT
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache
 
-from mlx_densesteer.errors import ModelError, UnsupportedModelError
+from mlx_densesteer.errors import ModelError, SteeringError, UnsupportedModelError
 from mlx_densesteer.export.function import steered_step
 from mlx_densesteer.model.block import SteeredBlock, make_cache, patch, unpatch
 from mlx_densesteer.model.cache import SteeredBatchKVCache, token_bytes
@@ -257,6 +257,27 @@ def test_a_steered_layer_costs_nothing_in_a_plain_block_and_one_operation_elsewh
     assert counts[1] - counts[0] == (0 if FAMILIES[name][0] else len(LAYERS))
 
 
+QUANTISED = {"head_dim": 32}  # the width of a group
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_keys_and_values_can_be_quantised(name, steering):
+    network = tiny_family(name, **QUANTISED)
+    quantised, whole = Prefix(network, kv_bits=8), Prefix(network)
+    logits = []
+    for prefix in (quantised, whole):
+        prefix.fill([Chunk(tuple(PROMPT[:-1]))], steering)
+        logits.append(network(mx.array([PROMPT[-1:]]), prefix.caches)[0, -1])
+    moved = float(mx.abs(network(mx.array([PROMPT]))[0, -1] - logits[1]).max())
+    assert 0 < float(mx.abs(logits[0] - logits[1]).max()) < 0.4 * moved
+
+
+def test_keys_and_values_that_mlx_lm_cannot_quantise_are_refused():
+    wide = {"kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    with pytest.raises(SteeringError, match="cannot quantise the keys and values of a deepseek_v3"):
+        Prefix(tiny_family("deepseek_v3", **wide), kv_bits=8)
+
+
 def test_the_head_is_what_the_network_does_after_its_blocks(network):
     tokens = mx.array([PROMPT])
     expected = network(tokens)
@@ -330,6 +351,7 @@ REFUSED = {
     "qwen3_next": "keeps a ArraysCache",
     "lfm2": "has no norm",
     "gpt2": "no single stack",
+    "nanbeige": "keeps 8 caches for 4 blocks",
     "gemma2": "cannot compute rows of different lengths",  # a fault of mlx-lm 0.32.2
     "falcon_h1": "has no norm",
     "bert": "which mlx-lm does not have",
@@ -348,7 +370,7 @@ def test_what_cannot_be_steered_says_why(name):
         "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1],
         "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "linear_conv_kernel_dim": 3, "full_attention_interval": 2, "partial_rotary_factor": 0.5,
-        "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_hidden_layers": 4,
+        "num_loops": 2, "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_hidden_layers": 4,
     }  # fmt: skip
     with pytest.raises((UnsupportedModelError, ModelError), match=REFUSED[name]):
         empty_network(config, "x")
