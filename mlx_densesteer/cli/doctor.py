@@ -61,15 +61,13 @@ def examine_model(name: str) -> Iterator[Finding]:
         ModelError, HubError: no model, or a damaged one.
     """
     from ..export.llama import BAKES
-    from ..model.config import local_folder, parse_config, read_config, unlike
-    from ..model.families import decoder_blocks, empty_network, is_plain, window_of
+    from ..model.config import local_folder, parse_config, read_file
+    from ..model.families import decoder_blocks, empty_network, is_plain, unlike, window_of
     from ..model.hub import CONFIG, fetch_file
 
     folder = demo.MODEL if name == demo.NAME else local_folder(name)
-    if folder is None:
-        config = parse_config(fetch_file(name, CONFIG).read_bytes(), name)
-    else:
-        config = read_config(folder)
+    content = fetch_file(name, CONFIG).read_bytes() if folder is None else read_file(folder)
+    config = parse_config(content, name)
     network = empty_network(config, name)
     kind = str(config["model_type"])
     yield Finding(

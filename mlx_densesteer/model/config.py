@@ -94,6 +94,7 @@ RULES = {
         unrotated=True,
     ),
 }
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 # Families without rules of which a configuration as transformers 5 writes it was compared with transformers, without a
 # stretched context (tests/model/test_stock_families.py)
 COMPARED = frozenset(
@@ -146,7 +147,7 @@ def read_config(folder: Path) -> dict[str, object]:
 def read_folder(folder: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return what ``read_config`` and ``read_tensors`` return; raises as they do."""
     try:
-        config = parse_config(_read(folder), str(folder))
+        config = parse_config(read_file(folder), str(folder))
         _check_generation(folder, config["vocab_size"])
         tensors = read_tensors(folder)
         head = tensors.get("lm_head.weight")
@@ -180,7 +181,8 @@ def _check_generation(folder: Path, vocabulary: int) -> None:
         raise _wrong(where, found, f"ids below {vocabulary}")
 
 
-def _read(folder: Path) -> bytes:
+def read_file(folder: Path) -> bytes:
+    """Return the ``config.json`` of a model folder; raise ``ModelError`` if it has none, and say what it is."""
     file = folder / "config.json"
     if file.is_file():
         return file.read_bytes()
@@ -225,7 +227,7 @@ def parse_config(content: bytes, name: str) -> dict[str, object]:
     """Return a parsed ``config.json``, as ``read_config`` but for what only the weight files say."""
     where = f"{name}: config.json"
     config = parse_object(content, where, error=ModelError, remedy="Download it again.")
-    if not isinstance(config.get("model_type"), str):
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ModelError(
             f"{name}: its config.json names no model_type, so it is no language model."
         )
@@ -257,7 +259,7 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
             found = f"{key} {_shown.repr(config[key])}" if key in config else f"no {key}"
             raise _wrong(where, found, expected)
 
-    for key in _COUNTS if rules else ("vocab_size",):
+    for key in _COUNTS if rules else _SIZES:
         value = config.get(key)
         check(key, type(value) is int and 0 < value < 2**31, "a whole number above 0")
     for key in ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"):
@@ -285,6 +287,11 @@ def check_config(given: Mapping[str, object], where: str) -> dict[str, object]:
         check("head_dim", type(size) is int and 0 < size < 2**16, "a whole number above 0")
     check("num_attention_heads", size > 0 and size % 2 == 0, "heads of an even size")
     check("rms_norm_eps", _is_number(config["rms_norm_eps"]), "a number")
+    if rules.unrotated and config.get("no_rope_layers") is not None:
+        turned = config["no_rope_layers"]
+        right = isinstance(turned, list) and len(turned) == config["num_hidden_layers"]
+        right = right and all(one in (0, 1) for one in turned)
+        check("no_rope_layers", right, "0 or 1 for each layer")
     _check_arithmetic(config, rules, where)
     config = {k: v for k, v in config.items() if k not in _IGNORED} | _rope(config, where)
     if rules.head:
@@ -458,15 +465,14 @@ def _old_names(config: Mapping[str, object]) -> dict[str, object]:
     return dict(config) | {k: v for k, v in found.items() if v is not None} | given
 
 
-def unlike(config: Mapping[str, object]) -> str | None:
-    """Return a remark if mlx-lm's reading of a configuration was not compared with transformers'; else ``None``."""
-    kind = config["model_type"]
-    if kind in RULES:
-        return None
-    if kind in COMPARED and not config.get("rope_scaling"):
-        return None
-    what = f"{kind} with a stretched context" if kind in COMPARED else str(kind)
-    return f"mlx-lm's {what} was not compared with transformers here"
+def for_batches(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a configuration without a ``dynamic`` rotary embedding.
+
+    It changes nothing within ``max_position_embeddings``, and mlx-lm's cannot serve a batch.
+    """
+    scaling = config.get("rope_scaling")
+    dynamic = isinstance(scaling, dict) and scaling.get("type") == "dynamic"
+    return dict(config) | ({"rope_scaling": None} if dynamic else {})
 
 
 def _yarn_attention(given: Mapping[str, object], factor: float) -> float | None:

@@ -23,8 +23,22 @@ from mlx_lm.utils import _get_classes
 
 from ..errors import ModelError, UnsupportedModelError
 from ..text import cause
+from .config import COMPARED, RULES, for_batches
 
 _PARTS = ("embed_tokens", "norm")
+# Keys that change no number, whatever class reads them
+_NEUTRAL = frozenset((
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range", "use_cache",
+    "router_aux_loss_coef", "quantization", "quantization_config", "rope_parameters", "rope_scaling", "layer_types",
+    "max_position_embeddings", "tie_word_embeddings", "num_local_experts", "_sliding_window_pattern", "_name_or_path",
+    "sliding_window_pattern", "rope_local_base_freq", "num_experts", "id2label", "label2id", "task_specific_params", "auto_map", "attn_implementation", "return_dict", "chunk_size_feed_forward",
+))  # fmt: skip
+_NEUTRAL_ENDS = ("_token_id", "_dropout", "_pdrop", "_loss_coef", "_jitter_noise")
+# Keys that mlx-lm's classes do not read, with the values that they compute with
+_AS_COMPUTED = {
+    "hidden_act": ("silu",), "hidden_activation": ("gelu_pytorch_tanh",), "decoder_sparse_step": (1,),
+    "pretraining_tp": (1,), "qkv_bias": (True,), "partial_rotary_factor": (1, 1.0),
+}  # fmt: skip
 _ROWS = 7  # as many as no model has heads
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -96,7 +110,7 @@ def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
             f"{name}: is a {kind} model, which mlx-lm does not have."
         ) from error
     try:
-        network = model(arguments.from_dict(config))  # lazy: no weight is made
+        network = model(arguments.from_dict(for_batches(config)))  # lazy: no weight is made
     except Exception as error:  # whatever a class of mlx-lm raises
         raise ModelError(
             f"{name}: mlx-lm refuses its config.json ({cause(error)}). Download it again."
@@ -106,6 +120,37 @@ def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
             f"{name}: is a {kind} model, which cannot be steered: {reason}."
         )
     return network
+
+
+def unlike(config: Mapping[str, object]) -> str | None:
+    """Return a remark if mlx-lm may compute a model otherwise than transformers; ``None`` if it was compared.
+
+    Families with rules (``config.RULES``) have none: what mlx-lm would compute otherwise is refused.
+    """
+    kind = str(config["model_type"])
+    if kind in RULES:
+        return None
+    known = inspect.signature(_get_classes(dict(config))[1]).parameters
+    windowed = config.get("use_sliding_window") is not False
+    strange = [
+        key
+        for key, value in config.items()
+        if value not in (None, False, [], {})
+        and not (key in known or key.endswith(_NEUTRAL_ENDS) or key in _NEUTRAL)
+        and not (key in _AS_COMPUTED and value in _AS_COMPUTED[key])
+        and not (key in ("sliding_window", "max_window_layers") and not windowed)
+    ]
+    kinds = config.get("layer_types")
+    if "layer_types" not in known and kinds is not None:
+        full = isinstance(kinds, list) and all(one == "full_attention" for one in kinds)
+        pattern = "sliding_window_pattern" in known and config.get("sliding_window_pattern")
+        if not (full or pattern):
+            strange.append("layer_types")
+    if config.get("rope_scaling"):
+        strange.append("a stretched context")
+    if strange:
+        return f"{', '.join(strange)} of its config.json may mean something else to mlx-lm than to transformers"
+    return None if kind in COMPARED else f"mlx-lm's {kind} was not compared with transformers here"
 
 
 def check_network(network: nn.Module) -> None:

@@ -139,7 +139,8 @@ def _check_variant(reader: "GGUFReader", path: Path) -> None:
     }
     for key, (values, remedy) in expected.items():
         found = contents(reader, key)
-        if found is not None and found not in values:
+        absent = found is None and not (key == "tokenizer.ggml.pre" and architecture == "llama")
+        if not absent and found not in values:
             raise ConversionError(f"{path}: {key} is {found!r}, expected {values[0]!r}: {remedy}.")
 
 
@@ -329,6 +330,14 @@ def read_config(reader: "GGUFReader", dtype: str, where: str) -> dict[str, objec
         "transformers_version": metadata.version("transformers"),
     }
     if family == "llama":
+        parts = ("attn_q", "attn_k", "attn_v", "attn_output")
+        biased = [part for part in parts if f"blk.0.{part}.bias" in names]
+        if biased and len(biased) < len(parts):
+            missing = next(part for part in parts if part not in biased)
+            raise ConversionError(
+                f"{where} has biases on {biased[0]}, but none on {missing}: mlx-lm's Llama has all four or none. "
+                "Convert the model from the Hub."
+            )
         config |= {
             f"{part}_bias": f"blk.0.{tensor}.bias" in names
             for part, tensor in (("attention", "attn_q"), ("mlp", "ffn_up"))

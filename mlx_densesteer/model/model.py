@@ -36,9 +36,18 @@ from ..steering.steering import Positions, Steering
 from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
 from .block import patch
-from .config import BAKED, RULES, check_adapter, local_folder, origin, read_folder, unlike
+from .config import (
+    BAKED,
+    check_adapter,
+    for_batches,
+    local_folder,
+    origin,
+    parse_config,
+    read_file,
+    read_folder,
+)
 from .divergence import Divergence, strengths_for
-from .families import decoder_blocks, empty_network, last_bias, stream_dtype
+from .families import decoder_blocks, empty_network, last_bias, stream_dtype, unlike
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
@@ -133,7 +142,10 @@ class Model:
     @property
     def context(self) -> int:
         """How many tokens a prompt and its response may have together."""
-        return self.network.args.max_position_embeddings
+        args = self.network.args
+        if not hasattr(args, "max_position_embeddings"):  # mlx-lm's own pair of some families
+            return int(self.tokenizer.model_max_length)
+        return args.max_position_embeddings
 
     @cached_property
     def fingerprint(self) -> str:
@@ -437,7 +449,7 @@ def load(
     model = load_folder(path, adapter_path=adapter_path, name=origin(path_or_repo))
     set_dtype(model.network, path)
     _ = model.end_of_turn  # told now, not within an answer
-    if remark := unlike({"rope_scaling": None, **vars(model.network.args)}):
+    if remark := unlike(parse_config(read_file(path), str(path))):
         note(f"{model.name}: {remark}")
     if model.baked_layers:
         where = format_layers(model.baked_layers)
@@ -480,6 +492,9 @@ def open_network(
     """
     with loading(path), mlx_lm_folder(path) as place:
         network, config = load_model(place, lazy=True)
+        network.args.max_position_embeddings = config[
+            "max_position_embeddings"
+        ]  # some classes drop it
         if adapter_path is not None:
             with loading(Path(adapter_path)):
                 check_adapter(Path(adapter_path))
@@ -505,11 +520,9 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
     it reads ``config.json`` otherwise than transformers (see ``read_config``).
     """
     config, tensors = read_folder(path)
+    config = for_batches(config)
     empty_network(config, str(path))
     check_tokenizer(path)
-    if config["model_type"] in RULES and (config["rope_scaling"] or {}).get("type") == "dynamic":
-        # Changes nothing within max_position_embeddings; mlx-lm's cannot serve a batch.
-        config["rope_scaling"] = None
     with tempfile.TemporaryDirectory(prefix="densesteer-") as made:
         place = Path(made)
         for number, file in enumerate(sorted({tensor.file for tensor in tensors.values()})):

@@ -27,6 +27,7 @@ from mlx_densesteer.errors import (
 from mlx_densesteer.export.llama import llama_config
 from mlx_densesteer.model.config import check_config, read_config
 from mlx_densesteer.model.convert import convert
+from mlx_densesteer.model.families import empty_network
 from mlx_densesteer.model.model import load
 
 ABSENT = object()
@@ -382,8 +383,9 @@ def test_a_config_that_is_none(content, tmp_path):
         load(tmp_path)
 
 
-def test_the_architectures_of_another_family_are_no_list(tmp_path):
-    config = {"model_type": "x" * 1000, "architectures": 5}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=r"is a x{60} model \(unknown architecture\)"):
-        load(tmp_path)
+def test_a_family_of_any_name():
+    config = CONFIG | {"model_type": "x" * 1000}
+    with pytest.raises(ModelError, match="architectures 5, expected names"):
+        check_config(config | {"architectures": 5}, "x")
+    with pytest.raises(UnsupportedModelError, match=r"x: is a x{60} model, which mlx-lm does not"):
+        empty_network(config, "x")

@@ -3,20 +3,23 @@
 import dataclasses
 import importlib
 import io
+import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import ROOT
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache
 
+from mlx_densesteer import generate, generate_batch, load
 from mlx_densesteer.errors import ModelError, SteeringError, UnsupportedModelError
 from mlx_densesteer.export.function import steered_step
 from mlx_densesteer.model.block import SteeredBlock, make_cache, patch, unpatch
 from mlx_densesteer.model.cache import SteeredBatchKVCache, token_bytes
-from mlx_densesteer.model.config import COMPARED, RULES
-from mlx_densesteer.model.families import decoder_blocks, empty_network, head_of, is_plain
+from mlx_densesteer.model.config import COMPARED, RULES, check_config
+from mlx_densesteer.model.families import decoder_blocks, empty_network, head_of, is_plain, unlike
 from mlx_densesteer.model.gradient import response_log_likelihood
 from mlx_densesteer.model.likelihood import log_likelihoods
 from mlx_densesteer.model.prefix import Chunk, Prefix
@@ -344,6 +347,59 @@ def test_the_documentation_names_every_family():
     text = (ROOT / "docs/models.md").read_text("utf-8")
     for name in {*FAMILIES, *COMPARED, *RULES}:
         assert f"`{name}`" in text, name
+
+
+UNLIKE = [  # what mlx-lm computes otherwise than transformers: a reviewer compared each, as test_stock_families does
+    ("phi3", {"sliding_window": 8}, "sliding_window"),
+    ("mixtral", {"sliding_window": 8}, "sliding_window"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
+    ("olmoe", {"clip_qkv": 0.1}, "clip_qkv"),
+    ("granite", {"hidden_act": "gelu"}, "hidden_act"),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+    ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    ("gemma3_text", {"final_logit_softcapping": 2.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation"),
+    ("gemma3_text", {"layer_types": 5}, "layer_types"),
+    ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "a stretched context"),
+    ("phimoe", {}, "was not compared"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changes", "named"), UNLIKE)
+def test_what_was_not_compared_is_told(kind, changes, named):
+    base = {
+        key: SIZES[key]
+        for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    }
+    config = check_config(base | {"model_type": kind} | changes, "x")
+    assert named in unlike(config)
+    if "compared" not in named:
+        neutral = {
+            "hidden_dropout": 0.1,
+            "bos_token_id": 1,
+            "use_cache": True,
+            "sliding_window": None,
+        }
+        assert unlike(check_config(base | {"model_type": kind} | neutral, "x")) is None
+
+
+@pytest.mark.parametrize("name", ["cohere2", "mixtral", "qwen2_moe", "gemma"])
+def test_a_whole_model_generates(name, tiny_tokenizer_files, tmp_path, steering):
+    """With a configuration of which mlx-lm's class drops the length of the context."""
+    folder = shutil.copytree(tiny_tokenizer_files, tmp_path / name)
+    more = {"vocab_size": 300, "query_pre_attn_scalar": 8}
+    network = tiny_family(name, **more)
+    config = {key: value for key, value in (SIZES | more).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": name}))
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    model = load(folder)
+    assert model.context == SIZES["max_position_embeddings"]
+    plain, steered = (generate(model, "hi", steering=one, max_tokens=6) for one in (None, steering))
+    assert len(plain.token_ids) == len(steered.token_ids) == 6
+    ((_, row),) = generate_batch(model, ["hi"], steering=steering, max_tokens=6)
+    assert row.token_ids == steered.token_ids
 
 
 REFUSED = {

@@ -85,8 +85,25 @@ def test_progress_counts_tensors(model, tmp_path):
 
 
 def test_another_architecture_is_refused_by_name(model, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", model, architecture="gemma2")
+    with pytest.raises(
+        UnsupportedModelError, match="GGUF of architecture 'gemma2', expected one of"
+    ):
+        convert(path, tmp_path / "out")
+
+
+def test_a_llama_without_its_rule_for_words_is_refused(model, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", model, architecture="llama")
-    with pytest.raises(UnsupportedModelError, match="GGUF of architecture 'llama'"):
+    with pytest.raises(ConversionError, match="tokenizer.ggml.pre is None, expected 'smollm'"):
+        convert(path, tmp_path / "out")
+
+
+def test_a_llama_with_some_biases_is_refused(model, tmp_path):
+    def named(writer):
+        writer.add_tokenizer_pre("smollm")
+
+    path = write_gguf(tmp_path / "tiny.gguf", model, architecture="llama", also=named)
+    with pytest.raises(ConversionError, match="has biases on attn_q, but none on attn_output"):
         convert(path, tmp_path / "out")
 
 
@@ -297,7 +314,7 @@ def test_names():
         "blk",
         "",
     ):
-        with pytest.raises(ConversionError, match="is not part of a Qwen2 model"):
+        with pytest.raises(ConversionError, match="is not part of a Qwen2, Qwen3 or Llama model"):
             hf_name(name)
 
 

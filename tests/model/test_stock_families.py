@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT, run_with_torch
 
 from mlx_densesteer.model.block import make_cache, patch
-from mlx_densesteer.model.config import COMPARED, RULES
+from mlx_densesteer.model.config import COMPARED, RULES, read_config
+from mlx_densesteer.model.families import unlike
 from mlx_densesteer.model.model import open_network
 from mlx_densesteer.steering.steering import Steering
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
@@ -103,6 +104,7 @@ def test_as_stock_transformers(folders, vector, name):
     assert (folders / name / "logits.npz").is_file(), "transformers did not make it"
     with np.load(folders / name / "logits.npz") as found:
         plain, steered = found["plain"], found["steered"]
+    assert unlike(read_config(folders / name)) is None
     network, _ = open_network(folders / name)
     patch(network)
     meta = VectorMeta(model="tiny", hidden_size=HIDDEN, layer_count=4)

@@ -50,10 +50,13 @@ def import_vector(
         raise VectorFormatError(
             f"{path}: unknown ending {ending!r}, expected .pt, .gguf or .safetensors."
         )
-    if not model or layer_offset:
+    if not model:
         raise VectorFormatError(
-            f"{path}: a .pt file does not say which model it was made for: name the model. Leave the layer "
-            "offset out: its layers are counted from 0, as here."
+            f"{path}: a .pt file does not say which model it was made for: name the model."
+        )
+    if layer_offset:
+        raise VectorFormatError(
+            f"{path}: the layers of a .pt file are counted from 0, as here. Leave the layer offset out."
         )
     return load_pt(path, model=model, layer=layer, towards=towards)
 

@@ -266,15 +266,15 @@ def _layers(
             )
     if isinstance(found, np.ndarray):
         return _bare(path, found, layer, towards)
-    if layer is not None or towards is not None:
-        raise VectorFormatError(
-            f"{path}: names its layers, and is read as towards dense. Leave --layer and --towards out; a negative "
-            "strength steers the other way."
-        )
     if not isinstance(named, dict) or not named:
         raise VectorFormatError(
             f"{path}: holds no vectors by layer. Expected a SteeringVector of steering_vectors, or "
             "torch.save({layer: tensor})."
+        )
+    if layer is not None or towards is not None:
+        raise VectorFormatError(
+            f"{path}: names its layers, and is read as towards dense. Leave --layer and --towards out; a negative "
+            "strength steers the other way."
         )
     check_total(path, (array.size for array in named.values() if isinstance(array, np.ndarray)))
     layers: dict[int, np.ndarray] = {}
