@@ -119,6 +119,11 @@ def empty_network(config: Mapping[str, object], name: str) -> nn.Module:
         raise UnsupportedModelError(
             f"{name}: is a {kind} model, which cannot be steered: {reason}."
         )
+    if config.get("max_position_embeddings") is None:
+        raise ModelError(
+            f"{name}: config.json has no max_position_embeddings, expected the length of the context. "
+            "Download it again."
+        )
     return network
 
 

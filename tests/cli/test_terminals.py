@@ -17,6 +17,9 @@ pytest.importorskip("pexpect")
 pytest.importorskip("pyte")
 from pty_terminal import Terminal
 
+SIZES = {
+    "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9, "max_position_embeddings": 9,
+}  # fmt: skip
 EVIL = "\x1b]0;title\x07\x9b2J\u202eevil\u2066\x7f\u061c\r\u200f"
 FORBIDDEN = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))} - set("\r\n\t")
 FORBIDDEN |= set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -39,7 +42,7 @@ def evil(tmp_path, hf_folder):
     (tmp_path / f"s{EVIL}.json").write_text(json.dumps({EVIL: EVIL}))
     other = tmp_path / f"other{EVIL}"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": EVIL, "architectures": [EVIL]}))
+    (other / "config.json").write_text(json.dumps(SIZES | {"model_type": EVIL}))
     return tmp_path
 
 
@@ -71,14 +74,15 @@ MODEL, VECTOR = ("-m", f"model{EVIL}"), ("-v", f"v{EVIL}.npz")
         (["vector", "export", f"v{EVIL}.npz", "-o", f"w{EVIL}.safetensors"], "w\u241b"),
         (["vector", "import", f"s{EVIL}.json", "-o", f"w{EVIL}.npz"], "Error: s"),
         (["generate", "-m", f"nowhere{EVIL}", "Hi"], "no such folder"),
-        (["generate", "-m", f"other{EVIL}", "Hi"], "only the Qwen2 family"),
+        (["generate", "-m", f"other{EVIL}", "Hi"], "no model.safetensors"),
+        (["doctor", "-m", f"other{EVIL}"], "which mlx-lm does not have"),
         (["generate", *MODEL, *VECTOR, "-l", EVIL, "Hi"], "expected a number"),
         (["generate", *MODEL, *VECTOR, "-s", EVIL, "Hi"], "expected a number"),
         (["generate", *MODEL, "Hi", EVIL], "quote it"),
         (["chat", *MODEL, "--load", f"x{EVIL}.json"], "does not exist"),
         # these import mlx
         pytest.param(["generate", *MODEL, *VECTOR, "-n", "4", "Hi"], "using v", marks=pytest.mark.slow),
-        pytest.param(["convert", f"other{EVIL}"], "only the Qwen2 family", marks=pytest.mark.slow),
+        pytest.param(["convert", f"other{EVIL}"], "no model.safetensors", marks=pytest.mark.slow),
         pytest.param(["eval", *MODEL, f"t{EVIL}.jsonl"], "Error: t", marks=pytest.mark.slow),
         pytest.param(["pairs", *MODEL, "-o", f"p{EVIL}.jsonl", f"t{EVIL}.jsonl"], "Error", marks=pytest.mark.slow),
         pytest.param(["extract", *MODEL, "-o", f"w{EVIL}.npz", f"t{EVIL}.jsonl"], "Error: t", marks=pytest.mark.slow),

@@ -1,3 +1,4 @@
+import functools
 import gc
 
 import mlx.core as mx
@@ -56,9 +57,10 @@ def scores(network, contexts, continuations, **options):
 @pytest.fixture
 def shapes(tiny, monkeypatch):
     """The shapes ``(rows, tokens)`` of what goes through the blocks."""
-    seen, kind = [], type(tiny.model)
+    seen, kind = [], type(patch(tiny).model)
     stock = kind.__call__
 
+    @functools.wraps(stock)
     def spy(self, tokens, *args, **options):
         seen.append(tokens.shape)
         return stock(self, tokens, *args, **options)

@@ -92,7 +92,7 @@ def test_nothing_above_the_last_layer_is_computed(tiny):
     def refuse(*_):
         raise AssertionError("computed")
 
-    tiny.model.layers[2].self_attn.q_proj = refuse
+    patch(tiny).model.layers[2].self_attn.q_proj = refuse
     assert sorted(read(tiny, PAIRS, [0, 1], WEIGHS["last"])) == [0, 1]
     with pytest.raises(AssertionError, match="computed"):
         read(tiny, PAIRS, [2], WEIGHS["last"])
