@@ -62,7 +62,14 @@ def examine_model(name: str) -> Iterator[Finding]:
     """
     from ..export.llama import BAKES
     from ..model.config import local_folder, parse_config, read_file
-    from ..model.families import decoder_blocks, empty_network, is_plain, unlike, window_of
+    from ..model.families import (
+        decoder_blocks,
+        empty_network,
+        is_plain,
+        parallel_ways,
+        unlike,
+        window_of,
+    )
     from ..model.hub import CONFIG, fetch_file
 
     folder = demo.MODEL if name == demo.NAME else local_folder(name)
@@ -79,8 +86,8 @@ def examine_model(name: str) -> Iterator[Finding]:
     yield Finding("config.json", remark or "computed as transformers computes it", hint=hint)
     blocks = list(decoder_blocks(network).values())
     plain = all(is_plain(type(block)) for block in blocks)
-    ways = "in the last addition of a block" if plain else "by one operation after a block"
-    yield Finding("steering", f"{ways}: generate, chat, serve, extract, sweep, train, eval")
+    how = "in the last addition of a block" if plain else "by one operation after a block"
+    yield Finding("steering", f"{how}: generate, chat, serve, extract, sweep, train, eval")
     if window := window_of(network):
         yield Finding(
             "windows",
@@ -93,11 +100,7 @@ def examine_model(name: str) -> Iterator[Finding]:
     )
     hint = None if kind in BAKES else "give llama.cpp the vector: `densesteer vector export`"
     yield Finding("bake", bakes, hint=hint)
-    ways = [
-        way
-        for way, has in (("tensor", "shard"), ("pipeline", "pipeline"))
-        if hasattr(network if has == "shard" else network.model, has)
-    ]
+    ways = parallel_ways(network)
     yield Finding(
         "several Macs", f"{' and '.join(ways)} parallel" if ways else "mlx-lm cannot cut it"
     )

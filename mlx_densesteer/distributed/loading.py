@@ -19,9 +19,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .._version import __version__
 from ..errors import DistributedError
-from ..model.block import patch
+from ..model.block import make_cache, patch
 from ..model.config import origin
-from ..model.families import decoder_blocks
+from ..model.families import decoder_blocks, parallel_ways
 from ..model.model import Model, check_finite, find, load, open_network, open_tokenizer, set_dtype
 from ..steering.vector import Positions, SteeringVector
 from .ranks import Ranks
@@ -131,34 +131,19 @@ def _norms_of_own_layers(model: RankModel) -> dict[int, float]:
 
     Runs the model's own forward pass, which sends and receives the residual stream.
     """
-    layers = model.network.model.layers
-    blocks = decoder_blocks(model.network)
     texts = model.solutions()
-    totals = dict.fromkeys(blocks, 0.0)
+    layers = list(decoder_blocks(model.network))
+    totals = dict.fromkeys(layers, 0.0)
     for tokens, first in texts:
-        readers = {layer: _Reader(block) for layer, block in blocks.items()}
-        try:
-            for layer, reader in readers.items():
-                layers[layer] = reader
-            mx.eval(model.network.model(mx.array([tokens])))
-        finally:
-            for layer, block in blocks.items():
-                layers[layer] = block
-        for layer, reader in readers.items():
-            lengths = mx.linalg.norm(reader.output.astype(mx.float32), axis=-1)[0]
+        outputs: dict[int, mx.array] = {}
+        caches = make_cache(model.network)
+        for layer, cache in zip(layers, caches, strict=True):
+            cache.record = lambda _, h, layer=layer, outputs=outputs: outputs.update({layer: h})
+        mx.eval(model.network.model(mx.array([tokens]), caches))
+        for layer, h in outputs.items():
+            lengths = mx.linalg.norm(h.astype(mx.float32), axis=-1)[0]
             totals[layer] += float(mx.mean(lengths[first:])) / len(texts)
     return totals
-
-
-class _Reader:
-    """A block that keeps its output, ``(1, tokens, hidden)``."""
-
-    def __init__(self, block: nn.Module):
-        self._block = block
-
-    def __call__(self, *arguments: object) -> mx.array:
-        self.output = self._block(*arguments)
-        return self.output
 
 
 def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
@@ -176,7 +161,7 @@ def _identity(model: Model, config: Mapping[str, object]) -> dict[str, object]:
 
 def check_way(network: nn.Module, name: str, *, pipeline: bool) -> None:
     """Raise ``DistributedError`` unless mlx-lm can spread this family over ranks."""
-    if not (hasattr(network.model, "pipeline") if pipeline else hasattr(network, "shard")):
+    if ("pipeline" if pipeline else "tensor") not in parallel_ways(network):
         raise DistributedError(
             f"{name}: mlx-lm cannot cut a {network.model_type} model into {'a pipeline' if pipeline else 'slices'}. "
             "`densesteer doctor -m MODEL` tells how it can."

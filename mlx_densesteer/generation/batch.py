@@ -180,7 +180,6 @@ class Batch:
         self._count = 0
         self._decoding: float | None = None  # seconds of the last step that only decoded
         self._working_set = working_set(gpu())
-        self._token_bytes = token_bytes(model.network)
         mx.reset_peak_memory()
         self._wired = Wired()
         self._generator: BatchGenerator | None = BatchGenerator(
@@ -307,6 +306,10 @@ class Batch:
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        return token_bytes(self._model.network)
 
     def _fits(self, row: _Row) -> bool:
         """Tell whether the GPU can keep the cache with one more row; all rows are as long as the longest."""

@@ -204,6 +204,12 @@ def window_of(network: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
+def parallel_ways(network: nn.Module) -> list[str]:
+    """Return how mlx-lm can spread a network over several machines: ``tensor``, ``pipeline``."""
+    ways = (("tensor", network, "shard"), ("pipeline", network.model, "pipeline"))
+    return [way for way, owner, method in ways if hasattr(owner, method)]
+
+
 def last_bias(block: nn.Module) -> mx.array | None:
     """Return the bias on a block's output, where ``bake`` writes a steering; an adapter may wrap its layer."""
     last = block.get("mlp", {}).get("down_proj", {})
