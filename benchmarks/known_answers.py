@@ -122,7 +122,7 @@ def _clear_tokens(
 ) -> int:
     """Return how many tokens, the end of the turn included, are chosen before a near tie."""
     network = subject.model.network
-    cache = make_cache(network, how, prompt_length=len(prompt))
+    cache = make_cache(network, how, prompt=prompt)
     logits = network(mx.array([[*prompt, *answer]]), cache=cache)[0, len(prompt) - 1 :]
     best = mx.sort(mx.topk(logits.astype(mx.float32), 2, axis=-1), axis=-1)
     gaps = (best[:, 1] - best[:, 0]).tolist()[: len(answer) + ends]

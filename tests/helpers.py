@@ -7,7 +7,6 @@ import resource
 import subprocess
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +17,13 @@ from mlx_densesteer.export.closeness import TF32
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.families import decoder_blocks
 from mlx_densesteer.model.machine import rounds_to_tf32
+from mlx_densesteer.model.marks import Marks
 from mlx_densesteer.steering.steering import Steering
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
+THOUGHT = 7, 11  # the tokens that open and close a thought of a tiny network
 
 
 def run_with_torch(*arguments, timeout=300):
@@ -46,13 +47,13 @@ def at_every_layer(vector, strength=1.0, positions="all"):
 
 
 def every_third_ends_a_step(network, tokenizer=None):
-    """Let every third token of a tiny network end a step; return the network.
+    """Let every third token of a tiny network end a step, and ``THOUGHT`` mark a thought; return the network.
 
     It has no tokenizer, or one that writes a blank line as two tokens.
     """
-    table = mx.arange(network.args.vocab_size) % 3 == 0
-    mx.eval(table)
-    network.model.step_ends = SimpleNamespace(table=table, tokenizer=tokenizer)
+    marks = network.model.marks = Marks(tokenizer, network.args.vocab_size)
+    marks.step_ends = np.arange(network.args.vocab_size) % 3 == 0
+    marks.thought = THOUGHT
     return network
 
 
@@ -84,7 +85,7 @@ def same_answer(model, prompt, got, expected):
     network = getattr(model, "network", model)
 
     def logits_after(tokens):
-        cache = make_cache(network, expected.steering, prompt_length=len(prompt))
+        cache = make_cache(network, expected.steering, prompt=prompt)
         return network(mx.array([[*prompt, *tokens]]), cache)[0, -1]
 
     names = ["prompt_tokens", "steering"]

@@ -62,7 +62,7 @@ class Subject:
         self.take_side(steering)
         if steering is None:
             return make_prompt_cache(self.model.network)
-        return make_cache(self.model.network, steering, prompt_length=prompt_length)
+        return make_cache(self.model.network, steering, prompt=range(prompt_length))
 
     def take_side(self, steering: Steering | None) -> None:
         """Give the network mlx-lm's own blocks without steering, else the steered ones."""

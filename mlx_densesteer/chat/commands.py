@@ -44,7 +44,7 @@ COMMANDS = (
         "steer with this vector (.npz or demo), at its own layer and strength; or off",
         "vector",
     ),
-    Command("positions", "WHERE", "steer all, generated, prompt or steps", "positions"),
+    Command("positions", "WHERE", "steer all, generated, prompt, steps, think ...", "positions"),
     Command(
         "compare",
         "[TEXT]",
@@ -57,6 +57,11 @@ COMMANDS = (
         "the last question at five strengths, one line each; or at those named: 0 10% 20% 1.5 0.1nats",
     ),
     Command("stats", "", "the receipt of the last answer, beside that of the unsteered model"),
+    Command(
+        "thought",
+        "",
+        "show what a reasoning model thought before its last answer; Tab on an empty line",
+    ),
     Command("retry", "", "answer the last question again, under the settings in force"),
     Command(
         "undo", "", "forget the last question and its answer, and offer the question for editing"
@@ -78,7 +83,7 @@ KEYS = (
     ),
     ("Ctrl-C", "stops an answer and keeps what was said; at the prompt it clears the line"),
     ("Up, Down, Ctrl-R", "earlier questions, and a search in them"),
-    ("Tab", "completes a command or a file name"),
+    ("Tab", "completes a command or a file name; on an empty line shows the last thought"),
     ("//text", "sends a text that begins with a slash"),
 )
 

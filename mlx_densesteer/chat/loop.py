@@ -91,15 +91,19 @@ class Chat:
 
         view = self.screen.answer(now)
         try:
-            for piece in reply:
-                said += len(piece)
-                view.feed(piece)
+            for _ in reply:
+                thought, answer = reply.shown
+                if answer:
+                    view.feed(answer[said:])
+                    said = len(answer)
+                elif thought is not None:
+                    view.think(thought, reply.result.thought_tokens)
         except KeyboardInterrupt as error:
             interrupt = error
         finally:
             with _no_interrupts():
                 reply.close()
-                view.feed(reply.result.text[said:])
+                view.feed(reply.result.answer[said:])
                 view.finish()
         self._tell_result(reply)
         if interrupt is not None:
@@ -171,7 +175,9 @@ class Chat:
         now, path = self.session, _path(argument, "/load")
         if not path.is_file():
             raise InputError(f"{path}: no such file. Expected one that /save wrote.")
-        session = Session.load(path, now.model, draft=now.draft, brake=now.brake)
+        session = Session.load(
+            path, now.model, draft=now.draft, brake=now.brake, think_limit=now.think_limit
+        )
         if session.steering and (
             warning := now.model.other_weights(session.steering.vector, strict=self._strict)
         ):
@@ -226,6 +232,13 @@ class Chat:
         self.screen.table(rows, lambda: lines(rows.rows[0].result), lambda: now)
         self._unsteered = turn, rows.rows[0].result
 
+    def do_thought(self, argument: str) -> None:
+        last_question(self.session)
+        thought = self.session.turns[-1].reply.thought
+        if not thought:
+            raise SessionError("the last answer has no thought.")
+        self.screen.show(thought.split("\n"))
+
     def do_help(self, argument: str) -> None:
         from .commands import help_lines
 
@@ -265,7 +278,10 @@ class Chat:
         if len(words) > SWEEP_MOST:
             raise InputError(f"{len(words)} strengths: expected at most {SWEEP_MOST} at once.")
         made = [
-            request(now.vector, word, now.layers, now.positions).steering(self.session.model)
+            replace(
+                request(now.vector, word, now.layers, now.positions).steering(self.session.model),
+                budget=now.budget,
+            )
             for word in words
         ]
         return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)
@@ -290,7 +306,8 @@ class Chat:
             self.screen.note("stopped before the first token: the question does not count")
             self.keyboard.give_back(reply.user)
             return
-        self.screen.receipt(receipt(result, self.session.context))
+        opens = f"; {self.keyboard.shows_thought} shows it" if result.thought else ""
+        self.screen.receipt(receipt(result, self.session.context) + opens)
         for line in brake_lines(result):
             self.screen.warn(line)
 

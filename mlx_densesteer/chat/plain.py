@@ -24,6 +24,9 @@ class ShownAnswer:
         self._echo = echo
         self._ends_line = True
 
+    def think(self, thought: str, tokens: int) -> None:
+        """Show that a reasoning model thinks, as long as it does; here nothing."""
+
     def feed(self, piece: str) -> None:
         if piece:
             self._echo(piece)
@@ -68,15 +71,15 @@ class Screen:
         self.show([f"--- {titles[0]}"])
         first, said = self.answer(now), 0
         try:
-            for row, piece in rows:
+            for row, _ in rows:
                 if row == 0:
-                    first.feed(piece)
-                    said += len(piece)
+                    first.feed(rows.rows[0].answer[said:])
+                    said = len(rows.rows[0].answer)
         finally:
             rows.stop()
-            first.feed(rows.rows[0].text[said:])
+            first.feed(rows.rows[0].answer[said:])
             first.finish()
-            self.show([f"--- {titles[1]}", rows.rows[1].text.removesuffix("\n")])
+            self.show([f"--- {titles[1]}", rows.rows[1].answer.removesuffix("\n")])
 
     def table(self, rows: Rows, lines: Callable[[], Sequence[str]], now: Now) -> None:
         """Show a table that grows with the rows; here only when it is complete."""
@@ -99,6 +102,7 @@ class Keyboard:
     that the output reads as a conversation.
     """
 
+    shows_thought = "/thought"
     interactive = property(lambda self: sys.stdin.isatty())
 
     def read(self, status: Now) -> str:

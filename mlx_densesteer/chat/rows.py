@@ -29,6 +29,7 @@ class Row:
 
     steering: "Steering | None"
     text: str = ""
+    answer: str = ""  # ``text`` without a reasoning model's thought
     result: "Generation | None" = None
 
 
@@ -59,9 +60,15 @@ class Rows(Iterable[tuple[int, str]]):
         self._numbers: list[int] = []
         self._batch = Batch(session.model, rows=len(steerings))
         try:
-            ends = session.model.ends(session.prompt(question, turns=turns))
+            prompt = session.prompt(question, turns=turns)
             limits = {"limit": session.context, "what": "the conversation"}
-            options = {"sampling": session.sampling, "stop": session.stop, "ends": ends}
+            options = {
+                "sampling": session.sampling,
+                "stop": session.stop,
+                "think_limit": session.think_limit,
+                "ends": session.model.ends(prompt),
+                "opens_thought": session.model.opens_thought(prompt),
+            }
             for one in steerings:
                 tokens, caches = session.caches_for(question, one, turns=turns)
                 length = caches[0].offset + len(tokens)
@@ -79,6 +86,7 @@ class Rows(Iterable[tuple[int, str]]):
             for piece in self._batch.step():
                 number = self._numbers.index(piece.row)
                 self.rows[number].text += piece.text
+                self.rows[number].answer = piece.shown[1]
                 self.rows[number].result = piece.result
                 yield number, piece.text
 
@@ -86,6 +94,6 @@ class Rows(Iterable[tuple[int, str]]):
         """End the rows that still run, and return all answers. It may be called again."""
         for row, number in zip(self.rows, self._numbers, strict=True):
             if row.result is None and (result := self._batch.cancel(number)) is not None:
-                row.result, row.text = result, result.text
+                row.result, row.text, row.answer = result, result.text, result.answer
         self._batch.close()
         return [row.result for row in self.rows if row.result is not None]

@@ -83,7 +83,7 @@ def sweep_lines(rows: "Sequence[Row]", doses: Sequence[float], width: int) -> li
     left = aligned(table)
     longest = max(map(len, left))
     room = max(width - longest - 2, 8)
-    words = ["answer", *(one_line(row.text, room) for row in rows)]
+    words = ["answer", *(one_line(row.answer, room) for row in rows)]
     return [
         f"{line.ljust(longest)}  {word}".rstrip() for line, word in zip(left, words, strict=True)
     ]

@@ -15,6 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.styles import Style
 
+from ..steering.places import POSITIONS
 from ..text import printable
 from .commands import BY_NAME, COMMANDS
 from .plain import Keyboard, Now
@@ -26,6 +27,7 @@ class TerminalKeyboard(Keyboard):
     """Read questions with editing, a history in a file, and a toolbar with the settings."""
 
     interactive = True
+    shows_thought = "Tab or /thought"
 
     def __init__(self) -> None:
         self._given_back = ""
@@ -82,7 +84,7 @@ class _Commands(Completer):
                     )
             return
         kind = BY_NAME[name].completes if name in BY_NAME else ""
-        words = {"positions": ("all", "generated", "prompt", "steps"), "vector": ("demo", "off")}
+        words = {"positions": POSITIONS, "vector": ("demo", "off")}
         for word in words.get(kind, ()):
             if word.startswith(argument):
                 yield Completion(word, start_position=-len(argument))
@@ -145,5 +147,10 @@ def _bindings() -> KeyBindings:
     @bindings.add("escape", "enter")
     def begin_a_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @bindings.add("tab", filter=Condition(lambda: not get_app().current_buffer.text))
+    def show_the_thought(event: KeyPressEvent) -> None:
+        event.current_buffer.text = "/thought"
+        event.current_buffer.validate_and_handle()
 
     return bindings

@@ -27,7 +27,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from ..text import printable, unguarded
+from ..text import count, one_line, printable, unguarded
 from .plain import Now, Screen, ShownAnswer
 from .rows import Rows
 
@@ -58,7 +58,7 @@ class TerminalScreen(Screen):
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
         def answers() -> RenderableType:
-            texts = [markdown(printable(row.text)) for row in rows.rows]
+            texts = [markdown(printable(row.answer)) for row in rows.rows]
             if self.width < 2 * COLUMN:
                 first, second = (Text(title, style="bold") for title in titles)
                 return Group(first, texts[0], Text(), second, texts[1])
@@ -90,6 +90,16 @@ class _Streaming(ShownAnswer):
         self._text = ""  # of the block that is being written
         self._stack = contextlib.ExitStack()
         self._foot = self._stack.enter_context(_painting(console, now))
+
+    def think(self, thought: str, tokens: int) -> None:
+        if self._foot.due:
+            last = thought.rpartition("\n")[2] or thought
+            folded = Text(
+                f"thinking, {count(tokens, 'token')}: {one_line(printable(last)[-200:], 200)}"
+            )
+            folded.stylize("dim")
+            folded.no_wrap, folded.overflow = True, "ellipsis"
+            self._foot.paint(folded)
 
     def feed(self, piece: str) -> None:
         self._text += printable(piece)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..extraction.calibrate import Calibration
     from ..extraction.pairs import Pair
     from ..model.model import Model
-    from ..steering.steering import Positions
+    from ..steering.places import Positions
     from ..steering.vector import SteeringVector
 
 

@@ -9,18 +9,20 @@ from click.core import ParameterSource
 
 from ..errors import install_command
 from ..text import count, note
-from .options import answer_options, load_draft, model_option, steering_options
+from .options import answer_options, load_draft, model_option, steering_options, think_options
+from .options import think_budget as read_budget
 from .steering import is_strict, read_steering, steering_for, tell_fit
 
 if TYPE_CHECKING:
     from ..chat.plain import Keyboard, Screen
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
 
 
 @click.command()
 @model_option()
 @steering_options
+@think_options
 @answer_options
 @click.option(
     "--load",
@@ -36,6 +38,9 @@ def chat(
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
+    think_budget: int | None,
+    think_strength: "Amount | None",
+    think_budget_hard: bool,
     max_tokens: int,
     temp: float,
     top_p: float,
@@ -53,7 +58,8 @@ def chat(
     them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
     the answers go to standard output.
     """
-    request = read_steering(vector, strength, layers, positions)
+    budget, limit = read_budget(think_budget, think_strength, think_budget_hard)
+    request = read_steering(vector, strength, layers, positions, budget, think_strength)
     keyboard, screen = _terminal(plain)
 
     from ..chat.loop import Chat
@@ -74,9 +80,10 @@ def chat(
             sampling=Sampling(temp, top_p, seed),
             brake=brake,
             draft=draft,
+            think_limit=limit,
         )
     else:
-        session = Session.load(saved, loaded, brake=brake, draft=draft)
+        session = Session.load(saved, loaded, brake=brake, draft=draft, think_limit=limit)
         if steering is not None:
             session.steer(steering)
         elif session.steering is not None:

@@ -17,7 +17,9 @@ from .options import (
     run_options,
     steering_options,
     task_options,
+    think_options,
 )
+from .options import think_budget as read_budget
 from .run import journalled, load_problems
 from .steering import described, read_steering, steering_for
 
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
     from ..evaluation.scoring import Estimate, Score
     from ..evaluation.solutions import Solution
     from ..evaluation.tasks import Problem
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
 
 
 @click.command("eval")
 @model_option()
 @steering_options
+@think_options
 @task_options
 @run_options
 @out_option(
@@ -78,6 +81,9 @@ def evaluate(
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
+    think_budget: int | None,
+    think_strength: "Amount | None",
+    think_budget_hard: bool,
     split: str | None,
     skip: int,
     limit: int | None,
@@ -109,7 +115,8 @@ def evaluate(
         check_matplotlib()
         if not plot.parent.is_dir():
             raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}.")
-    request = read_steering(vector, strength, layers, positions)
+    budget, limit_of_thought = read_budget(think_budget, think_strength, think_budget_hard)
+    request = read_steering(vector, strength, layers, positions, budget, think_strength)
     baselines = [Baseline.parse(spec) for spec in specs]
     kinds = {baseline.kind for baseline in baselines}
     if "random" in kinds and request is None:
@@ -134,7 +141,7 @@ def evaluate(
     loaded = load_copies(model, ranks)
     info = loaded.info
     steering = steering_for(request, loaded)
-    if steering is not None and not steering.strength:
+    if steering is not None and steering.is_zero:
         note("strength 0 is the unsteered model: there is nothing to compare")
     others = [baseline.condition(steering, turns) for baseline in baselines]
     wanted = {"unsteered": not no_unsteered, "baselines": others}
@@ -149,6 +156,7 @@ def evaluate(
         max_tokens=max_tokens,
         rows=rows,
         with_nll=not no_nll,
+        think_limit=limit_of_thought,
     ) as options:
         scores, answers = run(loaded, problems, steering=steering, **wanted, **options)
     if as_json:
@@ -159,6 +167,7 @@ def evaluate(
             "steering": described(steering, loaded),
             "baselines": {one.name: one.describe() for one in others},
             "max_tokens": max_tokens,
+            "think_limit": limit_of_thought,
             "answers": str(path),
             "scores": {name: asdict(one) for name, one in scores.items()},
         }
@@ -230,7 +239,8 @@ def _table(scores: "dict[str, Score]") -> list[str]:
         "latency s",
         "s/correct",
     ]
-    rows = [["", *titles]]
+    thinks = any(s.thought_tokens for s in scores.values())
+    rows = [["", *titles, *["thought tokens"] * thinks]]
     for name, s in scores.items():
         rows.append(
             [
@@ -243,6 +253,7 @@ def _table(scores: "dict[str, Score]") -> list[str]:
                 str(s.truncated),
                 f"{s.seconds:.1f}",
                 _estimate(s.seconds_per_correct),
+                *[_estimate(s.thought_tokens)] * thinks,
             ]
         )
     lines = aligned(rows)

@@ -18,8 +18,8 @@ from .options import (
 from .steering import read_steering, steering_for
 
 if TYPE_CHECKING:
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
 
 
 @click.command("export-function")

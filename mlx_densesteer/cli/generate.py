@@ -11,21 +11,28 @@ import click
 from ..distributed.ranks import launched_rank
 from ..errors import InputError
 from ..text import note
-from .options import answer_options, load_draft, model_option, steering_options
+from .options import answer_options, load_draft, model_option, steering_options, think_options
+from .options import think_budget as read_budget
 from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
     from ..generation.answer import Generation
     from ..model.model import Model
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
 
 
 @click.command()
 @model_option()
 @steering_options
+@think_options
 @answer_options
+@click.option(
+    "--show-thinking",
+    is_flag=True,
+    help="Print a reasoning model's thought too, to standard error.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
 @click.option(
@@ -46,6 +53,10 @@ def generate(
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
+    think_budget: int | None,
+    think_strength: "Amount | None",
+    think_budget_hard: bool,
+    show_thinking: bool,
     max_tokens: int,
     temp: float,
     top_p: float,
@@ -65,7 +76,7 @@ def generate(
 
     Without PROMPT, or with "-", the prompt is read from standard input; its last newline is
     removed unless --raw. The text goes to standard output as it is generated, everything else to
-    standard error. Under mlx.launch the model is spread over the ranks (docs/distributed.md).
+    standard error. Of a reasoning model's answer the thought is left out. Under mlx.launch the model is spread over the ranks (docs/distributed.md).
     """
     text = _read_prompt(prompt, raw)
     if pipeline and launched_rank() is None:
@@ -74,7 +85,8 @@ def generate(
         )
     if draft_model is not None and launched_rank() is not None:
         raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
-    request = read_steering(vector, strength, layers, positions)
+    budget, limit = read_budget(think_budget, think_strength, think_budget_hard)
+    request = read_steering(vector, strength, layers, positions, budget, think_strength)
 
     from ..distributed.stream import settle, stream_over_ranks
     from ..generation.answer import brake_lines, receipt
@@ -98,25 +110,43 @@ def generate(
         stop=stop,
         draft=load_draft(draft_model, draft_tokens),
         brake=None if no_brake else Brake(),
+        think_limit=limit,
     )
-    interrupt, shown = None, 0
+    interrupt = None
+    thought, answer = Growing(err=True), Growing()
     try:
-        for piece in pieces:
-            shown += len(piece)
+        for _ in pieces:
+            if show_thinking:
+                thought.tell(pieces.shown[0] or "")
             if not as_json:
-                click.echo(piece, nl=False)
+                answer.tell(pieces.shown[1])
     except KeyboardInterrupt as error:
         interrupt = error  # the text so far is kept
     settle(ranks)
     result = pieces.result
+    if show_thinking and result.thought is not None:
+        thought.tell(result.thought, end=True)
     if as_json:
         click.echo(json.dumps(_to_json(result, loaded), ensure_ascii=False, allow_nan=False))
     else:
-        click.echo(result.text[shown:])  # after an interruption, what was held back for a stop text
+        answer.tell(result.answer, end=True)  # also what was held back for a stop text
     for line in [*brake_lines(result), receipt(result, loaded.context)]:
         note(line)
     if interrupt:
         raise interrupt
+
+
+class Growing:
+    """Prints a text that grows."""
+
+    def __init__(self, *, err: bool = False):
+        self._told, self._err = 0, err
+
+    def tell(self, text: str, *, end: bool = False) -> None:
+        """Print what is new of the text, and with ``end`` a line break."""
+        if end or len(text) > self._told:
+            click.echo(text[self._told :], nl=end, err=self._err)
+            self._told = len(text)
 
 
 def _read_prompt(prompt: tuple[str, ...], raw: bool) -> str:
@@ -185,7 +215,10 @@ def _to_json(result: "Generation", model: "Model") -> dict[str, object]:
         draft = {"accepted": result.draft_accepted, "proposed": result.draft_proposed}
     return {
         "text": result.text,
+        "thought": result.thought,
+        "answer": result.answer,
         "tokens": result.tokens,
+        "thought_tokens": result.thought_tokens,
         "steps": result.steps,
         "density": result.density,
         "prompt_tokens": result.prompt_tokens,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..steering.places import POSITIONS, is_positions
 from . import completers
 
 if TYPE_CHECKING:
@@ -156,12 +157,37 @@ def layer_sets_option(default: str) -> Decorator:
     )
 
 
+def think_budget(budget: int | None, late: object, hard: bool) -> tuple[int | None, int | None]:
+    """Return from how many tokens on a thought is steered otherwise, and where it is ended by force."""
+    if budget is None and (late is not None or hard):
+        name = "--think-budget-hard" if hard else "--think-strength"
+        raise click.UsageError(f"{name}: add --think-budget N.")
+    if hard and late is not None:
+        raise click.UsageError("--think-budget-hard ends the thought: leave --think-strength out.")
+    return (None, budget) if hard else (budget, None)
+
+
+class PositionsType(click.Choice):
+    """One of ``places.POSITIONS``."""
+
+    def __init__(self) -> None:
+        super().__init__(POSITIONS)
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        if not is_positions(value):
+            self.fail(f"{value!r}: expected one of {', '.join(POSITIONS)}.", param, ctx)
+        return value
+
+
 def positions_option(default: str = "as trained or as a sweep recommended, else all") -> Decorator:
     """Make ``--positions``; ``default`` is told."""
     return click.option(
         "--positions",
-        type=click.Choice(["all", "generated", "prompt", "steps"]),
-        help="At which tokens to steer; steps: those of the answer that end a step. "
+        type=PositionsType(),
+        help="At which tokens to steer; steps: those of the answer that end a step; think, answer: a "
+        "reasoning model's thought, and what follows it. "
         f"[default: {default}]",
     )
 
@@ -182,6 +208,26 @@ steering_options = _options(
     layers_option(),
     positions_option(),
     strict_option,
+)
+
+think_options = _options(
+    click.option(
+        "--think-budget",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Of a reasoning model: from N tokens of thought on, steer it as --think-strength says.",
+    ),
+    click.option(
+        "--think-strength",
+        type=StrengthType(),
+        metavar="S",
+        help="As -s, for a thought beyond its budget. [default: a dose of 20% more]",
+    ),
+    click.option(
+        "--think-budget-hard",
+        is_flag=True,
+        help="End the thought after --think-budget tokens by force; needs no vector.",
+    ),
 )
 
 max_tokens_option = click.option(

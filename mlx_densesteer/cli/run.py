@@ -85,6 +85,7 @@ def journalled(
     max_tokens: int,
     rows: int,
     with_nll: bool,
+    think_limit: int | None = None,
     table: "Callable[[list[Answer]], Sequence[str]]" = lambda answers: (),
 ) -> Iterator[dict[str, object]]:
     """Open the journal of a run of ``expected`` answers; yield options for ``evaluate`` or ``sweep``.
@@ -94,7 +95,7 @@ def journalled(
     from ..distributed.answers import answer_over_ranks, journal_over_ranks
     from ..evaluation.answers import journal_header
 
-    header = journal_header(model, max_tokens, system)
+    header = journal_header(model, max_tokens, system, think_limit)
     with journal_over_ranks(path, header, ranks) as journal, resumable(path) as live:
         if there := sum("nll_of" not in record for record in journal.records):
             note(f"{path}: {count(there, 'answer')} there already; the ones that fit are used")
@@ -108,6 +109,7 @@ def journalled(
             "max_tokens": max_tokens,
             "rows": rows,
             "with_nll": with_nll,
+            "think_limit": think_limit,
         }
 
 

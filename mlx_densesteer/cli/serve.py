@@ -25,8 +25,8 @@ from .steering import is_strict, need_no_vector, read_vector, tell_fit, tell_ste
 if TYPE_CHECKING:
     from ..server.settings import Access
     from ..server.vectors import NamedVector, Vectors
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
 
 KEY_VARIABLE = "DENSESTEER_API_KEY"
 MIN_KEY = 16
@@ -56,6 +56,14 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
 @layers_option()
 @positions_option()
 @strict_option
+@click.option(
+    "--effort",
+    "efforts",
+    multiple=True,
+    metavar="LEVEL=STRENGTH[:TOKENS]",
+    help="Of a model that thinks: what reasoning_effort means, as low=30%:256; may be repeated. [default: "
+    "low is the vector's strength and a thinking budget of 512, medium half of it and 2048, high unsteered]",
+)
 @click.option(
     "--name", metavar="NAME", help="What clients call the model. [default: its folder's name]"
 )
@@ -147,6 +155,7 @@ def serve(
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
+    efforts: tuple[str, ...],
     name: str | None,
     host: str,
     port: int,
@@ -178,9 +187,11 @@ def serve(
     _check_extra()
     access = _access(host, _read_key(api_key_file), hosts, origins)
 
+    from ..server.effort import EFFORTS, parse_effort
     from ..server.listening import listen, open_socket
 
     # before anything takes long: a port in use is an error at once
+    levels = EFFORTS | dict(map(parse_effort, efforts))
     listener = None if install_agent else open_socket(host, port)
     given = _read_vectors(model, vectors, strength, layers, positions)
     if install_agent:
@@ -195,7 +206,7 @@ def serve(
     from ..server.start import model_id, start
 
     limits = ServerLimits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
-    settings = Settings(model_id(model, name), limits, access, folder, is_strict())
+    settings = Settings(model_id(model, name), limits, access, folder, is_strict(), levels)
     service = start(model, given, settings, cache_bytes=prompt_cache * 2**20, exact=exact)
     _tell_vectors(service.vectors, given)
     address = f"[{host}]" if ":" in host else host

@@ -11,8 +11,9 @@ from .options import STRICT
 
 if TYPE_CHECKING:
     from ..model.model import Model
+    from ..steering.places import Positions
     from ..steering.request import Amount, Request
-    from ..steering.steering import Positions, Steering
+    from ..steering.steering import Steering
     from ..steering.vector import SteeringVector
 
 
@@ -33,16 +34,23 @@ def read_steering(
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
+    budget: int | None = None,
+    late: "Amount | None" = None,
 ) -> "Request | None":
     """Return what the options ask for, ``None`` without a vector; refuse wrong ones."""
     if vector is None:
         need_no_vector(strength, layers, positions)
+        if budget is not None:
+            raise click.UsageError(
+                "--think-budget steers a long thought: it needs a vector (-v FILE). With "
+                "--think-budget-hard it ends the thought by force instead."
+            )
         return None
     from ..steering.request import parse_layers, request
 
     loaded = read_vector(vector)
     chosen = parse_layers(layers, loaded.layers) if layers else None
-    return request(loaded, strength, chosen, positions)
+    return request(loaded, strength, chosen, positions, budget=budget, late=late)
 
 
 def need_no_vector(
@@ -98,6 +106,8 @@ def tell_steering(request: "Request", steering: "Steering", dose: float) -> None
     from ..steering.vector import format_layers
 
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
+    if steering.budget is not None:
+        where += f", and at strength {steering.budget.strength:.3g} from {steering.budget.tokens} tokens of thought on"
     usual = "this vector's defaults" if request.usual else "this vector's default layer"
     reason = f"; {usual} (the layer: {request.why})" if request.why else ""
     note(

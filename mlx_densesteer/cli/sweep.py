@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from ..extraction.calibrate import Calibration
     from ..extraction.pairs import Pair
     from ..model.model import Model
+    from ..steering.places import Positions
     from ..steering.request import Amount
-    from ..steering.steering import Positions
     from ..steering.vector import SteeringVector
 
 

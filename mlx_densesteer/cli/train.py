@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..extraction.train import Progress, Recipe, Training
-    from ..steering.steering import Positions
+    from ..steering.places import Positions
 
 
 @click.command()

@@ -23,7 +23,8 @@ from ..model.block import make_cache, patch
 from ..model.config import origin
 from ..model.families import decoder_blocks, parallel_ways
 from ..model.model import Model, check_finite, find, load, open_network, open_tokenizer, set_dtype
-from ..steering.vector import Positions, SteeringVector
+from ..steering.places import Positions
+from ..steering.vector import SteeringVector
 from .ranks import Ranks
 
 

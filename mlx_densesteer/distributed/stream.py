@@ -15,7 +15,7 @@ from ..generation.stream import Stream, stream
 from ..model.block import make_cache
 from ..model.cache import clear_buffers
 from ..model.model import Model
-from ..model.prefix import Chunk, Prefix, pieces
+from ..model.prefix import NO_TOKEN, Chunk, Prefix, pieces
 from ..steering.steering import Steering
 from .loading import is_pipeline
 from .ranks import Ranks
@@ -32,6 +32,7 @@ def stream_over_ranks(
     stop: Sequence[str] = (),
     draft: Draft | None = None,
     brake: Brake | None = None,
+    think_limit: int | None = None,
 ) -> Stream:
     """Return an iterator over the response, as ``generation.stream.stream`` does.
 
@@ -47,14 +48,18 @@ def stream_over_ranks(
         InputError, ContextError, VectorMismatchError, SteeringError: as ``stream``.
     """
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "brake": brake}
+    options["think_limit"] = think_limit
     if ranks.size == 1:
         return stream(model, tokens, steering=steering, draft=draft, **options)
     told = {"tokens": list(tokens)} | {name: repr(value) for name, value in options.items()}
     ranks.same(told, "prompts or options")
     if steering is not None:
-        setting = [steering.vector.sha256(), list(steering.layers), steering.positions]
+        late = steering.budget and steering.budget.tokens
+        setting = [steering.vector.sha256(), list(steering.layers), steering.positions, late]
         ranks.same(setting, "vectors or options")
-        steering = replace(steering, strength=ranks.share(steering.strength))
+        strength, late = ranks.share([steering.strength, late and steering.budget.strength])
+        budget = steering.budget and replace(steering.budget, strength=late)
+        steering = replace(steering, strength=strength, budget=budget)
     *rest, last = tokens
     network = model.network
     return Stream(
@@ -94,14 +99,20 @@ class PipelinePrefix:
         self.caches: list[KVCache] = make_cache(self._network)
 
     def fill(
-        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        steering: Steering | None,
+        *,
+        last: int = NO_TOKEN,
+        answering: bool = False,
     ) -> None:
         """Fill new caches with ``chunks`` under ``steering``, as ``Prefix.fill``.
 
         Every rank has to call it with the same arguments.
         """
-        prompt = sum(len(chunk.tokens) for chunk in chunks if not chunk.answer)
-        self.caches = make_cache(self._network, steering, prompt_length=prompt + 1)
+        prompt = [token for chunk in chunks if not chunk.answer for token in chunk.tokens]
+        last = next((chunk.tokens[0] for chunk in chunks if chunk.answer), last)
+        self.caches = make_cache(self._network, steering, prompt=[*prompt, last])
         tokens = [token for chunk in chunks for token in chunk.tokens]
         for piece in pieces(tokens):
             self._network(mx.array([piece]), cache=self.caches)

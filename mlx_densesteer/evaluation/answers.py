@@ -22,7 +22,7 @@ from ..model.prompt import check_prompt, encode_chat, encode_text, render_chat
 from ..steering.steering import Steering
 from ..text import one_line
 from .condition import Condition
-from .grading import grade
+from .grading import Grade, grade
 from .journal import Journal, not_a_record
 from .tasks import Problem
 
@@ -41,6 +41,8 @@ class Answer:
     - ``steering``: the fingerprint of the steering or condition, ``"unsteered"`` at strength 0.
     - ``seconds``: from the start of the response to its end, in its batch.
     - ``compute_seconds``: its share of its batch's time (``Batch``); ``None`` in older journals.
+    - ``said``: what is graded: ``text`` without a reasoning model's thought; ``None`` is the whole text.
+    - ``thought_tokens``: those of the thought, which are among ``tokens``.
     - ``nll``: the mean negative log-likelihood of the response under the *unsteered* model given
       its prompt, in nats per token. The prompt is the condition's, without the ``prefix``.
     """
@@ -59,6 +61,8 @@ class Answer:
     seconds: float
     nll: float | None = None
     compute_seconds: float | None = None
+    said: str | None = None
+    thought_tokens: int = 0
 
     @property
     def key(self) -> Key:
@@ -91,6 +95,7 @@ class AnswerOptions(TypedDict, total=False):
         max_tokens: longest response. [2048]
         rows: responses that are generated together; memory grows with it. [16]
         with_nll: compute the NLL of each response. [True]
+        think_limit: end a thought of so many tokens by force.
         progress: called now and then.
     """
 
@@ -99,6 +104,7 @@ class AnswerOptions(TypedDict, total=False):
     max_tokens: int
     rows: int
     with_nll: bool
+    think_limit: int | None
     progress: OnAnswers
 
 
@@ -114,7 +120,9 @@ class Answerer(Protocol):
     ) -> list[Answer]: ...
 
 
-def journal_header(model: Model, max_tokens: int, system: str | None = None) -> dict[str, object]:
+def journal_header(
+    model: Model, max_tokens: int, system: str | None = None, think_limit: int | None = None
+) -> dict[str, object]:
     """Return the settings that runs with one journal share: all but problems and conditions."""
     info = model.info
     return {
@@ -126,6 +134,7 @@ def journal_header(model: Model, max_tokens: int, system: str | None = None) -> 
         "chat_template_sha256": model.chat_template_sha256,
         "system": system,
         "max_tokens": max_tokens,
+        **({} if think_limit is None else {"think_limit": think_limit}),
     }
 
 
@@ -139,6 +148,7 @@ def answer(
     max_tokens: int = 2048,
     rows: int = ROWS,
     with_nll: bool = True,
+    think_limit: int | None = None,
     progress: OnAnswers = lambda answers, tokens: None,
 ) -> list[Answer]:
     """Return the responses to all problems under all conditions, problem by problem.
@@ -156,7 +166,7 @@ def answer(
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
     found = {  # graded again: math-verify (extra ``eval``) may be new here
-        key: replace(there[key], **asdict(grade(by_id[key[0]], there[key].text)))
+        key: replace(there[key], **asdict(_grade(by_id[key[0]], there[key])))
         for key in wanted
         if key in there
     }
@@ -183,6 +193,7 @@ def answer(
         steering=[by_print[key[2]].steering for key in missing],
         max_tokens=[max_tokens - len(prefixes[key[2]]) for key in missing],
         sampling=[by_print[key[2]].seeded(by_id[key[0]]) or GREEDY for key in missing],
+        think_limit=think_limit,
         rows=rows,
         progress=tell,
     )
@@ -243,6 +254,8 @@ def keys_of(problems: Iterable[Problem], conditions: Iterable[Under]) -> list[Ke
     return list(dict.fromkeys((p.id, _content(p), one) for p in problems for one in prints))
 
 
+# what older journals lack
+_ADDED = {"nll": None, "compute_seconds": None, "said": None, "thought_tokens": 0}
 _KINDS = get_type_hints(Answer) | {"token_ids": list | tuple}  # a tuple if this run made it
 
 
@@ -261,7 +274,7 @@ def read_answers(journal: Journal, vocabulary: int) -> dict[Key, Answer]:
                 if key in answers:
                     answers[key] = replace(answers[key], nll=record["nll"])
             else:
-                check_fields({"nll": None, "compute_seconds": None} | record, **_KINDS)
+                check_fields(_ADDED | record, **_KINDS)
                 ids = token_ids(record["token_ids"], vocabulary)
                 made = Answer(**(record | {"token_ids": ids}))
                 answers[made.key] = made
@@ -283,6 +296,10 @@ def _content(problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _grade(problem: Problem, one: Answer) -> Grade:
+    return grade(problem, one.text if one.said is None else one.said)
+
+
 def _graded(
     problem: Problem, key: Key, generation: Generation, prefix: str, prefix_ids: Sequence[int]
 ) -> Answer:
@@ -290,13 +307,16 @@ def _graded(
     seconds = generation.time_to_first_token
     if generation.tokens_per_second:
         seconds += generation.tokens / generation.tokens_per_second
+    said = None if generation.thought is None else generation.answer
     return Answer(
         *key,
         text=text,
+        said=said,
+        thought_tokens=generation.thought_tokens,
         token_ids=(*prefix_ids, *generation.token_ids),
         steps=len(split_steps(text)),
         finish_reason=generation.finish_reason,
         seconds=round(seconds, 3),
         compute_seconds=round(generation.compute_seconds or 0.0, 6),
-        **asdict(grade(problem, text)),
+        **asdict(grade(problem, text if said is None else said)),
     )

@@ -171,7 +171,7 @@ class Baseline(NamedTuple):
                     "(--examples FILE), or ask for fewer."
                 )
             return replace(made, examples=tuple(examples[: self.number]))
-        if steering is None or not steering.strength:
+        if steering is None or steering.is_zero:
             raise InputError(
                 f"baseline {self.spec}: needs a steering, whose norm and place it takes. Give a vector and "
                 "a strength that is not 0 (-v FILE), or leave it out."

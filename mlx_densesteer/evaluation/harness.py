@@ -32,8 +32,8 @@ from ..model.block import make_cache
 from ..model.likelihood import log_likelihoods
 from ..model.model import load
 from ..model.prompt import TEXT, encode_chat, render_chat
+from ..steering.places import Positions
 from ..steering.request import Request, parse_layers, request
-from ..steering.steering import Positions
 from ..steering.vector import SteeringVector, format_layers
 from ..text import printable
 from .condition import Baseline
@@ -115,7 +115,7 @@ class DenseSteerLM(TemplateLM):
             self.steering = asked.steering(self.model)
             if replaced is not None:
                 self.steering = replaced.condition(self.steering).steering
-            make_cache(self.model, self.steering, prompt_length=1)  # refuses an overflow, now
+            make_cache(self.model, self.steering, prompt=range(1))  # refuses an overflow, now
 
     @property
     def tokenizer(self) -> TokenizerWrapper:
@@ -185,7 +185,7 @@ class DenseSteerLM(TemplateLM):
         return text.replace(TEXT, _TEXT)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Return the steered response to each request, up to the first of its stop texts."""
+        """Return the steered response to each request, up to the first of its stop texts, without a thought."""
         alike: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
         for i, one in enumerate(requests):
             options = self._read_options(one.args[1])
@@ -204,7 +204,7 @@ class DenseSteerLM(TemplateLM):
                     stop=stops,
                     rows=self.rows,
                 ):
-                    texts[members[number]] = response.text
+                    texts[members[number]] = response.answer
                     bar.update()
         return texts
 

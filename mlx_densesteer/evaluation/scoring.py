@@ -56,6 +56,7 @@ class Score:
     - ``seconds``: the mean time of a response in its batch.
     - ``seconds_per_correct``: computing time of all responses by the number of correct ones; ``None``
       without a correct one, for a single problem, and where an older journal has no such time.
+    - ``thought_tokens``: the mean, among ``tokens``; ``None`` where no response has a thought.
     - ``against_steered``: of a baseline.
     """
 
@@ -71,6 +72,7 @@ class Score:
     disagreements: int
     seconds: float
     seconds_per_correct: Estimate | None = None
+    thought_tokens: Estimate | None = None
     against_unsteered: Comparison | None = None
     against_steered: Comparison | None = None
 
@@ -151,6 +153,7 @@ def score(
     correct = sum(row.correct for row in rows)
     steps = sum(row.steps for row in rows)
     likely = [row.nll for row in rows if row.nll is not None]
+    thoughts = [row.thought_tokens for row in rows]
     return Score(
         problems=len(rows),
         correct=correct,
@@ -164,6 +167,7 @@ def score(
         disagreements=sum(row.by_math_verify not in (None, row.by_reference) for row in rows),
         seconds=float(np.mean([row.seconds for row in rows])),
         seconds_per_correct=_seconds_per_correct(rows),
+        thought_tokens=_mean(thoughts) if any(thoughts) else None,
         against_unsteered=_against(answers, unsteered),
         against_steered=_against(answers, steered),
     )

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.model import Model, takes_model
+from ..steering.places import Positions
 from ..steering.request import Amount, MeasuredModel
-from ..steering.steering import UNSTEERED, Positions, Steering
+from ..steering.steering import UNSTEERED, Steering
 from ..steering.vector import SteeringVector
 from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
 from .recommendation import Outcome, Recommendation, recommend

@@ -24,7 +24,7 @@ from ..files import (
     parse_object,
     scratch_folder,
 )
-from ..model.block import deltas
+from ..model.block import additions
 from ..model.config import BAKED, RECORD, check_target, is_hub_id, origin, read_config
 from ..model.model import ModelInfo, find, load_folder
 from ..model.weights import weight_files
@@ -154,6 +154,10 @@ def bake(
         ModelError, HubError, DiskError: the source cannot be read, or the disk is full.
     """
     out = Path(out).expanduser()
+    if steering.budget is not None:
+        raise ExportError(
+            "a thinking budget cannot be baked: a bias is added at every token alike."
+        )
     if steering.positions != "all":
         raise ExportError(
             f"positions {steering.positions!r} cannot be baked: a bias is added at every position. "
@@ -265,7 +269,7 @@ def _plan(source: str | Path, steering: Steering, out: Path, format: Format) -> 
         )
     target = llama_config(config, str(source))  # refuses before anything is computed
     model = load_folder(folder, name=origin(source))
-    added = deltas(model.network, steering)
+    added = {layer: what.delta for layer, what in additions(model.network, steering).items()}
     mx.eval(added)
     tokens, _ = model.solutions()[0]
     expected = reference(model.network, tokens, steering)

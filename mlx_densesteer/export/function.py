@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from .._version import __version__
 from ..errors import ExportError
 from ..files import atomic_path, check_disk, file_to_replace, full_disk
-from ..model.block import deltas, make_cache
+from ..model.block import additions, make_cache
 from ..model.cache import Shift
 from ..model.families import cache_shapes, head_of, stream_dtype
 from ..model.model import Model, dtype_name, takes_model
@@ -87,19 +87,21 @@ def export_function(
         force: replace ``path`` if it exists.
 
     Raises:
-        ExportError: a wrong path, capacity or chunk length, positions ``"steps"``, or the check fails.
+        ExportError: a wrong path, capacity or chunk length, positions other than ``"all"``, ``"prompt"`` and
+            ``"generated"``, a budget, or the check fails.
         VectorMismatchError, SteeringError: the vector does not fit, or its strength overflows.
         DiskError: no such folder, or the disk is full.
     """
     path = Path(path).expanduser()
     check_path(path, force)
     network = model.network
-    if steering.positions == "steps":
+    if steering.positions not in ("all", "prompt", "generated") or steering.budget:
         raise ExportError(
-            "positions 'steps' cannot be exported: the file has no tokenizer, and a program would have "
-            "to tell it which tokens end a step. Expected positions all, prompt or generated."
+            f"positions {steering.positions!r}{' and a thinking budget' * bool(steering.budget)} cannot be "
+            "exported: the file has no tokenizer, and a program would have to tell it where they are. "
+            "Expected positions all, prompt or generated."
         )
-    deltas(network, steering)  # refuses what does not fit
+    additions(network, steering)  # refuses what does not fit
     capacity = _capacity(model, capacity)
     lengths = _lengths(capacity, chunks)
     mx.eval(network.parameters())  # lazy arrays would be traced

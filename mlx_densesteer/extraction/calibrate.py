@@ -18,8 +18,9 @@ from ..model.divergence import Branches, Divergence, strengths_for
 from ..model.likelihood import token_log_likelihoods
 from ..model.model import Model, takes_model
 from ..model.residual import TokenPair
+from ..steering.places import Positions
 from ..steering.request import DEFAULT_DOSE, joined, joint_layers, unit_dose, usual_positions
-from ..steering.steering import Positions, Steering
+from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from .extract import HELD_OUT, ReadOut, encode_pairs
 from .margin import margin_gains

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..errors import ContextError, InputError, ModelError
 from ..generation.answer import split_steps
+from ..model.marks import Marks, marks_of
 from ..model.model import Model, takes_model
-from ..model.places import StepEnds, step_ends_of
-from ..model.prompt import encode_prompt, encode_text
+from ..model.prompt import encode_answer, encode_prompt
 from ..model.residual import TokenPair, record_pairs
 from ..steering.request import DEFAULT_DOSE, SMALLEST
 from ..steering.vector import SteeringVector, VectorMeta
@@ -67,7 +67,7 @@ class Extraction:
 class ReadOut:
     """The tokens that are averaged: ``response[start:stop]``, of ``needs`` tokens at least.
 
-    With ``step_ends`` only the tokens that end a step (``places.StepEnds``). The last one of a response
+    With ``step_ends`` only the tokens that end a step (``Marks.step_ends``). The last one of a response
     is not read: where the sides differ in steps, the vector would be its share, 1 / steps, of the mean.
     A response of one step has no other.
     """
@@ -101,14 +101,14 @@ class ReadOut:
             "is its last token), mean-response, first-N with N from 1 on, or steps."
         )
 
-    def weights(self, response: Sequence[int], step_ends: StepEnds | None = None) -> np.ndarray:
+    def weights(self, response: Sequence[int], marks: Marks | None = None) -> np.ndarray:
         """Return the weight of each token of a response, float32 ``(tokens,)``; their sum is 1.
 
         ``step_ends`` are those of the model's vocabulary, needed for the read-out ``"steps"``.
         """
         weights = np.zeros(len(response), np.float32)
         if self.step_ends:
-            weights[:-1] = step_ends.among(response[:-1])
+            weights[:-1] = marks.ending_steps(response[:-1])
             weights[-1] = not weights.any()
         else:
             weights[self.start : self.stop] = 1
@@ -248,7 +248,7 @@ def _read_layers(
     found = {layer: (kind(halves), kind(others)) for layer in layers}
     norms = dict.fromkeys(layers, 0.0)
     done = 0
-    weigh = partial(readout.weights, step_ends=step_ends_of(model.network))
+    weigh = partial(readout.weights, marks=marks_of(model.network))
     for reading in record_pairs(model.network, pairs, layers, weigh):
         _check_finite(reading.layer, reading.pairs, reading.rows)
         differences = reading.rows[:, 0] - reading.rows[:, 1]
@@ -319,7 +319,7 @@ def encode_response(model: Model, text: str, number: int) -> list[int]:
         raise InputError(
             f"pair {number} has an end-of-turn token inside a response; expected one turn's text."
         )
-    return encode_text(model.tokenizer, text)
+    return encode_answer(model.tokenizer, text)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -23,7 +23,7 @@ from ..files import atomic_file, check_fields, file_to_replace
 from ..generation.batch import ROWS
 from ..model.likelihood import nll
 from ..model.model import Model, ModelInfo, takes_model
-from ..model.prompt import encode_prompt, encode_text
+from ..model.prompt import encode_answer, encode_prompt
 from .rewriting import Original, Rewrite, Rewriter
 from .verification import NLL_MARGIN, Response, is_unlikely, most_tokens, new_numbers, verify
 
@@ -391,7 +391,7 @@ class _Run:
         return Response(text, len(self._encode(text)), truncated=truncated)
 
     def _encode(self, text: str) -> list[int]:
-        return encode_text(self.model.tokenizer, text)
+        return encode_answer(self.model.tokenizer, text)
 
     def _likelihoods(self, problem: Problem, prompt: list[int], *texts: str) -> list[float]:
         """Return both NLLs, from the journal if they are there.

@@ -19,7 +19,7 @@ from ..evaluation.tasks import Problem
 from ..generation.batch import ROWS
 from ..generation.sampling import Sampling
 from ..model.model import Model, takes_model
-from ..model.prompt import encode_text
+from ..model.prompt import encode_answer
 from .make_pairs import (
     PAIR_FORMAT,
     Files,
@@ -202,7 +202,7 @@ def _sample(model: Model, number: int, one: Answer) -> Sample | None:
     text = one.text.strip()
     if not one.correct or one.truncated or not text:
         return None
-    return Sample(number, Response(text, len(encode_text(model.tokenizer, text))))
+    return Sample(number, Response(text, len(encode_answer(model.tokenizer, text))))
 
 
 @dataclass(frozen=True)

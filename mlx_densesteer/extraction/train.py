@@ -26,8 +26,8 @@ from ..model.gradient import response_log_likelihood, stream_below
 from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
 from ..model.residual import check_layers
-from ..steering.steering import check_positions
-from ..steering.vector import Positions, SteeringVector, VectorMeta
+from ..steering.places import Positions, check_positions
+from ..steering.vector import SteeringVector, VectorMeta
 from .extract import encode_response
 from .pairs import Pair, pairs_sha256
 

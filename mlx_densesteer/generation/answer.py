@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
-from ..model.places import BLANK_LINE
+from ..model.marks import BLANK_LINE
 from ..model.prompt import decode
 from ..steering.steering import Steering
 from ..text import count, signed
 from .brake import Brake, Braked, Repetition
+from .thought import Parting
 
 
 def split_steps(text: str) -> list[str]:
@@ -88,6 +89,11 @@ class Generation:
     With a draft model, ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the
     target chose too. ``brakes`` lists where repetition was cut off and the strength lowered.
     ``compute_seconds`` is the answer's share of the time of a ``Batch``; ``None`` outside of one.
+
+    ``text`` is all that the model wrote. Of a reasoning model it has two parts, without the marks between
+    them and the blanks around them: ``thought``, ``None`` if there was none, and ``answer``.
+    ``thought_tokens`` counts those of the thought, which are among ``tokens``; ``thought_limit`` is where it
+    was to be ended by force. Of other models ``answer`` is ``text``.
     """
 
     text: str
@@ -102,6 +108,14 @@ class Generation:
     draft_proposed: int | None = None
     brakes: tuple[Braked, ...] = ()
     compute_seconds: float | None = None
+    thought: str | None = None
+    answer: str = None  # type: ignore[assignment]
+    thought_tokens: int = 0
+    thought_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.answer is None:
+            object.__setattr__(self, "answer", self.text)
 
     @property
     def tokens(self) -> int:
@@ -124,6 +138,8 @@ def receipt(result: Generation, context: int) -> str:
     parts = [count(result.tokens, "token"), count(result.steps, "step")]
     if result.density:
         parts.append(f"density {result.density:.1f}")
+    if result.thought is not None:
+        parts.append(f"{count(result.thought_tokens, 'token')} of them thought{_budget(result)}")
     parts.append(f"first token after {result.time_to_first_token:.2f} s")
     parts.append(f"then {result.tokens_per_second:.1f} tokens/s")
     if result.draft_proposed:
@@ -135,6 +151,16 @@ def receipt(result: Generation, context: int) -> str:
     if result.finish_reason == "interrupted":
         parts.append("interrupted")
     return ", ".join(parts)
+
+
+def _budget(result: Generation) -> str:
+    """Say what the budget of a thought did."""
+    budget = result.steering.budget if result.steering else None
+    if result.thought_limit is not None and result.thought_tokens >= result.thought_limit:
+        return " (ended by force)"
+    if budget is not None and result.thought_tokens > budget.tokens:
+        return f" (from {budget.tokens} on at strength {signed(budget.strength)})"
+    return ""
 
 
 def brake_lines(result: Generation) -> list[str]:
@@ -243,12 +269,18 @@ class PartialAnswer:
     """
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, brake: Brake | None = None, stops: Sequence[str] = ()
+        self,
+        tokenizer: TokenizerWrapper,
+        brake: Brake | None = None,
+        stops: Sequence[str] = (),
+        *,
+        opens_thought: bool = False,
     ):
         self.ids: list[int] = []
         self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer)
-        self._stops = tuple(stops)
+        self._stops, self._opens_thought = tuple(stops), opens_thought
         self._text = StopTexts(stops)
+        self._parting = Parting(tokenizer, opens_thought)
         self._ends: list[int] = []  # characters of text after each token
         self._shown = 0
         self._repetition = Repetition(brake) if brake else None
@@ -273,8 +305,10 @@ class PartialAnswer:
         self.ids.append(token)
         piece = self._detokenizer.add(token)
         self._text.feed(piece)
+        length = len(self._text.text) + len(self._text.held)
+        self._parting.add(token, length)
         if self._repetition:
-            self._ends.append(len(self._text.text) + len(self._text.held))
+            self._ends.append(length)
             self._repetition.feed(token)
         return piece
 
@@ -287,6 +321,8 @@ class PartialAnswer:
     def show(self) -> str:
         """Return the text that was not shown yet and will not be taken back."""
         until = len(self._text.text)
+        if (certain := self._parting.certain) is not None:
+            until = min(until, certain)
         if self._repetition:
             safe = self._repetition.safe
             until = min(until, self._ends[safe - 1] if safe else 0)
@@ -299,7 +335,7 @@ class PartialAnswer:
 
     def before_the_loop(self, *, watch: bool) -> "PartialAnswer":
         """Return the answer without its loop, but with all that was shown; ``watch`` for the next loop."""
-        kept = PartialAnswer(self._tokenizer)
+        kept = PartialAnswer(self._tokenizer, opens_thought=self._opens_thought)
         for token in self.ids[: self.loop_start]:
             kept.add(token)
         text, kept._shown, kept._stops = kept.text, self._shown, self._stops
@@ -310,6 +346,17 @@ class PartialAnswer:
             kept._ends = self._ends[: self.loop_start]
             kept._repetition = self._repetition.after()
         return kept
+
+    @property
+    def shown(self) -> tuple[str | None, str]:
+        """Thought and answer as far as they were shown."""
+        return self._parting.split(self._text.text[: self._shown])
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """What a ``Generation`` has of thought and answer."""
+        thought, answer = self._parting.split(self.text)
+        return {"thought": thought, "answer": answer, "thought_tokens": self._parting.tokens}
 
     def _show(self, until: int) -> str:
         piece = self._text.text[self._shown : until]

@@ -24,12 +24,14 @@ from ..errors import InputError, SteeringError
 from ..model.block import make_cache
 from ..model.cache import SteeredKVCache, token_bytes, twin_of
 from ..model.machine import gpu, working_set
+from ..model.marks import marks_of
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .sampling import GREEDY, Sampler, Sampling
+from .thought import LogitsProcessor, check_limit, thought_limit
 from .wired import Wired
 
 ROWS = 16
@@ -73,7 +75,7 @@ class Piece:
 
     ``logprobs``, if requested, are those of the tokens since the row's previous piece. ``caches``, if
     requested, come with the last piece. They hold what the row has read and decoded, and until they are
-    evaluated the memory of all rows.
+    evaluated the memory of all rows. ``shown`` is the thought and the answer so far.
     """
 
     row: int
@@ -81,6 +83,7 @@ class Piece:
     result: Generation | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     caches: Sequence[KVCache] = ()
+    shown: tuple[str | None, str] = (None, "")
 
 
 @dataclass(eq=False)
@@ -99,6 +102,8 @@ class _Row:
     sampler: Sampler
     answer: PartialAnswer
     ends: Collection[int]
+    processors: list[LogitsProcessor]
+    think_limit: int | None
     alternatives: int | None = None
     keep: bool = False
     uid: int | None = None
@@ -146,6 +151,8 @@ class _Row:
             finish_reason=self.reason or "interrupted",
             steering=self.steering,
             compute_seconds=self.seconds,
+            thought_limit=self.think_limit,
+            **self.answer.parts,
         )
 
 
@@ -214,6 +221,8 @@ class Batch:
         logprobs: int | None = None,
         ends: Collection[int] | None = None,
         keep: bool = False,
+        think_limit: int | None = None,
+        opens_thought: bool | None = None,
     ) -> int:
         """Add a row, and return its number.
 
@@ -228,6 +237,9 @@ class Batch:
             ends: the tokens that end the answer, by default ``Model.ends`` of ``prompt``. Give those of the
                 whole prompt if ``cache`` holds a part of it.
             keep: return the row's caches with its last piece.
+            think_limit: end a thought of so many tokens by force.
+            opens_thought: whether the prompt opens the thought, by default ``Model.opens_thought`` of
+                ``prompt``. Give that of the whole prompt if ``cache`` holds a part of it.
 
         Raises:
             InputError, SteeringError, VectorMismatchError: the row is not added.
@@ -240,16 +252,23 @@ class Batch:
         if self._generator is None:
             raise InputError("the batch is closed. Make a new Batch.")
         if cache is None:
-            caches = make_cache(self._model, steering, prompt_length=len(tokens))
+            caches = make_cache(self._model, steering, prompt=tokens)
         else:
             caches = _own_caches(cache, self._model.layer_count)
         room = self._model.room(caches[0].offset + len(tokens), max_tokens)
-        answer = PartialAnswer(self._model.tokenizer, stops=stop)
+        opened = self._model.opens_thought(tokens) if opens_thought is None else opens_thought
+        answer = PartialAnswer(self._model.tokenizer, stops=stop, opens_thought=opened)
+        processors = []
+        if think_limit is not None:
+            check_limit(think_limit)
+            marks, skip = marks_of(self._model.network), len(tokens)
+            processors.append(thought_limit(marks, think_limit, (), opened=opened, skip=skip))
         ends = self._model.ends(tokens) if ends is None else ends
         sampler = sampling.row_sampler()
         row = _Row(
-            self._count, tokens, caches, steering, room, sampler, answer, ends, logprobs, keep
-        )
+            self._count, tokens, caches, steering, room, sampler, answer, ends, processors,
+            think_limit, logprobs, keep,
+        )  # fmt: skip
         self._count += 1
         self._rows[row.number] = row
         self._waiting.append(row)
@@ -301,8 +320,9 @@ class Batch:
                 break
             row = self._waiting.popleft()
             (row.uid,) = self._generator.insert(
-                [row.prompt], max_tokens=[row.limit], caches=[row.caches], samplers=[row.sampler]
-            )
+                [row.prompt], max_tokens=[row.limit], caches=[row.caches], samplers=[row.sampler],
+                logits_processors=[row.processors],
+            )  # fmt: skip
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
         self._generator.prefill_step_size = self._part()
@@ -374,14 +394,15 @@ class Batch:
         self.tokens += 1
         text = row.take(one.token, one.finish_reason, logprob)
         if row.reason is None:
-            return Piece(row.number, text, logprobs=row.tell() if text else ())
+            told = row.tell() if text else ()
+            return Piece(row.number, text, logprobs=told, shown=row.answer.shown)
         known, caches = one.finish_reason is not None, ()
         if row.keep:
             caches = (
                 one.prompt_cache if known else self._generator.extract_cache([row.uid])[row.uid][0]
             )
         self._drop(row, known=known)
-        return Piece(row.number, text, row.result(), row.tell(), caches)
+        return Piece(row.number, text, row.result(), row.tell(), caches, row.answer.shown)
 
     def _drop(self, row: _Row, *, known: bool = False) -> None:
         """Remove a row, from mlx-lm too unless it has ended the row itself (``known``)."""
@@ -408,6 +429,7 @@ def generate_batch(
     max_tokens: int | Sequence[int] = 2048,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop: Sequence[str] = (),
+    think_limit: int | None = None,
     rows: int = ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[tuple[int, Generation], None, None]:
@@ -425,6 +447,7 @@ def generate_batch(
         sampling: one for all rows, whose draws then depend on each other; or one for each: with a seed a
             row draws what it draws alone.
         stop: texts that end a response; they are not part of it.
+        think_limit: end a thought of so many tokens by force.
         rows: how many decode together at most; memory grows with it.
         progress: called with the number of tokens generated so far, every few steps.
 
@@ -436,6 +459,9 @@ def generate_batch(
     check_limits(min(limits, default=1), stop)
     if rows < 1:
         raise InputError(f"{rows} rows at once: expected at least 1.")
+    if think_limit is not None:
+        check_limit(think_limit)
+        _ = marks_of(model.network).thought  # raises if the model has no such marks
     steerings = _for_each("steerings", steering, len(prompts))
     if isinstance(sampling, Sampling) and sampling.seed is not None:
         # Of each row, the seed would give equal prompts equal answers.
@@ -454,9 +480,10 @@ def generate_batch(
         check_ids(job.tokens, model.vocabulary, f"prompt {number}")
         model.room(len(job.tokens), job.limit, what=f"prompt {number}")
     for distinct in {id(job.steering): job for job in jobs}.values():
-        make_cache(model, distinct.steering, prompt_length=len(distinct.tokens))
+        make_cache(model, distinct.steering, prompt=distinct.tokens)
     _find_beginnings(jobs, model.layer_count)
-    return _run(model, jobs, seed, tuple(stop), rows, progress or (lambda _: None))
+    options = {"stop": tuple(stop), "think_limit": think_limit}
+    return _run(model, jobs, seed, options, rows, progress or (lambda _: None))
 
 
 class _Beginning:
@@ -516,8 +543,7 @@ class _Prompt:
     @cached_property
     def reading(self) -> Steering | None:
         """The steering of all prompt tokens but the last."""
-        steered = self.steering is not None and self.steering.strength
-        return self.steering if steered and self.steering.positions in ("all", "prompt") else None
+        return self.steering and self.steering.in_prompt
 
     @cached_property
     def read_under(self) -> str:
@@ -558,7 +584,7 @@ def _run(
     model: Model,
     jobs: Sequence[_Prompt],
     seed: int | None,
-    stop: tuple[str, ...],
+    options: dict[str, object],
     rows: int,
     progress: Callable[[int], None],
 ) -> Generator[tuple[int, Generation], None, None]:
@@ -572,7 +598,7 @@ def _run(
         held: set[_Beginning] = set()
         while True:
             for number in islice(waiting, rows - batch.running):
-                _add(batch, model, jobs[number], stop, held)
+                _add(batch, model, jobs[number], options, held)
             if not batch.running:
                 return
             before, pieces = batch.tokens, batch.step()
@@ -584,10 +610,10 @@ def _run(
 
 
 def _add(
-    batch: Batch, model: Model, job: _Prompt, stop: tuple[str, ...], held: set[_Beginning]
+    batch: Batch, model: Model, job: _Prompt, shared: dict[str, object], held: set[_Beginning]
 ) -> None:
     """Add a job, after its beginning if that is in memory (``held``) or has room there."""
-    options = {"max_tokens": job.limit, "sampling": job.sampling, "stop": stop}
+    options = {"max_tokens": job.limit, "sampling": job.sampling, **shared}
     beginning = job.beginning
     if beginning is not None and beginning not in held:
         total = sum(len(one.tokens) for one in held) + len(beginning.tokens)
@@ -596,12 +622,13 @@ def _add(
     if beginning is None or beginning not in held:
         batch.add(job.tokens, steering=job.steering, **options)
     else:
-        caches = make_cache(model, job.steering, prompt_length=len(job.tokens))
+        caches = make_cache(model, job.steering, prompt=job.tokens)
         begun, seconds = beginning.caches(model, job)
         for cache, filled in zip(caches, begun, strict=True):
             cache.keys, cache.values, cache.offset = filled.keys, filled.values, filled.offset
-        rest, ends = job.tokens[len(beginning.tokens) :], model.ends(job.tokens)
-        row = batch.add(rest, steering=job.steering, cache=caches, ends=ends, **options)
+        rest = job.tokens[len(beginning.tokens) :]
+        whole = {"ends": model.ends(job.tokens), "opens_thought": model.opens_thought(job.tokens)}
+        row = batch.add(rest, steering=job.steering, cache=caches, **whole, **options)
         batch._rows[row].seconds = seconds
     if beginning is not None:
         beginning.left -= 1

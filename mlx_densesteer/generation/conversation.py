@@ -11,10 +11,11 @@ from itertools import count
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError
+from ..model.marks import last_opens, thought_marks
 from ..model.model import Model
 from ..model.prefix import Chunk
-from ..model.prompt import check_prompt, decode, encode_chat, render_chat
-from .answer import Generation
+from ..model.prompt import check_prompt, decode, drops_thoughts, encode_chat, render_chat
+from .answer import Generation, PartialAnswer
 
 KEPT_WHEN_FULL = 0.75  # of the context at most, once turns are dropped
 
@@ -37,18 +38,20 @@ def lay_out(
     The chunks leave out that token: its output chooses the first token of the answer. Each answer is a
     chunk, together with the last token of its question.
 
-    Some templates change earlier answers (they drop a reasoning model's thoughts). The whole conversation
-    is then one chunk, encoded from text: all of it is prompt, and it is read again in every turn.
+    Some templates change earlier answers: they drop a reasoning model's thoughts. The whole conversation
+    is then one chunk, encoded from text: all of it is prompt, and read again from the first such answer on.
 
     Raises:
         InputError: an empty question, no chat template, or one that refuses the conversation.
         ModelError: the chat template cannot be used.
     """
     check_prompt(tokenizer, question, system=system)
-    pieces = _between(tokenizer, exchanges, question, system)
+    texts = said = [decode(tokenizer, ids) for _, ids in exchanges]
+    if drops_thoughts(tokenizer):
+        said = _without_thoughts(tokenizer, exchanges)
+    pieces = _between(tokenizer, exchanges, question, system) if said == texts else None
     if pieces is None:
-        texts = [decode(tokenizer, ids) for _, ids in exchanges]
-        messages = _messages([q for q, _ in exchanges], texts, question, system)
+        messages = _messages([q for q, _ in exchanges], said, question, system)
         *rest, last = encode_chat(tokenizer, render_chat(tokenizer, messages))
         return [Chunk(tuple(rest))], last
     chunks: list[Chunk] = []
@@ -99,6 +102,23 @@ def fit(
             f"{error} You can also forget its oldest turns, or begin a new conversation."
         ) from None
     return dropped, chunks, last, room
+
+
+def _without_thoughts(tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange]) -> list[str]:
+    """Return the answers as text, those with a thought without it."""
+    said, marks = [], thought_marks(tokenizer)
+    for question, ids in exchanges:
+        prompt = encode_chat(tokenizer, render_chat(tokenizer, _messages([], [], question, None)))
+        opened = last_opens(prompt, *marks)
+        if not opened and not set(ids) & {*marks[0]}:
+            said.append(decode(tokenizer, ids))
+            continue
+        answer = PartialAnswer(tokenizer, opens_thought=opened)
+        for token in ids:
+            answer.add(token)
+        answer.finalize()
+        said.append(answer.parts["answer"])
+    return said
 
 
 def _between(

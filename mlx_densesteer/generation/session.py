@@ -17,11 +17,12 @@ from pathlib import Path
 from mlx_lm.models.cache import KVCache
 
 from ..errors import SessionError
-from ..model.block import deltas
+from ..model.block import additions
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
+from ..steering.places import Positions
 from ..steering.request import Amount, request
-from ..steering.steering import Positions, Steering
+from ..steering.steering import Steering
 from ..steering.vector import SteeringVector
 from .answer import Generation
 from .brake import Brake
@@ -57,6 +58,11 @@ class Reply(Iterator[str]):
     def result(self) -> Generation:
         return self._stream.result
 
+    @property
+    def shown(self) -> tuple[str | None, str]:
+        """Thought and answer, as far as the pieces so far have them."""
+        return self._stream.shown
+
 
 class Session:
     """One conversation with a model under a steering that can be changed at any time.
@@ -78,6 +84,7 @@ class Session:
         context: how many tokens the conversation may have, by default the model's context.
         drop_oldest: when the context is full, forget the oldest turns, until a quarter of it is free;
             without it, ``send`` raises.
+        think_limit: end a thought of so many tokens by force; it can be set at any time.
         exact: answer as a new session with this history would, bit for bit. Every answer is then read once
             more before the next question.
 
@@ -102,11 +109,12 @@ class Session:
         context: int | None = None,
         drop_oldest: bool = False,
         exact: bool = False,
+        think_limit: int | None = None,
     ):
         self.model = model
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
         self.stop, self.brake, self.drop_oldest = tuple(stop), brake, drop_oldest
-        self._context, self._exact = context, exact
+        self._context, self._exact, self.think_limit = context, exact, think_limit
         self.draft = draft
         if draft is not None:
             draft.check(model.tokenizer)
@@ -202,7 +210,7 @@ class Session:
         Raises:
             VectorMismatchError, SteeringError: it cannot be applied; the old one stays.
         """
-        deltas(self.model.network, steering)
+        additions(self.model.network, steering)
         self._end_live()
         self._steering = steering
 
@@ -247,14 +255,14 @@ class Session:
         self._end_live()
         chunks, last = self._lay_out(self._turns[:turns], text)
         twin = self.prefix.fork()
-        twin.fill(chunks, steering)
+        twin.fill(chunks, steering, last=last)
         return [last], twin.caches
 
     def save(self, path: str | Path) -> Path:
         """Save the history, the settings and the steering vectors as one JSON file.
 
         It does not hold ``draft``, ``brake``, ``keep_bytes``, ``kv_bits``, ``context``,
-        ``drop_oldest`` and ``exact``.
+        ``drop_oldest``, ``think_limit`` and ``exact``.
 
         Raises:
             SessionError: another kind of file has this name; it is kept.
@@ -310,7 +318,7 @@ class Session:
         stream = Stream(
             self.model, self.prefix, chunks, last, steering=self._steering, max_tokens=room,
             sampling=self.sampling, stop=self.stop, draft=self.draft,
-            draft_prefix=self._draft_prefix, brake=self.brake,
+            draft_prefix=self._draft_prefix, brake=self.brake, think_limit=self.think_limit,
         )  # fmt: skip
         del self._turns[:dropped]
         reply = Reply(self, text, stream)
@@ -338,7 +346,7 @@ class Session:
 
     def _change(self, what: str, **settings: object) -> None:
         """Replace some of the steering's settings; if they cannot be applied, nothing changes."""
-        deltas(self.model.network, replace(self._need_steering(what), **settings))
+        additions(self.model.network, replace(self._need_steering(what), **settings))
         self._end_live()  # whose brake may have changed the steering
         self._steering = replace(self._steering, **settings)
 

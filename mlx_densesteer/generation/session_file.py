@@ -19,7 +19,7 @@ from ..files import (
     read_file,
     token_ids,
 )
-from ..steering.steering import Steering
+from ..steering.steering import Steering, ThinkBudget
 from ..steering.vector import SteeringVector
 from ..text import cause, one_line
 from .answer import Generation
@@ -35,7 +35,7 @@ _BEGINNING = re.compile(
 )
 
 _FIGURES = get_type_hints(Generation)  # which are written as they are; the others are not
-for _other in ("text", "token_ids", "steering", "brakes"):
+for _other in ("text", "answer", "token_ids", "steering", "brakes"):
     del _FIGURES[_other]
 
 
@@ -146,6 +146,7 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
     return {
         "user": turn.user,
         "answer": reply.text,
+        "said": reply.answer,
         "token_ids": reply.token_ids,
         "steering": _plain_steering(reply.steering, vectors),
         "brakes": [asdict(one) for one in reply.brakes],
@@ -156,13 +157,14 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
 def _turn(
     entry: Mapping[str, object], vectors: Mapping[str, SteeringVector], vocabulary: int
 ) -> Turn:
-    check_fields(entry, user=str, answer=str, brakes=list, **_FIGURES)
+    check_fields(entry, user=str, answer=str, said=str, brakes=list, **_FIGURES)
     for one in entry["brakes"]:
         check_fields(one, **get_type_hints(Braked))
     return Turn(
         entry["user"],
         Generation(
             text=entry["answer"],
+            answer=entry["said"],
             token_ids=token_ids(entry["token_ids"], vocabulary),
             steering=_steering(entry["steering"], vectors),
             brakes=tuple(Braked(**one) for one in entry["brakes"]),
@@ -188,6 +190,7 @@ def _plain_steering(
         "strength": steering.strength,
         "layers": steering.layers,
         "positions": steering.positions,
+        "budget": steering.budget and asdict(steering.budget),
     }
 
 
@@ -199,9 +202,12 @@ def _steering(
     check_fields(entry, vector=str, strength=float, layers=list, positions=str)
     if not all(type(layer) is int for layer in entry["layers"]):
         raise TypeError("layers that are no numbers")
-    return Steering(
-        vectors[entry["vector"]], entry["strength"], tuple(entry["layers"]), entry["positions"]
-    )
+    budget = entry.get("budget")
+    if budget is not None:
+        check_fields(budget, **get_type_hints(ThinkBudget))
+        budget = ThinkBudget(**budget)
+    where = tuple(entry["layers"]), entry["positions"], budget
+    return Steering(vectors[entry["vector"]], entry["strength"], *where)
 
 
 def _unpack(entry: Mapping[str, str]) -> SteeringVector:

@@ -3,14 +3,14 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache
 
-from ..model.block import deltas
+from ..model.block import additions
+from ..model.marks import marks_of
 from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
@@ -19,6 +19,7 @@ from .answer import Generation, PartialAnswer, check_limits
 from .brake import Brake, Braked
 from .sampling import GREEDY, Sampler, Sampling
 from .speculation import Draft
+from .thought import check_limit, thought_limit
 from .wired import Wired
 
 
@@ -28,7 +29,12 @@ class Filling(Protocol):
     caches: list[KVCache]
 
     def fill(
-        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        steering: Steering | None,
+        *,
+        last: int,
+        answering: bool = False,
     ) -> object:
         """Make the caches those of ``chunks`` under ``steering``."""
 
@@ -48,6 +54,7 @@ class Stream(Iterator[str]):
         last: that token.
         draft_prefix: the draft's caches.
         sampler: chooses the tokens; by default ``sampling``'s own sampler.
+        think_limit: end a thought of so many tokens by force.
     """
 
     def __init__(
@@ -65,9 +72,13 @@ class Stream(Iterator[str]):
         draft_prefix: Prefix | None = None,
         brake: Brake | None = None,
         sampler: Sampler | None = None,
+        think_limit: int | None = None,
     ):
         check_limits(max_tokens, stop)
-        deltas(model.network, steering)  # raises if it does not fit
+        check_limit(think_limit)
+        if think_limit is not None:
+            _ = marks_of(model.network).thought  # raises if the model has no such marks
+        additions(model.network, steering)  # raises if it does not fit
         if draft is not None:
             draft.check(model.tokenizer)
             draft_prefix = draft_prefix or Prefix(draft.model.network)
@@ -82,8 +93,11 @@ class Stream(Iterator[str]):
         self._finish = "interrupted"
         # Whether the caches hold what this stream fed them, and no part of a step.
         self._whole = False
-        steered = steering is not None and steering.strength != 0
-        self._answer = PartialAnswer(model.tokenizer, brake if steered else None, stop)
+        steered = steering is not None and not steering.is_zero
+        self._opens_thought, self._think_limit = model.opens_thought(tokens), think_limit
+        self._answer = PartialAnswer(
+            model.tokenizer, brake if steered else None, stop, opens_thought=self._opens_thought
+        )
         self._first_after = self._rate = 0.0
         self._peak = self._accepted = self._rounds = 0
         self._brakes: list[Braked] = []
@@ -131,7 +145,14 @@ class Stream(Iterator[str]):
             draft_accepted=self._accepted if drafted else None,
             draft_proposed=self._rounds * self._draft.tokens if drafted else None,
             brakes=tuple(self._brakes),
+            thought_limit=self._think_limit,
+            **self._answer.parts,
         )
+
+    @property
+    def shown(self) -> tuple[str | None, str]:
+        """Thought and answer, as far as the pieces so far have them."""
+        return self._answer.shown
 
     def _generate(self) -> Generator[str, None, None]:
         """Yield text that is neither taken back later nor the beginning of a stop text."""
@@ -175,13 +196,18 @@ class Stream(Iterator[str]):
         if ids:
             read.append(Chunk((self._last, *ids[:-1]), answer=True))
         with self._computing():
-            self._prefix.fill(read, self._steering, answering=bool(ids))
+            self._prefix.fill(read, self._steering, last=self._last, answering=bool(ids))
             if self._draft is not None:
                 self._draft_prefix.fill(self._draft.chunks(read), None, answering=bool(ids))
             self._whole = True
             begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
             network, caches = self._model.network, list(self._prefix.caches)
             options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
+            if self._think_limit is not None:
+                limit = thought_limit(
+                    marks_of(network), self._think_limit, ids, opened=self._opens_thought, skip=1
+                )
+                options["logits_processors"] = [limit]
             if self._draft is None:
                 for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
@@ -219,12 +245,13 @@ class Stream(Iterator[str]):
         """Cut off the loop, and lower the strength."""
         before = self._steering.strength
         number = len(self._brakes) + 1
-        after = before * self._brake.factor if number < self._brake.tries else 0.0
+        factor = self._brake.factor if number < self._brake.tries else 0.0
+        after = before * factor
         found = len(self._answer.ids)
-        self._answer = self._answer.before_the_loop(watch=bool(after))
+        self._answer = self._answer.before_the_loop(watch=bool(factor))
         kept = len(self._answer.ids)
         self._brakes.append(Braked(kept, found - kept, before, after))
-        self._steering = replace(self._steering, strength=after)
+        self._steering = self._steering.weaker(factor)
 
 
 @takes_model
@@ -241,6 +268,7 @@ def stream(
     stop: Sequence[str] = (),
     draft: Draft | None = None,
     brake: Brake | None = None,
+    think_limit: int | None = None,
 ) -> Stream:
     """Return an iterator over the pieces of the response, as text.
 
@@ -254,6 +282,8 @@ def stream(
         stop: texts that end the response; they are not part of it.
         draft: speculative decoding; greedy decoding gives the same text with it, near ties aside.
         brake: cut off degenerate repetition, lower the strength and go on; ``None`` does not.
+        think_limit: end a thought of so many tokens by force; the answer follows. ``Steering.budget`` only
+            steers it towards its end.
 
     Raises:
         InputError: an empty prompt, a token that the model does not know, a conversation that the chat
@@ -270,7 +300,7 @@ def stream(
     return Stream(
         model, Prefix(model.network), [Chunk(tuple(rest))], last, steering=steering,
         max_tokens=model.room(len(tokens), max_tokens), sampling=sampling, stop=stop, draft=draft,
-        brake=brake,
+        brake=brake, think_limit=think_limit,
     )  # fmt: skip
 
 

@@ -9,19 +9,21 @@ tells its unsteered output before anything is added. ``patch`` also changes the 
 the blocks, which sees the tokens before they are embedded, for positions that depend on them.
 """
 
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import SteeringError
 from ..steering.steering import Steering
-from .cache import Shift, SteeredKVCache, note_step_ends, where_in
+from .cache import Shift, SteeredKVCache, note_tokens, where_in
 from .families import check_network, decoder_blocks, is_plain, stream_dtype
-from .places import StepEnds, span_of, step_ends_of
+from .marks import Marks, marks_of
 
 if TYPE_CHECKING:
     from .model import Model
@@ -61,16 +63,16 @@ class SteeredBlock:
 
 
 class SteeredStack:
-    """Base of the steered stacks of blocks: tells caches that ask for it which tokens end a step."""
+    """Base of the steered stacks of blocks: tells the tokens to caches that need them."""
 
     stock: type[nn.Module]
-    step_ends: StepEnds | None = None
+    marks: Marks | None = None
 
     def __call__(
         self, inputs: mx.array, cache: Any | None = None, *given: Any, **named: Any
     ) -> mx.array:
-        if cache is not None and self.step_ends is not None:
-            note_step_ends(cache, inputs, self.step_ends)
+        if cache is not None:
+            note_tokens(cache, inputs, self.marks)
         return super().__call__(inputs, cache, *given, **named)
 
 
@@ -82,7 +84,7 @@ def steered_block(stock: type[nn.Module]) -> type[nn.Module]:
 
 @cache
 def steered_stack(stock: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of a stack's class that knows which tokens end a step."""
+    """Return the subclass of a stack's class that tells the tokens to caches."""
     return _subclass(SteeredStack, stock)
 
 
@@ -102,7 +104,7 @@ def patch(network: nn.Module, tokenizer: TokenizerWrapper | None = None) -> nn.M
     that was saved from these caches. After ``unpatch`` new caches are stock again.
 
     Args:
-        tokenizer: needed once for positions ``"steps"``; the network remembers what it says.
+        tokenizer: needed once for positions that depend on tokens; the network remembers what it says.
 
     Raises:
         UnsupportedModelError: the network cannot be steered; the message says why.
@@ -115,9 +117,9 @@ def patch(network: nn.Module, tokenizer: TokenizerWrapper | None = None) -> nn.M
             block.__class__ = steered_block(type(block))
     if not isinstance(network.model, SteeredStack):
         network.model.__class__ = steered_stack(type(network.model))
-    known = getattr(network.model, "step_ends", None)
+    known = getattr(network.model, "marks", None)
     if tokenizer is not None and (known is None or known.tokenizer is not tokenizer):
-        network.model.step_ends = StepEnds(tokenizer, network.args.vocab_size)
+        network.model.marks = Marks(tokenizer, network.args.vocab_size)
     # Not a bound method: the cycle would keep the network alive after its last reference.
     network.make_cache = partial(_unsteered_caches, len(blocks))
     return network
@@ -141,7 +143,7 @@ def make_cache(
     model: "Model | nn.Module",
     steering: Steering | None = None,
     *,
-    prompt_length: int | None = None,
+    prompt: Sequence[int] | None = None,
 ) -> list[KVCache]:
     """Return one empty KV cache per decoder block; filling and reading it steers.
 
@@ -151,41 +153,52 @@ def make_cache(
     steering of the other rows.
 
     The blocks are patched if they are not yet. Without a steering, or at strength 0, they compute
-    what mlx-lm's blocks do. For positions other than ``"all"``, the first ``prompt_length`` tokens
-    are the prompt and all others are generated.
+    what mlx-lm's blocks do. For positions other than ``"all"``, the first tokens are those of ``prompt``,
+    and all others are generated.
 
     Args:
         model: what ``load`` returns, or a network of mlx-lm.
         steering: what to add, or ``None``.
-        prompt_length: tokens of the prompt; needed for positions other than ``"all"``.
+        prompt: its token ids; needed for positions other than ``"all"``, and for a budget.
 
     Raises:
-        ModelError: a network that cannot be steered, or as ``deltas``.
+        ModelError: a network that cannot be steered, or as ``additions``.
         VectorMismatchError: the vector does not fit the model.
-        SteeringError: ``prompt_length`` is missing, or as ``deltas``.
+        SteeringError: ``prompt`` is missing, or as ``additions``.
     """
     network = getattr(model, "network", model)
     blocks = decoder_blocks(patch(network))
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
-    if steering is None or not steering.strength:
+    if steering is None or steering.is_zero:
         return list(caches.values())
-    span = span_of(steering.positions, prompt_length)
-    for layer, delta in deltas(network, steering).items():
-        caches[layer].shift = Shift.of(delta, [span])
+    opens = steering.needs_thought and bool(prompt) and marks_of(network).opens_thought(prompt)
+    span = steering.span(prompt and len(prompt), opens)
+    for layer, what in additions(network, steering).items():
+        caches[layer].shift = Shift.of(what.delta, [span], what.late)
     shifts = [cache.shift for cache in caches.values() if cache.shift]
     # mlx computes an array on the thread that made it, but another thread may use the caches.
     mx.eval([shift.arrays for shift in shifts])
     return list(caches.values())
 
 
-def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]:
-    """Return ``lambda * v`` of each steered layer, float32 ``(1, 1, hidden)``; empty at strength 0.
+class Added(NamedTuple):
+    """What a steering adds at one layer: ``lambda * v``, float32 ``(1, 1, hidden)``.
+
+    ``late`` is the same beyond the thinking budget; ``None`` without one.
+    """
+
+    delta: mx.array
+    late: mx.array | None
+
+
+def additions(network: nn.Module, steering: Steering | None) -> dict[int, Added]:
+    """Return what a steering adds at each of its layers; empty if it adds nothing.
 
     Raises:
         VectorMismatchError: the vector does not fit the model.
-        SteeringError: ``lambda * v`` overflows the stream's dtype, or positions ``"steps"`` without
-            the tokenizer.
-        ModelError: positions ``"steps"``, and the tokenizer writes a blank line as several tokens.
+        SteeringError: ``lambda * v`` overflows the stream's dtype, or positions that depend on tokens
+            without the tokenizer.
+        ModelError: the tokenizer has not the marks that the positions need (``marks``).
     """
     if steering is None:
         return {}
@@ -194,18 +207,26 @@ def deltas(network: nn.Module, steering: Steering | None) -> dict[int, mx.array]
         hidden_size=hidden_size, layer_count=layer_count, model="the model"
     )
     if steering.positions == "steps":
-        _ = step_ends_of(network).table  # raises now, and not with the first token
-    if not steering.strength:
+        _ = marks_of(network).step_end_table  # raises now, and not with the first token
+    if steering.needs_thought:
+        _ = marks_of(network).thought
+    if steering.is_zero:
         return {}
-    dtype = stream_dtype(network)
-    limit = float(mx.finfo(dtype).max)
+    limit = float(mx.finfo(stream_dtype(network)).max)
+    zeros = np.zeros(hidden_size, np.float32)
     made = {}
     for layer in sorted(set(steering.layers) & set(decoder_blocks(network))):
-        delta = steering.delta(layer)
-        if abs(delta).max() > limit:
-            raise SteeringError(
-                f"strength {steering.strength:g} at layer {layer}: lambda * v overflows the "
-                f"model's {str(dtype).removeprefix('mlx.core.')}. Choose a smaller strength."
-            )
-        made[layer] = mx.array(delta).reshape(1, 1, hidden_size)
+        both = [steering.delta(layer)]
+        if steering.budget is not None:
+            both.append(steering.late_delta(layer))
+        strengths = (steering.strength, steering.budget.strength if steering.budget else 0.0)
+        for strength, delta in zip(strengths, both, strict=False):
+            if delta is not None and abs(delta).max() > limit:
+                name = str(stream_dtype(network)).removeprefix("mlx.core.")
+                raise SteeringError(
+                    f"strength {strength:g} at layer {layer}: lambda * v overflows the model's {name}. "
+                    "Choose a smaller strength."
+                )
+        arrays = (mx.array(zeros if one is None else one).reshape(1, 1, -1) for one in both)
+        made[layer] = Added(*arrays, *[None] * (2 - len(both)))
     return made

@@ -4,6 +4,10 @@ Keys and values are valid only for the steering under which they were computed. 
 layer holds its steering: a ``Shift``, which is ``lambda * v`` for each row and the positions where
 it is added.
 
+Some places depend on the tokens: on each one alone, or on where the answer's thought is. A cache then has
+to be told the tokens (``note_tokens``). It keeps the positions of the thought's two marks. Those at or
+after its length are of tokens that were taken back, and are looked for anew.
+
 Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
 """
 
@@ -12,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +24,9 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from ..errors import SteeringError
+from ..steering.places import EVERYWHERE, FOREVER, Span, Thought
 from .families import cache_shapes, stream_dtype
-from .places import EVERYWHERE, Span, StepEnds
+from .marks import Marks
 
 KEPT_BUFFERS = 2**28  # bytes
 # Called with the first position and a block's unsteered output, ``(rows, tokens, hidden)``.
@@ -50,20 +56,77 @@ def _add_where(h: mx.array, r: mx.array, delta: mx.array, mask: mx.array) -> mx.
     return ((h + r).astype(mx.float32) + mx.where(mask, delta, 0.0)).astype(h.dtype)
 
 
+@partial(mx.compile, shapeless=True)
+def _add_two(
+    h: mx.array, r: mx.array, delta: mx.array, late: mx.array, mask: mx.array, over: mx.array
+) -> mx.array:
+    added = mx.where(over, late, mx.where(mask, delta, 0.0))
+    return ((h + r).astype(mx.float32) + added).astype(h.dtype)
+
+
+class Marked(NamedTuple):
+    """Which tokens are steered, bool ``(rows, tokens, 1)``; ``over``: those that exceed a thinking budget."""
+
+    within: mx.array
+    over: mx.array | None
+
+
+Where = bool | mx.array | Marked
+
+
+class Bounds(NamedTuple):
+    """The positions of the marks of each row's thought, int32 ``(rows, 1)``; ``FOREVER`` for none yet."""
+
+    opened: mx.array
+    closed: mx.array
+
+
+class _Rows(NamedTuple):
+    """What depends on tokens in each row: bools and int32 ``(rows, 1)``; the two flags are of any row."""
+
+    any_steps: bool
+    any_thought: bool
+    steps: mx.array
+    think: mx.array
+    answer: mx.array
+    begin: mx.array
+    opened: mx.array
+    closed: mx.array
+    budget: mx.array
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> "_Rows":
+        thoughts = [span.thought or Thought(FOREVER) for span in spans]
+        marks = [mx.array([span.mark == one for span in spans])[:, None] for one in _MARKS]
+        numbers = (
+            mx.array(column, dtype=mx.int32)[:, None] for column in zip(*thoughts, strict=True)
+        )
+        return cls(
+            any(span.mark == "steps" for span in spans),
+            any(span.thought for span in spans),
+            *marks,
+            *numbers,
+        )
+
+
+_MARKS = ("steps", "think", "answer")
+
+
 @dataclass(frozen=True)
 class Shift:
     """What one layer adds to the residual stream of each row of a batch.
 
-    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``, zero for an unsteered row. ``start``
-    and ``stop`` are int32 ``(rows, 1, 1)``. ``any_token``, bool ``(rows, 1, 1)``, says which rows are
-    steered at tokens that end no step too; ``None`` for all of them.
+    ``delta`` is ``lambda * v``, float32 ``(rows, 1, hidden)``, zero for an unsteered row. ``late`` is the same
+    for tokens of a thought beyond its budget; ``None`` if no row has one. ``start`` and ``stop`` are int32
+    ``(rows, 1, 1)``. ``rows`` is ``None`` where no token matters.
     """
 
     delta: mx.array
     spans: tuple[Span, ...]
     start: mx.array
     stop: mx.array
-    any_token: mx.array | None = None
+    late: mx.array | None = None
+    rows: _Rows | None = None
 
     @cached_property
     def everywhere(self) -> bool:
@@ -72,23 +135,23 @@ class Shift:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether ``where`` has to know which tokens end a step."""
-        return self.any_token is not None
+        """Whether ``where`` has to know the tokens."""
+        return self.rows is not None
 
     @property
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated on the thread that made the shift."""
-        made = [self.delta, self.start, self.stop]
-        return made if self.any_token is None else [*made, self.any_token]
+        made = [self.delta, self.start, self.stop, *(self.rows or ())]
+        return [one for one in (*made, self.late) if isinstance(one, mx.array)]
 
     @classmethod
-    def of(cls, delta: mx.array, spans: Sequence[Span]) -> "Shift":
-        start, stop, step_ends = zip(*spans, strict=True)
-        bounds = (mx.array(bound, dtype=mx.int32)[:, None, None] for bound in (start, stop))
-        any_token = None
-        if any(step_ends):
-            any_token = mx.array([not one for one in step_ends])[:, None, None]
-        return cls(delta, tuple(spans), *bounds, any_token)
+    def of(cls, delta: mx.array, spans: Sequence[Span], late: mx.array | None = None) -> "Shift":
+        bounds = (
+            mx.array([getattr(span, name) for span in spans], dtype=mx.int32)[:, None, None]
+            for name in ("start", "stop")
+        )
+        marked = any(span.mark or span.thought for span in spans)
+        return cls(delta, tuple(spans), *bounds, late, _Rows.of(spans) if marked else None)
 
     @classmethod
     def stack(cls, rows: Sequence["Shift | None"]) -> "Shift | None":
@@ -98,37 +161,76 @@ class Shift:
             return None
         zero = mx.zeros_like(steered[0].delta)
         delta = mx.concatenate([zero if row is None else row.delta for row in rows])
-        return cls.of(delta, [EVERYWHERE if row is None else row.spans[0] for row in rows])
+        late = None
+        if any(row.late is not None for row in steered):
+            late = mx.concatenate(
+                [zero if row is None or row.late is None else row.late for row in rows]
+            )
+        spans = [EVERYWHERE if row is None else row.spans[0] for row in rows]
+        return cls.of(delta, spans, late)
 
-    def where(
-        self, offset: int | mx.array, length: int, step_ends: mx.array | None = None
-    ) -> bool | mx.array:
-        """Tell which of ``length`` tokens from position ``offset`` on are steered.
+    def where(self, offset: int | mx.array, length: int) -> bool | mx.array:
+        """Tell which of ``length`` tokens from position ``offset`` on are steered, whatever they are.
 
         Return ``True`` for all, ``False`` for none; else the int32 positions ``(rows, length, 1)``
-        to compare with the bounds, or with ``needs_tokens`` a bool mask ``(rows, length, 1)``.
+        to compare with the bounds.
 
         Args:
             offset: how many tokens the cache holds already, one number or ``(rows,)``: call this
                 before attention, which advances it.
-            step_ends: with ``needs_tokens``, which tokens end a step, bool ``(rows, length)``.
         """
         if self.everywhere:
             return True
         if isinstance(offset, int) and len(self.spans) == 1:  # no mask where none is needed
-            start, stop, _ = self.spans[0]
+            start, stop = self.spans[0][:2]
             if offset + length <= start or stop <= offset:
                 return False
             if start <= offset and offset + length <= stop:
-                return step_ends[..., None] if self.needs_tokens else True
-        at = mx.array(offset).reshape(-1, 1, 1)
-        at = at if length == 1 else at + mx.arange(length)[None, :, None]
-        if not self.needs_tokens:
-            return at
-        within = mx.logical_and(at >= self.start, at < self.stop)
-        return mx.logical_and(within, mx.logical_or(step_ends[..., None], self.any_token))
+                return True
+        return _positions(offset, length)[..., None]
 
-    def add_alone(self, h: mx.array, where: bool | mx.array) -> mx.array:
+    def marked(
+        self, tokens: mx.array, offset: int | mx.array, before: Bounds | None, marks: Marks
+    ) -> tuple[Marked, Bounds | None]:
+        """Tell which tokens are steered, of a shift that ``needs_tokens``, and where the thoughts are now.
+
+        Args:
+            tokens: the ids, ``(rows, tokens)``.
+            offset: as in ``where``.
+            before: where the thoughts were after the last call.
+        """
+        rows, at = self.rows, _positions(offset, tokens.shape[1])
+        within = mx.logical_and(at >= self.start[..., 0], at < self.stop[..., 0])
+        over, bounds = None, None
+        if rows.any_steps:
+            ends = marks.step_end_table[tokens]
+            within = mx.logical_and(within, mx.logical_or(ends, mx.logical_not(rows.steps)))
+        if rows.any_thought:
+            bounds = self._bounds(tokens, at, before, marks)
+            inside = mx.logical_and(at >= bounds.opened, at < bounds.closed)
+            within = mx.logical_and(within, mx.logical_or(inside, mx.logical_not(rows.think)))
+            within = mx.logical_and(within, mx.logical_not(mx.logical_and(inside, rows.answer)))
+            if self.late is not None:
+                over = mx.logical_and(inside, at - bounds.opened >= rows.budget)[..., None]
+        return Marked(within[..., None], over), bounds
+
+    def _bounds(
+        self, tokens: mx.array, at: mx.array, before: Bounds | None, marks: Marks
+    ) -> Bounds:
+        rows, (opens, closes) = self.rows, marks.thought
+        opened, closed = rows.opened, rows.closed
+        if before is not None:  # without those of tokens that were taken back
+            first = at[:, :1]
+            opened, closed = (
+                mx.minimum(known, mx.where(held < first, held, FOREVER))
+                for known, held in ((opened, before.opened), (closed, before.closed))
+            )
+        opening = mx.logical_and(tokens == opens, at >= rows.begin)
+        opened = mx.minimum(opened, _first(opening, at))
+        closing = mx.logical_and(tokens == closes, at > opened)
+        return Bounds(opened, mx.minimum(closed, _first(closing, at)))
+
+    def add_alone(self, h: mx.array, where: Where) -> mx.array:
         """Return ``h``, plus ``delta`` at the steered positions; shapes as in ``add``.
 
         ``add_alone(h + r, where)`` is ``add(h, r, where)``, bit for bit. ``h`` is a block's unsteered
@@ -140,7 +242,7 @@ class Shift:
             return h
         return self._add_some(h, mx.zeros((), h.dtype), where)
 
-    def add(self, h: mx.array, r: mx.array, where: bool | mx.array) -> mx.array:
+    def add(self, h: mx.array, r: mx.array, where: Where) -> mx.array:
         """Return ``h + r``, plus ``delta`` at the steered positions.
 
         ``h``, ``r`` and the result are ``(rows, tokens, hidden)`` in the model's dtype. ``h + r``
@@ -153,10 +255,23 @@ class Shift:
             return h + r
         return self._add_some(h, r, where)
 
-    def _add_some(self, h: mx.array, r: mx.array, where: mx.array) -> mx.array:
-        if self.needs_tokens:
-            return _add_where(h, r, self.delta, where)
-        return _add_within(h, r, self.delta, where, self.start, self.stop)
+    def _add_some(self, h: mx.array, r: mx.array, where: mx.array | Marked) -> mx.array:
+        if not isinstance(where, Marked):
+            return _add_within(h, r, self.delta, where, self.start, self.stop)
+        if where.over is None:
+            return _add_where(h, r, self.delta, where.within)
+        return _add_two(h, r, self.delta, self.late, *where)
+
+
+def _positions(offset: int | mx.array, length: int) -> mx.array:
+    """Return the positions of ``length`` tokens from ``offset`` on, int32 ``(rows, length)``."""
+    at = mx.array(offset).reshape(-1, 1)
+    return at if length == 1 else at + mx.arange(length)[None]
+
+
+def _first(found: mx.array, at: mx.array) -> mx.array:
+    """Return the first position of each row at which ``found`` is true, ``FOREVER`` for none, ``(rows, 1)``."""
+    return mx.where(found, at, FOREVER).min(axis=1, keepdims=True)
 
 
 class _Carrier:
@@ -164,7 +279,8 @@ class _Carrier:
 
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
-    step_ends: mx.array | None = None  # which of the tokens to come end a step, (rows, tokens)
+    noted: Marked | None = None  # of the tokens to come
+    thoughts: tuple[Shift, Bounds | None] | None = None  # where they are, under which shift
     record: Record | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -191,7 +307,7 @@ class SteeredKVCache(_Carrier, KVCache):
         stock = super().to_quantized(group_size=group_size, bits=bits)
         quantized = SteeredQuantizedKVCache(group_size=group_size, bits=bits)
         quantized.__dict__.update(stock.__dict__)
-        quantized.shift = self.shift
+        quantized.shift, quantized.thoughts = self.shift, self.thoughts
         return quantized
 
 
@@ -206,21 +322,36 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         super().__init__(left_padding)
         self._rows: list[Shift | None] = [None] * len(left_padding)
 
-    def _carry(self, rows: list[Shift | None]) -> None:
-        self._rows = rows
-        self.shift = Shift.stack(rows)
+    def _carry(self, rows: list[Shift | None], bounds: Sequence[Bounds | None]) -> None:
+        """Take the rows' own shifts, and where their thoughts are as far as that is known."""
+        self._rows, self.shift = rows, Shift.stack(rows)
+        self.thoughts = None
+        if self.shift is not None and any(bounds):
+            none = mx.full((1, 1), FOREVER, dtype=mx.int32)
+            columns = zip(*(one or (none, none) for one in bounds), strict=True)
+            self.thoughts = self.shift, Bounds(*(mx.concatenate(column) for column in columns))
+
+    def _bounds(self) -> list[Bounds | None]:
+        """Return where the thought of each row is."""
+        found = bounds_in(self)
+        if found is None:
+            return [None] * len(self._rows)
+        return [Bounds(*(one[row : row + 1] for one in found)) for row in range(len(self._rows))]
 
     @classmethod
     def merge(cls, caches: Sequence[KVCache]) -> "SteeredBatchKVCache":
         merged = super().merge(caches)
         merged.__class__ = cls  # if all caches are empty, BatchKVCache.merge returns a BatchKVCache
-        merged._carry([getattr(cache, "shift", None) for cache in caches])
+        merged._carry(
+            [getattr(cache, "shift", None) for cache in caches], [*map(bounds_in, caches)]
+        )
         return merged
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         super().filter(batch_indices)
         indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
-        self._carry([self._rows[i] for i in indices])
+        bounds = self._bounds()
+        self._carry([self._rows[i] for i in indices], [bounds[i] for i in indices])
 
     def take(self, rows: Sequence[int]) -> "SteeredBatchKVCache":
         """Return a cache of some rows, in this order; a row may occur several times."""
@@ -230,12 +361,17 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
 
     def extend(self, other: BatchKVCache) -> None:
         theirs = getattr(other, "_rows", None) or [None] * other.offset.shape[0]
+        bounds = [None] * len(theirs)
+        if isinstance(other, SteeredBatchKVCache):
+            bounds = other._bounds()
         super().extend(other)
-        self._carry(self._rows + theirs)
+        self._carry(self._rows + theirs, self._bounds() + bounds)
 
     def extract(self, idx: int) -> SteeredKVCache:
         extracted = SteeredKVCache(self._rows[idx])
         extracted.__dict__.update(super().extract(idx).__dict__)
+        if (bounds := self._bounds()[idx]) and extracted.shift:
+            extracted.thoughts = extracted.shift, bounds
         return extracted
 
 
@@ -247,7 +383,7 @@ class Reading:
 
     def __init__(self, shift: Shift | None = None, record: Record | None = None):
         self.shift, self.record = shift, record
-        self.step_ends: mx.array | None = None
+        self.noted: Marked | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
@@ -267,7 +403,7 @@ class Passed(KVCache):
     def __init__(self, offset: int = 0, output: mx.array | None = None, shift: Shift | None = None):
         super().__init__()
         self.offset, self.output, self.shift = offset, output, shift
-        self.step_ends: mx.array | None = None
+        self.noted: Marked | None = None
 
     def instead(self, _block: nn.Module, x: mx.array, _mask: mx.array | str | None) -> mx.array:
         """Return what a steered block returns instead of its own output."""
@@ -279,33 +415,40 @@ class Passed(KVCache):
         return self.shift.add_alone(self.output, where)
 
 
-def note_step_ends(caches: Sequence[KVCache], tokens: mx.array, step_ends: StepEnds) -> None:
-    """Tell the caches that need it which of ``tokens``, ``(rows, tokens)``, end a step.
+def bounds_in(cache: KVCache) -> Bounds | None:
+    """Return where the thoughts in a cache are; ``None`` if nothing was noted under its present shift."""
+    shift, bounds = getattr(cache, "thoughts", None) or (None, None)
+    return bounds if shift is not None and shift is cache.shift else None
 
-    The tokens go through the blocks next. The look-up is lazy: nothing waits for the device.
+
+def note_tokens(caches: Sequence[KVCache], tokens: mx.array, marks: Marks | None) -> None:
+    """Tell the caches that need it which of ``tokens``, ``(rows, tokens)``, are steered.
+
+    The tokens go through the blocks next. All is lazy: nothing waits for the device.
     """
-    shifts = [(cache, getattr(cache, "shift", None)) for cache in caches]
-    if curious := [cache for cache, shift in shifts if shift is not None and shift.needs_tokens]:
-        found = step_ends.table[tokens]
-        for cache in curious:
-            cache.step_ends = found
+    for cache in caches:
+        shift = getattr(cache, "shift", None)
+        if shift is not None and shift.needs_tokens and marks is not None:
+            offset = getattr(cache, "offset", 0)
+            cache.noted, bounds = shift.marked(tokens, offset, bounds_in(cache), marks)
+            cache.thoughts = shift, bounds
 
 
-def where_in(cache: KVCache, offset: int | mx.array, length: int) -> bool | mx.array:
-    """Return ``Shift.where`` of the next ``length`` tokens for a cache that holds a shift.
+def where_in(cache: KVCache, offset: int | mx.array, length: int) -> Where:
+    """Return where the next ``length`` tokens are steered, for a cache that holds a shift.
 
     Raises:
-        SteeringError: the shift needs to know which of them end a step, and nothing told the cache.
+        SteeringError: the shift needs to know the tokens, and nothing told the cache.
     """
-    step_ends = None
-    if cache.shift.needs_tokens:
-        step_ends, cache.step_ends = cache.step_ends, None  # of these tokens only
-        if step_ends is None or step_ends.shape[-1] != length:
-            raise SteeringError(
-                "positions 'steps' need the token ids: call the patched network with them, not its "
-                "blocks or embeddings alone."
-            )
-    return cache.shift.where(offset, length, step_ends)
+    if not cache.shift.needs_tokens:
+        return cache.shift.where(offset, length)
+    noted, cache.noted = cache.noted, None  # of these tokens only
+    if noted is None or noted.within.shape[1] != length:
+        raise SteeringError(
+            "positions that depend on tokens, such as 'steps' and 'think', and a thinking budget need the "
+            "token ids: call the patched network with them, not its blocks or embeddings alone."
+        )
+    return noted
 
 
 def token_bytes(network: nn.Module) -> int:

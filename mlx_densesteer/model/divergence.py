@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..steering.steering import Positions, Steering
+from ..steering.places import Positions
+from ..steering.steering import Steering
 from ..steering.vector import SteeringVector, format_layers
 from .block import make_cache, patch
 from .cache import Passed, Reading, Shift, SteeredKVCache
@@ -59,6 +60,7 @@ class Branches:
             )
         self.network, self.first = patch(network), first
         self.response = list(tokens[first:])
+        self._prompt = list(tokens[:first])
         self._tokens = mx.array([list(tokens[:-1])])
         self._kept: dict[int, mx.array] = {}
         wanted = set(layers)
@@ -87,7 +89,7 @@ class Branches:
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _steered(self, steerings: Sequence[Steering], lowest: int, kept: mx.array) -> mx.array:
-        rows = [make_cache(self.network, one, prompt_length=self.first) for one in steerings]
+        rows = [make_cache(self.network, one, prompt=self._prompt) for one in steerings]
         shifts = [
             Shift.stack([getattr(cache, "shift", None) for cache in caches])
             for caches in zip(*rows, strict=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..steering.vector import Positions
+from ..steering.places import Positions, Thought, span_of
 from .block import patch
-from .cache import Passed, Reading, Shift
+from .cache import Marked, Passed, Reading, Shift
 from .families import decoder_blocks, head_of
-from .places import span_of, step_ends_of
+from .marks import marks_of
 
 _SLICE = 128  # positions whose logits are in memory at a time
 
@@ -26,13 +26,13 @@ class _Recomputed:
 
     def __init__(self, delta: mx.array | None, shift: Callable[[mx.array], Shift]):
         self._delta, self._shift = delta, shift
-        self.shift = None if delta is None else shift(delta)  # it is told the step ends
-        self.step_ends: mx.array | None = None
+        self.shift = None if delta is None else shift(delta)  # it is told the tokens
+        self.noted: Marked | None = None
 
     def instead(self, block: nn.Module, x: mx.array, mask: mx.array | str | None) -> mx.array:
         def output(x: mx.array, delta: mx.array | None = None) -> mx.array:
             cache = Reading(None if delta is None else self._shift(delta))
-            cache.step_ends = self.step_ends
+            cache.noted = self.noted
             return block(x, mask, cache)
 
         given = [x] if self._delta is None else [x, self._delta]
@@ -64,7 +64,14 @@ def response_log_likelihood(
     Returns:
         float32 ``()``, in nats; log-softmax in float32.
     """
-    span = span_of(positions, len(prompt))
+    span, start = span_of(positions, len(prompt)), len(prompt) - 1
+    if span.mark == "steps":
+        _ = marks_of(network).step_end_table  # raises if it cannot be told
+    elif span.mark:
+        marks = marks_of(patch(network))
+        opened = marks.opens_thought(prompt)
+        bounds = marks.thought_in([prompt[-1], *response], start, opened=opened)
+        span = span._replace(thought=Thought(start, *bounds))
     lowest = min(deltas)
     if below is None:
         below = stream_below(network, prompt, response, lowest)
@@ -82,8 +89,6 @@ def response_log_likelihood(
             return _Recomputed(delta, shift)
         return Reading(None if delta is None else shift(delta))
 
-    if span.step_ends:
-        _ = step_ends_of(network).table  # raises if it cannot be told
     caches = [cache_of(layer) for layer in decoder_blocks(patch(network))]
     h = network.model(mx.array([[*prompt, *response[:-1]]]), caches)[0, len(prompt) - 1 :]
     parts = [slice(start, start + _SLICE) for start in range(0, len(response), _SLICE)]

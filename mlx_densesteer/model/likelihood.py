@@ -113,7 +113,7 @@ def _fill(
     network: nn.Module, contexts: Sequence[Sequence[int]], steering: Steering | None
 ) -> list[SteeredBatchKVCache]:
     """Return steered caches, one row a context, that hold each context without its last token."""
-    rows = [make_cache(network, steering, prompt_length=len(context)) for context in contexts]
+    rows = [make_cache(network, steering, prompt=context) for context in contexts]
     caches = [SteeredBatchKVCache.merge(layer) for layer in zip(*rows, strict=True)]
     lengths = [len(context) - 1 for context in contexts]
     width = max(lengths)

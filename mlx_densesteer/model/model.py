@@ -31,8 +31,9 @@ from ..errors import (
     VectorMismatchError,
 )
 from ..files import full_disk
+from ..steering.places import Positions
 from ..steering.request import stored_strength, unit_dose
-from ..steering.steering import Positions, Steering
+from ..steering.steering import Steering
 from ..steering.vector import SteeringVector, format_layers
 from ..text import cause, count, note, one_line
 from .block import patch
@@ -50,6 +51,7 @@ from .divergence import Divergence, strengths_for
 from .families import decoder_blocks, empty_network, last_bias, stream_dtype, unlike
 from .hub import fetch_model
 from .machine import FOR_WEIGHTS, gpu, working_set
+from .marks import last_opens, thought_marks
 from .prompt import encode_prompt, encode_text, end_of_turn, turn_tokens
 from .residual import residual_norms
 from .weights import INDEX
@@ -216,6 +218,15 @@ class Model:
     @cached_property
     def _turn_tokens(self) -> frozenset[int]:
         return turn_tokens(self.tokenizer)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the tokenizer has tokens around a thought, so that answers are parted."""
+        return self.tokenizer.has_thinking
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Tell whether a prompt ends within a thought, as those of R1's template do."""
+        return last_opens(prompt, *thought_marks(self.tokenizer))
 
     @cached_property
     def chat_template_sha256(self) -> str | None:

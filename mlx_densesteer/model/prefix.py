@@ -21,9 +21,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..errors import SteeringError
-from ..steering.steering import Positions, Steering
+from ..steering.places import FOREVER
+from ..steering.steering import Steering
 from ..text import cause
-from .block import deltas, patch
+from .block import Added, additions, patch
 from .cache import (
     Passed,
     Shift,
@@ -33,9 +34,10 @@ from .cache import (
     twin_of,
 )
 from .families import cache_shapes, decoder_blocks
-from .places import span_in_chunk
+from .marks import marks_of
 from .prompt import check_ids
 
+NO_TOKEN = -1
 STEP = 2048  # tokens that go through the blocks together at most
 
 
@@ -145,7 +147,7 @@ class Prefix:
         """Forget everything."""
         self.caches: list[KVCache] = [self._new_cache() for _ in self._blocks]
         self._chunks: list[Chunk] = []  # the last one may be the beginning of one
-        self._plan = _Plan({}, "all")
+        self._plan = _Plan({}, None)
         self._captured: int | None = None
         # The unsteered output of layer _captured at the first tokens, as pieces (1, tokens, hidden).
         self._residual: list[mx.array] = []
@@ -154,12 +156,17 @@ class Prefix:
         self._begun = False  # whether the last chunk is the beginning of the answer
 
     def fill(
-        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        steering: Steering | None,
+        *,
+        last: int = NO_TOKEN,
+        answering: bool = False,
     ) -> Work:
         """Make the caches those of ``chunks`` under ``steering``, and reuse what is still valid.
 
         Leave the last token of the prompt out of ``chunks``: the caller feeds it to the caches, and
-        then the answer. With ``answering`` the last chunk is already the beginning of that answer.
+        then the answer. Name it as ``last``: it may open a thought. With ``answering`` the last chunk is already the beginning of that answer.
         The next call cuts off what the caller added, unless ``keep_decoded`` kept it. An exception, also
         Ctrl-C, leaves the prefix empty.
 
@@ -167,7 +174,7 @@ class Prefix:
             InputError: a token that the model does not know; before anything is changed.
             VectorMismatchError, SteeringError: before anything is changed.
         """
-        filling = self.filling(chunks, steering, answering=answering)
+        filling = self.filling(chunks, steering, last=last, answering=answering)
         while True:
             try:
                 next(filling)
@@ -175,7 +182,12 @@ class Prefix:
                 return end.value
 
     def filling(
-        self, chunks: Sequence[Chunk], steering: Steering | None, *, answering: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        steering: Steering | None,
+        *,
+        last: int = NO_TOKEN,
+        answering: bool = False,
     ) -> Generator[None, None, Work]:
         """Do what ``fill`` does, one chunk a step. Closing the iterator leaves the prefix empty."""
         tokens = [token for chunk in chunks for token in chunk.tokens]
@@ -195,12 +207,12 @@ class Prefix:
             for done in self._read_above(again):
                 work += done
                 yield
-            for chunk, held in _unread(wanted, self.length):
-                work += self._read(chunk, held)
+            for number, held in _unread(wanted, self.length):
+                work += self._read(wanted, number, held)
                 yield
             self._begun = answering and bool(wanted)
-            begun = len(wanted[-1].tokens) if self._begun else 0
-            self._steer(answer=True, start=self.length - begun)
+            *before, begun = wanted if self._begun else [*wanted, Chunk((last,), answer=True)]
+            self._steer(begun, self.length - len(begun.tokens) * self._begun, before)
             self._record()
         except BaseException:
             self.reset()
@@ -239,7 +251,7 @@ class Prefix:
     def unread(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Return the chunks of which ``fill`` would read at least a part."""
         wanted = _not_empty(chunks)
-        return [chunk for chunk, _ in _unread(wanted, self._common(wanted))]
+        return [wanted[number] for number, _ in _unread(wanted, self._common(wanted))]
 
     def fork(self) -> "Prefix":
         """Return a copy that shares what is computed; filling one does not change the other."""
@@ -258,7 +270,7 @@ class Prefix:
         if self._exact:
             return count
         # whatever is prompt or answer
-        alike = self._plan.positions == "all" or not self._plan.deltas
+        alike = self._plan.steering is None or self._plan.steering.is_everywhere
         ours, theirs = (_flat(chunks[same:], alike) for chunks in (self._chunks, wanted))
         equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
         return count + sum(1 for _ in equal)
@@ -321,7 +333,7 @@ class Prefix:
         first = self._captured + 1
         for chunk in chunks:
             start = self.length
-            self._steer(answer=chunk.answer, start=start)
+            self._steer(chunk, start, self._chunks)
             for tokens in pieces(chunk.tokens):
                 kept = _slice(self._residual, start, start + len(tokens))
                 h = kept[0] if len(kept) == 1 else mx.concatenate(kept, axis=1)
@@ -332,12 +344,13 @@ class Prefix:
             self._chunks.append(chunk)
             yield len(chunk.tokens) * (len(self._blocks) - first)
 
-    def _read(self, chunk: Chunk, held: int) -> int:
+    def _read(self, wanted: Sequence[Chunk], number: int, held: int) -> int:
         """Send a chunk without its first ``held`` tokens through all blocks.
 
         Keep its residual stream if ``keep_bytes`` allows it.
         """
-        self._steer(answer=chunk.answer, start=self.length - held)
+        chunk = wanted[number]
+        self._steer(chunk, self.length - held, wanted[:number])
         kept: list[mx.array] = []
         if self._captured is not None and self.residual_tokens == self.length:
             self.caches[self._captured].record = lambda _, h: kept.append(h)
@@ -364,11 +377,21 @@ class Prefix:
         mx.eval([cache.state for cache in caches if cache.keys is not None], list(kept))
         clear_buffers()
 
-    def _steer(self, *, answer: bool, start: int) -> None:
-        """Set the shift of every cache for a chunk that begins at ``start``."""
-        span, made = span_in_chunk(self._plan.positions, answer, start), self._plan.deltas
-        for layer, cache in enumerate(self.caches):
-            cache.shift = Shift.of(made[layer], [span]) if layer in made else None
+    def _steer(self, chunk: Chunk, start: int, before: Sequence[Chunk]) -> None:
+        """Set the shift of every cache for a chunk that begins at ``start``, after the chunks ``before``."""
+        steering, made = self._plan.steering, self._plan.added
+        for cache in self.caches:
+            cache.shift = None
+        if steering is None:
+            return
+        thought = (FOREVER, FOREVER)
+        if chunk.answer and steering.needs_thought:
+            marks = marks_of(self.network)
+            prompt = (*(before[-1].tokens if before else ()), *chunk.tokens[:1])
+            thought = marks.thought_in(chunk.tokens, start, opened=marks.opens_thought(prompt))
+        span = steering.span_in_chunk(chunk.answer, start, thought)
+        for layer, what in made.items():
+            self.caches[layer].shift = Shift.of(what.delta, [span], what.late)
         shifts = [cache.shift for cache in self.caches if cache.shift]
         mx.eval([shift.arrays for shift in shifts])  # here, on the thread that made them
 
@@ -380,35 +403,42 @@ class Prefix:
 
 
 class _Plan(NamedTuple):
-    """What is added: ``lambda * v`` of each steered layer, float32 ``(1, 1, hidden)``, and where."""
+    """What is added at each steered layer, and the steering; ``None`` where nothing is added."""
 
-    deltas: dict[int, mx.array]
-    positions: Positions
+    added: dict[int, Added]
+    steering: Steering | None
 
     @classmethod
     def of(cls, network: nn.Module, steering: Steering | None) -> "_Plan":
-        return cls(deltas(network, steering), steering.positions if steering else "all")
+        what = additions(network, steering)
+        return cls(what, steering if what else None)
 
     def differs(self, other: "_Plan") -> list[int]:
         """Return the layers at which another plan adds something else, or elsewhere."""
-        ours, theirs = (
-            {k: (plan.positions, bytes(memoryview(v))) for k, v in plan.deltas.items()}
-            for plan in (self, other)
-        )
+        ours, theirs = (plan._by_layer() for plan in (self, other))
         return [k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)]
+
+    def _by_layer(self) -> dict[int, tuple]:
+        if self.steering is None:
+            return {}
+        where = self.steering.positions, self.steering.budget and self.steering.budget.tokens
+        return {
+            layer: (where, *(bytes(memoryview(one)) for one in what if one is not None))
+            for layer, what in self.added.items()
+        }
 
 
 def _not_empty(chunks: Sequence[Chunk]) -> list[Chunk]:
     return [chunk for chunk in chunks if chunk.tokens]
 
 
-def _unread(wanted: Sequence[Chunk], held: int) -> list[tuple[Chunk, int]]:
-    """Return the chunks that are not among the first ``held`` tokens, and how many of theirs are."""
+def _unread(wanted: Sequence[Chunk], held: int) -> list[tuple[int, int]]:
+    """Return the numbers of the chunks that are not among the first ``held`` tokens, and how many of theirs are."""
     found, start = [], 0
-    for chunk in wanted:
+    for number, chunk in enumerate(wanted):
         end = start + len(chunk.tokens)
         if end > held:
-            found.append((chunk, max(0, held - start)))
+            found.append((number, max(0, held - start)))
         start = end
     return found
 

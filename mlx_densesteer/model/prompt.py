@@ -24,6 +24,7 @@ _MASK = "\ufdd0"  # a noncharacter: where it stands is a message in any case
 
 _QUESTION = {"role": "user", "content": "?"}
 _ANSWER = "answer0mark0."
+_THOUGHT = "thought0mark0."
 
 
 def encode_prompt(
@@ -154,6 +155,20 @@ def encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     return encode_chat(tokenizer, control.token.sub(rf"{TEXT}\1", text))
 
 
+def encode_answer(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of a model's response: as ``encode_text``, but with the marks around its thought."""
+    marks = [mark for mark in (tokenizer.think_start, tokenizer.think_end) if mark]
+    if not marks:
+        return encode_text(tokenizer, text)
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, marks))})", text):
+        if part in marks:
+            ids += tokenizer.encode(part, add_special_tokens=False)
+        elif part:
+            ids += encode_text(tokenizer, part)
+    return ids
+
+
 def decode(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
     """Return the text of token ids, control tokens included, exactly as the model wrote it."""
     return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
@@ -202,6 +217,18 @@ def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:
         f"{what} has the token {strange}: the model knows 0 to {vocabulary - 1}. Use the ids of this "
         "model's tokenizer."
     )
+
+
+def drops_thoughts(tokenizer: TokenizerWrapper) -> bool:
+    """Tell whether the chat template leaves the thoughts of earlier answers out of a conversation."""
+    if not tokenizer.has_thinking or not tokenizer.has_chat_template:
+        return False
+    thought = f"{tokenizer.think_start}\n{_THOUGHT}\n{tokenizer.think_end}\n\n{_ANSWER}"
+    messages = [_QUESTION, {"role": "assistant", "content": thought}, _QUESTION]
+    try:
+        return _THOUGHT not in _render(tokenizer, messages)
+    except (InputError, ModelError):
+        return False  # told when the template is needed
 
 
 class _Control:

@@ -18,7 +18,7 @@ from .faults import Fault
 from .replies import Completion
 from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
-from .vectors import Asked, Vectors
+from .vectors import Asked, Thinking, Vectors
 from .worker import Event, Failed, Job, Said
 
 IGNORED = "X-DenseSteer-Ignored"
@@ -42,9 +42,18 @@ class Completions:
             Fault: the request is refused, or its answer cannot be finished.
         """
         ignored = check_extra(asked)
+        steering, limit = self.vectors.asked(asked.model, asked.steering), None
+        if isinstance(asked, ChatRequest):
+            steers = asked.steering is not None or "@" in (asked.model or "")
+            wish = Thinking(
+                asked.reasoning_effort, asked.thinking_budget, bool(asked.thinking_budget_hard)
+            )
+            steering, limit, unused = self.vectors.thinking(steering, steers, wish)
+            ignored += unused
+        if steering is not None and steering.steering.is_zero:
+            steering = None
         headers = {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
-        steering = self.vectors.asked(asked.model, asked.steering)
-        jobs = await self._jobs(asked, steering)
+        jobs = await self._jobs(asked, steering, limit)
         completion = Completion(
             chat=isinstance(asked, ChatRequest),
             model=steering.model if steering else self.settings.name,
@@ -71,7 +80,10 @@ class Completions:
             return EventStream(lines, held.pop_all(), headers)
 
     async def _jobs(
-        self, asked: ChatRequest | CompletionRequest, steering: Asked | None
+        self,
+        asked: ChatRequest | CompletionRequest,
+        steering: Asked | None,
+        think_limit: int | None,
     ) -> list[Job]:
         most = self.settings.limits.max_tokens
         n = asked.n or 1
@@ -85,6 +97,7 @@ class Completions:
                 n=n,
                 logprobs=asked.alternatives,
                 first=number * n,
+                think_limit=think_limit,
             )
             for number, tokens in enumerate(await self.encoder.encode(asked))
         ]

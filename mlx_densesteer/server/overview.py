@@ -2,12 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import get_args
 
 from .. import demo
 from .._version import __version__
 from ..demo.problems import held_out
-from ..steering.steering import LARGE_DOSE, Positions
+from ..steering.places import POSITIONS
+from ..steering.steering import LARGE_DOSE
 from .settings import Settings
 from .vectors import Vectors
 
@@ -64,7 +64,9 @@ class Overview:
             "presets": self._presets(),
             "vectors": [self.vectors.listing(one) for one in self.vectors.all()],
             "large_dose": LARGE_DOSE,
-            "positions": list(get_args(Positions)),
+            "positions": [
+                one for one in POSITIONS[:-1] if model.thinks or one not in ("think", "answer")
+            ],
         }
 
     def _presets(self) -> list[dict[str, object]]:

@@ -23,7 +23,6 @@ from mlx_lm.models.cache import KVCache
 
 from ..model.block import make_cache
 from ..model.cache import twin_of
-from ..model.places import NOWHERE, span_in_chunk
 from ..model.prefix import Chunk, Prefix
 from ..steering.steering import UNSTEERED, Steering
 
@@ -114,11 +113,9 @@ class PromptCache:
 
     def while_reading(self, steering: Steering | None) -> Steering | None:
         """Return the steering of the prompt without its last token."""
-        if steering is None or not steering.strength:
+        if steering is None or steering.is_zero:
             return self._usual
-        if span_in_chunk(steering.positions, answer=False, start=0) == NOWHERE:
-            return replace(steering, strength=0.0)
-        return replace(steering, positions="all")
+        return steering.in_prompt or replace(steering, strength=0.0, budget=None)
 
     def lookup(self, chunks: Sequence[Chunk], steering: Steering | None) -> Found:
         """Return a copy of the prefix that saves most work."""
@@ -204,8 +201,7 @@ class PromptReading:
     def keeps_answer(self) -> bool:
         """Whether an answer can be kept: as part of the next prompt it must be steered alike."""
         how = self._steering
-        alike = how is None or not how.strength or how.positions == "all"
-        return alike and not self._cache.exact
+        return (how is None or how.is_everywhere) and not self._cache.exact
 
     def keep_answer(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> None:
         """Keep an answer with its prompt; ``caches`` are those with which its row ended."""
@@ -217,14 +213,14 @@ class PromptReading:
     def caches(self) -> list[KVCache]:
         """Return caches of the tokens read so far; they go on under the prompt's steering."""
         caches = [twin_of(cache) for cache in self._prefix.caches]
-        steered = make_cache(self._network, self._steering, prompt_length=len(self._tokens))
+        steered = make_cache(self._network, self._steering, prompt=self._tokens)
         for cache, other in zip(caches, steered, strict=True):
             cache.shift = other.shift
         return caches
 
 
 def _identity(steering: Steering | None) -> tuple[str, frozenset[int]]:
-    if steering is None or not steering.strength:
+    if steering is None or steering.is_zero:
         return UNSTEERED, frozenset()
     return steering.fingerprint, frozenset(steering.layers)
 

@@ -42,6 +42,7 @@ class Completion:
         self.created = int(time.time())
         self._began, self._first = time.perf_counter(), 0.0
         self._lengths: dict[int, int] = {}  # characters with log-probabilities so far, by choice
+        self._told: dict[int, tuple[int, int]] = {}  # characters of thought and answer, by choice
 
     def add(self, first: int, said: Said) -> None:
         """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
@@ -63,11 +64,11 @@ class Completion:
             logprobs = self._logprobs(index, self.logprobs[index]) if with_logprobs else None
             choice: dict[str, object] = {"index": index}
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+                choice["message"] = _message(result)
             else:
                 choice["text"] = result.text
             choice |= {"logprobs": logprobs, "finish_reason": result.finish_reason}
-            choices.append(choice | _read(result))
+            choices.append(choice | self._read(result))
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
 
@@ -88,12 +89,25 @@ class Completion:
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
         text: dict[str, object] = {"text": piece.text}
         if self.chat:
-            text = {"delta": {"content": piece.text} if piece.text else {}}
+            text = {"delta": self._delta(index, *piece.shown)}
         choice: dict[str, object] = {"index": index} | text | {"logprobs": logprobs}
         if piece.result is None:
             return self._chunk([choice | {"finish_reason": None}])
-        choice |= {"finish_reason": piece.result.finish_reason} | _read(piece.result)
+        choice |= {"finish_reason": piece.result.finish_reason} | self._read(piece.result)
         return self._chunk([choice]) | {"steering": self.steering}
+
+    def _delta(self, choice: int, thought: str | None, answer: str) -> dict[str, str]:
+        """Return what is new of an answer."""
+        thought = thought or ""
+        of_thought, of_answer = self._told.get(choice, (0, 0))
+        self._told[choice] = len(thought), len(answer)
+        new = {"reasoning_content": thought[of_thought:], "content": answer[of_answer:]}
+        return {name: text for name, text in new.items() if text}
+
+    def _read(self, result: Generation) -> dict[str, object]:
+        """Return what a finished answer says: where its steps begin, and the answer that it marks."""
+        text = result.answer if self.chat else result.text
+        return {"step_starts": step_starts(text), "stated_answer": stated_answer(text)}
 
     def last(self) -> dict[str, object]:
         """Return the chunk that carries the usage."""
@@ -115,6 +129,7 @@ class Completion:
             "total_tokens": prompt + written,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
             "completion_tokens_details": {
+                "reasoning_tokens": sum(r.thought_tokens for r in results),
                 "steps": steps,
                 "density": None if found is None else round(found, 2),
                 "tokens_per_second": round(sum(rates) / len(rates), 2) if rates else None,
@@ -171,6 +186,6 @@ class Completion:
         return self.token_bytes(token).decode(errors="replace")
 
 
-def _read(result: Generation) -> dict[str, object]:
-    """Return what a finished answer says: where its steps begin, and the answer that it marks."""
-    return {"step_starts": step_starts(result.text), "stated_answer": stated_answer(result.text)}
+def _message(result: Generation) -> dict[str, object]:
+    message = {"role": "assistant", "content": result.answer, "refusal": None}
+    return message if result.thought is None else message | {"reasoning_content": result.thought}

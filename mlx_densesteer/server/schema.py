@@ -7,11 +7,11 @@ OpenAI's other fields are refused where they would change the answer, and else a
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..generation.sampling import Sampling
-from ..steering.steering import Positions
+from ..steering.places import POSITIONS, is_positions
 from .faults import bad, excerpt
 
 CHOICES = 8
@@ -19,6 +19,16 @@ STOPS = 16
 LAYERS = 1024
 UNKNOWN = 64  # unknown fields of one request
 
+
+def _positions(value: str) -> str:
+    if not is_positions(value):
+        raise PydanticCustomError(
+            "positions", "expected one of {expected}", {"expected": ", ".join(POSITIONS)}
+        )
+    return value
+
+
+Positions = Annotated[str, AfterValidator(_positions)]
 Layer = Annotated[int, Field(ge=0, lt=LAYERS)]
 Stop = Annotated[str, Field(max_length=256)]
 # fail_fast: a list of a million invalid items costs the time of one
@@ -145,10 +155,23 @@ class CompletionFields(BaseModel):
 
 
 class ChatRequest(CompletionFields):
+    """A request for a chat's next answer.
+
+    ``reasoning_effort`` and ``thinking_budget`` are of models that think; of others they are ignored.
+    """
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    reasoning_effort: str | None = Field(None, max_length=64, description="low, medium or high.")
+    thinking_budget: int | None = Field(
+        None,
+        ge=1,
+        le=2**30,
+        description="Tokens of thought, then steered more; without a vector, cut.",
+    )
+    thinking_budget_hard: bool | None = Field(None, description="Cut the thought by force.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -232,7 +255,6 @@ IDLE = {
     "safety_identifier",
     "prompt_cache_retention",
     "verbosity",
-    "reasoning_effort",
 }
 
 

@@ -1,7 +1,10 @@
 """The settings of a server."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from .effort import EFFORTS, Effort
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -58,6 +61,7 @@ class Settings:
         name: the model's name for clients.
         folder: holds further vectors.
         strict: those that were made for another model cannot be used.
+        efforts: what levels of ``reasoning_effort`` mean.
     """
 
     name: str
@@ -65,3 +69,4 @@ class Settings:
     access: Access = Access()
     folder: Path | None = None
     strict: bool = False
+    efforts: Mapping[str, Effort] = field(default_factory=lambda: EFFORTS)

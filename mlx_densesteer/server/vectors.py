@@ -10,15 +10,18 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import DenseSteerError, InputError
+from ..model.marks import marks_of
 from ..model.model import Model
+from ..steering.places import Positions
 from ..steering.request import Amount, MeasuredModel, Request, format_dose, request
-from ..steering.steering import LARGE_DOSE, Positions, Steering
+from ..steering.steering import LARGE_DOSE, Steering
 from ..steering.vector import SteeringVector, VectorMeta, format_layers
 from ..text import count, one_line
+from .effort import Effort
 from .faults import Fault, bad, excerpt
 from .schema import SteeringField
 from .settings import Settings
@@ -49,6 +52,7 @@ class NamedVector:
         strength: str | float | Amount | None = None,
         layers: Iterable[int] | None = None,
         positions: Positions | None = None,
+        budget: int | None = None,
     ) -> Request:
         """Fill in what a request leaves out; raises as ``steering.request.request`` does."""
         return request(
@@ -56,6 +60,7 @@ class NamedVector:
             self.strength if strength is None else strength,
             self.layers if layers is None else layers,
             positions or self.positions,
+            budget=budget,
         )
 
 
@@ -65,6 +70,21 @@ class Asked:
 
     steering: Steering
     model: str
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What a request asks of a reasoning model's thought.
+
+    Args:
+        effort: a level of ``effort.LEVELS``; others are ignored.
+        budget: tokens of the thought.
+        hard: end it there by force.
+    """
+
+    effort: str | None = None
+    budget: int | None = None
+    hard: bool = False
 
 
 class Vectors:
@@ -83,7 +103,7 @@ class Vectors:
     """
 
     def __init__(self, given: Sequence[NamedVector], model: Model, settings: Settings):
-        self.model, self.base = model, settings.name
+        self.model, self.base, self._efforts = model, settings.name, settings.efforts
         self._asked_of: MeasuredModel = model  # until the server runs; then what measures nothing
         self._folder, self._strict = settings.folder, settings.strict
         self._given: dict[str, NamedVector] = {}
@@ -139,6 +159,64 @@ class Vectors:
             return None
         one = self._choose(field)
         return self._asked(one, "steering", field.strength, field.chosen_layers, field.positions)
+
+    def thinking(
+        self, found: Asked | None, steers: bool, asked: Thinking
+    ) -> tuple[Asked | None, int | None, list[str]]:
+        """Apply what a request asks of the thought to the steering that it asks for.
+
+        A level sets strength and budget; where the request itself says how to steer, only the budget. A
+        budget without a vector ends the thought by force.
+
+        Args:
+            found: the steering so far.
+            steers: whether the request itself says how to steer.
+
+        Returns:
+            The steering; where the thought is ended by force; the fields that are ignored.
+
+        Raises:
+            Fault: the steering cannot be applied.
+        """
+        level = self._efforts.get(asked.effort or "") if self.model.thinks else None
+        one, vectors = None, self.all()
+        if found is not None:
+            one = self.get(found.steering.vector.name, "steering.vector")
+        elif not steers and len(vectors) == 1:
+            one = vectors[0]
+        ignored = ["reasoning_effort"] if asked.effort and (level is None or one is None) else []
+        if not self.model.thinks:
+            ignored += ["thinking_budget"] if asked.budget else []
+            return found, None, ignored
+        budget = asked.budget or (level.budget if level and one else None)
+        hard = asked.hard or one is None
+        try:
+            if budget is not None:
+                _ = marks_of(self.model.network).thought  # raises if a budget is impossible
+            if found is None and one is not None and level is not None:
+                found = self._at_level(one, level)
+            if budget is not None and not hard:
+                found = self._with_budget(one, found, budget)
+        except DenseSteerError as error:
+            raise bad(
+                str(error), "thinking_budget" if asked.budget else "reasoning_effort"
+            ) from error
+        return found, budget if hard else None, ignored
+
+    def _at_level(self, one: NamedVector, level: Effort) -> Asked:
+        steering = one.request(level.amount).steering(self._asked_of)
+        if level.amount is None:
+            steering = replace(steering, strength=steering.strength * level.factor)
+        return Asked(steering, self.base)
+
+    def _with_budget(self, one: NamedVector, found: Asked | None, budget: int) -> Asked:
+        if found is None:
+            found = Asked(one.request(0.0).steering(self._asked_of), self.base)
+        steering = found.steering
+        late = one.request(0.0, steering.layers, steering.positions, budget)
+        more = late.steering(self._asked_of).budget
+        over = replace(more, strength=more.strength + steering.strength)
+        return Asked(replace(steering, budget=over), found.model)
 
     def preset(self, one: NamedVector) -> Asked:
         """Return a vector at its default, the dose rounded for display.

@@ -16,7 +16,7 @@ from ..errors import DenseSteerError
 from ..generation.batch import BESIDE, PREFILL_BESIDE, Batch, Piece
 from ..generation.sampling import Sampling
 from ..generation.wired import Wired
-from ..model.block import deltas
+from ..model.block import additions
 from ..model.model import Model
 from ..steering.steering import Steering
 from .faults import Fault, bad, ending, failed
@@ -31,7 +31,7 @@ class Job:
 
     ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may
     end an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's
-    first answer in the response.
+    first answer in the response. ``think_limit`` is as in ``Batch.add``.
     """
 
     tokens: list[int]
@@ -42,6 +42,7 @@ class Job:
     n: int = 1
     logprobs: int | None = None
     first: int = 0
+    think_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Worker:
         self._owed[job], self._asked = job.n, time.monotonic()
         self._wired = self._wired or Wired()
         try:
-            deltas(self._model.network, job.steering)
+            additions(self._model.network, job.steering)
         except DenseSteerError as error:
             del self._owed[job]
             return Failed(bad(str(error), "steering"))
@@ -266,7 +267,7 @@ class Worker:
         if self._batch is None:
             self._batch = Batch(self._model, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
-        ends = self._model.ends(job.tokens)
+        ends, opens_thought = self._model.ends(job.tokens), self._model.opens_thought(job.tokens)
         for choice in range(job.n):
             row = self._batch.add(
                 tokens,
@@ -277,6 +278,8 @@ class Worker:
                 cache=caches,
                 logprobs=job.logprobs,
                 ends=ends,
+                opens_thought=opens_thought,
+                think_limit=job.think_limit,
                 keep=job.n == 1 and taken.reading.keeps_answer,
             )
             self._rows[row] = taken, choice

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 
 from ..errors import InputError, SteeringError
 from ..text import one_line
-from .steering import Positions, Steering
+from .places import Positions
+from .steering import Steering, ThinkBudget
 from .vector import SteeringVector, format_layers
 
 DEFAULT_DOSE = 0.2  # visible at the first try, and far from the collapse at about 1
@@ -164,7 +165,8 @@ class Request:
     """A requested steering with every default filled in; a dose or KL still needs the model.
 
     ``why`` tells the user why this layer was chosen; it is empty if the layers were given. ``usual`` says
-    that the strength is the default.
+    that the strength is the default. ``budget`` is how many tokens a thought has before it is steered at
+    ``late``; ``None`` for that adds a dose of 20 % to the strength.
     """
 
     vector: SteeringVector
@@ -173,11 +175,18 @@ class Request:
     positions: Positions = "all"
     why: str = ""
     usual: bool = False
+    budget: int | None = None
+    late: Amount | None = None
 
     def steering(self, model: MeasuredModel) -> Steering:
         """Return the steering; raises as ``Amount.strength``."""
-        strength = self.amount.strength(model, self.vector, self.layers, self.positions)
-        return Steering(self.vector, strength, self.layers, self.positions)
+        setting = model, self.vector, self.layers, self.positions
+        strength, budget = self.amount.strength(*setting), None
+        if self.budget is not None:
+            more = Amount(DEFAULT_DOSE, "dose").strength(*setting) if self.late is None else 0.0
+            late = strength + more if self.late is None else self.late.strength(*setting)
+            budget = ThinkBudget(self.budget, late)
+        return Steering(self.vector, strength, self.layers, self.positions, budget)
 
 
 def request(
@@ -185,6 +194,9 @@ def request(
     strength: str | float | Amount | None = None,
     layers: Iterable[int] | None = None,
     positions: Positions | None = None,
+    *,
+    budget: int | None = None,
+    late: str | float | Amount | None = None,
 ) -> Request:
     """Fill in what is not given; no other function has defaults of its own.
 
@@ -192,6 +204,7 @@ def request(
       them; else ``default_layer``.
     - ``strength``: what the file recommends, at the layers that it recommends; else a dose of 20 %.
     - ``positions``: what the file recommends, with its layers; else ``"all"``, as in the paper.
+    - ``late``, with a thinking ``budget``: a dose of 20 % more.
 
     Raises:
         InputError: ``strength`` is no number, per cent or KL.
@@ -216,8 +229,10 @@ def request(
     where = positions or (best.get("positions") if swept else None) or "all"
     # Made only for its checks: what can never be applied fails before a model is loaded.
     # A dose and a KL have no lambda yet; 0 stands in.
-    Steering(vector, amount.number if amount.unit == "strength" else 0.0, chosen, where)
-    return Request(vector, amount, chosen, where, why, usual=strength is None)
+    limit = None if budget is None else ThinkBudget(budget, 0.0)
+    Steering(vector, amount.number if amount.unit == "strength" else 0.0, chosen, where, limit)
+    late = None if late is None else Amount.parse(late)
+    return Request(vector, amount, chosen, where, why, strength is None, budget, late)
 
 
 def resolve(
@@ -227,6 +242,8 @@ def resolve(
     layers: Iterable[int] | None = None,
     positions: Positions | None = None,
     *,
+    budget: int | None = None,
+    late: str | float | Amount | None = None,
     strict: bool = False,
 ) -> Steering:
     """Return a steering for one model, with the defaults of ``request`` where nothing is given.
@@ -243,6 +260,8 @@ def resolve(
         vector: a steering vector, or its ``.npz`` file; ``"demo"`` is the embedded one.
         strength: lambda, a dose such as ``"20%"``, or a KL in nats per token such as ``"0.1nats"``,
             which takes some forward passes unless the vector holds its calibration.
+        budget: tokens of a reasoning model's thought, from which on it is steered at ``late``.
+        late: a strength as above; by default a dose of 20 % more.
         strict: refuse a vector of another model.
 
     Raises:
@@ -254,7 +273,8 @@ def resolve(
         vector = SteeringVector.load(vector)
     if warning := model.other_weights(vector, strict=strict):
         warnings.warn(warning.removeprefix("warning: "), stacklevel=2)
-    return request(vector, strength, layers, positions).steering(model)
+    made = request(vector, strength, layers, positions, budget=budget, late=late)
+    return made.steering(model)
 
 
 def recommended_layers(vector: SteeringVector) -> tuple[int, ...]:

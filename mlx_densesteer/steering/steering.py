@@ -4,13 +4,22 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from ..errors import SteeringError
-from .vector import Positions, SteeringVector, format_layers
+from .places import (
+    FOREVER,
+    Positions,
+    Span,
+    Thought,
+    check_positions,
+    need_prompt,
+    span_in_chunk,
+    span_of,
+)
+from .vector import SteeringVector, format_layers
 
 # Users are warned from this dose on. At about 1 the 0.5B test checkpoint repeats itself without end
 # (benchmarks/dose.py); other projects report collapse from about 1.9 on (docs/steering.md).
@@ -23,11 +32,27 @@ LARGE_DOSE_WARNING = (
 UNSTEERED = "unsteered"  # the fingerprint of no steering
 
 
-def check_positions(positions: str) -> None:
-    """Raise ``SteeringError`` unless it is one of ``Positions``."""
-    if positions not in get_args(Positions):
-        expected = ", ".join(get_args(Positions))
-        raise SteeringError(f"positions {positions!r}: expected one of {expected}.")
+@dataclass(frozen=True)
+class ThinkBudget:
+    """Steer a thought otherwise once it is long: at ``strength`` from ``tokens`` tokens on.
+
+    Args:
+        tokens: how many tokens the thought has before.
+        strength: lambda from there on, in place of the steering's own, whatever its positions.
+
+    Raises:
+        SteeringError: ``tokens`` is below 1, or the strength is not finite.
+    """
+
+    tokens: int
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens < FOREVER:
+            raise SteeringError(
+                f"a thinking budget of {self.tokens} tokens: expected at least 1, below {FOREVER:,}."
+            )
+        object.__setattr__(self, "strength", _finite(self.strength))
 
 
 @dataclass(frozen=True)
@@ -42,13 +67,17 @@ class Steering:
         vector: the steering vector.
         strength: lambda, any finite number.
         layers: 0-based layer numbers.
-        positions: at which tokens of the sequence the vector is added.
+        positions: at which tokens of the sequence the vector is added (``places`` has a picture).
             ``"all"``: at every token, as the reference does.
             ``"prompt"``: at every prompt token.
             ``"generated"``: at every token whose output chooses a generated one: from the *last
             prompt token* on (which belongs to ``"prompt"`` too).
+            ``"first:N"``: at the first N of ``"generated"``.
             ``"steps"``: at those of ``"generated"`` whose own text holds a blank line: they end a
             step, and their output begins the next one.
+            ``"think"``: at those of ``"generated"`` whose output chooses a token of the thought, or ends it.
+            ``"answer"``: at the others of ``"generated"``.
+        budget: steer a long thought otherwise; ``None`` does not.
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
@@ -63,42 +92,105 @@ class Steering:
     strength: float
     layers: tuple[int, ...]
     positions: Positions = "all"
+    budget: ThinkBudget | None = None
     _deltas: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
+    _late: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
-        strength = float(self.strength)
-        if not math.isfinite(strength):
-            raise SteeringError(f"strength {self.strength}: expected a finite number.")
+        strength = _finite(self.strength)
         layers = tuple(sorted({int(layer) for layer in self.layers}))
         if not layers:
             raise SteeringError("no layers to steer: name at least one.")
         chosen = self.vector.select(layers).layers
-        with np.errstate(over="ignore"):  # an overflow raises below
-            deltas = {k: np.float32(strength) * array for k, array in chosen.items()}
-        if bad := [layer for layer, delta in deltas.items() if not np.isfinite(delta).all()]:
-            raise SteeringError(
-                f"strength {strength:g} overflows float32 at layer {format_layers(bad)}: "
-                "choose a smaller one."
-            )
-        for delta in deltas.values():
-            delta.setflags(write=False)
+        late = strength if self.budget is None else self.budget.strength
         object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "_deltas", deltas)
+        object.__setattr__(self, "_deltas", _scaled(chosen, strength))
+        object.__setattr__(self, "_late", _scaled(chosen, late))
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is ever added."""
+        return not self.strength and (self.budget is None or not self.budget.strength)
+
+    @property
+    def in_prompt(self) -> "Steering | None":
+        """The steering of the prompt without its last token; ``None`` if nothing is added there."""
+        if not self.strength or self.positions not in ("all", "prompt"):
+            return None
+        return replace(self, positions="all", budget=None)
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every token is steered alike, whatever precedes it."""
+        return self.is_zero or (self.positions == "all" and self.budget is None)
+
+    @property
+    def needs_thought(self) -> bool:
+        """Whether it matters where the thought is."""
+        return self.positions in ("think", "answer") or self.budget is not None
+
+    def span(self, prompt_length: int | None, opens_thought: bool = False) -> Span:
+        """Return the steered positions of a prompt and its answer.
+
+        Args:
+            opens_thought: whether the prompt ends within a thought.
+
+        Raises:
+            SteeringError: ``prompt_length`` is needed, and missing or below 1.
+        """
+        if self.budget is not None:
+            need_prompt("a thinking budget needs", prompt_length)
+        span = span_of(self.positions, prompt_length)
+        if not self.needs_thought:
+            return span
+        start = prompt_length - 1
+        return self._with_thought(span, start, start if opens_thought else FOREVER)
+
+    def span_in_chunk(
+        self, answer: bool, start: int, thought: tuple[int, int] = (FOREVER, FOREVER)
+    ) -> Span:
+        """Return the steered positions of a chunk (``prefix.Chunk``) that begins at ``start``.
+
+        Args:
+            thought: the positions of its marks, as ``Marks.thought_in`` returns them.
+        """
+        span = span_in_chunk(self.positions, answer, start)
+        if not answer or not self.needs_thought:
+            return span
+        return self._with_thought(span, start, *thought)
+
+    def _with_thought(self, span: Span, start: int, opened: int, closed: int = FOREVER) -> Span:
+        budget = FOREVER if self.budget is None else self.budget.tokens
+        return span._replace(thought=Thought(start, opened, closed, budget))
 
     def delta(self, layer: int) -> np.ndarray | None:
         """Return ``strength * v_layer``, float32 ``(hidden_size,)``; ``None`` if nothing is added there."""
         return self._deltas.get(layer) if self.strength else None
 
+    def late_delta(self, layer: int) -> np.ndarray:
+        """Return ``budget.strength * v_layer``, of a steering with a budget."""
+        return self._late[layer]
+
+    def weaker(self, factor: float) -> "Steering":
+        """Return it with every strength multiplied by ``factor``; at 0 without a budget."""
+        budget = self.budget and replace(self.budget, strength=self.budget.strength * factor)
+        return replace(self, strength=self.strength * factor, budget=budget if factor else None)
+
     @property
     def fingerprint(self) -> str:
         """Identify what is added to the stream. Strength 0 has the fingerprint of no steering."""
-        if not self.strength:
+        if self.is_zero:
             return UNSTEERED
-        digest = hashlib.sha256(json.dumps([self.positions, self.layers]).encode())
-        for layer in self._deltas:
+        where: list[object] = [self.positions, self.layers]
+        if self.budget is not None:
+            where.append(self.budget.tokens)
+        digest = hashlib.sha256(json.dumps(where).encode())
+        for layer in self.layers:
             digest.update(self._deltas[layer].astype("<f4").tobytes())
+            if self.budget is not None:
+                digest.update(self._late[layer].astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 
     def dose(self, residual_norms: Mapping[int, float]) -> float:
@@ -123,5 +215,27 @@ class Steering:
             "strength": self.strength,
             "layers": list(self.layers),
             "positions": self.positions,
+            **({"budget": asdict(self.budget)} if self.budget else {}),
             "fingerprint": self.fingerprint,
         }
+
+
+def _finite(strength: float) -> float:
+    strength = float(strength)
+    if not math.isfinite(strength):
+        raise SteeringError(f"strength {strength}: expected a finite number.")
+    return strength
+
+
+def _scaled(arrays: Mapping[int, np.ndarray], strength: float) -> dict[int, np.ndarray]:
+    """Return ``strength * array`` of each layer, read-only."""
+    with np.errstate(over="ignore"):  # an overflow raises below
+        deltas = {k: np.float32(strength) * array for k, array in arrays.items()}
+    if bad := [layer for layer, delta in deltas.items() if not np.isfinite(delta).all()]:
+        raise SteeringError(
+            f"strength {strength:g} overflows float32 at layer {format_layers(bad)}: "
+            "choose a smaller one."
+        )
+    for delta in deltas.values():
+        delta.setflags(write=False)
+    return deltas

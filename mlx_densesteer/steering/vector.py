@@ -9,7 +9,6 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,12 +17,12 @@ from .._version import __version__
 from ..errors import VectorFormatError, VectorMismatchError
 from ..files import atomic_file, parse_object, read_archive, read_file
 from ..text import one_line
+from .places import is_positions
 
 FORMAT = "mlx-densesteer steering vector"
 FORMAT_VERSION = 1
 HOOK_POINT = "output of decoder block, before the next block"
 OPERATOR = "add"
-Positions = Literal["all", "generated", "prompt", "steps"]  # what they mean: ``Steering``
 MAX_META_BYTES = 2**20
 MAX_TEXT = 4096  # characters of a text in the metadata
 SHOWN_RUNS = 64  # of layers; no known model has more blocks of every second one
@@ -306,7 +305,7 @@ def _meta_problems(meta: VectorMeta) -> list[str]:
     if best is not None and not (
         is_layers(best.get("layers"))
         and _is_number(best.get("strength"))
-        and best.get("positions") in (None, *get_args(Positions))
+        and (best.get("positions") is None or is_positions(best["positions"]))
         and isinstance(best.get("text", ""), str)
     ):
         problems.append("`recommended` has no layers, strength and positions that can be applied")
@@ -334,7 +333,7 @@ def _is_calibration(found: Mapping[str, object]) -> bool:
     return isinstance(points, list | tuple) and all(
         isinstance(point, Mapping)
         and is_layers(point.get("layers"))
-        and point.get("positions") in get_args(Positions)
+        and is_positions(point.get("positions"))
         and _is_number(point.get("kl"), above=0)
         and _is_number(point.get("strength"))
         and point["strength"] != 0

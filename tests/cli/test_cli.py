@@ -74,10 +74,8 @@ def test_every_command_has_help(run, command):
 
 def test_choices_are_those_of_the_library():
     """The command line cannot import them: its help must not load mlx."""
-    from typing import get_args
-
     from mlx_densesteer.model.convert import BITS, DTYPES, GROUP_SIZES
-    from mlx_densesteer.steering.steering import Positions
+    from mlx_densesteer.steering.places import POSITIONS
 
     def choices(command, name):
         (found,) = (p.type.choices for p in main.commands[command].params if p.name == name)
@@ -86,7 +84,7 @@ def test_choices_are_those_of_the_library():
     assert choices("convert", "bits") == [*map(str, BITS), "none"]
     assert choices("convert", "group_size") == [*map(str, GROUP_SIZES)]
     assert choices("convert", "dtype") == list(DTYPES)
-    assert choices("generate", "positions") == list(get_args(Positions))
+    assert choices("generate", "positions") == list(POSITIONS)
 
 
 def test_generate_streams_text_to_stdout_and_the_rest_to_stderr(run, hf_folder):

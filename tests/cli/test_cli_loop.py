@@ -5,7 +5,6 @@ import shutil
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import get_args
 
 import pytest
 
@@ -248,11 +247,11 @@ def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_steps(run, tmp
 
 def test_the_options_name_all_positions():
     from mlx_densesteer.cli.options import positions_option
-    from mlx_densesteer.steering.vector import Positions
+    from mlx_densesteer.steering.places import POSITIONS
 
     command = positions_option()(lambda: None)
     (option,) = command.__click_params__
-    assert set(option.type.choices) == set(get_args(Positions))
+    assert set(option.type.choices) == set(POSITIONS)
 
 
 CODE_2 = (

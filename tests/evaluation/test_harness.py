@@ -75,7 +75,7 @@ def naive(lm, context, continuation):
     """Likelihood of the text after the context: one sequence, all of its logits."""
     tokens = lm.tokenizer.encode(context + continuation)
     length = len(lm.tokenizer.encode(context))
-    cache = make_cache(lm.model, lm.steering, prompt_length=length)
+    cache = make_cache(lm.model, lm.steering, prompt=range(length))
     logits = lm.model.network(mx.array([tokens]), cache=cache)[0, length - 1 : -1]
     logp = nn.log_softmax(logits, axis=-1)
     greedy = mx.argmax(logits, axis=-1).tolist() == tokens[length:]
@@ -205,7 +205,7 @@ def test_rolling_reads_a_long_text_in_windows(folder, steered):
         begin = max(0, start + len(window) - 8)  # the last window takes all the context there is
         seen = [lm.prefix_token_id, *tokens] if not start else tokens
         context = [read] if not start else seen[begin:start]
-        cache = make_cache(lm.model, lm.steering, prompt_length=len(context))
+        cache = make_cache(lm.model, lm.steering, prompt=context)
         logits = lm.model.network(mx.array([[*context, *window]]), cache=cache)[
             0, len(context) - 1 : -1
         ]

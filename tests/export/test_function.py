@@ -140,7 +140,7 @@ def test_the_strength_may_change_from_call_to_call(write, tiny_model, make_vecto
     _, cache = read(function, (8, 4), 0.0)
     ours, _ = read(function, (1,), 1.5, cache, position=12)
     steering = Steering(make_vector(), 1.5, (1, 2), "generated")
-    caches = make_cache(network, steering, prompt_length=13)
+    caches = make_cache(network, steering, prompt=range(13))
     assert close(ours, network(mx.array([TOKENS]), caches)[:, -1])
 
 

@@ -286,7 +286,7 @@ def test_a_row_goes_on_from_filled_caches_and_leaves_them_alone(model, make_vect
     steering = ds.Steering(make_vector(), 2.0, (1, 3), positions)
     prompt, cut = PROMPTS[2], 21
     alone = ds.generate(model, prompt, steering=steering, max_tokens=12)
-    caches = make_cache(model, steering, prompt_length=len(prompt))
+    caches = make_cache(model, steering, prompt=prompt)
     model.network(mx.array([prompt[:cut]]), cache=caches)
     mx.eval([cache.state for cache in caches])
     before = [[mx.array(array) for array in cache.state] for cache in caches]

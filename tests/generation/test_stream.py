@@ -214,7 +214,7 @@ def test_what_follows_a_brake_is_what_the_lower_strength_says(toy, overdose, pos
 
 def by_hand(model, tokens, steering, prompt_length, count) -> tuple[int, ...]:
     """Greedy decoding with nothing but a cache."""
-    cache, said = ds.make_cache(model, steering, prompt_length=prompt_length), []
+    cache, said = ds.make_cache(model, steering, prompt=range(prompt_length)), []
     while len(said) < count:
         logits = model(mx.array([tokens]), cache=cache)[0, -1]
         tokens = [mx.argmax(logits).item()]

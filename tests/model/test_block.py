@@ -138,7 +138,7 @@ def test_positions_are_exact_across_prefill_chunks_and_decoding(
     steering = Steering(make_vector(), 2.0, layers=(1, 2), positions=positions)
     sequence = [*PROMPT, 50, 51, 52, 53]
     expected = expected_logits(tiny, sequence, steering, WITHIN[positions])
-    cache = make_cache(tiny, steering, prompt_length=len(PROMPT))
+    cache = make_cache(tiny, steering, prompt=PROMPT)
     pieces, at = [], 0
     for length in [*chunks, 1, 1, 1, 1]:
         pieces.append(tiny(mx.array([sequence[at : at + length]]), cache))
@@ -151,7 +151,7 @@ def test_a_chunk_that_crosses_the_boundary(tiny, make_vector):
     sequence = [*PROMPT, 50, 51, 52]
     for positions, within in WITHIN.items():
         steering = Steering(make_vector(), 2.0, layers=(1,), positions=positions)
-        cache = make_cache(tiny, steering, prompt_length=len(PROMPT))
+        cache = make_cache(tiny, steering, prompt=PROMPT)
         first = tiny(mx.array([sequence[:6]]), cache)
         rest = tiny(mx.array([sequence[6:]]), cache)
         expected = expected_logits(tiny, sequence, steering, within)
@@ -163,14 +163,14 @@ def test_the_last_prompt_token_is_in_both_halves(tiny, make_vector):
     stock = tiny(mx.array([PROMPT]))[:, -1]
     for positions in ("prompt", "generated"):
         steering = Steering(make_vector(), 2.0, layers=(3,), positions=positions)
-        cache = make_cache(tiny, steering, prompt_length=len(PROMPT))
+        cache = make_cache(tiny, steering, prompt=PROMPT)
         assert not close(tiny(mx.array([PROMPT]), cache)[:, -1], stock, tolerance=0.01)
 
 
 def test_trimming_keeps_positions_right(tiny, make_vector):
     steering = Steering(make_vector(), 2.0, layers=(1,), positions="generated")
     sequence = [*PROMPT, 50, 51, 52]
-    cache = make_cache(tiny, steering, prompt_length=len(PROMPT))
+    cache = make_cache(tiny, steering, prompt=PROMPT)
     tiny(mx.array([[*PROMPT, 90, 91, 92, 93]]), cache)
     trim_prompt_cache(cache, 8)
     rest = tiny(mx.array([sequence[8:]]), cache)
@@ -208,10 +208,10 @@ def settings_for_batch(make_vector):
 @pytest.mark.parametrize("limit", [2, 3, 8])
 def test_every_row_of_a_batch_equals_its_solo_run(tiny, make_vector, limit, late):
     rows = settings_for_batch(make_vector)
-    caches = [make_cache(tiny, s, prompt_length=len(p)) for p, s in rows]
+    caches = [make_cache(tiny, s, prompt=p) for p, s in rows]
     lengths = [9 + 2 * i for i in range(len(rows))]  # rows leave at different times
     solo = [
-        greedy(tiny, p, n, make_cache(tiny, s, prompt_length=len(p)))
+        greedy(tiny, p, n, make_cache(tiny, s, prompt=p))
         for (p, s), n in zip(rows, lengths, strict=True)
     ]
     batch = BatchGenerator(
@@ -242,7 +242,7 @@ def test_a_row_taken_out_of_a_batch_keeps_its_steering(tiny, make_vector):
     rows = settings_for_batch(make_vector)[:4]
     merged = [
         SteeredKVCache.merge(layer)
-        for layer in zip(*(make_cache(tiny, s, prompt_length=len(p)) for p, s in rows), strict=True)
+        for layer in zip(*(make_cache(tiny, s, prompt=p) for p, s in rows), strict=True)
     ]
     assert all(type(c) is SteeredBatchKVCache for c in merged)
     width = 5
@@ -252,7 +252,7 @@ def test_a_row_taken_out_of_a_batch_keeps_its_steering(tiny, make_vector):
     expected = {}
     for row in (1, 2):
         prompt, steering = rows[row]
-        alone = make_cache(tiny, steering, prompt_length=len(prompt))
+        alone = make_cache(tiny, steering, prompt=prompt)
         tiny(tokens[row : row + 1], alone)
         expected[row] = tiny(following, alone)
         taken = [c.extract(row) for c in merged]
@@ -384,11 +384,11 @@ def test_gradients_pass_through_a_patched_block(tiny):
 def test_quantised_kv_cache_carries_the_steering(make_vector):
     model = tiny_model(hidden=256)  # heads of 64: what KV quantisation needs
     steering = Steering(make_vector(hidden=256), 2.0, layers=(1,), positions="generated")
-    cache = make_cache(model, steering, prompt_length=len(PROMPT))
+    cache = make_cache(model, steering, prompt=PROMPT)
     found = greedy(model, PROMPT, 6, cache, kv_bits=8, quantized_kv_start=0)
     assert all(type(c) is SteeredQuantizedKVCache for c in cache)
     assert cache[1].shift is not None and cache[0].shift is None
-    exact = greedy(model, PROMPT, 6, make_cache(model, steering, prompt_length=len(PROMPT)))
+    exact = greedy(model, PROMPT, 6, make_cache(model, steering, prompt=PROMPT))
     assert found[:3] == exact[:3]  # 8 bits are close, not equal
     assert found != greedy(model, PROMPT, 6, make_cache(model), kv_bits=8, quantized_kv_start=0)
 
@@ -439,7 +439,9 @@ def test_a_vector_of_another_width_is_refused(tiny, make_vector):
 
 
 def test_positions_without_a_prompt_length_are_refused(tiny, make_vector):
-    with pytest.raises(SteeringError, match="need the prompt's length"):
+    with pytest.raises(
+        SteeringError, match="positions 'generated' need the prompt, found None tokens"
+    ):
         make_cache(tiny, at_every_layer(make_vector(), positions="generated"))
 
 

@@ -121,6 +121,6 @@ def test_the_code_is_one_that_we_have_read(owner, name):
 def test_names_that_a_mixin_must_not_hide():
     """The steered caches add these; mlx-lm's own must not grow the same ones."""
     for stock in (cache.KVCache, cache.BatchKVCache, cache.QuantizedKVCache):
-        added = {"shift", "expecting", "step_ends", "record", "instead", "_rows", "take"}
+        added = {"shift", "expecting", "noted", "thoughts", "record", "instead", "_rows", "take"}
         assert not added & set(dir(stock))
     assert "shift" not in inspect.getsource(cache.KVCache)

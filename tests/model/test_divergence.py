@@ -29,7 +29,7 @@ TEXTS = [([1, 2, 3, 9, 8, 7, 6, 5], 3), ([5, *range(40)], 1), ([7, 7, 8, 4], 3)]
 def logits(network, text, steering):
     """What mlx-lm's whole forward pass gives before each response token, float64."""
     tokens, first = text
-    cache = make_cache(network, steering, prompt_length=first)
+    cache = make_cache(network, steering, prompt=range(first))
     found = network(mx.array([tokens]), cache)[0].astype(mx.float32)
     return np.array(found, np.float64)[first - 1 : -1]
 
@@ -71,7 +71,7 @@ def test_what_is_shared_below_equals_what_is_not(tiny, make_vector):
     found = Branches(tiny, text, [1, 2]).steered(steerings)
     tokens, first = text
     for row, steering in zip(found, steerings, strict=True):
-        h = tiny.model(mx.array([tokens]), make_cache(tiny, steering, prompt_length=first))
+        h = tiny.model(mx.array([tokens]), make_cache(tiny, steering, prompt=range(first)))
         assert np.abs(np.array(row - h[0, first - 1 : -1])).max() < 1e-5
 
 

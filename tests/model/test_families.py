@@ -221,10 +221,10 @@ def test_cached_is_full_and_a_row_of_a_batch_is_alone(network, steering, positio
     steering = dataclasses.replace(steering, positions=positions)
     other = dataclasses.replace(steering, strength=-1.0)
     patch(network)
-    alone = in_steps(network, make_cache(network, steering, prompt_length=13), PROMPT)
-    whole = network(mx.array([PROMPT]), make_cache(network, steering, prompt_length=13))
+    alone = in_steps(network, make_cache(network, steering, prompt=range(13)), PROMPT)
+    whole = network(mx.array([PROMPT]), make_cache(network, steering, prompt=range(13)))
     assert close(alone, whole)
-    rows = [make_cache(network, one, prompt_length=13) for one in (steering, None, other)]
+    rows = [make_cache(network, one, prompt=range(13)) for one in (steering, None, other)]
     for row, cache in enumerate(rows):
         network(mx.array([PROMPT[row:13]]), cache)  # of different lengths
     batch = [SteeredBatchKVCache.merge(layer) for layer in zip(*rows, strict=True)]

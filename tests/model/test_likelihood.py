@@ -26,7 +26,7 @@ RESPONSES = [[4, 5], [6], [8] * 21, [3, 1, 4, 1, 5, 9, 2, 6], [2], [4, 5], [5, 4
 
 def naive(network, context, continuation, steering=None):
     """The definition: one sequence, all of its logits, float64. Returns log p, and whether it is greedy."""
-    cache = make_cache(network, steering, prompt_length=len(context))
+    cache = make_cache(network, steering, prompt=context)
     logits = network(mx.array([[*context, *continuation]]), cache)[0].astype(mx.float32)
     chosen = np.array(logits, np.float64)[len(context) - 1 : -1]
     largest = chosen.max(axis=-1)
@@ -168,7 +168,7 @@ def test_greedy_is_what_greedy_decoding_writes(tiny, make_vector):
     steering = Steering(make_vector(), 1.5, (1,))
     context, written = [5, 6, 7], []
     for _ in range(6):
-        cache = make_cache(tiny, steering, prompt_length=3)
+        cache = make_cache(tiny, steering, prompt=range(3))
         logits = tiny(mx.array([context + written]), cache=cache)
         written.append(mx.argmax(logits[0, -1]).item())
     changed = [[*written[:t], (written[t] + 1) % 128, *written[t + 1 :]] for t in range(6)]

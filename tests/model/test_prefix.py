@@ -6,7 +6,6 @@ from helpers import at_every_layer, every_third_ends_a_step
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import VectorMismatchError
-from mlx_densesteer.model.places import EVERYWHERE, NOWHERE, Span, span_in_chunk
 from mlx_densesteer.model.prefix import (
     STEP,
     Chunk,
@@ -15,6 +14,7 @@ from mlx_densesteer.model.prefix import (
     common_beginning,
     pieces,
 )
+from mlx_densesteer.steering.places import EVERYWHERE, NOWHERE, Span, span_in_chunk
 
 CHUNKS = [Chunk((1, 2, 3, 4)), Chunk((5, 6, 7), answer=True), Chunk((8, 9))]
 
@@ -178,7 +178,7 @@ def test_in_bfloat16_neither_the_kept_stream_nor_the_past_changes_a_bit(tiny, ma
 def test_the_beginning_of_an_answer_leaves_its_start_where_it_was(tiny, steering):
     """Steered at the prompt only: what is read of an answer is not its question."""
     at_prompt = dataclasses.replace(steering, positions="prompt")
-    cache = ds.make_cache(tiny, at_prompt, prompt_length=3)
+    cache = ds.make_cache(tiny, at_prompt, prompt=range(3))
     prefix = Prefix(tiny)
     prefix.fill([Chunk((1, 2)), Chunk((3, 4, 5), answer=True)], at_prompt, answering=True)
     tiny(mx.array([[1, 2, 3, 4, 5]]), cache=cache)
@@ -206,12 +206,12 @@ def test_tokens_that_end_a_step_are_told_apart_bit_for_bit(tiny, make_vector, la
     begun = [CHUNKS[0], Chunk((4, *CHUNKS[1].tokens), answer=True)]
     prefix = Prefix(tiny)
     prefix.fill(begun, at_steps, answering=True)
-    cache = ds.make_cache(tiny, at_steps, prompt_length=5)
+    cache = ds.make_cache(tiny, at_steps, prompt=range(5))
     for chunk in begun:
         tiny(mx.array([chunk.tokens]), cache=cache)
     for ours, theirs in zip(prefix.caches, cache, strict=True):
         assert mx.array_equal(ours.keys[..., :8, :], theirs.keys[..., :8, :])
-        assert ours.step_ends is None and theirs.step_ends is None
+        assert ours.noted is None and theirs.noted is None
 
 
 def test_spans_and_common_beginnings():
@@ -220,8 +220,10 @@ def test_spans_and_common_beginnings():
     assert span_in_chunk("generated", False, 3) == NOWHERE
     assert span_in_chunk("prompt", False, 3) == EVERYWHERE
     assert span_in_chunk("prompt", True, 3) == Span(0, 4)
-    assert span_in_chunk("steps", True, 3) == Span(step_ends=True)
+    assert span_in_chunk("steps", True, 3) == Span(mark="steps")
     assert span_in_chunk("steps", False, 3) == NOWHERE
+    assert span_in_chunk("first:2", True, 3) == Span(0, 5)
+    assert span_in_chunk("first:2", False, 3) == NOWHERE
     assert common_beginning(CHUNKS, CHUNKS[:2]) == 2
     assert common_beginning(CHUNKS, [Chunk((1, 2, 3, 4), answer=True)]) == 0
 

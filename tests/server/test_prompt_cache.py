@@ -77,7 +77,7 @@ def test_what_comes_from_the_cache_is_what_reading_anew_gives(tiny, make_vector,
         spared += reading.cached_tokens
         difference = np.abs(next_logits(tiny, reading, tokens) - next_logits(tiny, fresh, tokens))
         assert difference.max() <= (0 if exact else 1e-5)
-        plain = make_cache(tiny, steering, prompt_length=len(tokens))
+        plain = make_cache(tiny, steering, prompt=tokens)
         expected = np.array(tiny(mx.array([tokens]), plain)[0, -1])
         assert np.abs(next_logits(tiny, reading, tokens) - expected).max() < 1e-4
     assert spared > 500

@@ -44,7 +44,7 @@ export async function overview() {
  * Stream one answer.
  * @param {object} request the body of /v1/chat/completions
  * @param {AbortSignal} signal
- * @returns {AsyncGenerator<{text?: string, steering?: object, usage?: object, reason?: string, starts?: number[], stated?: string | null}>}
+ * @returns {AsyncGenerator<{text?: string, thought?: string, steering?: object, usage?: object, reason?: string, starts?: number[], stated?: string | null}>}
  */
 export async function* answer(request, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
@@ -60,6 +60,7 @@ export async function* answer(request, signal) {
     const choice = chunk.choices[0];
     yield {
       text: choice?.delta?.content || undefined,
+      thought: choice?.delta?.reasoning_content || undefined,
       reason: choice?.finish_reason || undefined,
       steering: "steering" in chunk ? chunk.steering : undefined,
       usage: chunk.usage,

@@ -186,6 +186,7 @@ async function follow(request, answer, signal) {
   try {
     for await (const piece of ask({ ...request, ...rest, ...(steering ? { steering } : {}) }, signal)) {
       if (piece.text) answer.text += piece.text;
+      if (piece.thought) answer.thought = (answer.thought ?? "") + piece.thought;
       if (piece.reason) answer.reason = piece.reason;
       if (piece.usage) answer.usage = piece.usage;
       if (piece.starts) Object.assign(answer, { starts: piece.starts, stated: piece.stated });

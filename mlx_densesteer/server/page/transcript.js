@@ -2,7 +2,7 @@
 
 import { copyButton, element, make } from "/page/dom.js";
 import { blocks } from "/page/markup.js";
-import { brief, changed, circumstances, describe, identity, steeringOf, stepsOf } from "/page/words.js";
+import { brief, changed, circumstances, count, describe, identity, steeringOf, stepsOf } from "/page/words.js";
 
 const NEAR = 80; // the page follows new text within this many pixels of the end
 const UPWARD = new Set(["ArrowUp", "PageUp", "Home"]);
@@ -183,6 +183,9 @@ class AnswerView {
     this.sampling = make("p", { className: "hint sampling" });
     this.steps = make("ol", { className: "steps" });
     this.waiting = make("p", { className: "waiting", textContent: "Waiting for the first token …", hidden: true });
+    this.thoughtTitle = make("summary");
+    this.thoughtText = make("p");
+    this.thought = make("details", { className: "thought", hidden: true }, this.thoughtTitle, this.thoughtText);
     this.headline = make("p", { className: "headline", hidden: true });
     this.detail = make("p", { className: "detail", hidden: true });
     this.note = make("p", { className: "note", hidden: true });
@@ -193,7 +196,7 @@ class AnswerView {
     this.help.setAttribute("aria-label", "What the figures mean");
     this.copy = copyButton(() => answer.text, "Copy");
     this.element = make("article", { className: "answer" }, make("div", { className: "head" }, this.title, this.copy),
-      this.sampling, this.steps, this.waiting, this.headline, this.detail, this.note, this.receipt,
+      this.sampling, this.thought, this.steps, this.waiting, this.headline, this.detail, this.note, this.receipt,
       make("div", { className: "row" }, this.badge, this.button, this.help));
     this.update();
   }
@@ -218,9 +221,20 @@ class AnswerView {
     this.steps.classList.toggle("counted", Boolean(answer.starts));
     while (this.steps.children.length > steps.length) this.steps.lastChild.remove();
     steps.forEach((step, index) => this.showStep(index, step, Boolean(answer.starts) && index === steps.length - 1));
-    this.waiting.hidden = Boolean(answer.text || answer.reason);
+    this.waiting.hidden = Boolean(answer.text || answer.thought || answer.reason);
+    this.showThought();
     this.showNote();
     this.showReceipt();
+  }
+
+  /** The thought of a reasoning model, folded. */
+  showThought() {
+    const { thought, text, reason, usage } = this.answer;
+    this.thought.hidden = !thought;
+    if (!thought) return;
+    const tokens = usage?.completion_tokens_details?.reasoning_tokens;
+    this.thoughtTitle.textContent = text || reason ? `Thought${tokens ? `, ${count(tokens, "token")}` : ""}` : "Thinking …";
+    this.thoughtText.textContent = thought;
   }
 
   showHead() {
