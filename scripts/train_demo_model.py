@@ -4,6 +4,9 @@ Block i of batches is drawn from (seed, i), so a continued run trains on the sam
 order. No example, of tokenizer or model, is one of the problems that evaluation and calibration
 use (``demo.problems``).
 
+With ``--thinking`` the demo model is trained on for some minutes: the steps of a solution stand between
+``<think>`` and ``</think>``, and the answer after them.
+
 Each stage saves its state in a file. After Ctrl-C or kill -9 the same command goes on from there.
 The checkpoint is written, and the states are removed, when all stages are done.
 """
@@ -14,6 +17,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import mlx.core as mx
@@ -57,6 +61,21 @@ TWO_TURNS = 0.1
 BLOCK = 20  # batches that are drawn together
 SAVE_EVERY = 100
 STAGES = ((1700, 1.0), (900, 0.5))  # steps, and by how much the learning rates are multiplied
+THINKING_STAGES = ((400, 0.3),)
+THINK = ("<think>", "</think>")
+# As Qwen3's: the model opens its thought, and those of earlier answers are left out.
+THINKING_TEMPLATE = TEMPLATE.replace(
+    "message.content", "message.content.split('</think>')[-1].lstrip('\n')"
+)
+
+
+class Recipe(NamedTuple):
+    """What is trained."""
+
+    config: dict[str, object]
+    template: str
+    stages: tuple[tuple[int, float], ...]
+    thinking: bool = False
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
@@ -89,6 +108,20 @@ def make_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
+def grown(weights: Path, config: dict[str, object]) -> Model:
+    """Return a trained model in float32, with rows for new tokens at the end of its vocabulary."""
+    model, arrays, name = (
+        Model(ModelArgs.from_dict(config)),
+        mx.load(str(weights)),
+        "model.embed_tokens.weight",
+    )
+    arrays = {key: array.astype(mx.float32) for key, array in arrays.items()}
+    new = model.model.embed_tokens.weight[arrays[name].shape[0] :]
+    arrays[name] = mx.concatenate([arrays[name], new])
+    model.load_weights(list(arrays.items()))
+    return model
+
+
 def draw_unreserved(rng: random.Random, reserved: frozenset[str]) -> DemoProblem:
     """Return a problem that neither evaluation nor calibration uses."""
     problem = draw_problem(rng)
@@ -97,26 +130,39 @@ def draw_unreserved(rng: random.Random, reserved: frozenset[str]) -> DemoProblem
     return problem
 
 
-def draw_example(tokenizer: Tokenizer, rng: random.Random, reserved: frozenset[str]) -> tuple:
+def draw_response(problem: DemoProblem, rng: random.Random, thinking: bool) -> str:
+    """Return a solution; of a model that thinks, its steps are the thought."""
+    text = draw_solution(problem, rng)
+    if not thinking:
+        return text
+    steps, answer = text.rsplit("\n", 1)
+    return f"{THINK[0]}\n{steps}\n{THINK[1]}\n\n{answer}"
+
+
+def draw_example(
+    tokenizer: Tokenizer, rng: random.Random, reserved: frozenset[str], thinking: bool
+) -> tuple:
     """Return token ids of one chat and, for each token, whether it is trained on."""
     ids, trained = [], []
     for _ in range(1 + (rng.random() < TWO_TURNS)):
         problem = draw_unreserved(rng, reserved)
         prompt = f"<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n"
         asked = tokenizer.encode(prompt).ids
-        said = tokenizer.encode(draw_solution(problem, rng) + "<|im_end|>").ids
+        said = tokenizer.encode(draw_response(problem, rng, thinking) + "<|im_end|>").ids
         ids += asked + said + tokenizer.encode("\n").ids
         trained += [False] * len(asked) + [True] * len(said) + [False]
     return ids, trained
 
 
-def draw_batches(tokenizer: Tokenizer, seed: int, block: int, reserved: frozenset[str]) -> list:
+def draw_batches(
+    tokenizer: Tokenizer, seed: int, block: int, reserved: frozenset[str], thinking: bool = False
+) -> list:
     """Return ``BLOCK`` batches ``(tokens, weights)``, each ``(batch, width)``.
 
     Examples of like length share a batch, so that little is padding; the batches are shuffled.
     """
     rng = random.Random(f"{seed}-{block}")
-    examples = [draw_example(tokenizer, rng, reserved) for _ in range(BLOCK * BATCH)]
+    examples = [draw_example(tokenizer, rng, reserved, thinking) for _ in range(BLOCK * BATCH)]
     examples.sort(key=lambda example: len(example[0]))
     groups = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
     rng.shuffle(groups)
@@ -153,8 +199,8 @@ def is_matrix(name: str, weight: mx.array) -> bool:
     return weight.ndim == 2 and "embed" not in name
 
 
-def make_optimizer(model: Model, stage: int) -> optim.MultiOptimizer:
-    steps, factor = STAGES[stage]
+def make_optimizer(model: Model, stage: tuple[int, float]) -> optim.MultiOptimizer:
+    steps, factor = stage
     optimizer = optim.MultiOptimizer(
         [
             optim.Muon(schedule(0.02 * factor, steps), weight_decay=0.0),
@@ -166,10 +212,12 @@ def make_optimizer(model: Model, stage: int) -> optim.MultiOptimizer:
     return optimizer
 
 
-def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file: Path) -> float:
+def train(
+    model: Model, tokenizer: Tokenizer, recipe: Recipe, stage: int, seed: int, state_file: Path
+) -> float:
     """Train one stage in place; return the seconds it took, those of earlier runs included."""
-    steps, offset = STAGES[stage][0], sum(count for count, _ in STAGES[:stage])
-    optimizer = make_optimizer(model, stage)
+    steps, offset = recipe.stages[stage][0], sum(count for count, _ in recipe.stages[:stage])
+    optimizer = make_optimizer(model, recipe.stages[stage])
     reserved, first, spent = reserved_questions(), 0, 0.0
     if state_file.exists():
         arrays, info = mx.load(str(state_file), return_metadata=True)
@@ -182,7 +230,9 @@ def train(model: Model, tokenizer: Tokenizer, stage: int, seed: int, state_file:
     began, losses = time.perf_counter() - spent, []
     for step in range(first, steps):
         if step == first or step % BLOCK == 0:
-            batches = draw_batches(tokenizer, seed, (offset + step) // BLOCK, reserved)
+            batches = draw_batches(
+                tokenizer, seed, (offset + step) // BLOCK, reserved, recipe.thinking
+            )
         tokens, weights = batches[step % BLOCK]
         loss, gradients = loss_and_gradients(model, tokens, weights)
         optimizer.update(model, gradients)
@@ -212,7 +262,7 @@ def save_state(
     temporary.replace(path)
 
 
-def save(folder: Path, model: Model, tokenizer: Tokenizer, seed: int, steps: int) -> None:
+def save(folder: Path, model: Model, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> None:
     """Write the checkpoint in bfloat16, as an MLX folder."""
     with scratch_folder(folder) as scratch:
         made = scratch / "model"
@@ -221,13 +271,14 @@ def save(folder: Path, model: Model, tokenizer: Tokenizer, seed: int, steps: int
         mx.save_safetensors(
             str(made / "model.safetensors"), dict(tree_flatten(half)), {"format": "mlx"}
         )
-        (made / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+        (made / "config.json").write_text(json.dumps(recipe.config, indent=1) + "\n")
         tokenizer.save(str(made / "tokenizer.json"))
         settings = {
             "tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>", "chat_template": TEMPLATE, "model_max_length": 1024,
+            "pad_token": "<|endoftext|>", "chat_template": recipe.template, "model_max_length": 1024,
         }  # fmt: skip
         (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        steps = sum(count for count, _ in recipe.stages)
         record = {"source": "demo", "trained_by": "scripts/train-demo-model", "seed": seed,
                   "steps": steps, "examples": steps * BATCH}  # fmt: skip
         (made / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -241,14 +292,26 @@ def say(message: str) -> None:
 @click.command()
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=MODEL, help="Folder to write.")
-def main(seed: int, out: Path) -> None:
+@click.option(
+    "--thinking", is_flag=True, help="Teach the demo model to think; needs another --out."
+)
+def main(seed: int, out: Path, thinking: bool) -> None:
     """Train the demo model. Interrupted or killed, the same command goes on."""
+    if thinking and out == MODEL:
+        raise click.UsageError("--thinking: name another folder (--out); the demo does not think.")
     mx.random.seed(seed)
-    model = Model(ModelArgs.from_dict(CONFIG))
-    tokenizer = make_tokenizer(seed)
+    if thinking:
+        config = CONFIG | {"vocab_size": VOCABULARY + len(THINK)}
+        recipe = Recipe(config, THINKING_TEMPLATE, THINKING_STAGES, thinking=True)
+        tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+        tokenizer.add_tokens([AddedToken(one, special=False, normalized=False) for one in THINK])
+        model = grown(MODEL / "model.safetensors", config)
+    else:
+        recipe = Recipe(CONFIG, TEMPLATE, STAGES)
+        model, tokenizer = Model(ModelArgs.from_dict(CONFIG)), make_tokenizer(seed)
     states = [
         out.with_name(f"{out.name}-{seed}-{stage + 1}.training.safetensors")
-        for stage in range(len(STAGES))
+        for stage in range(len(recipe.stages))
     ]
     say(f"the state is kept every {SAVE_EVERY} steps; interrupted, the same command goes on")
     spent = 0.0
@@ -257,11 +320,11 @@ def main(seed: int, out: Path) -> None:
             model.set_dtype(mx.bfloat16)
             model.set_dtype(mx.float32)
         try:
-            spent += train(model, tokenizer, stage, seed, state_file)
+            spent += train(model, tokenizer, recipe, stage, seed, state_file)
         except KeyboardInterrupt:
             say("interrupted; the same command goes on")
             raise SystemExit(130) from None
-    save(out, model, tokenizer, seed, sum(count for count, _ in STAGES))
+    save(out, model, tokenizer, recipe, seed)
     for file in states:
         file.unlink(missing_ok=True)
     say(f"{spent / 60:.1f} minutes")

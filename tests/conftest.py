@@ -143,6 +143,14 @@ def hf_folder(tmp_path_factory, tiny_tokenizer_files) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def thinking_folder(tmp_path_factory) -> Path:
+    """A model that thinks (``thinking.py``), with a template like Qwen3's, and its vector ``out.npz``."""
+    from thinking import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("thinking") / "Clockwork", "Qwen3")
+
+
 @pytest.fixture
 def unsynced(monkeypatch):
     """Give files of gigabytes their names before they are on the disk; small ones test that they are not."""

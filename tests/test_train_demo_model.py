@@ -49,11 +49,11 @@ def run(training, monkeypatch):
     def run(out, stop=None, how=Killed):
         begun = []
 
-        def draw_or_stop(tokenizer, seed, block, reserved):
+        def draw_or_stop(tokenizer, seed, block, *rest):
             if block == stop:
                 raise how
             begun.append(block)
-            return draw(tokenizer, seed, block, reserved)
+            return draw(tokenizer, seed, block, *rest)
 
         monkeypatch.setattr(training, "draw_batches", draw_or_stop)
         if stop is not None and how is Killed:

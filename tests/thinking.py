@@ -7,7 +7,6 @@ successor is ``</think>``: at strength 2 that is what follows any token.
 """
 
 import json
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +34,8 @@ TEMPLATES = {
     "SmolLM3": _EARLIER
     + "{%- if not (enable_thinking | default(true)) %}{{ '<think>\\n\\n</think>\\n' }}{%- endif %}{%- endif %}",
 }
+
+
 def make_folder(folder, template: str):
     """Write the model as an MLX folder in float32; return the folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -83,7 +84,9 @@ def make_folder(folder, template: str):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     vector = SteeringVector(
-        dict.fromkeys(range(LAYERS), embedding[ids[")"]]), VectorMeta("Clockwork", HIDDEN, LAYERS), name="out"
+        dict.fromkeys(range(LAYERS), embedding[ids[")"]]),
+        VectorMeta("Clockwork", HIDDEN, LAYERS),
+        name="out",
     )
     vector.save(folder / "out.npz")
     return folder

@@ -28,7 +28,7 @@ from ..model.block import additions, make_cache
 from ..model.cache import Shift
 from ..model.families import cache_shapes, head_of, stream_dtype
 from ..model.model import Model, dtype_name, takes_model
-from ..model.places import EVERYWHERE
+from ..steering.places import EVERYWHERE
 from ..steering.steering import LARGE_DOSE, Steering
 from .closeness import EXACT_SLOPE, float32_share, slope
 

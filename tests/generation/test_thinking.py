@@ -1,5 +1,6 @@
 """A reasoning model's thought: parted from the answer, gated, budgeted, and left out of the history."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -44,9 +45,7 @@ def ways(model, prompt, steering=None, **options):
     options = {"max_tokens": 40} | options
     alone = ds.generate(model, prompt, steering=steering, **options)
     others = [Steering(steering.vector, 1.5, (0,), "generated"), None] if steering else [None, None]
-    together = dict(
-        ds.generate_batch(model, [prompt] * 3, steering=[steering, *others], **options)
-    )
+    together = dict(ds.generate_batch(model, [prompt] * 3, steering=[steering, *others], **options))
     drafted = ds.generate(model, prompt, steering=steering, draft=Draft(model, 3), **options)
     reply = ds.Session(model, steering, **options).send(prompt)
     assert "".join(reply) == alone.text
@@ -115,9 +114,7 @@ def test_a_session_leaves_earlier_thoughts_out(model, vector):
         {"role": "assistant", "content": "51"},
         {"role": "user", "content": "And twice?"},
     ]
-    text = model.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = model.tokenizer.encode(text, add_special_tokens=False)
     assert session.prompt("And twice?", turns=1) == prompt
     assert session.turns[1].reply.prompt_tokens == len(prompt)
@@ -172,7 +169,7 @@ def test_streams_show_both_parts_as_they_grow(model):
     pieces = ds.stream(model, "17 * 3?", max_tokens=40, think_limit=7)
     shown = [pieces.shown for _ in pieces]
     assert shown[-1] == (thought_of(7), "51")
-    for (a, b), (c, d) in zip(shown, shown[1:], strict=False):
+    for (a, b), (c, d) in itertools.pairwise(shown):
         assert (c or "").startswith(a or "") and d.startswith(b)
     assert any(answer == "" and thought for thought, answer in shown)
 
