@@ -22,6 +22,7 @@ from mlx_densesteer.steering.steering import Steering
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+QUICK_RETRIES = ROOT / "tests" / "quick_retries"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
 THOUGHT = 7, 11  # the tokens that open and close a thought of a tiny network
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SHARED
+from helpers import QUICK_RETRIES, ROOT, SHARED
 from hub_server import HubServer
 
 from mlx_densesteer.errors import InputError, install_command
@@ -268,7 +268,9 @@ def ask(hub, tmp_path):
     base = {k: v for k, v in os.environ.items() if not ours.match(k)} | {
         "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), str(QUICK_RETRIES), os.environ.get("PYTHONPATH")])
+        ),
     }  # fmt: skip
 
     def run(*calls: tuple[str, dict], mode: str | None = None, **environment: str) -> list:

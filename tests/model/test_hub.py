@@ -15,7 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import QUICK_RETRIES, ROOT
 from hub_server import HubServer
 
 REPO, BIG, MAMBA = "Org/Tiny-Qwen2", "Org/Big-Qwen2", "Org/Tiny-Mamba"
@@ -119,7 +119,9 @@ class User:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "*",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(ROOT), str(QUICK_RETRIES), os.environ.get("PYTHONPATH")])
+            ),
         }
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
