@@ -140,7 +140,7 @@ def draw_response(problem: DemoProblem, rng: random.Random, thinking: bool) -> s
 
 
 def draw_example(
-    tokenizer: Tokenizer, rng: random.Random, reserved: frozenset[str], thinking: bool
+    tokenizer: Tokenizer, rng: random.Random, reserved: frozenset[str], thinking: bool = False
 ) -> tuple:
     """Return token ids of one chat and, for each token, whether it is trained on."""
     ids, trained = [], []
@@ -279,7 +279,8 @@ def save(folder: Path, model: Model, tokenizer: Tokenizer, recipe: Recipe, seed:
         }  # fmt: skip
         (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
         steps = sum(count for count, _ in recipe.stages)
-        record = {"source": "demo", "trained_by": "scripts/train-demo-model", "seed": seed,
+        record = {"source": folder.name if recipe.thinking else "demo",
+                  "trained_by": "scripts/train-demo-model", "seed": seed,
                   "steps": steps, "examples": steps * BATCH}  # fmt: skip
         (made / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         move_into_place(made, folder, replace=True)

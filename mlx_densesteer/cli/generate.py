@@ -116,15 +116,16 @@ def generate(
     thought, answer = Growing(err=True), Growing()
     try:
         for _ in pieces:
-            if show_thinking:
-                thought.tell(pieces.shown[0] or "")
+            thinks, says = pieces.shown
+            if show_thinking and thinks:
+                thought.tell(thinks, end=bool(says))
             if not as_json:
-                answer.tell(pieces.shown[1])
+                answer.tell(says)
     except KeyboardInterrupt as error:
         interrupt = error  # the text so far is kept
     settle(ranks)
     result = pieces.result
-    if show_thinking and result.thought is not None:
+    if show_thinking and result.thought:
         thought.tell(result.thought, end=True)
     if as_json:
         click.echo(json.dumps(_to_json(result, loaded), ensure_ascii=False, allow_nan=False))
@@ -140,13 +141,13 @@ class Growing:
     """Prints a text that grows."""
 
     def __init__(self, *, err: bool = False):
-        self._told, self._err = 0, err
+        self._told, self._err, self._ended = 0, err, False
 
     def tell(self, text: str, *, end: bool = False) -> None:
-        """Print what is new of the text, and with ``end`` a line break."""
-        if end or len(text) > self._told:
+        """Print what is new of the text, and with ``end`` a line break, after which nothing is printed."""
+        if not self._ended and (end or len(text) > self._told):
             click.echo(text[self._told :], nl=end, err=self._err)
-            self._told = len(text)
+            self._told, self._ended = len(text), end
 
 
 def _read_prompt(prompt: tuple[str, ...], raw: bool) -> str:

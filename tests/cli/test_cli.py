@@ -123,6 +123,7 @@ def test_generate_json_has_every_field(run, hf_folder, vector_file):
     assert set(found) == {
         "text", "tokens", "steps", "density", "prompt_tokens", "tokens_per_second",
         "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering", "draft", "brakes",
+        "thought", "answer", "thought_tokens",
     }  # fmt: skip
     assert (found["tokens"], found["finish_reason"]) == (6, "length")
     assert found["density"] == found["tokens"] / found["steps"]
@@ -191,7 +192,7 @@ def test_a_vector_of_other_weights_is_warned_of(run, hf_folder, tmp_path):
         (["-v", "VECTOR", "-l", "9", "hello"], "no vector for layer 9"),
         (["-v", "VECTOR", "-l", "x", "hello"], "layer 'x': expected a number"),
         (["-v", "VECTOR", "-s", "nan", "hello"], "strength 'nan': expected a number such as 1.5"),
-        (["-v", "VECTOR", "--positions", "here", "hello"], "'here' is not one of"),
+        (["-v", "VECTOR", "--positions", "here", "hello"], "'here': expected one of"),
         (["--temp", "-1", "hello"], "-1.0 is not in the range"),
         (["--top-p", "0", "hello"], "not in the range"),
         (["--max-tokens", "0", "hello"], "not in the range"),
@@ -607,12 +608,12 @@ def test_doctor_takes_tf32_for_rounding_and_a_wrong_strength_for_wrong(
     check = import_module("mlx_densesteer.cli.doctor")._self_check
     assert check().remedy is None
     block = import_module("mlx_densesteer.model.block")
-    real = block.deltas
+    real = block.additions
     for wrong in (
-        lambda of: {k: 1.01 * v for k, v in of.items()},
+        lambda of: {k: v._replace(delta=1.01 * v.delta) for k, v in of.items()},
         lambda of: {k - 1: v for k, v in of.items()},
     ):
-        monkeypatch.setattr(block, "deltas", lambda *a, wrong=wrong: wrong(real(*a)))
+        monkeypatch.setattr(block, "additions", lambda *a, wrong=wrong: wrong(real(*a)))
         assert check().fatal
 
 
