@@ -218,7 +218,7 @@ class Chat:
         now = self.status()
         last_question(self.session)
         turn = self.session.turns[-1]
-        if turn.reply.steering is None or not turn.reply.steering.strength:
+        if turn.reply.steering is None or turn.reply.steering.is_zero:
             self.screen.show(stats_lines([("unsteered", turn.reply)], self._dose))
             return
 
@@ -294,7 +294,7 @@ class Chat:
         """Show what is steered now, and warn of an overdose."""
         now = self.status()
         self.screen.note(", ".join(now.settings))
-        if abs(now.dose) >= LARGE_DOSE:
+        if self.session.model.largest_dose(self.session.steering) >= LARGE_DOSE:
             self.screen.warn(LARGE_DOSE_WARNING)
 
     def _tell_question(self) -> None:

@@ -50,12 +50,17 @@ class Status:
             return ["unsteered"]
         from ..steering.vector import format_layers
 
-        positions = self.steering.positions
+        positions, budget = self.steering.positions, self.steering.budget
         return [
             f"vector {one_line(self.steering.vector.name, 24)}",
             f"layer {one_line(format_layers(self.steering.layers), 20)}",
             f"dose {self.amount}",
             *([f"positions {positions}"] if positions != "all" else []),
+            *(
+                [f"strength {signed(budget.strength)} from {budget.tokens} tokens of thought on"]
+                if budget
+                else []
+            ),
         ]
 
     def lines(self, width: int, *more: str) -> list[str]:

@@ -313,7 +313,7 @@ def _tell_vectors(vectors: "Vectors", given: "list[NamedVector]") -> None:
         tell_fit(one.vector, vectors.model)
         asked = one.request()
         steering = asked.steering(vectors.model)
-        tell_steering(asked, steering, vectors.model.dose(steering))
+        tell_steering(asked, steering, vectors.model)
     for name, reason in vectors.unusable().items():
         note(f"warning: {name} of the folder cannot be used: {reason}")
     names = [one.name for one in vectors.all()]

@@ -79,7 +79,7 @@ def steering_for(request: "Request | None", model: "Model") -> "Steering | None"
         else:
             note(f"the strength for a KL of {asked[-1]:g} nats is that of the vector's calibration")
     steering = request.steering(model)
-    tell_steering(request, steering, model.dose(steering))
+    tell_steering(request, steering, model)
     return steering
 
 
@@ -99,12 +99,13 @@ def is_strict() -> bool:
     return ctx is not None and ctx.meta.get(STRICT, False)
 
 
-def tell_steering(request: "Request", steering: "Steering", dose: float) -> None:
+def tell_steering(request: "Request", steering: "Steering", model: "Model") -> None:
     """Tell what is added to the residual stream, and which of it is a default; warn of an overdose."""
     from ..steering.request import format_dose
     from ..steering.steering import LARGE_DOSE, LARGE_DOSE_WARNING
     from ..steering.vector import format_layers
 
+    dose = model.dose(steering)
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
     if steering.budget is not None:
         where += f", and at strength {steering.budget.strength:.3g} from {steering.budget.tokens} tokens of thought on"
@@ -115,7 +116,7 @@ def tell_steering(request: "Request", steering: "Steering", dose: float) -> None
         f"{'-' if steering.strength < 0 else ''}{format_dose(dose)} of the residual stream "
         f"(strength {steering.strength:.3g}){where}{reason}"
     )
-    if dose >= LARGE_DOSE:
+    if model.largest_dose(steering) >= LARGE_DOSE:
         note(LARGE_DOSE_WARNING)
 
 

@@ -424,14 +424,23 @@ def bounds_in(cache: KVCache) -> Bounds | None:
 def note_tokens(caches: Sequence[KVCache], tokens: mx.array, marks: Marks | None) -> None:
     """Tell the caches that need it which of ``tokens``, ``(rows, tokens)``, are steered.
 
-    The tokens go through the blocks next. All is lazy: nothing waits for the device.
+    The tokens go through the blocks next. All is lazy: nothing waits for the device. Layers that are steered
+    at the same places share what is found.
     """
+    if marks is None:
+        return
+    found: dict[tuple, tuple[Marked, Bounds | None]] = {}
     for cache in caches:
         shift = getattr(cache, "shift", None)
-        if shift is not None and shift.needs_tokens and marks is not None:
+        if shift is None or not shift.needs_tokens:
+            continue
+        before = bounds_in(cache)
+        alike = shift.spans, shift.late is None, id(before)
+        if alike not in found:
             offset = getattr(cache, "offset", 0)
-            cache.noted, bounds = shift.marked(tokens, offset, bounds_in(cache), marks)
-            cache.thoughts = shift, bounds
+            found[alike] = shift.marked(tokens, offset, before, marks)
+        cache.noted, bounds = found[alike]
+        cache.thoughts = shift, bounds
 
 
 def where_in(cache: KVCache, offset: int | mx.array, length: int) -> Where:

@@ -9,7 +9,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
@@ -265,6 +265,13 @@ class Model:
         if steering is None or not steering.strength:
             return 0.0
         return steering.dose(self.norms(steering.vector, steering.layers))
+
+    def largest_dose(self, steering: Steering | None) -> float:
+        """Return the dose of a steering, or that beyond its thinking budget if it is larger."""
+        if steering is None or steering.budget is None:
+            return self.dose(steering)
+        late = replace(steering, strength=steering.budget.strength, budget=None)
+        return max(self.dose(steering), self.dose(late))
 
     def kl_strength(
         self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float

@@ -7,7 +7,15 @@ OpenAI's other fields are refused where they would change the answer, and else a
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ..generation.sampling import Sampling
@@ -28,7 +36,10 @@ def _positions(value: str) -> str:
     return value
 
 
-Positions = Annotated[str, AfterValidator(_positions)]
+_PATTERN = f"^({'|'.join(POSITIONS[:-1])}|first:[1-9][0-9]{{0,8}})$"
+Positions = Annotated[
+    str, AfterValidator(_positions), WithJsonSchema({"type": "string", "pattern": _PATTERN})
+]
 Layer = Annotated[int, Field(ge=0, lt=LAYERS)]
 Stop = Annotated[str, Field(max_length=256)]
 # fail_fast: a list of a million invalid items costs the time of one

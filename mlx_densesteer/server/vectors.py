@@ -233,7 +233,7 @@ class Vectors:
         # 12 digits: 0.2 comes back as 0.2, not as 0.19999999999999998
         dose = float(f"{self.model.dose(steering):.12g}")
         warning = None
-        if dose >= LARGE_DOSE:
+        if self.model.largest_dose(steering) >= LARGE_DOSE:
             warning = "a large dose: the answer may repeat itself or lose its sense."
         return steering.describe() | {"dose": dose, "warning": warning}
 

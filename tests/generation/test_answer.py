@@ -147,6 +147,8 @@ def test_any_cut_into_pieces_gives_the_text_before_the_first_stop_text():
 class Letters:
     """A tokenizer of which token N is the N-th letter."""
 
+    has_thinking = False
+
     def decode(self, tokens, **_):
         return "".join(chr(97 + token) for token in tokens)
 

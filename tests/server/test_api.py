@@ -598,7 +598,7 @@ def test_a_strength_that_overflows_harms_no_other_answer(half):
     "place",
     [
         "steering.request Request steering",
-        "server.worker deltas",
+        "server.worker additions",
         "server.prompt_cache PromptCache read",
         "server.prompt_cache PromptReading caches",
         "server.prompt_cache PromptCache keep",
