@@ -36,8 +36,8 @@ TEMPLATES = {
 }
 
 
-def make_folder(folder, template: str):
-    """Write the model as an MLX folder in float32; return the folder."""
+def make_folder(folder, template: str, *, keeps=False):
+    """Write the model as an MLX folder in float32; return the folder. ``keeps`` earlier thoughts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*alphabet, "ĊĊ"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
@@ -51,7 +51,7 @@ def make_folder(folder, template: str):
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "chat_template": TEMPLATES[template],
+        "pad_token": "<|endoftext|>", "chat_template": TEMPLATES[template].replace("'</think>' in said", "false") if keeps else TEMPLATES[template],
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     ids = tokenizer.get_vocab()

@@ -278,10 +278,7 @@ class Chat:
         if len(words) > SWEEP_MOST:
             raise InputError(f"{len(words)} strengths: expected at most {SWEEP_MOST} at once.")
         made = [
-            replace(
-                request(now.vector, word, now.layers, now.positions).steering(self.session.model),
-                budget=now.budget,
-            )
+            request(now.vector, word, now.layers, now.positions).steering(self.session.model)
             for word in words
         ]
         return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)

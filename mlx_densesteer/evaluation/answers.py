@@ -18,7 +18,7 @@ from ..generation.batch import ROWS, generate_batch
 from ..generation.sampling import GREEDY
 from ..model.likelihood import nll
 from ..model.model import Model
-from ..model.prompt import check_prompt, encode_chat, encode_text, render_chat
+from ..model.prompt import check_prompt, encode_answer, encode_chat, render_chat
 from ..steering.steering import Steering
 from ..text import one_line
 from .condition import Condition
@@ -171,7 +171,7 @@ def answer(
         if key in there
     }
     missing = [key for key in wanted if key not in found]
-    prefixes = {name: encode_text(model.tokenizer, one.prefix) for name, one in by_print.items()}
+    prefixes = {name: encode_answer(model.tokenizer, one.prefix) for name, one in by_print.items()}
     if long := [name for name, ids in prefixes.items() if len(ids) >= max_tokens]:
         raise InputError(
             f"the prefix {one_line(by_print[long[0]].prefix)} has {len(prefixes[long[0]])} tokens, and a "

@@ -92,8 +92,8 @@ class Generation:
 
     ``text`` is all that the model wrote. Of a reasoning model it has two parts, without the marks between
     them and the blanks around them: ``thought``, ``None`` if there was none, and ``answer``.
-    ``thought_tokens`` counts those of the thought, which are among ``tokens``; ``thought_limit`` is where it
-    was to be ended by force. Of other models ``answer`` is ``text``.
+    ``thought_tokens`` counts those of the thought, which are among ``tokens``; ``thought_closed``
+    says whether it came to its end; ``thought_limit`` is where it was to be ended by force. Of other models ``answer`` is ``text``.
     """
 
     text: str
@@ -111,6 +111,7 @@ class Generation:
     thought: str | None = None
     answer: str = None  # type: ignore[assignment]
     thought_tokens: int = 0
+    thought_closed: bool = False
     thought_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -156,9 +157,9 @@ def receipt(result: Generation, context: int) -> str:
 def _budget(result: Generation) -> str:
     """Say what the budget of a thought did."""
     budget = result.steering.budget if result.steering else None
-    if result.thought_limit is not None and result.thought_tokens >= result.thought_limit:
-        return " (ended by force)"
-    if budget is not None and result.thought_tokens > budget.tokens:
+    if result.thought_limit == result.thought_tokens and result.thought_closed:
+        return " (ended at its limit)"
+    if budget is not None and result.thought_tokens >= budget.tokens:
         return f" (from {budget.tokens} on at strength {signed(budget.strength)})"
     return ""
 
@@ -356,7 +357,8 @@ class PartialAnswer:
     def parts(self) -> dict[str, object]:
         """What a ``Generation`` has of thought and answer."""
         thought, answer = self._parting.split(self.text)
-        return {"thought": thought, "answer": answer, "thought_tokens": self._parting.tokens}
+        parts = {"thought": thought, "answer": answer, "thought_tokens": self._parting.tokens}
+        return parts | {"thought_closed": self._parting.closed}
 
     def _show(self, until: int) -> str:
         piece = self._text.text[self._shown : until]

@@ -109,7 +109,7 @@ def _without_thoughts(tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange]
     said, marks = [], thought_marks(tokenizer)
     for question, ids in exchanges:
         prompt = encode_chat(tokenizer, render_chat(tokenizer, _messages([], [], question, None)))
-        opened = last_opens(prompt, *marks)
+        opened = last_opens(prompt, *marks, tokenizer.eos_token_ids)
         if not opened and not set(ids) & {*marks[0]}:
             said.append(decode(tokenizer, ids))
             continue

@@ -215,7 +215,9 @@ class Session:
         self._steering = steering
 
     def set_strength(self, strength: str | float | Amount) -> None:
-        """Set lambda, a dose (``"20%"``) or a KL (``"0.1nats"``); 0 is the unsteered model, bit for bit.
+        """Set lambda, a dose (``"20%"``) or a KL (``"0.1nats"``); a thinking budget stays as it is.
+
+        0 is the unsteered model, bit for bit, up to a budget.
 
         Raises:
             InputError: no number, per cent or KL.
@@ -232,8 +234,13 @@ class Session:
         self._change("positions", positions=positions)
 
     def set_vector(self, vector: SteeringVector | None) -> None:
-        """Steer with another vector at its default layer and strength; ``None`` ends the steering."""
-        self.steer(None if vector is None else request(vector).steering(self.model))
+        """Steer with another vector at its default layer and strength; ``None`` ends the steering.
+
+        A thinking budget stays, beyond which a dose of 20 % is added.
+        """
+        budget = self._steering.budget.tokens if self._steering and self._steering.budget else None
+        made = None if vector is None else request(vector, budget=budget).steering(self.model)
+        self.steer(made)
 
     def prompt(self, text: str, *, turns: int | None = None) -> list[int]:
         """Return the token ids of the whole conversation with ``text`` as its next question.
@@ -250,7 +257,7 @@ class Session:
         """Return ``prompt`` and ``cache`` for ``batch.Batch.add``, to answer ``text`` under any steering.
 
         The caches share what this session has computed; the session does not change. ``Batch.add`` also
-        takes ``ends``, the ``Model.ends`` of ``prompt(text, turns=turns)``.
+        takes ``ends`` and ``opens_thought``, those of ``Model`` of ``prompt(text, turns=turns)``.
         """
         self._end_live()
         chunks, last = self._lay_out(self._turns[:turns], text)

@@ -37,6 +37,8 @@ _BEGINNING = re.compile(
 _FIGURES = get_type_hints(Generation)  # which are written as they are; the others are not
 for _other in ("text", "answer", "token_ids", "steering", "brakes"):
     del _FIGURES[_other]
+# what files of 0.2.0 lack
+_ADDED = {"thought": None, "thought_tokens": 0, "thought_closed": False, "thought_limit": None}
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def _plain_turn(turn: Turn, vectors: dict[str, dict[str, str]]) -> dict[str, obj
 def _turn(
     entry: Mapping[str, object], vectors: Mapping[str, SteeringVector], vocabulary: int
 ) -> Turn:
-    check_fields(entry, user=str, answer=str, said=str, brakes=list, **_FIGURES)
+    check_fields(entry, user=str, answer=str)
+    entry = _ADDED | {"said": entry["answer"]} | entry
+    check_fields(entry, said=str, brakes=list, **_FIGURES)
     for one in entry["brakes"]:
         check_fields(one, **get_type_hints(Braked))
     return Turn(

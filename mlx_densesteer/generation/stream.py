@@ -243,7 +243,8 @@ class Stream(Iterator[str]):
 
     def _slow_down(self) -> None:
         """Cut off the loop, and lower the strength."""
-        before = self._steering.strength
+        steering = self._steering
+        before = steering.strength or steering.budget.strength
         number = len(self._brakes) + 1
         factor = self._brake.factor if number < self._brake.tries else 0.0
         after = before * factor

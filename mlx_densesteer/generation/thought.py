@@ -28,6 +28,7 @@ class Parting:
         self._ids: list[int] = []
         self._ends = [0]  # characters of text before the first token, and after each
         self._mark = self._begin = 0 if opened else None  # where the opening mark begins and ends
+        self.closed = False
         self._end = self._rest = None  # where the thought and the closing mark end
 
     def add(self, token: int, characters: int) -> None:
@@ -44,6 +45,7 @@ class Parting:
             if self._ends_with(self._closes):
                 self._end, self._rest = self._ends[-1 - len(self._closes)], characters
                 self.tokens -= len(self._closes)
+                self.closed = True
 
     @property
     def certain(self) -> int | None:
@@ -57,15 +59,17 @@ class Parting:
     def split(self, text: str) -> tuple[str | None, str]:
         """Return thought and answer in the answer's text, or its beginning; ``None`` without a thought.
 
-        Neither has the blanks that surround it. What grows of the text grows of them.
+        The thought has no blanks around it, and the answer none between the two. What grows of the text
+        grows of them.
         """
         if not self._opens:
             return None, text
         if self._begin is None:
-            return None, text.lstrip()
+            return None, text if text.strip() else ""  # what a mark may still follow
         thought = text[self._begin : self._end].strip()
         rest = "" if self._rest is None else text[self._rest :]
-        return thought, (text[: self._mark].lstrip() + rest).lstrip()
+        before = text[: self._mark]
+        return thought, before + rest if before.strip() else rest.lstrip()
 
     def _ends_with(self, mark: Sequence[int]) -> bool:
         return tuple(self._ids[-len(mark) :]) == mark

@@ -9,7 +9,7 @@ tells its unsteered output before anything is added. ``patch`` also changes the 
 the blocks, which sees the tokens before they are embedded, for positions that depend on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +143,7 @@ def make_cache(
     model: "Model | nn.Module",
     steering: Steering | None = None,
     *,
-    prompt: Sequence[int] | None = None,
+    prompt: Iterable[int] | None = None,
 ) -> list[KVCache]:
     """Return one empty KV cache per decoder block; filling and reading it steers.
 
@@ -171,8 +171,9 @@ def make_cache(
     caches = dict(zip(blocks, _unsteered_caches(len(blocks)), strict=True))
     if steering is None or steering.is_zero:
         return list(caches.values())
-    opens = steering.needs_thought and bool(prompt) and marks_of(network).opens_thought(prompt)
-    span = steering.span(prompt and len(prompt), opens)
+    tokens = None if prompt is None else [int(token) for token in prompt]
+    opens = steering.needs_thought and bool(tokens) and marks_of(network).opens_thought(tokens)
+    span = steering.span(None if tokens is None else len(tokens), opens)
     for layer, what in additions(network, steering).items():
         caches[layer].shift = Shift.of(what.delta, [span], what.late)
     shifts = [cache.shift for cache in caches.values() if cache.shift]

@@ -439,6 +439,8 @@ def note_tokens(caches: Sequence[KVCache], tokens: mx.array, marks: Marks | None
         if alike not in found:
             offset = getattr(cache, "offset", 0)
             found[alike] = shift.marked(tokens, offset, before, marks)
+            if (bounds := found[alike][1]) and tokens.shape[1] > 1:
+                mx.async_eval(*bounds)  # here: another thread may go on
         cache.noted, bounds = found[alike]
         cache.thoughts = shift, bounds
 

@@ -201,6 +201,11 @@ def strengths_for(
     Raises:
         InputError: a target below ``SMALLEST_KL``.
     """
+    if positions in ("think", "answer"):
+        raise InputError(
+            f"a KL at positions {positions}: it is measured on texts without thoughts. Name a strength or a "
+            "dose such as 20%."
+        )
     if small := [target for target in targets if not SMALLEST_KL <= abs(target) < math.inf]:
         raise InputError(
             f"a KL of {small[0]:g} nats per token: expected {SMALLEST_KL:g} at least, below which rounding "

@@ -10,7 +10,7 @@ Not covered: a blank line over two tokens, which is refused; for places, marks o
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import mlx.core as mx
@@ -92,7 +92,8 @@ class Marks:
             ModelError: as ``thought``.
         """
         opens, closes = self.thought
-        return last_opens(prompt, (opens,), (closes,))
+        ends = getattr(self.tokenizer, "eos_token_ids", ())
+        return last_opens(prompt, (opens,), (closes,), ends)
 
     def thought_in(self, tokens: Sequence[int], start: int, *, opened: bool) -> tuple[int, int]:
         """Return the positions of a thought's marks in an answer; ``FOREVER`` for those not in it.
@@ -119,9 +120,20 @@ def thought_marks(tokenizer: TokenizerWrapper) -> tuple[tuple[int, ...], tuple[i
     return tuple(tokenizer.think_start_tokens), tuple(tokenizer.think_end_tokens)
 
 
-def last_opens(prompt: Sequence[int], opens: Sequence[int], closes: Sequence[int]) -> bool:
-    """Tell whether the last mark in a prompt opens a thought; marks are sequences of tokens."""
+def last_opens(
+    prompt: Sequence[int], opens: Sequence[int], closes: Sequence[int], ends: Collection[int]
+) -> bool:
+    """Tell whether the last mark of a prompt's last turn opens a thought.
+
+    Args:
+        opens, closes: the marks, as sequences of tokens; empty for a model that has none.
+        ends: the tokens that end a turn. An earlier answer may have been cut off within its thought.
+    """
+    if not opens:
+        return False
     for end in range(len(prompt), 0, -1):
+        if prompt[end - 1] in ends:
+            return False
         for mark, opening in ((opens, True), (closes, False)):
             if mark and tuple(prompt[max(0, end - len(mark)) : end]) == tuple(mark):
                 return opening

@@ -226,7 +226,7 @@ class Model:
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Tell whether a prompt ends within a thought, as those of R1's template do."""
-        return last_opens(prompt, *thought_marks(self.tokenizer))
+        return last_opens(prompt, *thought_marks(self.tokenizer), self.tokenizer.eos_token_ids)
 
     @cached_property
     def chat_template_sha256(self) -> str | None:

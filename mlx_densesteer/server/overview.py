@@ -42,7 +42,8 @@ class Overview:
             Fault: no such model or vector, or a steering that cannot be applied.
         """
         asked = self.vectors.asked(name, None)
-        return self._model(name, self.vectors.describe(asked.steering) if asked else None)
+        steers = asked is not None and not asked.steering.is_zero
+        return self._model(name, self.vectors.describe(asked.steering) if steers else None)
 
     def steering(self) -> dict[str, object]:
         """Return the model, the presets and the vectors, as the page needs them."""

@@ -11,9 +11,10 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from ..errors import DenseSteerError, InputError
+from ..errors import DenseSteerError, InputError, ModelError
 from ..model.marks import marks_of
 from ..model.model import Model
 from ..steering.places import Positions
@@ -66,7 +67,7 @@ class NamedVector:
 
 @dataclass(frozen=True)
 class Asked:
-    """The steering that a request asks for; ``model`` is the model name that asks for it again."""
+    """The steering that a request asks for; ``model`` is the model name that asks for it, but its budget, again."""
 
     steering: Steering
     model: str
@@ -139,7 +140,7 @@ class Vectors:
     def asked(self, model: str | None, field: SteeringField | None) -> Asked | None:
         """Return the steering that a request's model name or its field ``steering`` asks for.
 
-        ``None`` is the stock model: no steering is asked for, or one of strength 0.
+        ``None``: no steering is asked for.
 
         Raises:
             Fault: steering given twice, an unknown model or vector, or a steering that cannot be
@@ -179,16 +180,20 @@ class Vectors:
             Fault: the steering cannot be applied.
         """
         level = self._efforts.get(asked.effort or "") if self.model.thinks else None
+        if level is not None and not self._gates:
+            level = replace(level, budget=None)
         one, vectors = None, self.all()
         if found is not None:
             one = self.get(found.steering.vector.name, "steering.vector")
         elif not steers and len(vectors) == 1:
             one = vectors[0]
         ignored = ["reasoning_effort"] if asked.effort and (level is None or one is None) else []
+        budget = asked.budget or (level.budget if level and one else None)
         if not self.model.thinks:
             ignored += ["thinking_budget"] if asked.budget else []
-            return found, None, ignored
-        budget = asked.budget or (level.budget if level and one else None)
+            budget = None
+        if asked.hard and budget is None:
+            ignored.append("thinking_budget_hard")
         hard = asked.hard or one is None
         try:
             if budget is not None:
@@ -202,6 +207,14 @@ class Vectors:
                 str(error), "thinking_budget" if asked.budget else "reasoning_effort"
             ) from error
         return found, budget if hard else None, ignored
+
+    @cached_property
+    def _gates(self) -> bool:
+        """Whether the model's marks let a thought be steered."""
+        try:
+            return bool(marks_of(self.model.network).thought)
+        except ModelError:
+            return False
 
     def _at_level(self, one: NamedVector, level: Effort) -> Asked:
         steering = one.request(level.amount).steering(self._asked_of)
@@ -263,13 +276,13 @@ class Vectors:
         strength: str | float | None,
         layers: Iterable[int] | None = None,
         positions: Positions | None = None,
-    ) -> Asked | None:
+    ) -> Asked:
         try:
             found = one.request(strength, layers, positions)
             steering = found.steering(self._asked_of)
         except DenseSteerError as error:
             raise bad(str(error), param) from error
-        return Asked(steering, self._name_of(one, found)) if steering.strength else None
+        return Asked(steering, self._name_of(one, found))
 
     def _choose(self, field: SteeringField) -> NamedVector:
         if field.vector is not None:
@@ -360,6 +373,11 @@ class Vectors:
         size = {"hidden_size": self.model.hidden_size, "layer_count": self.model.layer_count}
         one.vector.check_fits(**size, model="the model")  # clients must not see the model's path
         self.preset(one)
+        if self.model.thinks and self._gates:
+            for level in self._efforts.values():
+                found = self._at_level(one, level)
+                if level.budget is not None:
+                    self._with_budget(one, found, level.budget)
         json.dumps(self.listing(one), allow_nan=False)
         return self.model.other_weights(one.vector, strict=self._strict)
 

@@ -16,7 +16,7 @@ def test_generate_prints_the_answer_and_shows_the_thought_on_request(run, thinki
     asked = "generate", "-m", thinking_folder, "--think-budget", 6, "--think-budget-hard", QUESTION
     done = run(*asked)
     assert done.stdout == "51\n" and "tabc" not in done.stderr
-    assert "6 tokens of them thought (ended by force)" in done.stderr
+    assert "6 tokens of them thought (ended at its limit)" in done.stderr
     done = run(*asked, "--show-thinking")
     assert done.stdout == "51\n" and "tabc\n\nt\n" in done.stderr
     found = json.loads(run(*asked, "--json").stdout)

@@ -8,7 +8,8 @@ import pytest
 from thinking import TEMPLATES, make_folder
 
 import mlx_densesteer as ds
-from mlx_densesteer.errors import InputError, ModelError
+from mlx_densesteer.errors import InputError, ModelError, SteeringError
+from mlx_densesteer.generation.answer import receipt
 from mlx_densesteer.generation.batch import Batch
 from mlx_densesteer.generation.brake import Brake
 from mlx_densesteer.generation.speculation import Draft
@@ -234,3 +235,94 @@ def test_marks_of_several_tokens():
     assert shown[5] == ("a", "<|ch>a") and shown[6] == ("a<c b", "<|ch>a")
     assert shown[-1] == ("a<c b", "<|ch>a b<|ch>th")
     assert parting.tokens == 3
+
+
+def test_an_answer_without_a_thought_stays_as_it_is():
+    """Blanks before it are code's indentation; a thought may still follow them."""
+    parting = Parting(MARKS)
+    parting.add(5, 4)
+    assert parting.split("   ") == (None, "") and parting.split("   a") == (None, "   a")
+    assert Parting(SimpleNamespace(has_thinking=False)).split("  ") == (None, "  ")
+
+
+def test_a_thought_that_was_cut_off_does_not_open_the_next_answers(tmp_path_factory):
+    """Where the template keeps thoughts: the last turn alone counts."""
+    folder = make_folder(tmp_path_factory.mktemp("keeps") / "Keeps", "Qwen3", keeps=True)
+    model = ds.load(folder)
+    session = ds.Session(model, max_tokens=8)
+    assert "".join(session.send("17 * 3?")).startswith("<think>")
+    session.think_limit, session.max_tokens = 3, 40
+    "".join(session.send("Again?"))
+    assert "<think>tabc" in model.tokenizer.decode(session.prompt("Again?", turns=1))
+    found = session.turns[1].reply
+    assert (found.thought, found.answer) == ("tab", "51")
+
+
+def test_prompts_may_be_arrays_and_an_empty_one_is_refused(model, vector):
+    import mlx.core as mx
+    import numpy as np
+
+    steering = Steering(vector, 2.0, (1,), "think")
+    prompt = encode_prompt(model.tokenizer, "17 * 3?")
+    logits = [
+        model.network(mx.array([prompt]), ds.make_cache(model, steering, prompt=kind(prompt)))
+        for kind in (list, tuple, np.array, mx.array)
+    ]
+    assert all(mx.array_equal(one, logits[0]) for one in logits)
+    for empty in ([], mx.array([], mx.int32), None):
+        with pytest.raises(SteeringError, match="need the prompt"):
+            ds.make_cache(model, steering, prompt=empty)
+
+
+def test_caches_that_were_filled_go_on_in_another_thread(model, vector):
+    """With the vector at the last block nothing else evaluates where the thought is."""
+    import threading
+
+    import mlx.core as mx
+
+    prompt = encode_prompt(model.tokenizer, "17 * 3?")
+    caches = ds.make_cache(model, Steering(vector, 2.0, (1,), "answer"), prompt=prompt)
+    model.network(mx.array([prompt]), caches)
+    mx.eval([cache.state for cache in caches])
+    done = []
+    thread = threading.Thread(
+        target=lambda: done.append(mx.argmax(model.network(mx.array([[5]]), caches)[0, -1]).item())
+    )
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_what_the_receipt_and_the_brake_say(model, vector):
+    limit = ds.generate(model, "17 * 3?", think_limit=5, max_tokens=40)
+    assert "5 tokens of them thought (ended at its limit)" in receipt(limit, 512)
+    cut = ds.generate(model, "17 * 3?", think_limit=9, max_tokens=9)
+    assert "limit)" not in receipt(cut, 512)
+    steering = Steering(vector, 0.0, (1,), budget=ThinkBudget(4, 2.0))
+    soft = ds.generate(model, "17 * 3?", steering=steering, max_tokens=40)
+    assert "(from 4 on at strength +2)" in receipt(soft, 512)
+    weak = Steering(vector, 0.0, (1,), budget=ThinkBudget(4, 0.25))
+    options = {"brake": Brake(limit=20, window=64), "max_tokens": 200}
+    found = ds.generate(model, "17 * 3?", steering=weak, **options)
+    assert [one.strength_before for one in found.brakes] == [0.25, 0.125, 0.0625]
+
+
+def test_a_kl_is_not_measured_where_there_is_no_thought(model, vector):
+    for where in ("think", "answer"):
+        with pytest.raises(InputError, match="texts without thoughts"):
+            ds.resolve(model, vector, "0.1nats", (1,), where)
+
+
+def test_session_files_of_the_first_release_are_read(model, vector, tmp_path):
+    import json
+
+    session = ds.Session(model, max_tokens=6)
+    "".join(session.send("17 * 3?"))
+    path = session.save(tmp_path / "s.json")
+    document = json.loads(path.read_text())
+    for turn in document["turns"]:
+        for name in [*turn]:
+            if name == "said" or name.startswith("thought"):
+                del turn[name]
+    path.write_text(json.dumps(document))
+    assert ds.Session.load(path, model).turns[0].reply.answer == session.turns[0].reply.text
