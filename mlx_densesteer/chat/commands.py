@@ -46,6 +46,11 @@ COMMANDS = (
     ),
     Command("positions", "WHERE", "steer all, generated, prompt, steps, think ...", "positions"),
     Command(
+        "budget",
+        "N [STRENGTH]|off",
+        "of a model that thinks: from N tokens of thought on steer at that strength, or a dose of 20% more",
+    ),
+    Command(
         "compare",
         "[TEXT]",
         "the same question unsteered and steered, beside each other; without TEXT the last question. "

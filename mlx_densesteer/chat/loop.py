@@ -130,6 +130,18 @@ class Chat:
             self.session.set_positions(argument)  # type: ignore[arg-type]
         self._tell_steering()
 
+    def do_budget(self, argument: str) -> None:
+        self._steering()
+        tokens, _, late = argument.partition(" ")
+        if argument and argument != "off" and not (tokens.isdecimal() and len(tokens) < 10):
+            raise InputError(
+                f"/budget {argument}: expected a number of tokens, perhaps a strength, or off."
+            )
+        if argument:
+            number = None if argument == "off" else int(tokens)
+            self.session.set_budget(number, late.strip() or None)
+        self._tell_steering()
+
     def do_vector(self, argument: str) -> None:
         if argument == "off":
             self.session.set_vector(None)
@@ -175,9 +187,7 @@ class Chat:
         now, path = self.session, _path(argument, "/load")
         if not path.is_file():
             raise InputError(f"{path}: no such file. Expected one that /save wrote.")
-        session = Session.load(
-            path, now.model, draft=now.draft, brake=now.brake, think_limit=now.think_limit
-        )
+        session = Session.load(path, now.model, draft=now.draft, brake=now.brake)
         if session.steering and (
             warning := now.model.other_weights(session.steering.vector, strict=self._strict)
         ):
@@ -278,7 +288,10 @@ class Chat:
         if len(words) > SWEEP_MOST:
             raise InputError(f"{len(words)} strengths: expected at most {SWEEP_MOST} at once.")
         made = [
-            request(now.vector, word, now.layers, now.positions).steering(self.session.model)
+            replace(
+                request(now.vector, word, now.layers, now.positions).steering(self.session.model),
+                budget=now.budget,
+            )
             for word in words
         ]
         return sorted({one.strength: one for one in made}.values(), key=lambda one: one.strength)
@@ -299,8 +312,9 @@ class Chat:
 
     def _tell_result(self, reply: Reply) -> None:
         result = reply.result
-        if result.finish_reason == "interrupted" and not result.token_ids:
-            self.screen.note("stopped before the first token: the question does not count")
+        if result.finish_reason == "interrupted" and result.is_empty:
+            when = "its thought ended" if result.token_ids else "the first token"
+            self.screen.note(f"stopped before {when}: the question does not count")
             self.keyboard.give_back(reply.user)
             return
         opens = f"; {self.keyboard.shows_thought} shows it" if result.thought else ""

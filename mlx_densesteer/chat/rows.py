@@ -29,7 +29,8 @@ class Row:
 
     steering: "Steering | None"
     text: str = ""
-    answer: str = ""  # ``text`` without a reasoning model's thought
+    thought: str | None = None  # of a reasoning model, and the rest of ``text``
+    answer: str = ""
     result: "Generation | None" = None
 
 
@@ -86,7 +87,7 @@ class Rows(Iterable[tuple[int, str]]):
             for piece in self._batch.step():
                 number = self._numbers.index(piece.row)
                 self.rows[number].text += piece.text
-                self.rows[number].answer = piece.shown[1]
+                self.rows[number].thought, self.rows[number].answer = piece.shown
                 self.rows[number].result = piece.result
                 yield number, piece.text
 

@@ -58,7 +58,12 @@ class TerminalScreen(Screen):
 
     def compare(self, titles: Sequence[str], rows: Rows, now: Now) -> None:
         def answers() -> RenderableType:
-            texts = [markdown(printable(row.answer)) for row in rows.rows]
+            texts = [
+                markdown(printable(row.answer))
+                if row.answer or row.thought is None
+                else Text("thinking ...", style="dim")
+                for row in rows.rows
+            ]
             if self.width < 2 * COLUMN:
                 first, second = (Text(title, style="bold") for title in titles)
                 return Group(first, texts[0], Text(), second, texts[1])

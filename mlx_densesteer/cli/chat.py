@@ -59,7 +59,10 @@ def chat(
     the answers go to standard output.
     """
     budget, limit = read_budget(think_budget, think_strength, think_budget_hard)
-    request = read_steering(vector, strength, layers, positions, budget, think_strength)
+    given = budget if saved is None or vector is not None else None
+    request = read_steering(
+        vector, strength, layers, positions, given, None if given is None else think_strength
+    )
     keyboard, screen = _terminal(plain)
 
     from ..chat.loop import Chat
@@ -83,9 +86,12 @@ def chat(
             think_limit=limit,
         )
     else:
-        session = Session.load(saved, loaded, brake=brake, draft=draft, think_limit=limit)
+        hard = {} if limit is None else {"think_limit": limit}
+        session = Session.load(saved, loaded, brake=brake, draft=draft, **hard)
         if steering is not None:
             session.steer(steering)
+        elif budget is not None:
+            session.set_budget(budget, think_strength)
         elif session.steering is not None:
             tell_fit(session.steering.vector, loaded)
         if _given("system"):

@@ -173,7 +173,7 @@ def evaluate(
         }
         click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
     else:
-        click.echo("\n".join(_table(scores)))
+        click.echo("\n".join(_table(scores, limit_of_thought)))
     groups = by_steering(answers)
     for name, condition in conditions.items():
         _tell_disagreements(_short(name), list(groups[condition.fingerprint].values()))
@@ -228,7 +228,7 @@ def _share(one: "Estimate") -> str:
     return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
 
 
-def _table(scores: "dict[str, Score]") -> list[str]:
+def _table(scores: "dict[str, Score]", think_limit: int | None) -> list[str]:
     titles = [
         "accuracy",
         "steps",
@@ -259,6 +259,10 @@ def _table(scores: "dict[str, Score]") -> list[str]:
     lines = aligned(rows)
     total = next(iter(scores.values())).problems
     lines.append(f"{count(total, 'problem')}, greedy; 95% intervals in brackets")
+    if think_limit is not None:
+        lines.append(
+            f"in every row a thought was ended by force after {think_limit} tokens; the NLL counts that token too"
+        )
     for other in ("unsteered", "steered"):
         lines += _differences(scores, other)
     return lines

@@ -220,6 +220,8 @@ def _to_json(result: "Generation", model: "Model") -> dict[str, object]:
         "answer": result.answer,
         "tokens": result.tokens,
         "thought_tokens": result.thought_tokens,
+        "thought_closed": result.thought_closed,
+        "thought_limit": result.thought_limit,
         "steps": result.steps,
         "density": result.density,
         "prompt_tokens": result.prompt_tokens,

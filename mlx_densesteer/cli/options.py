@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..steering.places import POSITIONS, is_positions
+from ..steering.places import EXPECTED, POSITIONS, is_positions
 from . import completers
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class PositionsType(click.Choice):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
         if not is_positions(value):
-            self.fail(f"{value!r}: expected one of {', '.join(POSITIONS)}.", param, ctx)
+            self.fail(f"{value!r}: {EXPECTED}.", param, ctx)
         return value
 
 

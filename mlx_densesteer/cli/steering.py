@@ -1,12 +1,14 @@
 """From the shared options to a ``Steering``, and the notes about it."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from ..text import note
+from ..text import note, signed_dose
 from .options import STRICT
 
 if TYPE_CHECKING:
@@ -108,7 +110,11 @@ def tell_steering(request: "Request", steering: "Steering", model: "Model") -> N
     dose = model.dose(steering)
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
     if steering.budget is not None:
-        where += f", and at strength {steering.budget.strength:.3g} from {steering.budget.tokens} tokens of thought on"
+        late = replace(steering, strength=steering.budget.strength, budget=None)
+        where += (
+            f", {signed_dose(math.copysign(model.dose(late), late.strength))} (strength {late.strength:.3g}) "
+            f"from {steering.budget.tokens} tokens of thought on"
+        )
     usual = "this vector's defaults" if request.usual else "this vector's default layer"
     reason = f"; {usual} (the layer: {request.why})" if request.why else ""
     note(

@@ -87,6 +87,10 @@ class Journal:
         there = lines[0] if lines else header if _line(header).startswith(data) else {}
         if there.get("format") != header.get("format"):
             raise InputError(f"{self.path}: is not a journal of this program. Name another file.")
+        if len(lines) == 1 and there != header:  # a run that ended before its first record
+            with disk_errors(self.path):
+                self._file.truncate(0)
+            lines, there, whole = [], header, len(data)
         if differing := sorted(k for k in {*header, *there} if header.get(k) != there.get(k)):
             found, wanted = (
                 one_line(json.dumps({k: one.get(k) for k in differing}, ensure_ascii=False), 200)

@@ -123,6 +123,11 @@ class Generation:
         return len(self.token_ids)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was said: not even a thought came to its end."""
+        return not self.token_ids or (self.thought is not None and not self.answer)
+
+    @property
     def steps(self) -> int:
         return len(split_steps(self.text))
 
@@ -149,6 +154,8 @@ def receipt(result: Generation, context: int) -> str:
     if result.finish_reason == "length":
         full = result.prompt_tokens + result.tokens >= context
         parts.append(f"cut off at {f'the context of {context} tokens' if full else '--max-tokens'}")
+        if result.thought is not None and not result.thought_closed:
+            parts[-1] += " within its thought, so there is no answer"
     if result.finish_reason == "interrupted":
         parts.append("interrupted")
     return ", ".join(parts)
@@ -204,6 +211,10 @@ class StopTexts:
             return
         release = len(self.held) - self._could_begin()
         self.text, self.held = self.text + self.held[:release], self.held[release:]
+
+    def pass_on(self, piece: str) -> None:
+        """Add ``piece`` without looking for a stop text: it is of a thought."""
+        self.text, self.held = self.text + self.held + piece, ""
 
     def _could_begin(self) -> int:
         """Return how many last characters of ``held`` could begin a stop text."""
@@ -265,6 +276,8 @@ class Detokenizer:
 class PartialAnswer:
     """The tokens of an answer, their text, and how much of it can be shown.
 
+    Stop texts are looked for outside of a thought.
+
     ``ids`` are the tokens without the end of turn; the text is ``decode`` of them. With a ``brake``,
     text is held back while it repeats itself; a stop text in it ends the answer all the same.
     """
@@ -305,7 +318,10 @@ class PartialAnswer:
         """Add the next token, which does not end the turn; return the text that it makes certain."""
         self.ids.append(token)
         piece = self._detokenizer.add(token)
-        self._text.feed(piece)
+        if self._parting.open:
+            self._text.pass_on(piece)
+        else:
+            self._text.feed(piece)
         length = len(self._text.text) + len(self._text.held)
         self._parting.add(token, length)
         if self._repetition:

@@ -227,6 +227,18 @@ class Session:
         asked = request(now.vector, strength, now.layers, now.positions)
         self._change("strength", strength=asked.steering(self.model).strength)
 
+    def set_budget(self, tokens: int | None, late: str | float | Amount | None = None) -> None:
+        """Steer a thought of more than so many tokens at ``late``, by default a dose of 20 % more; ``None`` ends it.
+
+        Raises:
+            InputError, SteeringError: not a number of tokens, or no strength.
+            SessionError: there is no vector.
+        """
+        now = self._need_steering("thinking budget")
+        where = now.vector, now.strength, now.layers, now.positions
+        asked = request(*where, budget=tokens, late=late)
+        self._change("thinking budget", budget=asked.steering(self.model).budget)
+
     def set_layers(self, layers: Sequence[int]) -> None:
         self._change("layer", layers=tuple(layers))
 
@@ -269,7 +281,7 @@ class Session:
         """Save the history, the settings and the steering vectors as one JSON file.
 
         It does not hold ``draft``, ``brake``, ``keep_bytes``, ``kv_bits``, ``context``,
-        ``drop_oldest``, ``think_limit`` and ``exact``.
+        ``drop_oldest`` and ``exact``.
 
         Raises:
             SessionError: another kind of file has this name; it is kept.
@@ -284,6 +296,7 @@ class Session:
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             stop=self.stop,
+            think_limit=self.think_limit,
             steering=self._steering,
             turns=self.turns,
         )
@@ -306,9 +319,10 @@ class Session:
                 f"{ours[0]}) or another chat template. Load it with the model that it was saved with."
             )
         settings = {
-            key: getattr(saved, key) for key in ("system", "sampling", "max_tokens", "stop")
+            key: getattr(saved, key)
+            for key in ("system", "sampling", "max_tokens", "stop", "think_limit")
         }
-        session = cls(model, saved.steering, **settings, **options)
+        session = cls(model, saved.steering, **settings | options)
         session._turns = list(saved.turns)
         return session
 
@@ -342,7 +356,7 @@ class Session:
             return
         before, self._live = self._live[1], None
         result = reply.result
-        if result.finish_reason == "interrupted" and not result.token_ids:
+        if result.finish_reason == "interrupted" and result.is_empty:
             if before is not None:
                 self._turns.append(before)
             return

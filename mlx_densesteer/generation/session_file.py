@@ -51,6 +51,7 @@ class SavedSession:
     sampling: Sampling
     max_tokens: int
     stop: tuple[str, ...]
+    think_limit: int | None
     steering: Steering | None
     turns: tuple[Turn, ...]
 
@@ -79,6 +80,7 @@ def write_session(path: Path, saved: SavedSession) -> None:
         "sampling": asdict(saved.sampling),
         "max_tokens": saved.max_tokens,
         "stop": saved.stop,
+        "think_limit": saved.think_limit,
         "steering": _plain_steering(saved.steering, vectors),
         "turns": [_plain_turn(turn, vectors) for turn in saved.turns],
         "vectors": vectors,
@@ -95,8 +97,10 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
     """
     document = _parse(path)
     try:
+        document = {"think_limit": None} | document  # what files of 0.2.0 lack
         check_fields(
             document,
+            think_limit=int | None,
             fingerprint=str,
             chat_template_sha256=str | None,
             system=str | None,
@@ -112,6 +116,7 @@ def read_session(path: Path, vocabulary: int) -> SavedSession:
             sampling=Sampling(**document["sampling"]),
             max_tokens=document["max_tokens"],
             stop=tuple(_text(one) for one in document["stop"]),
+            think_limit=document["think_limit"],
             steering=_steering(document["steering"], vectors),
             turns=tuple(_turn(one, vectors, vocabulary) for one in document["turns"]),
         )

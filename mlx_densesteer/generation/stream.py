@@ -243,8 +243,11 @@ class Stream(Iterator[str]):
 
     def _slow_down(self) -> None:
         """Cut off the loop, and lower the strength."""
-        steering = self._steering
-        before = steering.strength or steering.budget.strength
+        steering, parts = self._steering, self._answer.parts
+        before, budget = steering.strength, steering.budget
+        late = budget is not None and parts["thought_tokens"] >= budget.tokens
+        if budget is not None and (not before or (late and not parts["thought_closed"])):
+            before = budget.strength
         number = len(self._brakes) + 1
         factor = self._brake.factor if number < self._brake.tries else 0.0
         after = before * factor

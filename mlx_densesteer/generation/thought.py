@@ -29,7 +29,13 @@ class Parting:
         self._ends = [0]  # characters of text before the first token, and after each
         self._mark = self._begin = 0 if opened else None  # where the opening mark begins and ends
         self.closed = False
+        self._more: list[tuple[int, int]] = []  # closing marks after that
         self._end = self._rest = None  # where the thought and the closing mark end
+
+    @property
+    def open(self) -> bool:
+        """Whether the answer is within its thought."""
+        return self._begin is not None and not self.closed
 
     def add(self, token: int, characters: int) -> None:
         """Add the answer's next token; the answer then has so many characters."""
@@ -46,11 +52,13 @@ class Parting:
                 self._end, self._rest = self._ends[-1 - len(self._closes)], characters
                 self.tokens -= len(self._closes)
                 self.closed = True
+        elif self._ends_with(self._closes):
+            self._more.append((self._ends[-1 - len(self._closes)], characters))
 
     @property
     def certain(self) -> int | None:
         """How many characters are certain to belong to no mark that is still incomplete; ``None`` for all."""
-        mark = self._opens if self._begin is None else self._closes if self._rest is None else ()
+        mark = self._opens if self._begin is None else self._closes
         for length in range(min(len(mark) - 1, len(self._ids)), 0, -1):
             if tuple(self._ids[-length:]) == mark[:length]:
                 return self._ends[-1 - length]
@@ -59,6 +67,7 @@ class Parting:
     def split(self, text: str) -> tuple[str | None, str]:
         """Return thought and answer in the answer's text, or its beginning; ``None`` without a thought.
 
+        A model whose thought was ended by force may close it again: such marks are left out of the answer.
         The thought has no blanks around it, and the answer none between the two. What grows of the text
         grows of them.
         """
@@ -68,6 +77,8 @@ class Parting:
             return None, text if text.strip() else ""  # what a mark may still follow
         thought = text[self._begin : self._end].strip()
         rest = "" if self._rest is None else text[self._rest :]
+        for begin, end in reversed(self._more):
+            rest = rest[: begin - self._rest] + rest[end - self._rest :]
         before = text[: self._mark]
         return thought, before + rest if before.strip() else rest.lstrip()
 
@@ -113,6 +124,8 @@ def thought_limit(
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise ``InputError`` if a thought may have less than one token."""
-    if limit is not None and limit < 1:
-        raise InputError(f"a thinking limit of {limit} tokens: expected at least 1.")
+    """Raise ``InputError`` unless it is a whole number of tokens, at least 1."""
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InputError(
+            f"a thinking limit of {limit} tokens: expected a whole number, at least 1."
+        )

@@ -46,7 +46,7 @@ class Completions:
         if isinstance(asked, ChatRequest):
             steers = asked.steering is not None or "@" in (asked.model or "")
             wish = Thinking(
-                asked.reasoning_effort, asked.thinking_budget, bool(asked.thinking_budget_hard)
+                asked.reasoning_effort, asked.thinking_budget, asked.thinking_budget_hard
             )
             steering, limit, unused = self.vectors.thinking(steering, steers, wish)
             ignored += unused

@@ -107,7 +107,9 @@ class Completion:
     def _read(self, result: Generation) -> dict[str, object]:
         """Return what a finished answer says: where its steps begin, and the answer that it marks."""
         text = result.answer if self.chat else result.text
-        return {"step_starts": step_starts(text), "stated_answer": stated_answer(text)}
+        found = {"step_starts": step_starts(text), "stated_answer": stated_answer(text)}
+        limit = result.thought_limit
+        return found if limit is None else found | {"thinking_limit": limit}
 
     def last(self) -> dict[str, object]:
         """Return the chunk that carries the usage."""

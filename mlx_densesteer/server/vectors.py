@@ -80,12 +80,12 @@ class Thinking:
     Args:
         effort: a level of ``effort.LEVELS``; others are ignored.
         budget: tokens of the thought.
-        hard: end it there by force.
+        hard: end it there by force; ``None`` does so without a vector.
     """
 
     effort: str | None = None
     budget: int | None = None
-    hard: bool = False
+    hard: bool | None = None
 
 
 class Vectors:
@@ -195,6 +195,9 @@ class Vectors:
         if asked.hard and budget is None:
             ignored.append("thinking_budget_hard")
         hard = asked.hard or one is None
+        if one is None and asked.hard is False and budget is not None:
+            ignored.append("thinking_budget")
+            budget = None
         try:
             if budget is not None:
                 _ = marks_of(self.model.network).thought  # raises if a budget is impossible

@@ -20,6 +20,7 @@ from ..errors import SteeringError
 
 Positions = str  # "all", "prompt", "generated", "steps", "think", "answer" or "first:N"
 POSITIONS = ("all", "generated", "prompt", "steps", "think", "answer", "first:N")
+EXPECTED = f"expected one of {', '.join(POSITIONS)} (N from 1 on)"
 FOREVER = 2**31 - 1
 
 _FIRST = re.compile(r"first:([1-9]\d{0,8})", re.ASCII)
@@ -69,7 +70,7 @@ def is_positions(value: object) -> bool:
 def check_positions(positions: object) -> None:
     """Raise ``SteeringError`` unless it is one of ``POSITIONS``."""
     if not is_positions(positions):
-        raise SteeringError(f"positions {positions!r}: expected one of {', '.join(POSITIONS)}.")
+        raise SteeringError(f"positions {positions!r}: {EXPECTED}.")
 
 
 def span_of(positions: Positions, prompt_length: int | None) -> Span:

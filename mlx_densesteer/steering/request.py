@@ -229,6 +229,10 @@ def request(
     where = positions or (best.get("positions") if swept else None) or "all"
     # Made only for its checks: what can never be applied fails before a model is loaded.
     # A dose and a KL have no lambda yet; 0 stands in.
+    if budget is None and late is not None:
+        raise InputError(
+            "a strength for beyond a thinking budget, but no budget: name its tokens too."
+        )
     limit = None if budget is None else ThinkBudget(budget, 0.0)
     Steering(vector, amount.number if amount.unit == "strength" else 0.0, chosen, where, limit)
     late = None if late is None else Amount.parse(late)

@@ -48,9 +48,9 @@ class ThinkBudget:
     strength: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tokens < FOREVER:
+        if type(self.tokens) is not int or not 1 <= self.tokens < FOREVER:
             raise SteeringError(
-                f"a thinking budget of {self.tokens} tokens: expected at least 1, below {FOREVER:,}."
+                f"a thinking budget of {self.tokens} tokens: expected a whole number from 1 to {FOREVER - 1:,}."
             )
         object.__setattr__(self, "strength", _finite(self.strength))
 

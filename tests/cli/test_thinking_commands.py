@@ -1,6 +1,8 @@
 """The commands with a model that thinks (``thinking.py``)."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -27,7 +29,7 @@ def test_generate_prints_the_answer_and_shows_the_thought_on_request(run, thinki
 def test_generate_steers_a_long_thought(run, steered):
     done = run("generate", *steered, "-s", 0, "--think-budget", 9, "--think-strength", 2, QUESTION)
     assert done.stdout == "51\n"
-    assert "and at strength 2 from 9 tokens of thought on" in done.stderr
+    assert "(strength 2) from 9 tokens of thought on" in done.stderr
     found = json.loads(
         run(
             "generate", *steered, "-s", 0, "--think-budget", 9, "--think-strength", 2, "--json",
@@ -98,14 +100,40 @@ def test_eval_grades_the_answer_and_counts_both(run, steered, tmp_path):
     hard = run("eval", "-m", steered[1], "--think-budget", 4, "--think-budget-hard", "-n", 30,
                "p.jsonl", "-o", "b.jsonl", "--json").stdout  # fmt: skip
     assert json.loads(hard)["scores"]["unsteered"]["thought_tokens"]["value"] == 4
+    table = run("eval", "-m", steered[1], "--think-budget", 4, "--think-budget-hard", "-n", 30,
+                "p.jsonl", "-o", "b.jsonl").stdout  # fmt: skip
+    assert "in every row a thought was ended by force after 4 tokens" in table
     refused = run("eval", "-m", steered[1], "-n", 30, "p.jsonl", "-o", "b.jsonl", code=1).stderr
     assert "think_limit" in refused  # the journal is of another setting
 
 
-def test_chat_folds_the_thought(run, thinking_folder):
-    import subprocess
-    import sys
+def test_a_run_that_was_refused_leaves_no_journal_in_the_way(run):
+    asked = "eval", "-m", "demo", "demo", "--limit", 1, "-n", 20, "-o", "x.jsonl"
+    run(*asked, "--think-budget", 20, "--think-budget-hard", code=1)
+    run(*asked)
 
+
+def test_chat_loads_a_conversation_and_its_budgets(run, thinking_folder):
+    asked = "chat", "-m", thinking_folder
+    start = [sys.executable, "-m", "mlx_densesteer", *map(str, asked)]
+
+    def chat(lines, *options):
+        return subprocess.run(
+            [*start, *map(str, options)], input=lines, capture_output=True, text=True, timeout=120
+        )
+
+    chat(f"{QUESTION}\n/save h.json\n", "--think-budget", 4, "--think-budget-hard", "-n", 30)
+    done = chat("/retry\n", "--load", "h.json", "-n", 30)
+    assert done.stdout == "51\n" and "4 tokens of them thought" in done.stderr
+    vector = "-v", thinking_folder / "out.npz", "-l", 1, "-s", 0
+    chat(f"{QUESTION}\n/save s.json\n", *vector, "-n", 20)
+    budget = "--load", "s.json", "--think-budget", 6, "--think-strength", 2
+    done = chat("/retry\n/budget off\n/retry\n/budget 3 2\n/retry\n/budget x\n", *budget)
+    assert done.stdout == "51\n51\n" and done.stderr.count("cut off") == 1
+    assert "/budget x: expected a number of tokens" in done.stderr
+
+
+def test_chat_folds_the_thought(run, thinking_folder):
     lines = f"{QUESTION}\n/thought\n/strength 2\n/positions think\nAnd 2?\n/thought\n"
     done = subprocess.run(
         [sys.executable, "-m", "mlx_densesteer", "chat", "-m", thinking_folder, "-v",

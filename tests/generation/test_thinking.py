@@ -98,7 +98,7 @@ def test_gates(model, vector):
     found = said("answer", think_limit=3)
     if opened:
         assert found.text == "tab" + "</think>" * 9
-        assert (found.thought, found.answer) == ("tab", "</think>" * 8)
+        assert (found.thought, found.answer) == ("tab", "")
     else:  # the prompt's last token is the answer's: the thought is not open yet
         assert (found.text, found.thought) == ("</think>" * 12, None)
     for where in ("prompt", "first:1"):  # the last prompt token alone
@@ -119,11 +119,14 @@ def test_a_session_leaves_earlier_thoughts_out(model, vector):
     prompt = model.tokenizer.encode(text, add_special_tokens=False)
     assert session.prompt("And twice?", turns=1) == prompt
     assert session.turns[1].reply.prompt_tokens == len(prompt)
-    # what was interrupted within its thought leaves no word of it
+    # a question whose thought was interrupted does not count; one that was cut off leaves no word of it
     reply = session.send("Once more?")
     for _ in range(4):
         next(reply)
     reply.close()
+    assert reply.result.thought and len(session.turns) == 2
+    session.max_tokens = 5
+    "".join(session.send("Once more?"))
     assert session.turns[-1].reply.answer == "" and session.turns[-1].reply.thought
     assert "tab" not in model.tokenizer.decode(session.prompt("So?"))
 
@@ -205,7 +208,7 @@ def test_models_without_marks_refuse(hf_folder, make_vector):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_no_thought_has_less_than_a_token(model, limit):
-    with pytest.raises(InputError, match="expected at least 1"):
+    with pytest.raises(InputError, match="at least 1"):
         ds.stream(model, "hello", think_limit=limit)
 
 
@@ -326,3 +329,48 @@ def test_session_files_of_the_first_release_are_read(model, vector, tmp_path):
                 del turn[name]
     path.write_text(json.dumps(document))
     assert ds.Session.load(path, model).turns[0].reply.answer == session.turns[0].reply.text
+
+
+def test_stop_texts_are_looked_for_in_the_answer_alone(model, vector):
+    for stop, said in (("bc", "51"), ("\n\n", "51"), ("1", "5"), ("51", "")):
+        found = ways(model, "17 * 3?", think_limit=7, stop=(stop,))
+        assert (found.thought, found.answer) == (thought_of(7), said), stop
+
+
+def test_a_second_end_of_the_thought_is_no_text():
+    """As a model writes that was made to end its thought and is not done with it."""
+    words = {1: "<t>", 2: "", 3: "</", 4: "t>", 5: "a"}
+    parting, text, shown = Parting(MARKS, opened=True), "", []
+    for token in (5, 3, 4, 5, 5, 3, 4, 5, 3, 4):
+        text += words[token]
+        parting.add(token, len(text))
+        certain = len(text) if parting.certain is None else parting.certain
+        shown.append(parting.split(text[:certain]))
+    assert shown[-1] == ("a", "aaa") and text == "a</t>aa</t>a</t>"
+    for (_, before), (_, after) in itertools.pairwise(shown):
+        assert after.startswith(before)
+
+
+def test_the_brake_names_what_looped(model, vector):
+    steering = Steering(vector, 0.1, (1,), budget=ThinkBudget(4, 0.25))
+    options = {"brake": Brake(limit=20, window=64), "max_tokens": 200}
+    found = ds.generate(model, "17 * 3?", steering=steering, **options)
+    assert found.brakes[0].strength_before == 0.25
+
+
+def test_a_sessions_budget_is_set_and_kept(model, vector, tmp_path):
+    session = ds.Session(model, Steering(vector, 0.0, (1,)), max_tokens=40)
+    session.set_budget(5, 2.0)
+    assert "".join(session.send("17 * 3?")).endswith("</think>51")
+    session.set_strength(0.25)
+    assert session.steering.budget == ThinkBudget(5, 2.0)
+    session.think_limit = 3
+    again = ds.Session.load(session.save(tmp_path / "s.json"), model)
+    assert again.think_limit == 3 and again.steering.budget == ThinkBudget(5, 2.0)
+    session.set_budget(None)
+    assert session.steering.budget is None
+    with pytest.raises(InputError, match="no budget"):
+        ds.resolve(model, vector, 1.0, late=2.0)
+    for tokens in (0, 1.5, True, "5"):
+        with pytest.raises(SteeringError, match="expected a whole number"):
+            session.set_budget(tokens)

@@ -66,9 +66,30 @@ def test_a_budget_steers_with_a_vector_and_ends_by_force_without(server):
     assert body["steering"]["strength"] == 0
     body = server.chat(QUESTION, thinking_budget=9, thinking_budget_hard=True, max_tokens=30)
     assert said(body) == ("tabc\n\ntabc", "51") and body["steering"] is None
+    assert body["choices"][0]["thinking_limit"] == 9
     body = server.chat(QUESTION, steering={"strength": 0.25}, thinking_budget=9, max_tokens=30)
     assert body["steering"]["strength"] == 0.25
     assert body["steering"]["budget"]["strength"] > 0.25
+
+
+def test_a_soft_budget_needs_a_vector(plain, server):
+    body = {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 20,
+        "thinking_budget": 5,
+    }
+    for one, fields, ignored in (
+        (plain, {"thinking_budget_hard": False}, "thinking_budget"),
+        (server, {"steering": {"strength": 0}}, None),
+        (server, {"model": "Clockwork@out=0"}, None),
+    ):
+        status, headers, found = one.ask("/v1/chat/completions", body | fields)
+        assert (status, headers["X-DenseSteer-Ignored"]) == (200, ignored)
+        assert "thinking_limit" not in found["choices"][0]
+        assert (found["steering"] is None) == (ignored is not None)
+    del body["thinking_budget"]
+    _, headers, _ = plain.ask("/v1/chat/completions", body | {"thinking_budget_hard": True})
+    assert headers["X-DenseSteer-Ignored"] == "thinking_budget_hard"
 
 
 def test_levels_of_effort(server, plain, vector, thinking_folder):
