@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .steering.formats import import_vector as import_vector
     from .steering.request import resolve as resolve
     from .steering.steering import Steering as Steering
+    from .steering.steering import ThinkBudget as ThinkBudget
     from .steering.vector import SteeringVector as SteeringVector
     from .steering.vector import VectorMeta as VectorMeta
 
@@ -53,6 +54,7 @@ _HOMES = {
     "Session": "generation.session",
     "Steering": "steering.steering",
     "SteeringVector": "steering.vector",
+    "ThinkBudget": "steering.steering",
     "VectorMeta": "steering.vector",
     "bake": "export.bake",
     "calibrate": "extraction.calibrate",

@@ -29,6 +29,7 @@ from .families import cache_shapes, stream_dtype
 from .marks import Marks
 
 KEPT_BUFFERS = 2**28  # bytes
+_MARKS = ("steps", "think", "answer")  # of ``Span.mark``
 # Called with the first position and a block's unsteered output, ``(rows, tokens, hidden)``.
 Record = Callable[[int, mx.array], None]
 
@@ -107,9 +108,6 @@ class _Rows(NamedTuple):
             *marks,
             *numbers,
         )
-
-
-_MARKS = ("steps", "think", "answer")
 
 
 @dataclass(frozen=True)
