@@ -1152,3 +1152,29 @@ def test_every_control_has_a_name_and_is_reached_by_tab(open_page, with_sweep):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.outerHTML"))
     assert wanted - reached == set()
+
+
+def test_a_thought_is_folded_above_its_answer(browser, thinking_folder):
+    from playwright.sync_api import expect
+
+    from mlx_densesteer.server.vectors import NamedVector
+    from mlx_densesteer.steering.request import Amount
+
+    vector = SteeringVector.load(thinking_folder / "out.npz")
+    vector.name = "out"
+    with serving(thinking_folder, [NamedVector(vector, Amount(2.0), (1,), "steps")]) as running:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(running.url)
+        ask(page, "17 * 3?")
+        answered(page)
+        card = page.locator("article.answer").filter(has_text="dense").first
+        thought = card.locator("details.thought")
+        expect(thought.locator("summary")).to_have_text("Thought, 5 tokens")
+        expect(thought.locator("p")).not_to_be_visible()
+        expect(card.locator(".steps")).to_have_text("51")
+        thought.locator("summary").click()
+        expect(thought.locator("p")).to_have_text("tabc")
+        options = page.get_by_label("Positions").locator("option").all_text_contents()
+        assert {"think", "answer"} <= {one.split()[0].casefold() for one in options}, options
+        context.close()
