@@ -170,7 +170,7 @@ def test_a_name_of_the_longest_length_can_be_written(tmp_path):
         assert (tmp_path / name).read_bytes() == b"new"
 
 
-SESSION = SavedSession("f", None, "s" * 2**17, GREEDY, 10, (), None, ())
+SESSION = SavedSession("f", None, "s" * 2**17, GREEDY, 10, (), None, None, ())
 WRITERS = {
     "v.npz": lambda path, vector: vector.save(path),
     "v.gguf": lambda path, vector: export_vector(vector, path),

@@ -123,7 +123,7 @@ def test_generate_json_has_every_field(run, hf_folder, vector_file):
     assert set(found) == {
         "text", "tokens", "steps", "density", "prompt_tokens", "tokens_per_second",
         "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering", "draft", "brakes",
-        "thought", "answer", "thought_tokens",
+        "thought", "answer", "thought_tokens", "thought_closed", "thought_limit",
     }  # fmt: skip
     assert (found["tokens"], found["finish_reason"]) == (6, "length")
     assert found["density"] == found["tokens"] / found["steps"]
