@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from thinking import TEMPLATES, make_folder
+from thinking import make_folder
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import InputError, ModelError, SteeringError
@@ -20,7 +20,9 @@ from mlx_densesteer.steering.steering import Steering, ThinkBudget
 CYCLE = "tabc\n\n"
 
 
-@pytest.fixture(scope="session", params=TEMPLATES)
+@pytest.fixture(
+    scope="session", params=["R1", "Qwen3", pytest.param("SmolLM3", marks=pytest.mark.slow)]
+)
 def folder(request, tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("thinking") / request.param, request.param)
 
