@@ -9,8 +9,14 @@ from click.core import ParameterSource
 
 from ..errors import install_command
 from ..text import count, note
-from .options import answer_options, load_draft, model_option, steering_options, think_options
-from .options import think_budget as read_budget
+from .options import (
+    answer_options,
+    load_draft,
+    model_option,
+    read_think_budget,
+    steering_options,
+    think_options,
+)
 from .steering import is_strict, read_steering, steering_for, tell_fit
 
 if TYPE_CHECKING:
@@ -58,7 +64,7 @@ def chat(
     them /strength, /compare and /sweep. From a pipe, every line is a question or a command, and
     the answers go to standard output.
     """
-    budget, limit = read_budget(think_budget, think_strength, think_budget_hard)
+    budget, limit = read_think_budget(think_budget, think_strength, think_budget_hard)
     given = budget if saved is None or vector is not None else None
     request = read_steering(
         vector, strength, layers, positions, given, None if given is None else think_strength

@@ -14,12 +14,12 @@ from .options import (
     model_option,
     no_nll_option,
     out_option,
+    read_think_budget,
     run_options,
     steering_options,
     task_options,
     think_options,
 )
-from .options import think_budget as read_budget
 from .run import journalled, load_problems
 from .steering import described, read_steering, steering_for
 
@@ -115,7 +115,7 @@ def evaluate(
         check_matplotlib()
         if not plot.parent.is_dir():
             raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}.")
-    budget, limit_of_thought = read_budget(think_budget, think_strength, think_budget_hard)
+    budget, limit_of_thought = read_think_budget(think_budget, think_strength, think_budget_hard)
     request = read_steering(vector, strength, layers, positions, budget, think_strength)
     baselines = [Baseline.parse(spec) for spec in specs]
     kinds = {baseline.kind for baseline in baselines}

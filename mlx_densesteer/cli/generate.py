@@ -11,8 +11,14 @@ import click
 from ..distributed.ranks import launched_rank
 from ..errors import InputError
 from ..text import note
-from .options import answer_options, load_draft, model_option, steering_options, think_options
-from .options import think_budget as read_budget
+from .options import (
+    answer_options,
+    load_draft,
+    model_option,
+    read_think_budget,
+    steering_options,
+    think_options,
+)
 from .steering import described, read_steering, steering_for
 
 if TYPE_CHECKING:
@@ -85,7 +91,7 @@ def generate(
         )
     if draft_model is not None and launched_rank() is not None:
         raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
-    budget, limit = read_budget(think_budget, think_strength, think_budget_hard)
+    budget, limit = read_think_budget(think_budget, think_strength, think_budget_hard)
     request = read_steering(vector, strength, layers, positions, budget, think_strength)
 
     from ..distributed.stream import settle, stream_over_ranks

@@ -157,7 +157,9 @@ def layer_sets_option(default: str) -> Decorator:
     )
 
 
-def think_budget(budget: int | None, late: object, hard: bool) -> tuple[int | None, int | None]:
+def read_think_budget(
+    budget: int | None, late: object, hard: bool
+) -> tuple[int | None, int | None]:
     """Return from how many tokens on a thought is steered otherwise, and where it is ended by force."""
     if budget is None and (late is not None or hard):
         name = "--think-budget-hard" if hard else "--think-strength"

@@ -1,7 +1,6 @@
 """From the shared options to a ``Steering``, and the notes about it."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +109,7 @@ def tell_steering(request: "Request", steering: "Steering", model: "Model") -> N
     dose = model.dose(steering)
     where = "" if steering.positions == "all" else f", positions {steering.positions}"
     if steering.budget is not None:
-        late = replace(steering, strength=steering.budget.strength, budget=None)
+        late = steering.beyond_budget
         where += (
             f", {signed_dose(math.copysign(model.dose(late), late.strength))} (strength {late.strength:.3g}) "
             f"from {steering.budget.tokens} tokens of thought on"

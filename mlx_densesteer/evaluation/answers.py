@@ -166,7 +166,7 @@ def answer(
     by_id = {problem.id: problem for problem in problems}
     there = read_answers(journal, model.vocabulary) if journal else {}
     found = {  # graded again: math-verify (extra ``eval``) may be new here
-        key: replace(there[key], **asdict(_grade(by_id[key[0]], there[key])))
+        key: replace(there[key], **asdict(_grade(by_id[key[0]], there[key].text, there[key].said)))
         for key in wanted
         if key in there
     }
@@ -296,8 +296,8 @@ def _content(problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _grade(problem: Problem, one: Answer) -> Grade:
-    return grade(problem, one.text if one.said is None else one.said)
+def _grade(problem: Problem, text: str, said: str | None) -> Grade:
+    return grade(problem, text if said is None else said)
 
 
 def _graded(
@@ -318,5 +318,5 @@ def _graded(
         finish_reason=generation.finish_reason,
         seconds=round(seconds, 3),
         compute_seconds=round(generation.compute_seconds or 0.0, 6),
-        **asdict(grade(problem, text if said is None else said)),
+        **asdict(_grade(problem, text, said)),
     )

@@ -394,8 +394,9 @@ class Batch:
         self.tokens += 1
         text = row.take(one.token, one.finish_reason, logprob)
         if row.reason is None:
-            told = row.tell() if text else ()
-            return Piece(row.number, text, logprobs=told, shown=row.answer.shown)
+            if not text:
+                return Piece(row.number, text)
+            return Piece(row.number, text, logprobs=row.tell(), shown=row.answer.shown)
         known, caches = one.finish_reason is not None, ()
         if row.keep:
             caches = (

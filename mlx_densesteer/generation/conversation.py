@@ -48,7 +48,7 @@ def lay_out(
     check_prompt(tokenizer, question, system=system)
     texts = said = [decode(tokenizer, ids) for _, ids in exchanges]
     if drops_thoughts(tokenizer):
-        said = _without_thoughts(tokenizer, exchanges)
+        said = _without_thoughts(tokenizer, exchanges, question)
     pieces = _between(tokenizer, exchanges, question, system) if said == texts else None
     if pieces is None:
         messages = _messages([q for q, _ in exchanges], said, question, system)
@@ -104,12 +104,14 @@ def fit(
     return dropped, chunks, last, room
 
 
-def _without_thoughts(tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange]) -> list[str]:
-    """Return the answers as text, those with a thought without it."""
+def _without_thoughts(
+    tokenizer: TokenizerWrapper, exchanges: Sequence[Exchange], question: str
+) -> list[str]:
+    """Return the answers as text, those with a thought without it; the template opens all of them or none."""
     said, marks = [], thought_marks(tokenizer)
-    for question, ids in exchanges:
-        prompt = encode_chat(tokenizer, render_chat(tokenizer, _messages([], [], question, None)))
-        opened = last_opens(prompt, *marks, tokenizer.eos_token_ids)
+    prompt = encode_chat(tokenizer, render_chat(tokenizer, _messages([], [], question, None)))
+    opened = last_opens(prompt, *marks, tokenizer.eos_token_ids)
+    for _, ids in exchanges:
         if not opened and not set(ids) & {*marks[0]}:
             said.append(decode(tokenizer, ids))
             continue

@@ -28,9 +28,13 @@ class Parting:
         self._ids: list[int] = []
         self._ends = [0]  # characters of text before the first token, and after each
         self._mark = self._begin = 0 if opened else None  # where the opening mark begins and ends
-        self.closed = False
         self._more: list[tuple[int, int]] = []  # closing marks after that
         self._end = self._rest = None  # where the thought and the closing mark end
+
+    @property
+    def closed(self) -> bool:
+        """Whether the thought came to its end."""
+        return self._rest is not None
 
     @property
     def open(self) -> bool:
@@ -46,12 +50,11 @@ class Parting:
         if self._begin is None:
             if self._ends_with(self._opens):
                 self._mark, self._begin = self._ends[-1 - len(self._opens)], characters
-        elif self._rest is None:
+        elif not self.closed:
             self.tokens += 1
             if self._ends_with(self._closes):
                 self._end, self._rest = self._ends[-1 - len(self._closes)], characters
                 self.tokens -= len(self._closes)
-                self.closed = True
         elif self._ends_with(self._closes):
             self._more.append((self._ends[-1 - len(self._closes)], characters))
 

@@ -9,7 +9,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
@@ -268,10 +268,7 @@ class Model:
 
     def largest_dose(self, steering: Steering | None) -> float:
         """Return the dose of a steering, or that beyond its thinking budget if it is larger."""
-        if steering is None or steering.budget is None:
-            return self.dose(steering)
-        late = replace(steering, strength=steering.budget.strength, budget=None)
-        return max(self.dose(steering), self.dose(late))
+        return max(self.dose(steering), self.dose(steering and steering.beyond_budget))
 
     def kl_strength(
         self, vector: SteeringVector, layers: Sequence[int], positions: Positions, kl: float

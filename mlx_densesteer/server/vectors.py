@@ -229,10 +229,9 @@ class Vectors:
         if found is None:
             found = Asked(one.request(0.0).steering(self._asked_of), self.base)
         steering = found.steering
-        late = one.request(0.0, steering.layers, steering.positions, budget)
-        more = late.steering(self._asked_of).budget
-        over = replace(more, strength=more.strength + steering.strength)
-        return Asked(replace(steering, budget=over), found.model)
+        where = steering.strength, steering.layers, steering.positions
+        late = one.request(*where, budget).steering(self._asked_of)
+        return Asked(replace(steering, budget=late.budget), found.model)
 
     def preset(self, one: NamedVector) -> Asked:
         """Return a vector at its default, the dose rounded for display.

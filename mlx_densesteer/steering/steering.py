@@ -173,6 +173,13 @@ class Steering:
         """Return ``budget.strength * v_layer``, of a steering with a budget."""
         return self._late[layer]
 
+    @property
+    def beyond_budget(self) -> "Steering":
+        """The steering of a thought beyond its budget, by itself; without a budget this one."""
+        if self.budget is None:
+            return self
+        return replace(self, strength=self.budget.strength, budget=None)
+
     def weaker(self, factor: float) -> "Steering":
         """Return it with every strength multiplied by ``factor``; at 0 without a budget."""
         budget = self.budget and replace(self.budget, strength=self.budget.strength * factor)
