@@ -66,6 +66,7 @@ _HOMES = {
     "generate": "generation.stream",
     "generate_batch": "generation.batch",
     "import_vector": "steering.formats",
+    "json_grammar": "generation.grammar",
     "Model": "model.model",
     "load": "model.model",
     "make_cache": "model.block",

@@ -4,12 +4,14 @@ import json
 import shlex
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..distributed.ranks import launched_rank
 from ..errors import InputError
+from ..files import parse_json
 from ..text import note
 from .options import (
     answer_options,
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
     help="Print a reasoning model's thought too, to standard error.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Answer with JSON that matches the JSON Schema in FILE (extra: json). Ask for JSON in the prompt too.",
+)
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it is.")
 @click.option(
     "--special-tokens",
@@ -72,6 +80,7 @@ def generate(
     draft_tokens: int,
     no_brake: bool,
     stop: tuple[str, ...],
+    json_schema: Path | None,
     raw: bool,
     special_tokens: bool,
     pipeline: bool,
@@ -91,15 +100,22 @@ def generate(
         )
     if draft_model is not None and launched_rank() is not None:
         raise click.UsageError("--draft-model does not go with mlx.launch: leave it out.")
+    if json_schema is not None and launched_rank() is not None:
+        raise click.UsageError("--json-schema does not go with mlx.launch: leave it out.")
     budget, limit = read_think_budget(think_budget, think_strength, think_budget_hard)
     request = read_steering(vector, strength, layers, positions, budget, think_strength)
 
     from ..distributed.stream import settle, stream_over_ranks
     from ..generation.answer import brake_lines, receipt
     from ..generation.brake import Brake
+    from ..generation.grammar import check_schemas, json_grammar
     from ..generation.sampling import Sampling
     from ..model.prompt import encode_prompt
 
+    schema = None
+    if json_schema is not None:
+        schema = parse_json(json_schema.read_bytes(), str(json_schema))
+        check_schemas({str(json_schema): schema})
     _tell_demo(model, text)
     loaded, ranks = _load_over_ranks(model, pipeline)
     steering = steering_for(request, loaded)
@@ -117,6 +133,7 @@ def generate(
         draft=load_draft(draft_model, draft_tokens),
         brake=None if no_brake else Brake(),
         think_limit=limit,
+        grammar=None if schema is None else json_grammar(loaded, schema),
     )
     interrupt = None
     thought, answer = Growing(err=True), Growing()

@@ -9,6 +9,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache
 
 from ..generation.brake import Brake
+from ..generation.grammar import Grammar
 from ..generation.sampling import GREEDY, Sampling
 from ..generation.speculation import Draft
 from ..generation.stream import Stream, stream
@@ -33,6 +34,7 @@ def stream_over_ranks(
     draft: Draft | None = None,
     brake: Brake | None = None,
     think_limit: int | None = None,
+    grammar: Grammar | None = None,
 ) -> Stream:
     """Return an iterator over the response, as ``generation.stream.stream`` does.
 
@@ -41,7 +43,7 @@ def stream_over_ranks(
     Args:
         model: what ``load_over_ranks`` returns.
         tokens: the prompt.
-        draft: for a single process only.
+        draft, grammar: for a single process only.
 
     Raises:
         DistributedError: the ranks have different prompts, vectors or options.
@@ -50,7 +52,7 @@ def stream_over_ranks(
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "brake": brake}
     options["think_limit"] = think_limit
     if ranks.size == 1:
-        return stream(model, tokens, steering=steering, draft=draft, **options)
+        return stream(model, tokens, steering=steering, draft=draft, grammar=grammar, **options)
     told = {"tokens": list(tokens)} | {name: repr(value) for name, value in options.items()}
     ranks.same(told, "prompts or options")
     if steering is not None:

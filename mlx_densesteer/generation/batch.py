@@ -30,8 +30,10 @@ from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, check_limits
+from .grammar import Grammar
+from .logits import LogitBias, processors
 from .sampling import GREEDY, Sampler, Sampling
-from .thought import LogitsProcessor, check_limit, thought_limit
+from .thought import LogitsProcessor, check_limit
 from .wired import Wired
 
 ROWS = 16
@@ -223,6 +225,8 @@ class Batch:
         keep: bool = False,
         think_limit: int | None = None,
         opens_thought: bool | None = None,
+        grammar: Grammar | None = None,
+        bias: LogitBias | None = None,
     ) -> int:
         """Add a row, and return its number.
 
@@ -240,6 +244,8 @@ class Batch:
             think_limit: end a thought of so many tokens by force.
             opens_thought: whether the prompt opens the thought, by default ``Model.opens_thought`` of
                 ``prompt``. Give that of the whole prompt if ``cache`` holds a part of it.
+            grammar: what the answer has to match.
+            bias: numbers added to logits.
 
         Raises:
             InputError, SteeringError, VectorMismatchError: the row is not added.
@@ -258,15 +264,21 @@ class Batch:
         room = self._model.room(caches[0].offset + len(tokens), max_tokens)
         opened = self._model.opens_thought(tokens) if opens_thought is None else opens_thought
         answer = PartialAnswer(self._model.tokenizer, stops=stop, opens_thought=opened)
-        processors = []
-        if think_limit is not None:
-            check_limit(think_limit)
-            marks, skip = marks_of(self._model.network), len(tokens)
-            processors.append(thought_limit(marks, think_limit, (), opened=opened, skip=skip))
+        if bias is not None:
+            bias.check(self._model.vocabulary)
+        changes = processors(
+            self._model.network,
+            (),
+            opened=opened,
+            skip=len(tokens),
+            bias=bias,
+            grammar=grammar,
+            think_limit=think_limit,
+        )
         ends = self._model.ends(tokens) if ends is None else ends
         sampler = sampling.row_sampler()
         row = _Row(
-            self._count, tokens, caches, steering, room, sampler, answer, ends, processors,
+            self._count, tokens, caches, steering, room, sampler, answer, ends, changes,
             think_limit, logprobs, keep,
         )  # fmt: skip
         self._count += 1

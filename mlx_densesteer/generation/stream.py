@@ -17,9 +17,11 @@ from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import Steering
 from .answer import Generation, PartialAnswer, check_limits
 from .brake import Brake, Braked
+from .grammar import Grammar
+from .logits import processors
 from .sampling import GREEDY, Sampler, Sampling
 from .speculation import Draft
-from .thought import check_limit, thought_limit
+from .thought import check_limit
 from .wired import Wired
 
 
@@ -55,6 +57,7 @@ class Stream(Iterator[str]):
         draft_prefix: the draft's caches.
         sampler: chooses the tokens; by default ``sampling``'s own sampler.
         think_limit: end a thought of so many tokens by force.
+        grammar: what the answer has to match.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Stream(Iterator[str]):
         brake: Brake | None = None,
         sampler: Sampler | None = None,
         think_limit: int | None = None,
+        grammar: Grammar | None = None,
     ):
         check_limits(max_tokens, stop)
         check_limit(think_limit)
@@ -89,7 +93,7 @@ class Stream(Iterator[str]):
         self._prompt_tokens, self._ends = len(tokens), model.ends(tokens)
         self._steering, self._sampling, self._max_tokens = steering, sampling, max_tokens
         self._draft, self._brake = draft, brake
-        self._sampler = sampler or sampling.sampler()
+        self._sampler, self._grammar = sampler or sampling.sampler(), grammar
         self._finish = "interrupted"
         # Whether the caches hold what this stream fed them, and no part of a step.
         self._whole = False
@@ -203,11 +207,14 @@ class Stream(Iterator[str]):
             begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
             network, caches = self._model.network, list(self._prefix.caches)
             options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
-            if self._think_limit is not None:
-                limit = thought_limit(
-                    marks_of(network), self._think_limit, ids, opened=self._opens_thought, skip=1
-                )
-                options["logits_processors"] = [limit]
+            options["logits_processors"] = processors(
+                network,
+                ids,
+                opened=self._opens_thought,
+                skip=1,
+                grammar=self._grammar,
+                think_limit=self._think_limit,
+            )
             if self._draft is None:
                 for token, _ in generate_step(begin, network, prompt_cache=caches, **options):
                     yield int(token)
@@ -273,6 +280,7 @@ def stream(
     draft: Draft | None = None,
     brake: Brake | None = None,
     think_limit: int | None = None,
+    grammar: Grammar | None = None,
 ) -> Stream:
     """Return an iterator over the pieces of the response, as text.
 
@@ -288,6 +296,7 @@ def stream(
         brake: cut off degenerate repetition, lower the strength and go on; ``None`` does not.
         think_limit: end a thought of so many tokens by force; the answer follows. ``Steering.budget`` only
             steers it towards its end.
+        grammar: what the answer has to match (``json_grammar``).
 
     Raises:
         InputError: an empty prompt, a token that the model does not know, a conversation that the chat
@@ -304,7 +313,7 @@ def stream(
     return Stream(
         model, Prefix(model.network), [Chunk(tuple(rest))], last, steering=steering,
         max_tokens=model.room(len(tokens), max_tokens), sampling=sampling, stop=stop, draft=draft,
-        brake=brake, think_limit=think_limit,
+        brake=brake, think_limit=think_limit, grammar=grammar,
     )  # fmt: skip
 
 

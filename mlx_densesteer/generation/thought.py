@@ -20,11 +20,13 @@ class Parting:
 
     Args:
         opened: whether the prompt opens the thought.
+
+    ``opens`` are the tokens of the mark that opens one; empty for a model that does not think.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, opened: bool = False):
         self.tokens = 0  # of the thought so far, without its marks
-        self._opens, self._closes = thought_marks(tokenizer)
+        self.opens, self._closes = thought_marks(tokenizer)
         self._ids: list[int] = []
         self._ends = [0]  # characters of text before the first token, and after each
         self._mark = self._begin = 0 if opened else None  # where the opening mark begins and ends
@@ -43,13 +45,13 @@ class Parting:
 
     def add(self, token: int, characters: int) -> None:
         """Add the answer's next token; the answer then has so many characters."""
-        if not self._opens:
+        if not self.opens:
             return
         self._ids.append(token)
         self._ends.append(characters)
         if self._begin is None:
-            if self._ends_with(self._opens):
-                self._mark, self._begin = self._ends[-1 - len(self._opens)], characters
+            if self._ends_with(self.opens):
+                self._mark, self._begin = self._ends[-1 - len(self.opens)], characters
         elif not self.closed:
             self.tokens += 1
             if self._ends_with(self._closes):
@@ -61,7 +63,7 @@ class Parting:
     @property
     def certain(self) -> int | None:
         """How many characters are certain to belong to no mark that is still incomplete; ``None`` for all."""
-        mark = self._opens if self._begin is None else self._closes
+        mark = self.opens if self._begin is None else self._closes
         for length in range(min(len(mark) - 1, len(self._ids)), 0, -1):
             if tuple(self._ids[-length:]) == mark[:length]:
                 return self._ends[-1 - length]
@@ -74,7 +76,7 @@ class Parting:
         The thought has no blanks around it, and the answer none between the two. What grows of the text
         grows of them.
         """
-        if not self._opens:
+        if not self.opens:
             return None, text
         if self._begin is None:
             return None, text if text.strip() else ""  # what a mark may still follow
