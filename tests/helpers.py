@@ -25,6 +25,7 @@ SHARED = ROOT.parent / "shared"
 QUICK_RETRIES = ROOT / "tests" / "quick_retries"
 HIDDEN, LAYERS, VOCABULARY = 64, 4, 128
 THOUGHT = 7, 11  # the tokens that open and close a thought of a tiny network
+CALL = 8, 13  # and a tool call
 
 
 def run_with_torch(*arguments, timeout=300):
@@ -48,13 +49,13 @@ def at_every_layer(vector, strength=1.0, positions="all"):
 
 
 def every_third_ends_a_step(network, tokenizer=None):
-    """Let every third token of a tiny network end a step, and ``THOUGHT`` mark a thought; return the network.
+    """Let every third token of a tiny network end a step, ``THOUGHT`` and ``CALL`` be marks; return the network.
 
     It has no tokenizer, or one that writes a blank line as two tokens.
     """
     marks = network.model.marks = Marks(tokenizer, network.args.vocab_size)
     marks.step_ends = np.arange(network.args.vocab_size) % 3 == 0
-    marks.thought = THOUGHT
+    marks.thought, marks.call = THOUGHT, CALL
     return network
 
 

@@ -211,6 +211,8 @@ def additions(network: nn.Module, steering: Steering | None) -> dict[int, Added]
         _ = marks_of(network).step_end_table  # raises now, and not with the first token
     if steering.needs_thought:
         _ = marks_of(network).thought
+    if not steering.calls:
+        _ = marks_of(network).call
     if steering.is_zero:
         return {}
     limit = float(mx.finfo(stream_dtype(network)).max)

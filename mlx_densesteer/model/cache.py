@@ -4,11 +4,12 @@ Keys and values are valid only for the steering under which they were computed. 
 layer holds its steering: a ``Shift``, which is ``lambda * v`` for each row and the positions where
 it is added.
 
-Some places depend on the tokens: on each one alone, or on where the answer's thought is. A cache then has
-to be told the tokens (``note_tokens``). It keeps the positions of the thought's two marks. Those at or
-after its length are of tokens that were taken back, and are looked for anew.
+Some places depend on the tokens: on each one alone, or on where the answer's thought or its last tool call
+is. A cache then has to be told the tokens (``note_tokens``). It keeps the positions of the two marks. Those at
+or after its length are of tokens that were taken back, and are looked for anew.
 
-Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions.
+Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions, and taking back
+the beginning of a tool call together with the end of the one before it.
 """
 
 import copy
@@ -76,17 +77,27 @@ Where = bool | mx.array | Marked
 
 
 class Bounds(NamedTuple):
-    """The positions of the marks of each row's thought, int32 ``(rows, 1)``; ``FOREVER`` for none yet."""
+    """The positions of marks in each row, int32 ``(rows, 1)``.
+
+    ``opened`` and ``closed`` are those of the thought, ``FOREVER`` for none yet; ``called`` and ``returned``
+    those of the last tool call, -1 for none yet.
+    """
 
     opened: mx.array
     closed: mx.array
+    called: mx.array
+    returned: mx.array
+
+
+_NO_BOUNDS = (FOREVER, FOREVER, -1, -1)
 
 
 class _Rows(NamedTuple):
-    """What depends on tokens in each row: bools and int32 ``(rows, 1)``; the two flags are of any row."""
+    """What depends on tokens in each row: bools and int32 ``(rows, 1)``; the three flags are of any row."""
 
     any_steps: bool
     any_thought: bool
+    any_calls: bool
     steps: mx.array
     think: mx.array
     answer: mx.array
@@ -94,6 +105,7 @@ class _Rows(NamedTuple):
     opened: mx.array
     closed: mx.array
     budget: mx.array
+    calls: mx.array
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> "_Rows":
@@ -105,8 +117,10 @@ class _Rows(NamedTuple):
         return cls(
             any(span.mark == "steps" for span in spans),
             any(span.thought for span in spans),
+            any(span.calls != FOREVER for span in spans),
             *marks,
             *numbers,
+            mx.array([span.calls for span in spans], dtype=mx.int32)[:, None],
         )
 
 
@@ -148,7 +162,7 @@ class Shift:
             mx.array([getattr(span, name) for span in spans], dtype=mx.int32)[:, None, None]
             for name in ("start", "stop")
         )
-        marked = any(span.mark or span.thought for span in spans)
+        marked = any(span.mark or span.thought or span.calls != FOREVER for span in spans)
         return cls(delta, tuple(spans), *bounds, late, _Rows.of(spans) if marked else None)
 
     @classmethod
@@ -190,12 +204,12 @@ class Shift:
     def marked(
         self, tokens: mx.array, offset: int | mx.array, before: Bounds | None, marks: Marks
     ) -> tuple[Marked, Bounds | None]:
-        """Tell which tokens are steered, of a shift that ``needs_tokens``, and where the thoughts are now.
+        """Tell which tokens are steered, of a shift that ``needs_tokens``, and where the marks are now.
 
         Args:
             tokens: the ids, ``(rows, tokens)``.
             offset: as in ``where``.
-            before: where the thoughts were after the last call.
+            before: where the marks were after the last call.
         """
         rows, at = self.rows, _positions(offset, tokens.shape[1])
         within = mx.logical_and(at >= self.start[..., 0], at < self.stop[..., 0])
@@ -203,8 +217,15 @@ class Shift:
         if rows.any_steps:
             ends = marks.step_end_table[tokens]
             within = mx.logical_and(within, mx.logical_or(ends, mx.logical_not(rows.steps)))
+        if rows.any_thought or rows.any_calls:
+            bounds = before or Bounds(
+                *(mx.full(rows.opened.shape, one, mx.int32) for one in _NO_BOUNDS)
+            )
+        if rows.any_calls:
+            inside, bounds = _calls(tokens, at, rows.calls, bounds, marks.call)
+            within = mx.logical_and(within, mx.logical_not(inside))
         if rows.any_thought:
-            bounds = self._bounds(tokens, at, before, marks)
+            bounds = self._thoughts(tokens, at, bounds, marks.thought)
             inside = mx.logical_and(at >= bounds.opened, at < bounds.closed)
             within = mx.logical_and(within, mx.logical_or(inside, mx.logical_not(rows.think)))
             within = mx.logical_and(within, mx.logical_not(mx.logical_and(inside, rows.answer)))
@@ -212,21 +233,18 @@ class Shift:
                 over = mx.logical_and(inside, at - bounds.opened >= rows.budget)[..., None]
         return Marked(within[..., None], over), bounds
 
-    def _bounds(
-        self, tokens: mx.array, at: mx.array, before: Bounds | None, marks: Marks
+    def _thoughts(
+        self, tokens: mx.array, at: mx.array, before: Bounds, marks: tuple[int, int]
     ) -> Bounds:
-        rows, (opens, closes) = self.rows, marks.thought
-        opened, closed = rows.opened, rows.closed
-        if before is not None:  # without those of tokens that were taken back
-            first = at[:, :1]
-            opened, closed = (
-                mx.minimum(known, mx.where(held < first, held, FOREVER))
-                for known, held in ((opened, before.opened), (closed, before.closed))
-            )
+        rows, (opens, closes) = self.rows, marks
+        opened, closed = (
+            mx.minimum(known, _kept(held, at, FOREVER))
+            for known, held in ((rows.opened, before.opened), (rows.closed, before.closed))
+        )
         opening = mx.logical_and(tokens == opens, at >= rows.begin)
         opened = mx.minimum(opened, _first(opening, at))
         closing = mx.logical_and(tokens == closes, at > opened)
-        return Bounds(opened, mx.minimum(closed, _first(closing, at)))
+        return before._replace(opened=opened, closed=mx.minimum(closed, _first(closing, at)))
 
     def add_alone(self, h: mx.array, where: Where) -> mx.array:
         """Return ``h``, plus ``delta`` at the steered positions; shapes as in ``add``.
@@ -272,13 +290,37 @@ def _first(found: mx.array, at: mx.array) -> mx.array:
     return mx.where(found, at, FOREVER).min(axis=1, keepdims=True)
 
 
+def _kept(held: mx.array, at: mx.array, none: int) -> mx.array:
+    """Return positions, without those of tokens that were taken back: the next tokens are at ``at``."""
+    return mx.where(held < at[:, :1], held, none)
+
+
+def _calls(
+    tokens: mx.array, at: mx.array, start: mx.array, before: Bounds, marks: tuple[int, int]
+) -> tuple[mx.array, Bounds]:
+    """Tell which tokens are in a tool call, bool ``(rows, tokens)``, and where the marks are now.
+
+    A mark counts from position ``start`` on, ``(rows, 1)``; an opening one in a call, and a closing one outside,
+    leave no trace.
+    """
+    called, returned = (_kept(held, at, -1) for held in (before.called, before.returned))
+    begins, ends = (mx.where(mx.logical_and(tokens == mark, at >= start), at, -1) for mark in marks)
+    inside = mx.maximum(called, mx.cummax(begins, axis=1)) > mx.maximum(
+        returned, mx.cummax(ends, axis=1)
+    )
+    was = mx.concatenate([called > returned, inside[:, :-1]], axis=1)
+    called = mx.maximum(called, mx.where(was, -1, begins).max(axis=1, keepdims=True))
+    returned = mx.maximum(returned, mx.where(was, ends, -1).max(axis=1, keepdims=True))
+    return inside, before._replace(called=called, returned=returned)
+
+
 class _Carrier:
     """Base of the steered caches: holds the shift, and raises if a stock block would ignore it."""
 
     shift: Shift | None = None
     expecting = False  # set by a steered block while it updates the cache
     noted: Marked | None = None  # of the tokens to come
-    thoughts: tuple[Shift, Bounds | None] | None = None  # where they are, under which shift
+    bounds: tuple[Shift, Bounds | None] | None = None  # where the marks are, under which shift
     record: Record | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -305,7 +347,7 @@ class SteeredKVCache(_Carrier, KVCache):
         stock = super().to_quantized(group_size=group_size, bits=bits)
         quantized = SteeredQuantizedKVCache(group_size=group_size, bits=bits)
         quantized.__dict__.update(stock.__dict__)
-        quantized.shift, quantized.thoughts = self.shift, self.thoughts
+        quantized.shift, quantized.bounds = self.shift, self.bounds
         return quantized
 
 
@@ -321,16 +363,16 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         self._rows: list[Shift | None] = [None] * len(left_padding)
 
     def _carry(self, rows: list[Shift | None], bounds: Sequence[Bounds | None]) -> None:
-        """Take the rows' own shifts, and where their thoughts are as far as that is known."""
+        """Take the rows' own shifts, and where their marks are as far as that is known."""
         self._rows, self.shift = rows, Shift.stack(rows)
-        self.thoughts = None
+        self.bounds = None
         if self.shift is not None and any(bounds):
-            none = mx.full((1, 1), FOREVER, dtype=mx.int32)
-            columns = zip(*(one or (none, none) for one in bounds), strict=True)
-            self.thoughts = self.shift, Bounds(*(mx.concatenate(column) for column in columns))
+            none = [mx.full((1, 1), one, dtype=mx.int32) for one in _NO_BOUNDS]
+            columns = zip(*(one or none for one in bounds), strict=True)
+            self.bounds = self.shift, Bounds(*(mx.concatenate(column) for column in columns))
 
     def _bounds(self) -> list[Bounds | None]:
-        """Return where the thought of each row is."""
+        """Return where the marks of each row are."""
         found = bounds_in(self)
         if found is None:
             return [None] * len(self._rows)
@@ -369,7 +411,7 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
         extracted = SteeredKVCache(self._rows[idx])
         extracted.__dict__.update(super().extract(idx).__dict__)
         if (bounds := self._bounds()[idx]) and extracted.shift:
-            extracted.thoughts = extracted.shift, bounds
+            extracted.bounds = extracted.shift, bounds
         return extracted
 
 
@@ -414,8 +456,8 @@ class Passed(KVCache):
 
 
 def bounds_in(cache: KVCache) -> Bounds | None:
-    """Return where the thoughts in a cache are; ``None`` if nothing was noted under its present shift."""
-    shift, bounds = getattr(cache, "thoughts", None) or (None, None)
+    """Return where the marks in a cache are; ``None`` if nothing was noted under its present shift."""
+    shift, bounds = getattr(cache, "bounds", None) or (None, None)
     return bounds if shift is not None and shift is cache.shift else None
 
 
@@ -440,7 +482,7 @@ def note_tokens(caches: Sequence[KVCache], tokens: mx.array, marks: Marks | None
             if (bounds := found[alike][1]) and tokens.shape[1] > 1:
                 mx.async_eval(*bounds)  # here: another thread may go on
         cache.noted, bounds = found[alike]
-        cache.thoughts = shift, bounds
+        cache.bounds = shift, bounds
 
 
 def where_in(cache: KVCache, offset: int | mx.array, length: int) -> Where:

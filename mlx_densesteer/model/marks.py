@@ -1,10 +1,11 @@
-"""The tokens of a vocabulary that mark a place: those that end a step, and those around a thought.
+"""The tokens of a vocabulary that mark a place: those that end a step, and those around a thought or a tool call.
 
 A token ends a step if its own text holds a blank line, as ``".\\n\\n"`` does. Qwen2's tokenizer writes
 every blank line as the end of one token. So neither the token before nor a state in the KV cache is
 needed, and a token is steered alike in any chunk, batch or order.
 
-A thought is between two tokens, such as ``<think>`` and ``</think>``; mlx-lm knows them of a tokenizer.
+A thought is between two tokens, such as ``<think>`` and ``</think>``, and so is a call of a tool; mlx-lm knows
+them of a tokenizer.
 
 Not covered: a blank line over two tokens, which is refused; for places, marks of several tokens.
 """
@@ -85,6 +86,21 @@ class Marks:
             "budget is possible. Use positions `generated`, or a model that thinks."
         )
 
+    @cached_property
+    def call(self) -> tuple[int, int]:
+        """The tokens that open and close a tool call.
+
+        Raises:
+            ModelError: the tokenizer has none, or writes one as several tokens.
+        """
+        opens, closes = call_marks(self.tokenizer)
+        if len(opens) == len(closes) == 1 and max(*opens, *closes) < self._vocabulary:
+            return opens[0], closes[0]
+        raise ModelError(
+            "the tokenizer has no single tokens around a tool call, such as <tool_call> and </tool_call>: with "
+            "this model tool calls are steered as all else."
+        )
+
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Tell whether a prompt ends within a thought.
 
@@ -118,6 +134,13 @@ def thought_marks(tokenizer: TokenizerWrapper) -> tuple[tuple[int, ...], tuple[i
     if not tokenizer.has_thinking:
         return (), ()
     return tuple(tokenizer.think_start_tokens), tuple(tokenizer.think_end_tokens)
+
+
+def call_marks(tokenizer: TokenizerWrapper) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that open and close a tool call, as mlx-lm knows them; empty for other models."""
+    if not getattr(tokenizer, "has_tool_calling", False):
+        return (), ()
+    return tuple(tokenizer.tool_call_start_tokens), tuple(tokenizer.tool_call_end_tokens)
 
 
 def last_opens(

@@ -48,12 +48,14 @@ class Span(NamedTuple):
     Args:
         mark: ``"steps"`` are the tokens that end a step; ``"think"`` those of ``thought``, ``"answer"`` the
             others.
+        calls: from here on the text of tool calls is not steered.
     """
 
     start: int = 0
     stop: int = FOREVER
     mark: Literal["", "steps", "think", "answer"] = ""
     thought: Thought | None = None
+    calls: int = FOREVER
 
 
 EVERYWHERE = Span()

@@ -78,6 +78,7 @@ class Steering:
             ``"think"``: at those of ``"generated"`` whose output chooses a token of the thought, or ends it.
             ``"answer"``: at the others of ``"generated"``.
         budget: steer a long thought otherwise; ``None`` does not.
+        calls: whether the text of tool calls in the answer is steered too.
 
     Raises:
         SteeringError: a strength that is not finite, no layers, unknown positions, or
@@ -93,6 +94,7 @@ class Steering:
     layers: tuple[int, ...]
     positions: Positions = "all"
     budget: ThinkBudget | None = None
+    calls: bool = True
     _deltas: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
     _late: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
 
@@ -119,12 +121,12 @@ class Steering:
         """The steering of the prompt without its last token; ``None`` if nothing is added there."""
         if not self.strength or self.positions not in ("all", "prompt"):
             return None
-        return replace(self, positions="all", budget=None)
+        return replace(self, positions="all", budget=None, calls=True)
 
     @property
     def is_everywhere(self) -> bool:
         """Whether every token is steered alike, whatever precedes it."""
-        return self.is_zero or (self.positions == "all" and self.budget is None)
+        return self.is_zero or (self.positions == "all" and self.budget is None and self.calls)
 
     @property
     def needs_thought(self) -> bool:
@@ -143,6 +145,9 @@ class Steering:
         if self.budget is not None:
             need_prompt("a thinking budget needs", prompt_length)
         span = span_of(self.positions, prompt_length)
+        if not self.calls:
+            need_prompt("a gate at tool calls needs", prompt_length)
+            span = span._replace(calls=prompt_length - 1)
         if not self.needs_thought:
             return span
         start = prompt_length - 1
@@ -157,6 +162,8 @@ class Steering:
             thought: the positions of its marks, as ``Marks.thought_in`` returns them.
         """
         span = span_in_chunk(self.positions, answer, start)
+        if answer and not self.calls:
+            span = span._replace(calls=start)
         if not answer or not self.needs_thought:
             return span
         return self._with_thought(span, start, *thought)
@@ -193,6 +200,8 @@ class Steering:
         where: list[object] = [self.positions, self.layers]
         if self.budget is not None:
             where.append(self.budget.tokens)
+        if not self.calls:
+            where.append("no calls")
         digest = hashlib.sha256(json.dumps(where).encode())
         for layer in self.layers:
             digest.update(self._deltas[layer].astype("<f4").tobytes())
@@ -223,6 +232,7 @@ class Steering:
             "layers": list(self.layers),
             "positions": self.positions,
             **({"budget": asdict(self.budget)} if self.budget else {}),
+            **({} if self.calls else {"calls": False}),
             "fingerprint": self.fingerprint,
         }
 

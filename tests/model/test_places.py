@@ -9,7 +9,7 @@ from random import Random
 
 import mlx.core as mx
 import pytest
-from helpers import THOUGHT, every_third_ends_a_step, streams
+from helpers import CALL, THOUGHT, every_third_ends_a_step, streams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
@@ -37,9 +37,11 @@ def strengths(network, tokens, steering, prompt_length) -> list[float]:
     """The strength at each token, worked out token by token from the words of ``Steering``."""
     ends, (opens, _) = network.model.marks.step_ends, THOUGHT
     budget = steering.budget or ThinkBudget(10**6, 0.0)
-    found, inside, thought, over = [], False, 0, False
+    found, inside, thought, over, call = [], False, 0, False, False
     for position, token in enumerate(tokens):
         generated = position >= prompt_length - 1
+        if token in CALL and generated:
+            call = token == CALL[0] and not steering.calls
         if token in THOUGHT and not over:
             opened = inside
             inside = token == opens
@@ -56,7 +58,7 @@ def strengths(network, tokens, steering, prompt_length) -> list[float]:
         if steered is None:
             steered = 0 <= position - prompt_length + 1 < int(steering.positions.partition(":")[2])
         late = generated and inside and thought >= budget.tokens
-        found.append(budget.strength if late else steering.strength * bool(steered))
+        found.append(budget.strength if late else steering.strength * bool(steered and not call))
         thought += inside and generated
     return found
 
@@ -72,7 +74,9 @@ def by_hand(network, tokens, steering, prompt_length):
 
 NETWORK = every_third_ends_a_step(tiny_model(layers=4, hidden=64, vocabulary=128))
 # marks, tokens that end a step, and others
-TOKENS = st.lists(st.sampled_from([*THOUGHT, *THOUGHT, 3, 6, 20, 50, 100]), min_size=1, max_size=12)
+TOKENS = st.lists(
+    st.sampled_from([*THOUGHT, *CALL, *THOUGHT, *CALL, 3, 6, 20, 50, 100]), min_size=1, max_size=12
+)
 WHERE = st.sampled_from(
     ["steps", "think", "answer", "first:1", "first:3", "all", "prompt", "generated"]
 )
@@ -83,23 +87,23 @@ BUDGET = st.none() | st.builds(ThinkBudget, st.integers(1, 4), st.sampled_from([
 @given(
     prompt=TOKENS, answer=TOKENS, cuts=st.sets(st.integers(1, 23)), layer=st.integers(0, 3),
     seed=st.integers(0, 3), where=WHERE, strength=st.sampled_from([2.0, 0.0]), budget=BUDGET,
-    back=st.integers(0, 3),
+    back=st.sampled_from([(), (7, 11, 7), (11, 7), CALL, CALL[1:], (*CALL, 7)]), calls=st.booleans(),
 )  # fmt: skip
 def test_any_chunks_steer_at_these_tokens_only(
-    make_vector, prompt, answer, cuts, layer, seed, where, strength, budget, back
+    make_vector, prompt, answer, cuts, layer, seed, where, strength, budget, back, calls
 ):
     """Also after tokens were taken back, as a draft's are: here marks, which must leave no trace."""
     tokens = [*prompt, *answer]
-    steering = Steering(make_vector(seed=seed), strength, (layer,), where, budget)
+    steering = Steering(make_vector(seed=seed), strength, (layer,), where, budget, calls)
     cache = make_cache(NETWORK, steering, prompt=prompt)
     ends = [0, *sorted(cut for cut in cuts if cut < len(tokens)), len(tokens)]
     parts = []
     for a, b in itertools.pairwise(ends):
         parts.append(NETWORK(mx.array([tokens[a:b]]), cache))
         if back and b >= len(prompt):
-            NETWORK(mx.array([[*THOUGHT, *THOUGHT][:back]]), cache)
+            NETWORK(mx.array([back]), cache)
             for one in cache:
-                one.trim(back)
+                one.trim(len(back))
     expected = by_hand(NETWORK, tokens, steering, len(prompt))
     assert float(mx.abs(mx.concatenate(parts, axis=1) - expected).max()) < 5e-5
 
@@ -121,11 +125,14 @@ def test_a_mixed_batch_is_its_rows(tiny, make_vector):
         *(Steering(vector, 2.0, (1, 3), where) for where in ("steps", "all", "generated")),
         Steering(vector, 2.0, (1,), "think"),
         Steering(vector, 2.0, (1, 3), "answer"),
-        Steering(vector, 0.0, (3,), budget=ThinkBudget(1, 3.0)),
+        Steering(vector, 2.0, (1, 3), calls=False),
+        Steering(vector, 0.0, (3,), budget=ThinkBudget(1, 3.0), calls=False),
     ]
-    prompts = [[5, 6], [7, 8, 9], [3, 3, 1], [2, 6, 4], [7, 2], [5, 5, 7], [1, 2, 3]]
+    prompts = [[5, 6], [7, 8, 9], [3, 3, 1], [2, 6, 4], [7, 2], [5, 5, 7], [1, 8], [1, 2, 3]]
     tokens = [[*p, 12, 13, 50, 11, 52][:7] for p in prompts]
     tokens[-1][3] = 7
+    assert tokens[-2][3] == CALL[1]
+    tokens[-2][4] = CALL[0]
     alone = [
         tiny(mx.array([row]), make_cache(tiny, s, prompt=p))
         for row, p, s in zip(tokens, prompts, rows, strict=True)
@@ -138,11 +145,11 @@ def test_a_mixed_batch_is_its_rows(tiny, make_vector):
         expected = by_hand(tiny, tokens[row], rows[row], len(prompts[row]))
         assert float(mx.abs(found[row : row + 1] - expected).max()) < 2e-5
     # rows come and go, and each one's thought stays where it is
-    more = [[7, 9], [11, 8], [4, 5], [6, 7], [11, 3], [9, 9], [60, 61]]
+    more = [[7, 9], [11, 8], [4, 5], [6, 7], [11, 3], [9, 9], [60, 13], [60, 61]]
     for cache in merged:
-        cache.filter([6, 4, 2])
+        cache.filter([7, 4, 6, 2])
         cache.extend(cache.take([1]))
-    order = [6, 4, 2, 4]
+    order = [7, 4, 6, 2, 4]
     found = tiny(mx.array([more[row] for row in order]), merged)
     for place, row in enumerate(order):
         expected = by_hand(tiny, [*tokens[row], *more[row]], rows[row], len(prompts[row]))[:, 7:]
@@ -151,7 +158,7 @@ def test_a_mixed_batch_is_its_rows(tiny, make_vector):
     expected = by_hand(tiny, [*tokens[4], *more[4], 11, 5], rows[4], 2)[:, 9:]
     assert float(mx.abs(tiny(mx.array([[11, 5]]), own) - expected).max()) < 2e-5
     for cache in merged:  # without the rows whose tokens matter, nothing asks for them
-        cache.filter([2])
+        cache.filter([3])
     assert not any(cache.shift and cache.shift.needs_tokens for cache in merged)
 
 
