@@ -305,6 +305,11 @@ class PartialAnswer:
         return self._repetition.loop_start if self._repetition else None
 
     @property
+    def safe(self) -> int:
+        """How many first tokens will not be taken back."""
+        return self._repetition.safe if self._repetition else len(self.ids)
+
+    @property
     def stopped(self) -> bool:
         """Whether a stop text came."""
         return self._text.stopped
@@ -380,3 +385,18 @@ class PartialAnswer:
         piece = self._text.text[self._shown : until]
         self._shown += len(piece)
         return piece
+
+
+def brake_answer(
+    answer: PartialAnswer, steering: Steering, brake: Brake, number: int
+) -> tuple[PartialAnswer, Steering, Braked]:
+    """Cut off an answer's loop and lower the strength; ``number`` counts the brakes of the answer, from 1 on."""
+    parts, before, budget = answer.parts, steering.strength, steering.budget
+    late = budget is not None and parts["thought_tokens"] >= budget.tokens
+    if budget is not None and (not before or (late and not parts["thought_closed"])):
+        before = budget.strength
+    factor = brake.factor if number < brake.tries else 0.0
+    kept = answer.before_the_loop(watch=bool(factor))
+    dropped = len(answer.ids) - len(kept.ids)
+    done = Braked(len(kept.ids), dropped, before, before * factor)
+    return kept, steering.weaker(factor), done

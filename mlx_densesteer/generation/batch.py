@@ -10,7 +10,7 @@ Use a batch on one thread only: the one that loaded the model.
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -29,11 +29,12 @@ from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import UNSTEERED, Steering
-from .answer import Generation, PartialAnswer, check_limits
+from .answer import Generation, PartialAnswer, brake_answer, check_limits
+from .brake import Brake, Braked
 from .grammar import Grammar
 from .logits import LogitBias, processors
 from .sampling import GREEDY, Sampler, Sampling
-from .thought import LogitsProcessor, check_limit
+from .thought import check_limit
 from .wired import Wired
 
 ROWS = 16
@@ -92,20 +93,22 @@ class Piece:
 class _Row:
     """The input of one row, and its output so far.
 
+    ``prompt`` is what is read next, after what ``caches`` hold; ``whole`` is the request's prompt.
     ``alternatives`` is the number of likeliest tokens to return for each token; ``None`` for no
     log-probabilities. ``uid`` is mlx-lm's number of the row, ``None`` while it waits.
     """
 
     number: int
     prompt: list[int]
+    whole: Sequence[int]
     caches: Sequence[KVCache]
     steering: Steering | None
     limit: int
     sampler: Sampler
     answer: PartialAnswer
     ends: Collection[int]
-    processors: list[LogitsProcessor]
-    think_limit: int | None
+    changes: Mapping[str, object]  # of the logits: arguments of ``processors``
+    brake: Brake | None = None
     alternatives: int | None = None
     keep: bool = False
     uid: int | None = None
@@ -113,12 +116,19 @@ class _Row:
     seconds: float = 0.0  # its share of the steps so far
     first: float = 0.0
     reason: str | None = None
+    told: int = 0  # tokens whose log-probabilities were returned
     untold: list[TokenLogprob] = field(default_factory=list)
+    brakes: list[Braked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.caches[0].offset + len(self.prompt)
         self.longest = self.prompt_tokens + self.limit  # tokens of its keys and values at most
         self.began = time.perf_counter()
+
+    @property
+    def looped(self) -> bool:
+        """Whether the answer repeats itself, so that it has to be cut and goes on otherwise."""
+        return self.reason is None and self.answer.loop_start is not None
 
     def take(self, token: int, ended: str | None, logprob: TokenLogprob | None) -> str:
         """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last."""
@@ -133,12 +143,27 @@ class _Row:
             last = self.untold[-1]
             self.untold[-1] = last._replace(text=last.text + rest)
         self.reason = "stop" if self.answer.stopped else ended
+        if self.looped:
+            return ""
         return self.answer.show_rest() if self.reason else self.answer.show()
 
     def tell(self) -> tuple[TokenLogprob, ...]:
-        """Return the log-probabilities that were not returned yet."""
-        told, self.untold = tuple(self.untold), []
+        """Return the log-probabilities that were not returned yet, of tokens that are not taken back."""
+        count = len(self.untold) if self.reason else self.answer.safe - self.told
+        told, self.untold = tuple(self.untold[:count]), self.untold[count:]
+        self.told += len(told)
         return told
+
+    def slow_down(self, model: Model) -> None:
+        """Cut off the loop, lower the strength, and have all be read again under it."""
+        self.answer, self.steering, done = brake_answer(
+            self.answer, self.steering, self.brake, len(self.brakes) + 1
+        )
+        self.brakes.append(done)
+        self.untold = self.untold[: done.at_token - self.told]
+        self.prompt, self.read = [*self.whole, *self.answer.ids], 0
+        self.caches = make_cache(model, self.steering, prompt=self.whole)
+        self.uid, self.keep = None, False  # its caches are of another steering than the request's
 
     def result(self) -> Generation:
         seconds, tokens = time.perf_counter() - self.first, len(self.answer.ids)
@@ -153,7 +178,8 @@ class _Row:
             finish_reason=self.reason or "interrupted",
             steering=self.steering,
             compute_seconds=self.seconds,
-            thought_limit=self.think_limit,
+            brakes=tuple(self.brakes),
+            thought_limit=self.changes.get("think_limit"),
             **self.answer.parts,
         )
 
@@ -221,12 +247,12 @@ class Batch:
         stop: Sequence[str] = (),
         cache: Sequence[KVCache] | None = None,
         logprobs: int | None = None,
-        ends: Collection[int] | None = None,
+        whole: Sequence[int] | None = None,
         keep: bool = False,
         think_limit: int | None = None,
-        opens_thought: bool | None = None,
         grammar: Grammar | None = None,
         bias: LogitBias | None = None,
+        brake: Brake | None = None,
     ) -> int:
         """Add a row, and return its number.
 
@@ -238,14 +264,12 @@ class Batch:
                 steering, so ``steering`` is then only recorded. They are not changed.
                 ``Generation.prompt_tokens`` counts their tokens too.
             logprobs: return each token's log-probability, and so many of the likeliest tokens.
-            ends: the tokens that end the answer, by default ``Model.ends`` of ``prompt``. Give those of the
-                whole prompt if ``cache`` holds a part of it.
+            whole: the whole prompt, if ``cache`` holds a part of it.
             keep: return the row's caches with its last piece.
             think_limit: end a thought of so many tokens by force.
-            opens_thought: whether the prompt opens the thought, by default ``Model.opens_thought`` of
-                ``prompt``. Give that of the whole prompt if ``cache`` holds a part of it.
             grammar: what the answer has to match.
             bias: numbers added to logits.
+            brake: cut off degenerate repetition of a steered answer, lower the strength and go on.
 
         Raises:
             InputError, SteeringError, VectorMismatchError: the row is not added.
@@ -262,24 +286,18 @@ class Batch:
         else:
             caches = _own_caches(cache, self._model.layer_count)
         room = self._model.room(caches[0].offset + len(tokens), max_tokens)
-        opened = self._model.opens_thought(tokens) if opens_thought is None else opens_thought
-        answer = PartialAnswer(self._model.tokenizer, stops=stop, opens_thought=opened)
+        whole = tokens if whole is None else whole
+        opened = self._model.opens_thought(whole)
+        if steering is None or steering.is_zero:
+            brake = None
+        answer = PartialAnswer(self._model.tokenizer, brake, stop, opens_thought=opened)
         if bias is not None:
             bias.check(self._model.vocabulary)
-        changes = processors(
-            self._model.network,
-            (),
-            opened=opened,
-            skip=len(tokens),
-            bias=bias,
-            grammar=grammar,
-            think_limit=think_limit,
-        )
-        ends = self._model.ends(tokens) if ends is None else ends
-        sampler = sampling.row_sampler()
+        changes = {"grammar": grammar, "bias": bias, "think_limit": think_limit, "opened": opened}
+        _ = processors(self._model.network, (), skip=0, **changes)  # raises now what it may raise
         row = _Row(
-            self._count, tokens, caches, steering, room, sampler, answer, ends, changes,
-            think_limit, logprobs, keep,
+            self._count, tokens, whole, caches, steering, room, sampling.row_sampler(), answer,
+            self._model.ends(whole), changes, brake, logprobs, keep,
         )  # fmt: skip
         self._count += 1
         self._rows[row.number] = row
@@ -331,9 +349,11 @@ class Batch:
             if self._inside and not self._fits(self._waiting[0]):
                 break
             row = self._waiting.popleft()
+            answer = row.answer.ids  # of a row that was braked
+            changes = processors(self._model.network, answer, skip=len(row.prompt), **row.changes)
             (row.uid,) = self._generator.insert(
-                [row.prompt], max_tokens=[row.limit], caches=[row.caches], samplers=[row.sampler],
-                logits_processors=[row.processors],
+                [row.prompt], max_tokens=[row.limit - len(answer)], caches=[row.caches],
+                samplers=[row.sampler], logits_processors=[changes],
             )  # fmt: skip
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row
@@ -405,6 +425,10 @@ class Batch:
     ) -> Piece:
         self.tokens += 1
         text = row.take(one.token, one.finish_reason, logprob)
+        if row.looped:
+            self._leave(row, known=one.finish_reason is not None)
+            row.slow_down(self._model)
+            self._waiting.appendleft(row)
         if row.reason is None:
             if not text:
                 return Piece(row.number, text)
@@ -424,7 +448,10 @@ class Batch:
             return
         if row.uid is None:
             self._waiting.remove(row)
-            return
+        else:
+            self._leave(row, known=known)
+
+    def _leave(self, row: _Row, *, known: bool) -> None:
         del self._inside[row.uid]
         if not known:
             self._generator.remove([row.uid])
@@ -640,8 +667,7 @@ def _add(
         for cache, filled in zip(caches, begun, strict=True):
             cache.keys, cache.values, cache.offset = filled.keys, filled.values, filled.offset
         rest = job.tokens[len(beginning.tokens) :]
-        whole = {"ends": model.ends(job.tokens), "opens_thought": model.opens_thought(job.tokens)}
-        row = batch.add(rest, steering=job.steering, cache=caches, **whole, **options)
+        row = batch.add(rest, steering=job.steering, cache=caches, whole=job.tokens, **options)
         batch._rows[row].seconds = seconds
     if beginning is not None:
         beginning.left -= 1

@@ -15,7 +15,7 @@ from ..model.model import Model, takes_model
 from ..model.prefix import Chunk, Prefix
 from ..model.prompt import check_ids, encode_prompt
 from ..steering.steering import Steering
-from .answer import Generation, PartialAnswer, check_limits
+from .answer import Generation, PartialAnswer, brake_answer, check_limits
 from .brake import Brake, Braked
 from .grammar import Grammar
 from .logits import processors
@@ -250,19 +250,10 @@ class Stream(Iterator[str]):
 
     def _slow_down(self) -> None:
         """Cut off the loop, and lower the strength."""
-        steering, parts = self._steering, self._answer.parts
-        before, budget = steering.strength, steering.budget
-        late = budget is not None and parts["thought_tokens"] >= budget.tokens
-        if budget is not None and (not before or (late and not parts["thought_closed"])):
-            before = budget.strength
-        number = len(self._brakes) + 1
-        factor = self._brake.factor if number < self._brake.tries else 0.0
-        after = before * factor
-        found = len(self._answer.ids)
-        self._answer = self._answer.before_the_loop(watch=bool(factor))
-        kept = len(self._answer.ids)
-        self._brakes.append(Braked(kept, found - kept, before, after))
-        self._steering = self._steering.weaker(factor)
+        self._answer, self._steering, done = brake_answer(
+            self._answer, self._steering, self._brake, len(self._brakes) + 1
+        )
+        self._brakes.append(done)
 
 
 @takes_model

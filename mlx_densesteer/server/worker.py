@@ -267,7 +267,6 @@ class Worker:
         if self._batch is None:
             self._batch = Batch(self._model, rows=self._limit)
         job, caches = taken.job, taken.reading.caches()
-        ends, opens_thought = self._model.ends(job.tokens), self._model.opens_thought(job.tokens)
         for choice in range(job.n):
             row = self._batch.add(
                 tokens,
@@ -277,8 +276,7 @@ class Worker:
                 stop=job.stop,
                 cache=caches,
                 logprobs=job.logprobs,
-                ends=ends,
-                opens_thought=opens_thought,
+                whole=job.tokens,
                 think_limit=job.think_limit,
                 keep=job.n == 1 and taken.reading.keeps_answer,
             )

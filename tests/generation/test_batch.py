@@ -13,6 +13,7 @@ from mlx_densesteer.demo import problems
 from mlx_densesteer.errors import ContextError, InputError, SteeringError, VectorMismatchError
 from mlx_densesteer.generation import batch as batch_module
 from mlx_densesteer.generation.batch import PREFILL, Batch, generate_batch
+from mlx_densesteer.generation.brake import Brake
 from mlx_densesteer.model.block import SteeredBlock, make_cache
 from mlx_densesteer.model.cache import token_bytes
 from mlx_densesteer.model.prefix import Prefix
@@ -618,9 +619,9 @@ def test_a_row_ends_where_its_own_turn_does(demo_model):
     end = plain.token_ids[3]
     base.__dict__["end_of_turn"] = end
     with Batch(base) as batch:
+        prompt = demo_model.tokenizer.encode("Sam has")
         rows = [
-            batch.add(demo_model.tokenizer.encode("Sam has"), max_tokens=8, ends=ends)
-            for ends in (None, base.ends([1]), None)
+            batch.add(prompt, max_tokens=8, whole=whole) for whole in (None, [1, *prompt], None)
         ]
         found = {}
         while batch.running:
@@ -629,6 +630,39 @@ def test_a_row_ends_where_its_own_turn_does(demo_model):
     assert whole.token_ids == again.token_ids == plain.token_ids
     assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end)]
     assert ended.finish_reason == "stop" and ended.text == decode(base.tokenizer, ended.token_ids)
+
+
+def test_the_brake_cuts_a_row_as_it_cuts_a_lone_answer(demo_model):
+    """Overdosed rows beside others: what is shown is not taken back, and a token has its log-probability."""
+    how = [
+        ds.resolve(demo_model, "demo", strength, layers, positions)
+        for strength, layers, positions in (
+            ("100%", (5,), "all"), (0, (5,), "all"), ("300%", (3,), "generated"), ("20%", (5,), "all"),
+        )
+    ]  # fmt: skip
+    questions = [problem.question for problem in problems.held_out(len(how))]
+    brake = Brake(limit=24)
+    alone = [
+        ds.generate(demo_model, q, steering=s, brake=brake, max_tokens=150)
+        for q, s in zip(questions, how, strict=True)
+    ]
+    assert [bool(one.brakes) for one in alone] == [True, False, True, False]
+    with Batch(demo_model, rows=3) as batch:
+        rows = [
+            batch.add(encode_prompt(demo_model.tokenizer, q), steering=s, brake=brake, logprobs=0, max_tokens=150)
+            for q, s in zip(questions, how, strict=True)
+        ]  # fmt: skip
+        said = {row: [] for row in rows}
+        while batch.running:
+            for piece in batch.step():
+                said[piece.row].append(piece)
+    for row, expected in zip(rows, alone, strict=True):
+        found = said[row][-1].result
+        for name in ("token_ids", "text", "finish_reason", "brakes", "prompt_tokens", "steering"):
+            assert getattr(found, name) == getattr(expected, name), name
+        assert "".join(piece.text for piece in said[row]) == found.text
+        told = [one.token for piece in said[row] for one in piece.logprobs]
+        assert told == list(found.token_ids)
 
 
 @pytest.mark.parametrize("fits", [False, True])
