@@ -108,14 +108,14 @@ def generate(
     from ..distributed.stream import settle, stream_over_ranks
     from ..generation.answer import brake_lines, receipt
     from ..generation.brake import Brake
-    from ..generation.grammar import check_schemas, json_grammar
+    from ..generation.grammar import check_schema, json_grammar
     from ..generation.sampling import Sampling
     from ..model.prompt import encode_prompt
 
     schema = None
     if json_schema is not None:
         schema = parse_json(json_schema.read_bytes(), str(json_schema))
-        check_schemas({str(json_schema): schema})
+        check_schema(schema, str(json_schema))
     _tell_demo(model, text)
     loaded, ranks = _load_over_ranks(model, pipeline)
     steering = steering_for(request, loaded)

@@ -7,6 +7,7 @@ JSON is written on one line, with a blank after commas and colons. A model that 
 writes nothing else, and such JSON has fewer tokens.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError, install_command
+from ..model.marks import call_marks
 from ..model.model import Model
 from ..text import one_line
 from .thought import LogitsProcessor, Parting
@@ -39,43 +41,47 @@ OPTIONS = {
 }
 ANY_OBJECT = {"type": "object"}
 SECONDS = 5  # to compile a schema
+KNOWN = 1000  # schemas that are not compiled again to find out what is wrong with them
 _CHECK = """
 import json, sys
 from llguidance import LLMatcher
-check = lambda text: LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(text))
-found = {what: check(text) for what, text in json.load(sys.stdin).items()}
-print(json.dumps({what: messages[0] if failed else "" for what, (failed, messages) in found.items()}))
+found = (LLMatcher.validate_grammar_with_warnings(one) for one in json.load(sys.stdin))
+print(json.dumps([messages[0] if failed else "" for failed, messages in found]))
 """
-_checked: set[str] = set()  # grammars that can be compiled
+_known_faults: dict[str, str] = {}  # by grammar
 _vocabularies: "WeakKeyDictionary[Model, LLTokenizer]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call; ``parameters`` is the JSON schema of its arguments, an object."""
+    """A function that a model may call.
+
+    Args:
+        parameters: the JSON schema of its arguments, an object.
+        strict: a schema that cannot be enforced is an error.
+    """
 
     name: str
     parameters: Mapping[str, object] = field(default_factory=lambda: ANY_OBJECT)
+    strict: bool = False
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer, or each tool call in it, has to match; of one model.
-
-    A thought is free. Without ``opens`` the rest of the answer is constrained, from its first token on. With
-    ``opens`` what follows those tokens is, and then come ``closes``.
+    """What an answer has to match, and the tool calls in it; of one model. A thought is free.
 
     Args:
-        start: the matcher's state at the beginning; it is copied, not changed.
-        opens, closes: the tokens around a tool call.
-        at_once: the answer, after a thought, begins with ``opens``.
+        answer: the matcher's state at the beginning of an answer; it is copied, not changed. ``None``: text.
+        call: likewise of a tool call, between the tokens ``opens`` and ``closes``. ``None``: anything.
+        call_first: the answer begins with a call.
     """
 
     model: Model
-    start: "LLMatcher"
+    answer: "LLMatcher | None" = None
+    call: "LLMatcher | None" = None
     opens: tuple[int, ...] = ()
     closes: tuple[int, ...] = ()
-    at_once: bool = False
+    call_first: bool = False
 
     def processor(self, answer: Sequence[int], *, opened: bool, skip: int) -> LogitsProcessor:
         """Return a logits processor of mlx-lm for one answer.
@@ -88,84 +94,49 @@ class Grammar:
         return _Matching(self, answer, opened, skip)
 
 
-def json_grammar(model: Model, schema: Mapping[str, object]) -> Grammar:
-    """Return the grammar of JSON that a schema admits.
+def json_grammar(
+    model: Model,
+    schema: Mapping[str, object] | None = None,
+    tools: Sequence[Tool] = (),
+    *,
+    call_first: bool = False,
+) -> Grammar:
+    """Return the grammar of an answer in JSON, or of one that may call tools.
+
+    Calls are constrained where the chat template's are JSON (``calls_are_json``). A tool whose parameters cannot
+    be enforced may be called with any object, unless it is ``strict``.
+
+    Args:
+        schema: of the answer, JSON Schema; ``None``: it is text.
+        call_first: the answer begins with a call.
 
     Raises:
-        InputError: the schema is wrong, or uses a keyword that cannot be enforced, which the message names; or the
+        InputError: a schema is wrong, or uses a keyword that cannot be enforced, which the message names; or the
             extra ``json`` is not installed.
     """
-    check_schemas({"the JSON schema": schema})
-    return _grammar(model, f"start: %json {_with_options(schema)}")
-
-
-def check_schemas(schemas: Mapping[str, Mapping[str, object]]) -> None:
-    """Raise ``InputError`` for the first schema that cannot be enforced; needs no model.
-
-    A schema may be a puzzle: a few patterns that all have to match take for ever. So another process compiles
-    it first, which ends after ``SECONDS``.
-
-    Args:
-        schemas: by what a message calls them.
-    """
-    _engine()
-    for what, one in schemas.items():
-        if not isinstance(one, Mapping):
-            raise InputError(f"{what}: expected a JSON Schema, which is an object.")
-    grammars = {what: f"start: %json {_with_options(one)}" for what, one in schemas.items()}
-    unknown = {what: one for what, one in grammars.items() if one not in _checked}
-    if not unknown:
-        return
-    command = [sys.executable, "-c", _CHECK]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(unknown), capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
+    answer = call = None
+    opens, closes = call_marks(model.tokenizer)
+    if schema is not None and tools and len(opens) != 1:
         raise InputError(
-            f"{next(iter(unknown))} takes more than {SECONDS} seconds to compile. Simplify it."
-        ) from None
-    if done.returncode:
-        raise InputError(f"{next(iter(unknown))} cannot be compiled. Simplify it.")
-    for what, wrong in json.loads(done.stdout).items():
-        if wrong:
-            reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", wrong)
-            reason = one_line(reason.partition("\n")[0], 200)
-            raise InputError(
-                f"{what} cannot be enforced: {reason}. Expected JSON Schema, with the keywords that "
-                "llguidance knows."
+            "this model marks a tool call with several tokens: expected tools or a JSON schema, not both."
+        )
+    if schema is not None:
+        check_schema(schema)
+        answer = _matcher(model, f"start: %json {_with_options(schema)}")
+    if tools:
+        rules, names = [], [f"call{number}" for number in range(len(tools))]
+        faults = _faults([tool.parameters for tool in tools])
+        for name, tool, fault in zip(names, tools, faults, strict=True):
+            if fault and tool.strict:
+                raise InputError(f"the parameters of the tool {tool.name}: {fault}")
+            begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
+            rules.append(f'{name}: {json.dumps(begin)} of_{name} "}}"')
+            rules.append(
+                f"of_{name}: %json {_with_options(ANY_OBJECT if fault else tool.parameters)}"
             )
-    if len(_checked) > 1000:
-        _checked.clear()
-    _checked.update(unknown.values())
-
-
-def call_grammar(model: Model, tools: Sequence[Tool], *, at_once: bool = False) -> Grammar:
-    """Return the grammar of calls of ``tools``, in the format of the model's chat template.
-
-    Args:
-        at_once: the answer has to begin with a call.
-
-    Raises:
-        InputError: as ``json_grammar``, naming the tool; or the template's calls are no JSON
-            (``calls_are_json``).
-    """
-    if not calls_are_json(model):
-        raise InputError("this model writes tool calls in another format than JSON.")
-    tokenizer, rules = model.tokenizer, []
-    check_schemas({f"the parameters of the tool {tool.name}": tool.parameters for tool in tools})
-    for number, tool in enumerate(tools):
-        begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
-        rules.append(f'call{number}: {json.dumps(begin)} arguments{number} "}}"')
-        rules.append(f"arguments{number}: %json {_with_options(tool.parameters)}")
-    choice = " | ".join(f"call{number}" for number in range(len(tools)))
-    return _grammar(
-        model,
-        "\n".join([f'start: "\\n" ( {choice} ) "\\n"', *rules]),
-        opens=tuple(tokenizer.tool_call_start_tokens),
-        closes=tuple(tokenizer.tool_call_end_tokens),
-        at_once=at_once,
-    )
+        start = f'start: "\\n" ( {" | ".join(names)} ) "\\n"'
+        call = _matcher(model, "\n".join([start, *rules]))
+    return Grammar(model, answer, call, opens, closes, call_first)
 
 
 def calls_are_json(model: Model) -> bool:
@@ -174,6 +145,47 @@ def calls_are_json(model: Model) -> bool:
 
     tokenizer = model.tokenizer
     return tokenizer.has_tool_calling and tokenizer.tool_parser is json_tools.parse_tool_call
+
+
+def check_schema(schema: object, what: str = "the JSON schema") -> None:
+    """Raise ``InputError`` if a schema cannot be enforced; needs no model. ``what`` is its name for the message."""
+    if not isinstance(schema, Mapping):
+        raise InputError(f"{what}: expected a JSON Schema, which is an object.")
+    if fault := _faults([schema])[0]:
+        raise InputError(f"{what} {fault}")
+
+
+def _faults(schemas: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return what is wrong with each schema, "" for nothing.
+
+    A schema may be a puzzle: a few patterns that all have to match take for ever. So another process compiles
+    new ones first, and is ended after ``SECONDS``.
+    """
+    _engine()
+    rules = [f"start: %json {_with_options(one)}" for one in schemas]
+    if unknown := [one for one in dict.fromkeys(rules) if one not in _known_faults]:
+        if len(_known_faults) + len(unknown) > KNOWN:
+            _known_faults.clear()
+        found = [f"takes more than {SECONDS} seconds to compile. Simplify it."] * len(unknown)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                [sys.executable, "-c", _CHECK],
+                input=json.dumps(unknown), capture_output=True, text=True, timeout=SECONDS,
+            )  # fmt: skip
+            if done.returncode:
+                found = ["cannot be compiled. Simplify it."] * len(unknown)
+            else:
+                found = [one and _reason(one) for one in json.loads(done.stdout)]
+        _known_faults.update(zip(unknown, found, strict=True))
+    return [_known_faults[one] for one in rules]
+
+
+def _reason(message: str) -> str:
+    text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
+    return (
+        f"cannot be enforced: {one_line(text.partition(chr(10))[0], 200)}. Expected JSON Schema, with the "
+        "keywords that llguidance knows."
+    )
 
 
 class _Matching:
@@ -205,8 +217,9 @@ class _Matching:
         grammar = self._grammar
         self._read: list[int] = []
         self._parting = Parting(grammar.model.tokenizer, self._opened)
-        self._matcher = None if grammar.opens else grammar.start.deep_copy()
-        self._forced = [*grammar.opens] if grammar.at_once else []  # tokens that have to come next
+        self._matcher = grammar.answer and grammar.answer.deep_copy()
+        self._in_call = self._called = self._begun = False
+        self._forced = [*grammar.opens] if grammar.call_first else []  # what has to come next
 
     def _feed(self, token: int) -> None:
         self._read.append(token)
@@ -217,30 +230,42 @@ class _Matching:
         grammar = self._grammar
         if self._forced:
             del self._forced[0]
-        elif (
-            self._matcher is not None
-            and not self._matcher.is_stopped()
-            and not self._matcher.consume_token(token)
-        ):
-            log.warning("a grammar cannot go on: %s", one_line(self._matcher.get_error(), 200))
-        if not grammar.opens:
+        if not self._in_call and self._may_call and self._ends_with(grammar.opens):
+            self._matcher, self._in_call, self._called = grammar.call.deep_copy(), True, True
             return
-        if self._matcher is None:
-            if tuple(self._read[-len(grammar.opens) :]) == grammar.opens:
-                self._matcher = grammar.start.deep_copy()
-        elif self._matcher.is_stopped() and not self._matcher.is_error():
-            self._matcher, self._forced = None, [*grammar.closes]
+        self._begun = True
+        if self._matcher is not None and not self._matcher.is_stopped():
+            if not self._matcher.consume_token(token):
+                log.warning("a grammar cannot go on: %s", one_line(self._matcher.get_error(), 200))
+            elif self._in_call and self._matcher.is_stopped():
+                self._matcher, self._in_call, self._forced = None, False, [*grammar.closes]
+
+    @property
+    def _may_call(self) -> bool:
+        """Whether a call may begin here: in text, before an answer in JSON, and after another call."""
+        grammar = self._grammar
+        if grammar.call is None:
+            return False
+        return grammar.answer is None or self._called or not self._begun
+
+    def _ends_with(self, mark: tuple[int, ...]) -> bool:
+        return tuple(self._read[-len(mark) :]) == mark
 
     def _allowed(self) -> np.ndarray | None:
         """Return which tokens may follow, bool ``(vocabulary,)``; ``None`` for all."""
+        grammar = self._grammar
         if self._parting.open:
             return None
         if self._forced:
             allowed = self._only([self._forced[0]])
-        elif self._matcher is None:
-            return None
-        else:
+        elif self._matcher is not None:
             allowed = self._matching()
+        elif grammar.answer is None:
+            return None
+        else:  # after a call
+            allowed = self._only(_ends(grammar.model))
+        if not self._in_call and not self._forced and self._may_call:
+            allowed[grammar.opens[0]] = True
         marks = self._parting.opens
         if not self._read and len(marks) == 1:  # a model that thinks may do so first
             allowed[marks[0]] = True
@@ -267,15 +292,15 @@ def _with_options(schema: Mapping[str, object]) -> str:
     return json.dumps({**schema, "x-guidance": OPTIONS})
 
 
-def _grammar(model: Model, rules: str, **marks: object) -> Grammar:
+def _matcher(model: Model, rules: str) -> "LLMatcher":
     engine = _engine()
     text = engine.LLMatcher.grammar_from_lark(rules)
     quiet = engine.LLParserLimits(verbose_errors=False)  # else a log would show the answer
     matcher = engine.LLMatcher(_vocabulary(model), text, log_level=0, limits=quiet)
-    if matcher.is_error():  # checked before, so perhaps too large
+    if matcher.is_error():  # each schema was checked, so perhaps too large
         reason = one_line(matcher.get_error(), 200)
         raise InputError(f"the JSON schema cannot be enforced: {reason}. Simplify it.")
-    return Grammar(model, matcher, **marks)
+    return matcher
 
 
 def _vocabulary(model: Model) -> "LLTokenizer":
