@@ -17,7 +17,7 @@ class Serving:
     error: Exception | None = None
 
     def __init__(self, service, url: str):
-        self.service, self.engine, self.url = service, service.models, url
+        self.service, self.engine, self.url = service, service and service.models, url
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)

@@ -5,6 +5,7 @@ import gc
 import json
 import random
 import shutil
+import signal
 import threading
 import time
 import weakref
@@ -17,8 +18,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("starlette")
 
-from server_process import assert_no_internals
-from serving import serving
+from server_process import assert_no_internals, server_process
+from serving import Serving, serving
 
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
@@ -374,3 +375,26 @@ def test_the_options_go_together(folder, tmp_path, monkeypatch):
     at = words.index("<string>--models</string>")
     told = [word.removeprefix("<string>").removesuffix("</string>") for word in words[at : at + 6]]
     assert told == ["--models", str(folder), "--keep", "2", "--idle", "5.0"]
+
+
+SLOW = """
+import time
+from mlx_densesteer.server import start
+load = start.load
+start.load = lambda place: (place != "demo" and time.sleep(1.5), load(place))[1]
+from mlx_densesteer.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_a_model_is_loaded_ends_the_process(folder, number, code):
+    with server_process("--models", str(folder), "--grace", "0", program=("-c", SLOW)) as server:
+        assert "serving 4 models (demo, abacus, beads, tiny)" in server.said
+        client = Serving(None, server.url)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.refusal, {"model": "tiny"})
+            until(lambda: states(client) == {"tiny": "loading"})
+            assert server.stop(number, 20) == code
+            assert asked.result()[0] == 503
+        assert_no_internals(server.said)
