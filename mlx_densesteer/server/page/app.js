@@ -299,6 +299,7 @@ function busy(controller) {
   element("send").disabled = !dial;
   element("send").hidden = Boolean(controller);
   element("choose").disabled = Boolean(controller) || connecting;
+  for (const id of ["strength", "strength-number", "zero"]) element(id).disabled = !dial;
   element("stop").hidden = !controller;
   element("again").disabled = Boolean(controller) || !dial || !conversation.turns.length;
   readyFive();
