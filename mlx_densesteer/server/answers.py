@@ -23,7 +23,6 @@ from .worker import Event, Failed, Job, Said
 
 if TYPE_CHECKING:
     from .models import Lease, Models
-    from .start import Served
 
 IGNORED = "X-DenseSteer-Ignored"
 Inbox = asyncio.Queue[tuple[Job, Event]]
@@ -168,28 +167,25 @@ async def answer(
     answers = (asked.n or 1) * (len(prompts) if several else 1)
     with ExitStack() as held:
         lease = held.enter_context(models.lease(asked.model, answers))
-        served = await wait_for(lease, request, ping if asked.stream else None)
-        if served is None:
+        if not await wait_for(lease, request, ping if asked.stream else None):
             late = held.pop_all()
             return EventStream(_late(lease, late, request, asked, ping), late, {})
-        response = await served.completions.answer(request, asked)
+        response = await lease.served.completions.answer(request, asked)
         if isinstance(response, EventStream):
             response.held.push(held.pop_all())
         return response
 
 
-async def wait_for(
-    lease: "Lease", request: Request, seconds: float | None = None
-) -> "Served | None":
-    """Return the model of a lease, or ``None`` if it is not there in time.
+async def wait_for(lease: "Lease", request: Request, seconds: float | None = None) -> bool:
+    """Wait for the model of a lease, and return whether it is there.
 
     Raises:
         Fault: it cannot be had, or the client disconnected first.
     """
     if lease.given.done():
-        return lease.served
+        return await lease.wait()
     async with _Watch(request) as watch:
-        return lease.served if await watch.first(lease.wait(seconds)) else None
+        return await watch.first(lease.wait(seconds))
 
 
 async def _late(

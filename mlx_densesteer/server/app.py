@@ -71,14 +71,14 @@ def build(settings: Settings, served: Models) -> ASGIApp:
         if "@" not in name and served.several and served.states().get(base) != "loaded":
             return JSONResponse(entry(base, loaded=False))
         with served.lease(name) as lease:
-            found = await wait_for(lease, request)
-            return JSONResponse(found.overview.model(name))
+            await wait_for(lease, request)
+            return JSONResponse(lease.served.overview.model(name))
 
     async def steering(request: Request) -> Response:
         """List the vectors and presets of one model, with their defaults and measurements."""
         with served.lease(request.query_params.get("model")) as lease:
-            found = await wait_for(lease, request)
-            return JSONResponse(found.overview.steering())
+            await wait_for(lease, request)
+            return JSONResponse(lease.served.overview.steering())
 
     async def health(request: Request) -> Response:
         """Report whether the server is up, and how many answers run and wait."""

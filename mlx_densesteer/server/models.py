@@ -66,7 +66,7 @@ class Lease:
             Fault: it cannot be loaded, or the server is ending.
         """
         done, _ = await asyncio.wait({self.given}, timeout=seconds)
-        return bool(done and self.given.result())
+        return bool(done) and self.given.result() is not None
 
     def __enter__(self) -> "Lease":
         return self
@@ -197,7 +197,7 @@ class Models:
         lease = Lease(self, self.name_of(asked), answers)
         self._waiting.append(lease)
         self._advance()
-        if lease in self._waiting and self._queued > self._room:
+        if lease in self._waiting[1:] and self._queued > self._room:
             self._waiting.remove(lease)
             raise self._busy(lease)
         return lease
@@ -250,7 +250,7 @@ class Models:
     def _folders(self) -> list[Path]:
         with contextlib.suppress(OSError):  # the folder is away
             found = sorted(self._settings.models.iterdir()) if self.several else []
-            return [path for path in found if (path / "config.json").is_file()]
+            return [path for path in found if _is_model(path)]
         return []
 
     def _advance(self) -> None:
@@ -328,6 +328,12 @@ class Models:
             f"for. Try again in {seconds} seconds."
         )
         return Fault(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+
+
+def _is_model(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # a folder that may not be read
+        return (folder / "config.json").is_file()
+    return False
 
 
 def _listed(names: list[str]) -> str:

@@ -55,7 +55,7 @@ class Served:
         cache_bytes: int,
         exact: bool,
     ):
-        self.place, self._given, self._settings = place, given, settings
+        self.place, self._given, self._settings, self._turns = place, given, settings, turns
         self._cache_bytes, self._exact = cache_bytes, exact
         limits = settings.limits
         self.engine = Engine(self._load, rows=limits.rows, waiting=limits.queue, turns=turns)
@@ -68,9 +68,11 @@ class Served:
     def close(self) -> None:
         """End the thread and free the memory, in a process that goes on."""
         self.engine.close()
+        turns = self._turns
         vars(self).clear()  # the network must go even while something refers to this
-        gc.collect()
-        mx.clear_cache()
+        with turns:
+            gc.collect()
+            mx.clear_cache()
 
     def _load(self) -> Worker:
         """Load the model, on the engine's thread."""

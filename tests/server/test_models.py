@@ -226,14 +226,23 @@ def test_the_queue_is_limited(folder, steps):
         assert [one.result()["model"] for one in running] == ["demo", "tiny", "tiny"]
 
 
-def test_two_models_answer_side_by_side(folder, gate):
+def test_two_models_answer_side_by_side(folder, tmp_path, gate):
     """Each takes turns with the other at the steps, and none of them is unloaded."""
-    with serving(None, models=folder, keep=2) as server, ThreadPoolExecutor(4) as pool:
+    shutil.copy(demo.VECTOR, tmp_path / "dense.npz")
+    with (
+        serving(None, models=folder, folder=tmp_path, keep=2) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
         for name in ("abacus", "beads"):
             server.chat("Hi", model=name, max_tokens=1)
         asked = ["abacus", "beads"] * 6
         answers = pool.map(lambda name: server.chat(QUESTION, model=name, max_tokens=20), asked)
         assert [body["model"] for body in answers] == asked
+        long = pool.submit(server.chat, QUESTION, model="abacus@dense=60", max_tokens=700)
+        until(lambda: server.engine.promised == 1)
+        server.chat(QUESTION, model="beads", max_tokens=5)
+        assert not long.done()
+        long.result()
         assert gate.loads == ["abacus", "beads"]
         server.chat("Hi", model="abacus", max_tokens=1)
         server.chat("Hi", model="tiny", max_tokens=1)
