@@ -6,7 +6,8 @@
     │   └── VectorMismatchError
     ├── SteeringError
     ├── ModelError
-    │   └── UnsupportedModelError
+    │   ├── UnsupportedModelError
+    │   └── ModelTooLargeError
     ├── HubError
     ├── ConversionError
     ├── ExportError
@@ -64,6 +65,10 @@ class ModelError(DenseSteerError):
 
 class UnsupportedModelError(ModelError):
     """A model that cannot be steered, or that mlx-lm computes otherwise than transformers."""
+
+
+class ModelTooLargeError(ModelError):
+    """A model that does not fit in the machine's memory."""
 
 
 class HubError(DenseSteerError):

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 
 class Serving:
-    """A running server: its ``url``, its ``engine``, and ways to ask it; the ``error`` that ended it."""
+    """A running server: its ``url``, its ``engine`` (all of its models), and ways to ask it; the ``error`` that ended it."""
 
     error: Exception | None = None
 
     def __init__(self, service, url: str):
-        self.service, self.engine, self.url = service, service.engine, url
+        self.service, self.engine, self.url = service, service and service.models, url
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
@@ -73,9 +73,21 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    model="demo", given=None, *, folder=None, access=None, strict=False, send_buffer=None, **limits
+    model="demo",
+    given=None,
+    *,
+    folder=None,
+    access=None,
+    strict=False,
+    send_buffer=None,
+    models=None,
+    keep=1,
+    unload=None,
+    **limits,
 ) -> Iterator[Serving]:
     """Serve ``model`` on a thread; ``given`` are ``NamedVector``s, by default the demo's at 20 %, layer 5.
+
+    ``models``, ``keep`` and ``unload`` are as in ``Settings``; ``model=None`` loads none at the start.
 
     ``send_buffer`` is the size of the sockets' buffers in bytes: small, a reader that stalls is soon seen.
     """
@@ -83,10 +95,20 @@ def serving(
     from mlx_densesteer.server.settings import Access, ServerLimits, Settings
     from mlx_densesteer.server.start import model_id, start
 
-    name, bounds = model_id(str(model), None), replace(ServerLimits(grace=2.0), **limits)
-    settings = Settings(name, bounds, access or Access(), folder, strict)
-    given = demo_vector() if given is None else given
-    service = start(str(model), given, settings, cache_bytes=256 * 2**20)
+    name, bounds = model and model_id(str(model), None), replace(ServerLimits(grace=2.0), **limits)
+    settings = Settings(
+        name,
+        bounds,
+        access or Access(),
+        folder,
+        strict=strict,
+        models=models,
+        keep=keep,
+        unload=unload,
+    )
+    if given is None:
+        given = demo_vector() if model else []
+    service = start(model and str(model), given, settings, cache_bytes=256 * 2**20)
     listener = open_socket("127.0.0.1", 0)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -99,7 +121,7 @@ def serving(
             listen(
                 service.application,
                 listener,
-                service.engine,
+                service.models,
                 settings.limits,
                 on_start=uvicorn.append,
             )
@@ -116,8 +138,8 @@ def serving(
         running.uvicorn.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"
-        assert not service.engine.alive, "the model's thread did not end in time"
-        service.engine.close()
+        assert not service.models.alive, "the model's thread did not end in time"
+        service.models.close()
 
 
 def demo_vector():

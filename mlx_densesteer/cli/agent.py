@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
 
 # Options whose values are paths. They are made absolute: launchd starts the agent in another folder.
-PATHS = {"vectors", "folder", "api_key_file"}
+PATHS = {"vectors", "folder", "models", "api_key_file"}
 
 
 def install(
-    model: str,
+    model: str | None,
     port: int,
     grace: int,
     vectors: "Sequence[SteeringVector]",
@@ -41,7 +41,7 @@ def install(
         )
     if port == 0:
         raise click.UsageError("--port 0: an agent needs a port that clients know.")
-    config = read_config(find(model))
+    config = read_config(find(model)) if model is not None else {}
     for vector in vectors:
         vector.check_fits(
             hidden_size=config["hidden_size"], layer_count=config["num_hidden_layers"], model=model

@@ -23,6 +23,7 @@ from .options import (
 from .steering import is_strict, need_no_vector, read_vector, tell_fit, tell_steering
 
 if TYPE_CHECKING:
+    from ..server.models import Models
     from ..server.settings import Access
     from ..server.vectors import NamedVector, Vectors
     from ..steering.places import Positions
@@ -50,7 +51,29 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="A folder of vectors (NAME.npz) that requests may name.",
+    help="A folder of vectors (NAME.npz) that requests may name; with --models, those of its folder MODEL are "
+    "that model's.",
+)
+@click.option(
+    "--models",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="A folder of models, each in a folder of its name; a request loads the one that it names. With -m too, "
+    "that one is loaded at the start, and is the default.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Models of --models that are in memory at a time.",
+)
+@click.option(
+    "--idle",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MINUTES",
+    help="Unload a model of --models after this time without a request. [default: never]",
 )
 @strength_option
 @layers_option()
@@ -123,7 +146,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:[0
     default=1024,
     show_default=True,
     metavar="MIB",
-    help="Memory for the KV caches of earlier prompts and answers; 0 keeps none.",
+    help="Memory for the KV caches of earlier prompts and answers, of each model; 0 keeps none.",
 )
 @click.option(
     "--exact",
@@ -152,6 +175,9 @@ def serve(
     model: str | None,
     vectors: tuple[str, ...],
     folder: Path | None,
+    models: Path | None,
+    keep: int,
+    idle: float | None,
     strength: "Amount | None",
     layers: tuple[str, ...],
     positions: "Positions | None",
@@ -180,8 +206,7 @@ def serve(
     if uninstall_agent:
         uninstall()
         return
-    if model is None:
-        raise click.UsageError("no model: add -m MODEL.")
+    _check_models(model, models, vectors, name, keep, idle)
     if name is not None and "@" in name:
         raise click.UsageError(f"--name {name}: expected no @, which separates a vector's name.")
     _check_extra()
@@ -206,12 +231,44 @@ def serve(
     from ..server.start import model_id, start
 
     limits = ServerLimits(rows=rows, queue=queue, max_tokens=max_tokens, grace=float(grace))
-    settings = Settings(model_id(model, name), limits, access, folder, is_strict(), levels)
+    settings = Settings(
+        model_id(model, name) if model is not None else "",
+        limits,
+        access,
+        folder,
+        strict=is_strict(),
+        efforts=levels,
+        models=models,
+        keep=keep,
+        unload=None if idle is None else 60 * idle,
+    )
     service = start(model, given, settings, cache_bytes=prompt_cache * 2**20, exact=exact)
-    _tell_vectors(service.vectors, given)
+    what = _tell_models(service.models) if models is not None else settings.name
+    if service.vectors is not None:
+        _tell_vectors(service.vectors, given)
     address = f"[{host}]" if ":" in host else host
-    note(f"serving {settings.name} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
-    listen(service.application, listener, service.engine, limits)
+    note(f"serving {what} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends)")
+    listen(service.application, listener, service.models, limits)
+
+
+def _check_models(
+    model: str | None,
+    models: Path | None,
+    vectors: tuple[str, ...],
+    name: str | None,
+    keep: int,
+    idle: float | None,
+) -> None:
+    """Raise unless a model is given, and the options of one model or of several go with it."""
+    if model is None and models is None:
+        raise click.UsageError("no model: add -m MODEL, or --models DIR.")
+    if models is None and (keep != 1 or idle is not None):
+        raise click.UsageError("--keep and --idle are for the models of --models DIR: add it.")
+    if model is None and (vectors or name is not None):
+        raise click.UsageError(
+            "-v and --name are for the model of -m: add it, or put vectors for the models of --models into "
+            "--vectors DIR."
+        )
 
 
 def _check_extra() -> None:
@@ -222,7 +279,7 @@ def _check_extra() -> None:
 
 
 def _read_vectors(
-    model: str,
+    model: str | None,
     vectors: tuple[str, ...],
     strength: "Amount | None",
     layers: tuple[str, ...],
@@ -305,6 +362,17 @@ class _Brief(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return f"densesteer: {record.getMessage().splitlines()[0]}"
+
+
+def _tell_models(models: "Models") -> str:
+    """Warn of models that cannot be named, and return which there are."""
+    for name in models.unusable():
+        note(
+            f"warning: model {name!r} cannot be used: expected a name of letters, digits and . _ + - only. Rename "
+            "the folder."
+        )
+    names = models.names()
+    return f"{count(len(names), 'model')} ({', '.join(names) or 'none yet'})"
 
 
 def _tell_vectors(vectors: "Vectors", given: "list[NamedVector]") -> None:

@@ -28,6 +28,7 @@ from ..errors import (
     DenseSteerError,
     InputError,
     ModelError,
+    ModelTooLargeError,
     VectorMismatchError,
 )
 from ..files import full_disk
@@ -552,20 +553,27 @@ def mlx_lm_folder(path: Path) -> Iterator[Path]:
         yield place
 
 
-def check_memory(path: Path) -> None:
-    """Say before loading that a model does not fit; raise ``ModelError`` if it is larger than the memory."""
+def check_memory(path: Path, *, in_use: int = 0) -> None:
+    """Say before loading that a model does not fit beside ``in_use`` bytes.
+
+    Raises:
+        ModelTooLargeError: it is larger than the memory that is left.
+    """
     device = gpu()
     limit = working_set(device)
     if limit is None:
         return
     weights = sum(tensor.stop - tensor.start for tensor in read_folder(path)[1].values())
-    if weights <= FOR_WEIGHTS * limit:
+    if weights + in_use <= FOR_WEIGHTS * limit:
         return
     memory = device.get("memory_size", math.inf)
     remedy = "Convert it with fewer bits (`densesteer convert --bits 4`), or choose a smaller one."
     found = f"{path}: the model takes {weights / 2**30:.1f} GiB"
-    if weights > memory:
-        raise ModelError(f"{found}, and this machine has {memory / 2**30:.1f} GiB. {remedy}")
+    if weights + in_use > memory:
+        taken = f", {in_use / 2**30:.1f} of them in use" if in_use else ""
+        raise ModelTooLargeError(
+            f"{found}, and this machine has {memory / 2**30:.1f} GiB{taken}. {remedy}"
+        )
     note(
         f"warning: {found}, of {limit / 2**30:.1f} that the GPU can keep: it will be slow. {remedy}"
     )

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -20,6 +20,9 @@ from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
 from .vectors import Asked, Thinking, Vectors
 from .worker import Event, Failed, Job, Said
+
+if TYPE_CHECKING:
+    from .models import Lease, Models
 
 IGNORED = "X-DenseSteer-Ignored"
 Inbox = asyncio.Queue[tuple[Job, Event]]
@@ -148,6 +151,64 @@ class Completions:
         yield b"data: [DONE]\n\n"
 
 
+async def answer(
+    models: "Models", request: Request, asked: ChatRequest | CompletionRequest, *, ping: float
+) -> Response:
+    """Answer a request with the model that it names, loaded if need be.
+
+    A client that streams gets comments every ``ping`` seconds while it waits for the model; from the first
+    one on, a refusal is an event of the stream.
+
+    Raises:
+        Fault: as ``Completions.answer``, or the model cannot be had.
+    """
+    prompts = asked.prompt if isinstance(asked, CompletionRequest) else ""
+    several = isinstance(prompts, list) and not isinstance(prompts[0], int)
+    answers = (asked.n or 1) * (len(prompts) if several else 1)
+    with ExitStack() as held:
+        lease = held.enter_context(models.lease(asked.model, answers))
+        if not await wait_for(lease, request, ping if asked.stream else None):
+            late = held.pop_all()
+            return EventStream(_late(lease, late, request, asked, ping), late, {})
+        response = await lease.served.completions.answer(request, asked)
+        if isinstance(response, EventStream):
+            response.held.push(held.pop_all())
+        return response
+
+
+async def wait_for(lease: "Lease", request: Request, seconds: float | None = None) -> bool:
+    """Wait for the model of a lease, and return whether it is there.
+
+    Raises:
+        Fault: it cannot be had, or the client disconnected first.
+    """
+    if lease.given.done():
+        return await lease.wait()
+    async with _Watch(request) as watch:
+        return await watch.first(lease.wait(seconds))
+
+
+async def _late(
+    lease: "Lease",
+    held: ExitStack,
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    ping: float,
+) -> AsyncIterator[bytes]:
+    """Yield comments until the model is there, then the answer; ``held`` gets what that holds."""
+    try:
+        yield f": waiting for {lease.name}\n\n".encode()
+        while not await lease.wait(ping):
+            yield f": waiting for {lease.name}\n\n".encode()
+        response = await lease.served.completions.answer(request, asked)
+        assert isinstance(response, EventStream)
+        held.push(response.held)
+        async for line in response.body_iterator:
+            yield line
+    except Fault as fault:
+        yield _event(fault.body)
+
+
 class EventStream(StreamingResponse):
     """Server-sent events; closes ``held`` at the end, even if the stream never started.
 
@@ -156,10 +217,10 @@ class EventStream(StreamingResponse):
 
     def __init__(self, lines: AsyncIterator[bytes], held: ExitStack, headers: dict[str, str]):
         super().__init__(lines, headers=headers, media_type="text/event-stream")
-        self._held = held
+        self.held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
+        with self.held:
             await super().__call__(scope, receive, send)
 
 

@@ -17,12 +17,14 @@ from starlette.schemas import BaseSchemaGenerator
 from starlette.types import ASGIApp
 
 from .._version import __version__
-from .answers import Completions
+from .answers import answer, wait_for
 from .body import read_json
 from .faults import Fault, internal
 from .guard import guarded
-from .overview import Overview
-from .schema import ChatRequest, CompletionFields, CompletionRequest, ErrorBody
+from .models import Models
+from .overview import entry
+from .schema import ChatRequest, CompletionRequest, ErrorBody
+from .settings import Settings
 
 PAGE = files(__package__) / "page"
 TYPES = {
@@ -39,15 +41,16 @@ EVENT = {
 }
 
 
-def build(completions: Completions, overview: Overview) -> ASGIApp:
+def build(settings: Settings, served: Models) -> ASGIApp:
     """Return the ASGI application."""
-    settings, engine = completions.settings, completions.engine
     limits = settings.limits
     pages = _page_files()
 
-    async def complete(request: Request, kind: type[CompletionFields]) -> Response:
+    async def complete(
+        request: Request, kind: type[ChatRequest] | type[CompletionRequest]
+    ) -> Response:
         asked = await read_json(request, kind, limit=limits.body, seconds=limits.idle)
-        return await completions.answer(request, asked)
+        return await answer(served, request, asked, ping=limits.ping)
 
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
@@ -58,26 +61,35 @@ def build(completions: Completions, overview: Overview) -> ASGIApp:
         return await complete(request, CompletionRequest)
 
     async def models(request: Request) -> Response:
-        """List the model and its steered presets."""
-        return JSONResponse(overview.models())
+        """List the models and their steered presets."""
+        return JSONResponse(served.listing())
 
     async def model(request: Request) -> Response:
         """Return one model, listed or not."""
-        return JSONResponse(overview.model(request.path_params["name"]))
+        name = request.path_params["name"]
+        base = served.name_of(name)
+        if "@" not in name and served.several and served.states().get(base) != "loaded":
+            return JSONResponse(entry(base, loaded=False))
+        with served.lease(name) as lease:
+            await wait_for(lease, request)
+            return JSONResponse(lease.served.overview.model(name))
 
     async def steering(request: Request) -> Response:
-        """List the vectors and presets, with their defaults and measurements."""
-        return JSONResponse(overview.steering())
+        """List the vectors and presets of one model, with their defaults and measurements."""
+        with served.lease(request.query_params.get("model")) as lease:
+            await wait_for(lease, request)
+            return JSONResponse(lease.served.overview.steering())
 
     async def health(request: Request) -> Response:
         """Report whether the server is up, and how many answers run and wait."""
-        running, up = engine.running, engine.alive
+        running, up = served.running, served.alive
         body = {
             "status": "ok" if up else "down",
-            "model": settings.name,
+            "model": served.default(),
             "version": __version__,
             "running": running,
-            "waiting": engine.promised - running,
+            "waiting": served.promised - running,
+            "models": served.states(),
         }
         return JSONResponse(body, 200 if up else 503)
 
@@ -93,10 +105,9 @@ def build(completions: Completions, overview: Overview) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        engine.attach(asyncio.get_running_loop())
+        served.attach(asyncio.get_running_loop())
         yield
-        engine.end()
-        completions.encoder.close()
+        served.end()
 
     routes = [
         Route("/", page, include_in_schema=False),

@@ -22,6 +22,20 @@ QUIET = 5.0  # seconds without a request until memory is freed
 GATHER = 0.05  # most seconds that the first of several requests waits for the others
 
 
+class Turns:
+    """A lock that threads take in turns: whoever waits comes before whoever held it last."""
+
+    def __init__(self) -> None:
+        self._next, self._now = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._now.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._now.release()
+
+
 class Engine:
     """Takes jobs from the loop and returns events to it; only its thread touches the model.
 
@@ -29,10 +43,14 @@ class Engine:
         load: called once, on the thread; mlx arrays belong to the thread that made them.
         rows: most answers that run at a time.
         waiting: most answers that wait.
+        turns: shared with the engines of other models, so that mlx computes for one at a time.
     """
 
-    def __init__(self, load: Callable[[], Worker], *, rows: int, waiting: int):
+    def __init__(
+        self, load: Callable[[], Worker], *, rows: int, waiting: int, turns: Turns | None = None
+    ):
         self._load, self.rows, self._room = load, rows, rows + waiting
+        self._turns = turns or Turns()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._inboxes: dict[Job, asyncio.Queue[tuple[Job, Event]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -46,15 +64,21 @@ class Engine:
 
     def start(self) -> None:
         """Load the model; raises what ``load`` raises."""
-        self._thread.start()
+        loaded = self.begin()
         try:
             while True:  # in short waits, so that Ctrl-C ends them
                 with contextlib.suppress(TimeoutError):
-                    self._loaded.result(timeout=0.2)
+                    loaded.result(timeout=0.2)
                     return
         except BaseException:
             self.end()  # waits until the thread is out of mlx
             raise
+
+    def begin(self) -> Future[Worker]:
+        """Begin to load the model; the future raises what ``load`` raises."""
+        self._loaded.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        self._thread.start()
+        return self._loaded
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Send events to this loop from now on."""
@@ -72,6 +96,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._ended.is_set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it takes no more jobs: a model that is still loaded need not be."""
+        return self._ending
 
     @contextlib.contextmanager
     def holding(self, jobs: Sequence[Job]) -> Iterator["asyncio.Queue[tuple[Job, Event]]"]:
@@ -100,6 +129,8 @@ class Engine:
     def end_all(self) -> None:
         """End all jobs, and take no more."""
         self._ending = True
+        if not self._loaded.done() or self._loaded.exception() is not None:
+            return
         worker = self._loaded.result()
         self._orders.put(lambda: self._tell(worker.close()))
 
@@ -134,7 +165,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._serve(self._load())
+            with self._turns:
+                worker = self._load()
+            self._serve(worker)
         except BaseException as error:
             if self._loaded.done():
                 self.broken = True
@@ -150,13 +183,15 @@ class Engine:
     def _serve(self, worker: Worker) -> None:
         self._loaded.set_result(worker)
         while self._obey(worker):
-            try:
-                self._tell(worker.work())
-            # An error in a step (out of memory, a bug) must not end the thread: no later request
-            # would be answered. Only where recovery fails too, the thread ends, and with it the process.
-            except Exception as error:
-                self._tell(worker.recover(failed("a step of the model", error)))
-        self._tell(worker.close())
+            with self._turns:
+                try:
+                    self._tell(worker.work())
+                # An error in a step (out of memory, a bug) must not end the thread: no later request
+                # would be answered. Only where recovery fails too, the thread ends, and with it the process.
+                except Exception as error:
+                    self._tell(worker.recover(failed("a step of the model", error)))
+        with self._turns:
+            self._tell(worker.close())
 
     def _obey(self, worker: Worker) -> bool:
         """Carry out the orders; wait for one if there is no other work. ``False``: end the thread.
@@ -186,10 +221,11 @@ class Engine:
         return True
 
     def _do(self, order: Callable[[], None], worker: Worker) -> None:
-        try:
-            order()
-        except Exception as error:  # as in ``_serve``
-            self._tell(worker.recover(failed("an order to the model", error)))
+        with self._turns:
+            try:
+                order()
+            except Exception as error:  # as in ``_serve``
+                self._tell(worker.recover(failed("an order to the model", error)))
 
     def _tell(self, told: Told) -> None:
         if told:

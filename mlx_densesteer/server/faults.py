@@ -51,7 +51,7 @@ def internal() -> Fault:
 def failed(what: str, error: Exception) -> Fault:
     """Log an error of the model's thread, and return what clients get: a 503 if memory ran out, else a 500."""
     fault = internal()
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+    if out_of_memory(error):
         message = (
             "the server's memory ran out in the middle of this answer. Send a shorter prompt or ask for "
             "fewer answers at a time, or try again when less is running."
@@ -59,6 +59,10 @@ def failed(what: str, error: Exception) -> Fault:
         fault = Fault(503, message, code="out_of_memory")
     log.error("%s failed: %s (%s)", what, type(error).__name__, fault.code, exc_info=error)
     return fault
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def ending() -> Fault:

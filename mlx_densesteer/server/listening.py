@@ -19,7 +19,7 @@ from .guard import HEADERS
 from .settings import ServerLimits
 
 if TYPE_CHECKING:  # mlx takes a second to import, and a port in use is told before
-    from .engine import Engine
+    from .models import Models
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _check_free(family: int, address: tuple) -> None:
 def listen(
     application: ASGIApp,
     listener: socket.socket,
-    engine: "Engine",
+    models: "Models",
     limits: ServerLimits,
     *,
     on_start: Callable[[Server], None] = lambda server: None,
@@ -88,10 +88,10 @@ def listen(
         timeout_graceful_shutdown=int(limits.grace) + 5,
         backlog=BACKLOG,
     )
-    server = _EndingServer(config, engine, limits.grace)
+    server = _EndingServer(config, models, limits.grace)
     on_start(server)
     server.run(sockets=[listener])
-    if engine.broken:
+    if models.broken:
         raise DenseSteerError(
             "the model could not go on after an error. Start the server again; its log, with --verbose, "
             "says what failed."
@@ -101,26 +101,26 @@ def listen(
 class _EndingServer(Server):
     """Tells clients of the shutdown before uvicorn closes their connections.
 
-    It ends by itself when the model's thread has ended: launchd then starts it again.
+    It ends by itself when a model's thread has ended: launchd then starts it again.
     """
 
-    def __init__(self, config: Config, engine: "Engine", grace: float):
+    def __init__(self, config: Config, models: "Models", grace: float):
         super().__init__(config)
-        self._engine, self._grace = engine, grace
+        self._models, self._grace = models, grace
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; uvicorn asks ten times a second."""
-        return await super().on_tick(counter) or not self._engine.alive
+        return await super().on_tick(counter) or not self._models.alive
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._engine.promised:
+        if self._models.promised:
             log.info("ending; running answers have %g seconds to end", self._grace)
         asyncio.get_running_loop().call_later(self._grace, self._end_rest)
         await super().shutdown(sockets)
 
     def _end_rest(self) -> None:
         """End running answers, and requests whose bodies are incomplete."""
-        self._engine.end_all()
+        self._models.end_all()
         for connection in list(self.server_state.connections):
             cycle = connection.cycle
             if cycle is not None and cycle.more_body and not cycle.response_started:

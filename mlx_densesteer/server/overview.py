@@ -1,7 +1,7 @@
 """Lists for clients: models as OpenAI lists them, and the vectors for the page."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .. import demo
 from .._version import __version__
@@ -20,6 +20,9 @@ EXAMPLES = (
 )
 
 
+CREATED = int(time.time())  # of every model: no folder tells when its model was made
+
+
 @dataclass(frozen=True)
 class Overview:
     """Lists for ``/v1/models`` and ``/v1/steering``; ``toy`` is the embedded demo model."""
@@ -27,13 +30,12 @@ class Overview:
     settings: Settings
     vectors: Vectors
     toy: bool
-    created: int = field(default_factory=lambda: int(time.time()))
 
-    def models(self) -> dict[str, object]:
-        """Return the model, then each vector at its default, as a list of models."""
-        base = self._model(self.settings.name, None)
-        presets = [self._model(one["id"], one["steering"]) for one in self._presets()]
-        return {"object": "list", "data": [base, *presets]}
+    def models(self) -> list[dict[str, object]]:
+        """Return the model, then each vector at its default, as models."""
+        base = entry(self.settings.name)
+        presets = [entry(one["id"], one["steering"]) for one in self._presets()]
+        return [base, *presets]
 
     def model(self, name: str) -> dict[str, object]:
         """Return one model, listed or not.
@@ -43,7 +45,7 @@ class Overview:
         """
         asked = self.vectors.asked(name, None)
         steers = asked is not None and not asked.steering.is_zero
-        return self._model(name, self.vectors.describe(asked.steering) if steers else None)
+        return entry(name, self.vectors.describe(asked.steering) if steers else None)
 
     def steering(self) -> dict[str, object]:
         """Return the model, the presets and the vectors, as the page needs them."""
@@ -81,11 +83,14 @@ class Overview:
             for preset in presets
         ]
 
-    def _model(self, name: object, steering: object) -> dict[str, object]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "mlx-densesteer",
-            "steering": steering,
-        }
+
+def entry(name: object, steering: object = None, *, loaded: bool = True) -> dict[str, object]:
+    """Return a model as OpenAI lists it, with its steering, and whether it is in memory."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": CREATED,
+        "owned_by": "mlx-densesteer",
+        "steering": steering,
+        "loaded": loaded,
+    }

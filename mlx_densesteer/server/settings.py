@@ -62,6 +62,10 @@ class Settings:
         folder: holds further vectors.
         strict: those that were made for another model cannot be used.
         efforts: what levels of ``reasoning_effort`` mean.
+        models: holds further models, each in a folder of its name.
+        keep: models in memory at a time.
+        unload: seconds without a request after which a model is unloaded; ``None``: never.
+        own: holds vectors of this model alone; they come before those of ``folder``.
     """
 
     name: str
@@ -70,3 +74,7 @@ class Settings:
     folder: Path | None = None
     strict: bool = False
     efforts: Mapping[str, Effort] = field(default_factory=lambda: EFFORTS)
+    models: Path | None = None
+    keep: int = 1
+    unload: float | None = None
+    own: Path | None = None

@@ -1,17 +1,22 @@
-"""Load the model and build the application that serves it."""
+"""Load models and build the application that serves them."""
 
+import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import mlx.core as mx
 from starlette.types import ASGIApp
 
 from .. import demo
-from ..model.model import load
+from ..model.model import check_memory, find, load
 from .answers import Completions
 from .app import build
 from .encoding import Encoder, opening_tokens
-from .engine import Engine
+from .engine import Engine, Turns
+from .faults import ending
+from .models import Models
 from .overview import Overview
 from .settings import Settings
 from .vectors import NamedVector, Vectors
@@ -19,51 +24,111 @@ from .worker import Worker
 
 
 class Service(NamedTuple):
-    """A loaded server, ready to listen."""
+    """A server, ready to listen; ``vectors`` are those of the model that is loaded, if one is."""
 
     application: ASGIApp
-    engine: Engine
+    models: Models
+    vectors: Vectors | None
+
+
+class Served:
+    """A model and what answers with it; the engine loads it, and all is there after that.
+
+    Args:
+        place: the model's folder or Hub id.
+        given: as for ``Vectors``.
+        turns: as for ``Engine``.
+        cache_bytes, exact: as for ``Worker``.
+    """
+
     vectors: Vectors
+    completions: Completions
+    overview: Overview
+
+    def __init__(
+        self,
+        place: str,
+        given: Sequence[NamedVector],
+        settings: Settings,
+        turns: Turns,
+        *,
+        cache_bytes: int,
+        exact: bool,
+    ):
+        self.place, self._given, self._settings, self._turns = place, given, settings, turns
+        self._cache_bytes, self._exact = cache_bytes, exact
+        limits = settings.limits
+        self.engine = Engine(self._load, rows=limits.rows, waiting=limits.queue, turns=turns)
+
+    def end(self) -> None:
+        """End the answers, in a process that ends."""
+        self.engine.end()
+        self.completions.encoder.close()
+
+    def close(self) -> None:
+        """End the thread and free the memory, in a process that goes on."""
+        self.engine.close()
+        turns = self._turns
+        vars(self).clear()  # the network must go even while something refers to this
+        with turns:
+            gc.collect()
+            mx.clear_cache()
+
+    def _load(self) -> Worker:
+        """Load the model, on the engine's thread."""
+        settings = self._settings
+        if settings.models is not None:
+            check_memory(find(self.place), in_use=mx.get_active_memory())
+        loaded = load(self.place)
+        if self.engine.ending:
+            raise ending()
+        self.vectors = Vectors(self._given, loaded, settings)
+        _ = loaded.info, loaded.measured_norms  # computed here; other threads only read them
+        first = next(iter(self.vectors.all()), None)
+        worker = Worker(
+            loaded,
+            rows=settings.limits.rows,
+            cache_bytes=self._cache_bytes,
+            usual=first.request().steering(loaded) if first else None,
+            opens=opening_tokens(loaded.tokenizer),
+            exact=self._exact,
+        )
+        self.completions = Completions(settings, self.engine, Encoder(loaded), self.vectors)
+        self.overview = Overview(settings, self.vectors, toy=self.place == demo.NAME)
+        return worker
 
 
 def start(
-    model: str,
+    model: str | None,
     given: Sequence[NamedVector],
     settings: Settings,
     *,
     cache_bytes: int,
     exact: bool = False,
 ) -> Service:
-    """Load the model on a thread of its own and return the service.
+    """Load the model, if one is given, on a thread of its own and return the service.
 
-    ``cache_bytes`` and ``exact`` are those of ``Worker``.
+    ``given`` are vectors of this model. ``cache_bytes`` and ``exact`` are those of ``Worker``, for each
+    model.
 
     Raises:
         DenseSteerError: the model cannot be loaded, or a given vector does not fit it.
     """
-    made: list[Vectors] = []
+    turns = Turns()
 
-    def load_on_thread() -> Worker:
-        loaded = load(model)
-        vectors = Vectors(given, loaded, settings)
-        _ = loaded.info, loaded.measured_norms  # computed here; other threads only read them
-        made.append(vectors)
-        first = next(iter(vectors.all()), None)
-        return Worker(
-            loaded,
-            rows=settings.limits.rows,
-            cache_bytes=cache_bytes,
-            usual=first.request().steering(loaded) if first else None,
-            opens=opening_tokens(loaded.tokenizer),
-            exact=exact,
-        )
+    def made(name: str) -> Served:
+        """Return what serves the model of this name, to be loaded."""
+        options = {"cache_bytes": cache_bytes, "exact": exact}
+        if settings.models is None:
+            return Served(model or "", given, settings, turns, **options)
+        own = replace(settings, name=name, own=settings.folder and settings.folder / name)
+        if model is not None and name == settings.name:
+            return Served(str(Path(model).expanduser()), given, own, turns, **options)
+        return Served(str(settings.models.absolute() / name), (), own, turns, **options)
 
-    engine = Engine(load_on_thread, rows=settings.limits.rows, waiting=settings.limits.queue)
-    engine.start()
-    vectors = made[0]
-    completions = Completions(settings, engine, Encoder(vectors.model), vectors)
-    overview = Overview(settings, vectors, toy=model == demo.NAME)
-    return Service(build(completions, overview), engine, vectors)
+    models = Models(settings, made, has_first=model is not None)
+    first = models.load_first() if model is not None else None
+    return Service(build(settings, models), models, first and first.vectors)
 
 
 def model_id(model: str, name: str | None) -> str:

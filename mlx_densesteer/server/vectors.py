@@ -106,7 +106,8 @@ class Vectors:
     def __init__(self, given: Sequence[NamedVector], model: Model, settings: Settings):
         self.model, self.base, self._efforts = model, settings.name, settings.efforts
         self._asked_of: MeasuredModel = model  # until the server runs; then what measures nothing
-        self._folder, self._strict = settings.folder, settings.strict
+        self._folders = [one for one in (settings.own, settings.folder) if one is not None]
+        self._several, self._strict = settings.models is not None, settings.strict
         self._given: dict[str, NamedVector] = {}
         self._files: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
         for one in given:
@@ -134,7 +135,8 @@ class Vectors:
             return found
         if found is not None:
             raise bad(f"vector {excerpt(name)} cannot be used: {found}", param)
-        message = f"no vector {excerpt(name)}: this server has {self._names()}."
+        place = self.base if self._several else "this server"
+        message = f"no vector {excerpt(name)}: {place} has {self._names()}."
         raise bad(message, param, "vector_not_found")
 
     def asked(self, model: str | None, field: SteeringField | None) -> Asked | None:
@@ -291,7 +293,8 @@ class Vectors:
             return self.get(field.vector, "steering.vector")
         vectors = self.all()
         if len(vectors) != 1:
-            message = f"steering.vector is missing: this server has {self._names()}."
+            place = self.base if self._several else "this server"
+            message = f"steering.vector is missing: {place} has {self._names()}."
             raise bad(message, "steering.vector")
         return vectors[0]
 
@@ -330,13 +333,11 @@ class Vectors:
         return ", ".join(one.name for one in self.all()) or "none"
 
     def _look(self) -> dict[str, NamedVector | str]:
-        """Return the folder's vectors by name; the reason instead of one that cannot be used."""
-        if self._folder is None:
-            return {}
+        """Return the folders' vectors by name; the reason instead of one that cannot be used."""
         here: dict[str, tuple[tuple[int, int], NamedVector | str]] = {}
-        for path in sorted(self._folder.glob("*.npz")):
+        for path in (path for one in self._folders for path in sorted(one.glob("*.npz"))):
             name = path.stem
-            if name in self._given:
+            if name in self._given or name in here:
                 continue
             try:
                 state = path.stat()

@@ -953,6 +953,38 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser):
         context.close()
 
 
+def test_a_model_is_chosen_at_the_top(browser, tmp_path, hf_folder):
+    (tmp_path / "tiny").symlink_to(hf_folder)
+    (tmp_path / "beads").mkdir()
+    shutil.copy(hf_folder / "config.json", tmp_path / "beads")  # cannot be loaded
+    with serving("demo", models=tmp_path) as server:
+        context = browser.new_context(viewport={"width": 1300, "height": 900})
+        page = context.new_page()
+        sent = watched(page)
+        page.goto(server.url)
+        ask(page, "Hi")
+        answered(page)
+        chooser = page.get_by_label("Model", exact=True)
+        assert chooser.input_value() == "demo"
+        chooser.select_option("tiny")
+        page.locator("#model", has_text="4 layers").wait_for()
+        assert not page.locator("#dial").is_visible()  # it has no vector
+        assert page.get_by_text("another model: demo").count() == 2
+        page.get_by_label("Tokens at most").fill("4")
+        ask(page, "Hi")
+        answered(page)
+        assert [one["model"] for one in sent] == ["demo", "demo", "tiny"]
+        page.reload()
+        page.locator("#model", has_text="4 layers").wait_for()
+        assert chooser.input_value() == "tiny"
+        chooser.select_option("beads")
+        page.get_by_text("model beads cannot be loaded").wait_for()
+        chooser.select_option("demo")
+        page.locator("#model", has_text="6 layers").wait_for()
+        assert page.locator("#dial").is_visible() and not page.locator("#alert").is_visible()
+        context.close()
+
+
 @pytest.fixture(scope="module")
 def tested(demo_model):
     """The rows of a small sweep, as `densesteer sweep --write` keeps them in the vector."""

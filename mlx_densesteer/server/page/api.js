@@ -35,9 +35,14 @@ async function ask(path, options = {}) {
   throw new Refused(body.error?.message ?? `The server answered ${response.status}.`, response.status);
 }
 
-/** @returns {Promise<object>} models, vectors, presets: /v1/steering */
-export async function overview() {
-  return (await ask("/v1/steering")).json();
+/** @returns {Promise<{id: string, loaded: boolean}[]>} the models, without their presets */
+export async function models() {
+  return (await (await ask("/v1/models")).json()).data.filter((one) => !one.id.includes("@"));
+}
+
+/** @param {string | null} model null: the server has one @returns {Promise<object>} its vectors and presets: /v1/steering */
+export async function overview(model) {
+  return (await ask(`/v1/steering${model ? `?model=${encodeURIComponent(model)}` : ""}`)).json();
 }
 
 /**

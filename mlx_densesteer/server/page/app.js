@@ -1,8 +1,8 @@
 /** The page: a conversation, the dial, and the unsteered answer beside the steered one. */
 
-import { Refused, answer as ask, hasKey, overview, useKey } from "/page/api.js";
+import { Refused, answer as ask, hasKey, models, overview, useKey } from "/page/api.js";
 import { Dial } from "/page/dial.js";
-import { element, make, toast } from "/page/dom.js";
+import { element, fill, make, toast } from "/page/dom.js";
 import { asJson, asMarkdown, download } from "/page/exporting.js";
 import * as history from "/page/history.js";
 import { closeOverlays, wirePanels } from "/page/panels.js";
@@ -19,6 +19,7 @@ const [HERE, DRAFT] = ["densesteer.open", "densesteer.draft"]; // in this tab
 let server = null; // the overview; null until it has come
 let dial = null;
 let conversation = history.fresh();
+let connecting = false; // the overview is on its way
 let running = null; // aborts the answers that stream
 const sweep = new Sweep((setting) => dial.set(setting));
 const transcript = new Transcript({ choose, branch });
@@ -35,15 +36,19 @@ async function start() {
   await connect();
 }
 
-/** Load the server's overview; questions can be sent after that. */
+/** Load the overview of the server's model, or of the chosen one; questions can be sent after that. */
 async function connect() {
+  dial = null;
+  connecting = true;
+  busy(running);
+  element("model").textContent = "loading …";
   try {
-    server = await overview();
+    const several = choice(await models());
+    server = await overview(several);
     const { model } = server;
-    element("model").textContent = `${model.id}, ${count(model.layers, "layer")}, ${model.dtype}`;
+    element("model").textContent = `${several ? "" : `${model.id}, `}${count(model.layers, "layer")}, ${model.dtype}`;
     element("max-tokens").max = model.max_tokens;
     element("max-tokens").onchange();
-    dial = null;
     dial = new Dial(server, remembered()[`dial ${model.id}`], (setting) => {
       if (!dial) return;
       sweep.show(dial.vector, setting);
@@ -52,15 +57,27 @@ async function connect() {
     transcript.model = model;
     transcript.named = server.vectors.length > 1;
     transcript.refresh();
-    if (server.vectors.length) sweep.show(dial.vector, dial.setting);
+    sweep.show(server.vectors.length ? dial.vector : null, dial.setting);
     showExamples();
     element("key-form").hidden = true;
     quiet();
-    busy(running);
   } catch (error) {
     element("model").textContent = error.status === 401 ? "locked" : "not connected";
     fail(error, connect);
   }
+  connecting = false;
+  busy(running);
+}
+
+/** Show the models to choose from, and return the chosen one; null: there is only one. */
+function choice(all) {
+  const chooser = element("choose");
+  chooser.hidden = all.length < 2;
+  if (chooser.hidden) return null;
+  const kept = all.find((one) => one.id === remembered().model) ?? all.find((one) => one.loaded) ?? all[0];
+  fill(chooser, all.map((one) => one.id));
+  chooser.value = kept.id;
+  return kept.id;
 }
 
 function showExamples() {
@@ -281,6 +298,8 @@ function busy(controller) {
   const focused = document.activeElement === element("stop");
   element("send").disabled = !dial;
   element("send").hidden = Boolean(controller);
+  element("choose").disabled = Boolean(controller) || connecting;
+  for (const id of ["strength", "strength-number", "zero"]) element(id).disabled = !dial;
   element("stop").hidden = !controller;
   element("again").disabled = Boolean(controller) || !dial || !conversation.turns.length;
   readyFive();
@@ -386,6 +405,7 @@ function wire() {
   });
   addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, question.value));
   element("stop").onclick = stop;
+  element("choose").onchange = () => { remember("model", element("choose").value); connect(); };
   element("again").onclick = () => again();
   element("five").onclick = five;
   question.addEventListener("input", readyFive);
