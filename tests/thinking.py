@@ -38,32 +38,42 @@ TEMPLATES = {
 
 def make_folder(folder, template: str, *, keeps=False):
     """Write the model as an MLX folder in float32; return the folder. ``keeps`` earlier thoughts."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, "ĊĊ"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    for token in SPECIAL[:3]:
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-    for token in SPECIAL[3:]:  # as Qwen3's, no special tokens
-        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "chat_template": TEMPLATES[template].replace("'</think>' in said", "false") if keeps else TEMPLATES[template],
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    ids = tokenizer.get_vocab()
-    size = len(ids)
-    network = tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=size)
-    embedding = np.random.default_rng(0).normal(size=(size, HIDDEN)).astype(np.float32)
     after = {
         "t": "a", "a": "b", "b": "c", "c": "ĊĊ", "ĊĊ": "t",
         ")": "</think>", "</think>": "5", "5": "1", "1": "<|im_end|>",
     }  # fmt: skip
     # The prompt ends with a line break: within the thought, or before the model opens it.
     after |= {"Ċ": "t"} if template == "R1" else {"Ċ": "<think>", "<think>": "t"}
+    text = TEMPLATES[template]
+    text = text.replace("'</think>' in said", "false") if keeps else text
+    return make_clockwork(folder, text, SPECIAL[3:], after)
+
+
+def make_clockwork(folder, template: str, words, after: dict[str, str], pieces=()):
+    """Write a model whose tokens have successors, and the vector of the token ``)``; return the folder.
+
+    ``words`` are further added tokens, no special ones; ``pieces`` further ordinary ones, with Ċ and Ġ.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "ĊĊ", *pieces])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in SPECIAL[:3]:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    for token in words:  # as Qwen3's, no special tokens
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "chat_template": template,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = tokenizer.get_vocab()
+    size = len(ids)
+    network = tiny_model(layers=LAYERS, hidden=HIDDEN, vocabulary=size)
+    embedding = np.random.default_rng(0).normal(size=(size, HIDDEN)).astype(np.float32)
     head = 0.01 * np.random.default_rng(1).normal(size=(size, HIDDEN)).astype(np.float32)
     for token, next_one in after.items():
         head[ids[next_one]] += embedding[ids[token]] / HIDDEN

@@ -85,7 +85,7 @@ class Generation:
     ``tokens`` counts what the model wrote, without the end-of-turn token but with those of a stop
     text. Times are in seconds; ``tokens_per_second`` is that of decoding alone.
     ``peak_memory_bytes`` includes the weights. ``finish_reason`` is ``"stop"`` (end of turn or a
-    stop text), ``"length"``, or ``"interrupted"``. ``steering`` is the one in force at the end.
+    stop text), ``"length"`` (also of a grammar that could not go on), or ``"interrupted"``. ``steering`` is the one in force at the end.
     With a draft model, ``draft_accepted`` counts the tokens of the ``draft_proposed`` that the
     target chose too. ``brakes`` lists where repetition was cut off and the strength lowered.
     ``compute_seconds`` is the answer's share of the time of a ``Batch``; ``None`` outside of one.
@@ -189,6 +189,15 @@ def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
         raise InputError("a stop text is empty; expected at least one character.")
 
 
+def could_begin(marks: Sequence[str], text: str) -> int:
+    """Return how many last characters of a text could begin one of ``marks``."""
+    longest = max(map(len, marks), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(mark.startswith(text[-length:]) for mark in marks):
+            return length
+    return 0
+
+
 class StopTexts:
     """The text of a response while it is generated, up to the first stop text.
 
@@ -209,20 +218,12 @@ class StopTexts:
             self.stopped = True
             self.text, self.held = self.text + self.held[: min(found)], ""
             return
-        release = len(self.held) - self._could_begin()
+        release = len(self.held) - could_begin(self._stops, self.held)
         self.text, self.held = self.text + self.held[:release], self.held[release:]
 
     def pass_on(self, piece: str) -> None:
         """Add ``piece`` without looking for a stop text: it is of a thought."""
         self.text, self.held = self.text + self.held + piece, ""
-
-    def _could_begin(self) -> int:
-        """Return how many last characters of ``held`` could begin a stop text."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(self.held)), 0, -1):
-            if any(stop.startswith(self.held[-length:]) for stop in self._stops):
-                return length
-        return 0
 
 
 # At most so many tokens without a whole character wait; then all but the last 16 are told.

@@ -32,9 +32,9 @@ from ..steering.steering import UNSTEERED, Steering
 from .answer import Generation, PartialAnswer, brake_answer, check_limits
 from .brake import Brake, Braked
 from .grammar import Grammar
-from .logits import LogitBias, processors
+from .logits import LogitBias, gave_up, processors
 from .sampling import GREEDY, Sampler, Sampling
-from .thought import check_limit
+from .thought import LogitsProcessor, check_limit
 from .wired import Wired
 
 ROWS = 16
@@ -116,6 +116,7 @@ class _Row:
     seconds: float = 0.0  # its share of the steps so far
     first: float = 0.0
     reason: str | None = None
+    active: list[LogitsProcessor] = field(default_factory=list)
     told: int = 0  # tokens whose log-probabilities were returned
     untold: list[TokenLogprob] = field(default_factory=list)
     brakes: list[Braked] = field(default_factory=list)
@@ -134,7 +135,7 @@ class _Row:
         """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last."""
         self.first = self.first or time.perf_counter()
         if token in self.ends:
-            ended = "stop"
+            ended = "length" if gave_up(self.active) else "stop"
         else:
             text = self.answer.add(token)
             if logprob is not None:
@@ -350,10 +351,12 @@ class Batch:
                 break
             row = self._waiting.popleft()
             answer = row.answer.ids  # of a row that was braked
-            changes = processors(self._model.network, answer, skip=len(row.prompt), **row.changes)
+            row.active = processors(
+                self._model.network, answer, skip=len(row.prompt), **row.changes
+            )
             (row.uid,) = self._generator.insert(
                 [row.prompt], max_tokens=[row.limit - len(answer)], caches=[row.caches],
-                samplers=[row.sampler], logits_processors=[changes],
+                samplers=[row.sampler], logits_processors=[row.active],
             )  # fmt: skip
             row.caches = ()  # mlx-lm has merged them into its own
             self._inside[row.uid] = row

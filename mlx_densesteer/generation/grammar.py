@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -139,6 +140,11 @@ def json_grammar(
     return Grammar(model, answer, call, opens, closes, call_first)
 
 
+def can_constrain() -> bool:
+    """Tell whether the extra ``json`` is installed."""
+    return find_spec("llguidance") is not None
+
+
 def calls_are_json(model: Model) -> bool:
     """Tell whether the model's tool calls are JSON between two marks, as Qwen2.5's are."""
     from mlx_lm.tool_parsers import json_tools
@@ -196,6 +202,8 @@ class _Matching:
 
     def __init__(self, grammar: Grammar, answer: Sequence[int], opened: bool, skip: int):
         self._grammar, self._before, self._opened, self._skip = grammar, [*answer], opened, skip
+        self.failed = False  # it could not go on, and ended the answer
+        self._ends = _ends(grammar.model)
         self._bits = np.empty((1, -(-grammar.model.vocabulary // 32)), np.int32)
         self._start()
 
@@ -234,11 +242,10 @@ class _Matching:
             self._matcher, self._in_call, self._called = grammar.call.deep_copy(), True, True
             return
         self._begun = True
-        if self._matcher is not None and not self._matcher.is_stopped():
-            if not self._matcher.consume_token(token):
-                log.warning("a grammar cannot go on: %s", one_line(self._matcher.get_error(), 200))
-            elif self._in_call and self._matcher.is_stopped():
-                self._matcher, self._in_call, self._forced = None, False, [*grammar.closes]
+        if self._matcher is None or self._matcher.is_stopped():
+            return
+        if self._matcher.consume_token(token) and self._in_call and self._matcher.is_stopped():
+            self._matcher, self._in_call, self._forced = None, False, [*grammar.closes]
 
     @property
     def _may_call(self) -> bool:
@@ -254,7 +261,7 @@ class _Matching:
     def _allowed(self) -> np.ndarray | None:
         """Return which tokens may follow, bool ``(vocabulary,)``; ``None`` for all."""
         grammar = self._grammar
-        if self._parting.open:
+        if self._parting.open or (self._read and self._read[-1] in self._ends):
             return None
         if self._forced:
             allowed = self._only([self._forced[0]])
@@ -263,7 +270,7 @@ class _Matching:
         elif grammar.answer is None:
             return None
         else:  # after a call
-            allowed = self._only(_ends(grammar.model))
+            allowed = self._only(self._ends)
         if not self._in_call and not self._forced and self._may_call:
             allowed[grammar.opens[0]] = True
         marks = self._parting.opens
@@ -280,7 +287,10 @@ class _Matching:
             allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
             if allowed.any() and not self._matcher.is_error():
                 return allowed
-        return self._only(_ends(self._grammar.model))
+        if not self.failed:
+            log.warning("a grammar cannot go on: %s", one_line(self._matcher.get_error(), 200))
+            self.failed = True
+        return self._only(self._ends)
 
     def _only(self, tokens: Sequence[int]) -> np.ndarray:
         allowed = np.zeros(self._grammar.model.vocabulary, bool)

@@ -90,3 +90,8 @@ def processors(
         marks = marks_of(network)
         made.append(thought_limit(marks, think_limit, answer, opened=opened, skip=skip))
     return made
+
+
+def gave_up(changes: Sequence[LogitsProcessor]) -> bool:
+    """Tell whether a grammar ended the answer because it could not go on."""
+    return any(getattr(change, "failed", False) for change in changes)

@@ -18,10 +18,10 @@ from ..steering.steering import Steering
 from .answer import Generation, PartialAnswer, brake_answer, check_limits
 from .brake import Brake, Braked
 from .grammar import Grammar
-from .logits import processors
+from .logits import gave_up, processors
 from .sampling import GREEDY, Sampler, Sampling
 from .speculation import Draft
-from .thought import check_limit
+from .thought import LogitsProcessor, check_limit
 from .wired import Wired
 
 
@@ -105,6 +105,7 @@ class Stream(Iterator[str]):
         self._first_after = self._rate = 0.0
         self._peak = self._accepted = self._rounds = 0
         self._brakes: list[Braked] = []
+        self._changes: list[LogitsProcessor] = []
         self._pieces = self._generate()
 
     def __next__(self) -> str:
@@ -174,7 +175,7 @@ class Stream(Iterator[str]):
                     self._rate = (count - 1) / (now - first) if count > 1 else 0.0
                     self._peak = mx.get_peak_memory()
                     if token in self._ends:
-                        self._finish = "stop"
+                        self._finish = "length" if gave_up(self._changes) else "stop"
                     else:
                         self._answer.add(token)
                         if len(self._answer.ids) == self._max_tokens:
@@ -207,7 +208,7 @@ class Stream(Iterator[str]):
             begin = mx.array([ids[-1] if ids else self._last], mx.uint32)
             network, caches = self._model.network, list(self._prefix.caches)
             options = {"max_tokens": self._max_tokens - len(ids), "sampler": self._sampler}
-            options["logits_processors"] = processors(
+            options["logits_processors"] = self._changes = processors(
                 network,
                 ids,
                 opened=self._opens_thought,

@@ -6,7 +6,7 @@ message becomes the tokens of these ten characters. Only the chat template write
 
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import InputError, ModelError
 from ..text import cause, one_line
 
-Message = Mapping[str, str]  # role and content
+# Role and content; perhaps ``tool_calls``, whose arguments are the only other text of a conversation in it.
+Message = Mapping[str, object]
 
 # Lone surrogates: no valid text holds one, so no message can forge them.
 TEXT = "\udc00"  # the control token that follows is text
@@ -87,18 +88,25 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
     message's, wherever the template puts it and whatever else it does to it.
 
     Args:
-        messages: each with ``role`` and ``content``.
-        options: of the tokenizer's ``apply_chat_template``, by default ``add_generation_prompt=True``.
+        messages: each with ``role`` and ``content``; perhaps ``tool_calls``, as OpenAI has them but with
+            arguments that are not JSON text.
+        options: of the tokenizer's ``apply_chat_template``, by default ``add_generation_prompt=True``. The texts
+            of ``tools`` must not have control tokens.
 
     Raises:
         InputError: the template refuses this conversation, or reads the text of control tokens in
             a way that leaves their origin open.
         ModelError: the chat template cannot be used.
     """
-    contents = [message["content"] for message in messages]
-    _check_unicode(contents)
-    whole = _render(tokenizer, messages, **options)
+    contents = _strings([[one["content"], _arguments(one)] for one in messages])
+    offered = _strings(options.get("tools"))
+    _check_unicode([*contents, *offered])
     control = _control(tokenizer)
+    if any(map(control.token.search, offered)):
+        raise InputError(
+            "a tool has the text of a control token, such as <|im_end|>. Leave it out of the tool."
+        )
+    whole = _render(tokenizer, messages, **options)
     # A template may look for words in a message, or for a token (a reasoning model's drops all before
     # </think>). So the second attempt masks tokens alone, and the third leaves them, between marks.
     for guard, mask in (
@@ -106,10 +114,11 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
         (str, control.mask),
         (control.guard, _mask),
     ):
-        guarded = [guard(content) for content in contents]
+        guarded = [_changed(message, guard) for message in messages]
         try:
-            text = whole if guard is str else _render(tokenizer, messages, guarded, **options)
-            masked = _render(tokenizer, messages, map(mask, guarded), **options)
+            text = whole if guard is str else _render(tokenizer, guarded, **options)
+            masked = [_changed(message, mask) for message in guarded]
+            masked = _render(tokenizer, masked, **options)
         except (InputError, ModelError):
             continue
         if _is_masked(text, masked):
@@ -286,16 +295,41 @@ def _control(tokenizer: TokenizerWrapper) -> _Control:
     )
 
 
-def _render(
-    tokenizer: TokenizerWrapper,
-    messages: Sequence[Message],
-    contents: Iterable[str] | None = None,
-    **options: object,
-) -> str:
-    """Return messages, with other ``contents`` if given, in the chat template."""
-    if contents is not None:
-        pairs = zip(messages, contents, strict=True)
-        messages = [{**message, "content": content} for message, content in pairs]
+def _arguments(message: Message) -> list[object]:
+    """Return the arguments of a message's tool calls."""
+    return [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+
+
+def _strings(value: object) -> list[str]:
+    """Return all texts in a value of JSON."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _strings(one)]
+    return [value] if isinstance(value, str) else []
+
+
+def _changed(message: Message, change: Callable[[str], str]) -> Message:
+    """Return a message with every text in its content and its calls' arguments changed."""
+
+    def map_strings(value: object) -> object:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {change(key): map_strings(one) for key, one in value.items()}
+        return [map_strings(one) for one in value] if isinstance(value, list) else value
+
+    message = {**message, "content": change(message["content"])}
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": map_strings(arguments)}}
+            for call, arguments in zip(message["tool_calls"], _arguments(message), strict=True)
+        ]
+    return message
+
+
+def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], **options: object) -> str:
+    """Return messages in the chat template."""
     options = {"add_generation_prompt": True} | options
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)

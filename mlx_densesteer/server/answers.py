@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .._version import __version__
-from .encoding import Encoder
+from ..generation.brake import Brake
+from .encoding import Encoded, Encoder
 from .engine import Engine
 from .faults import Fault
 from .replies import Completion
@@ -53,10 +54,12 @@ class Completions:
             )
             steering, limit, unused = self.vectors.thinking(steering, steers, wish)
             ignored += unused
-        if steering is not None and steering.steering.is_zero:
-            steering = None
+        encoded = await self.encoder.encode(asked)
+        if getattr(asked, "offered", None) and not encoded.tools:
+            ignored.append("tools")  # the model knows none
+        steering = self._steered(asked, steering, encoded)
         headers = {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
-        jobs = await self._jobs(asked, steering, limit)
+        jobs = self._jobs(asked, encoded, steering, limit)
         completion = Completion(
             chat=isinstance(asked, ChatRequest),
             model=steering.model if steering else self.settings.name,
@@ -66,6 +69,7 @@ class Completions:
             token_bytes=self.encoder.token_bytes,
             steering=self.vectors.describe(steering.steering) if steering else None,
             with_usage=bool(asked.stream and asked.wants_usage),
+            calls=self.encoder.call_reader(encoded) if encoded.tools else None,
         )
         with ExitStack() as held:
             inbox = held.enter_context(self.engine.holding(jobs))
@@ -82,27 +86,47 @@ class Completions:
             lines = self._stream(completion, early, inbox, asked.wants_usage)
             return EventStream(lines, held.pop_all(), headers)
 
-    async def _jobs(
+    def _steered(
+        self, asked: ChatRequest | CompletionRequest, steering: Asked | None, encoded: Encoded
+    ) -> Asked | None:
+        """Return the steering, if it adds anything; not in tool calls, unless the request wants that."""
+        if steering is None or steering.steering.is_zero:
+            return None
+        in_calls = asked.steering is not None and asked.steering.tool_calls
+        if not encoded.tools or in_calls or not self.encoder.knows_calls:
+            return steering
+        return replace(steering, steering=replace(steering.steering, calls=False))
+
+    def _jobs(
         self,
         asked: ChatRequest | CompletionRequest,
+        encoded: Encoded,
         steering: Asked | None,
         think_limit: int | None,
     ) -> list[Job]:
         most = self.settings.limits.max_tokens
-        n = asked.n or 1
+        n, stops = asked.n or 1, asked.stops
+        if encoded.tools and asked.parallel_tool_calls is False:
+            stops += self.encoder.call_ends
+        brakes = steering is not None and (
+            asked.steering is None or asked.steering.brake is not False
+        )
         return [
             Job(
                 tokens=tokens,
                 steering=steering.steering if steering else None,
                 max_tokens=min(asked.limit or most, most),
                 sampling=asked.sampling,
-                stop=asked.stops,
+                stop=stops,
                 n=n,
                 logprobs=asked.alternatives,
                 first=number * n,
                 think_limit=think_limit,
+                grammar=encoded.grammar,
+                bias=encoded.bias,
+                brake=Brake() if brakes else None,
             )
-            for number, tokens in enumerate(await self.encoder.encode(asked))
+            for number, tokens in enumerate(encoded.prompts)
         ]
 
     async def _await_start(

@@ -1,17 +1,31 @@
 """Encode messages and text as token ids, and write tokens as bytes for log-probabilities."""
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import ContextError, InputError
+from ..errors import ContextError, InputError, ModelError
+from ..files import parse_json
+from ..generation.calls import CallReader
+from ..generation.grammar import (
+    ANY_OBJECT,
+    Grammar,
+    Tool,
+    calls_are_json,
+    can_constrain,
+    json_grammar,
+)
+from ..generation.logits import LogitBias
+from ..model.marks import marks_of
 from ..model.model import Model
 from ..model.prompt import decode, encode_chat, encode_prompt, render_chat
 from .faults import bad
-from .schema import ChatRequest, CompletionRequest, Message
+from .schema import ChatRequest, CompletionRequest, Message, ToolCallPart
 
 
 class Encoder:
@@ -22,11 +36,11 @@ class Encoder:
         self._vocabulary = model.vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
-    async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt of a request.
+    async def encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
+        """Return the token ids of each prompt of a request, and what constrains its answers.
 
         Raises:
-            Fault: an empty prompt, one that is too long, or an unknown token id.
+            Fault: an empty prompt, one that is too long, an unknown token id, or a schema that cannot be enforced.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._encode, request)
@@ -41,12 +55,73 @@ class Encoder:
             return bytes(self._byte_of[c] for c in name)
         return decode(self._tokenizer, [token]).encode()
 
-    def _encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    @cached_property
+    def knows_calls(self) -> bool:
+        """Whether the model's marks tell where a tool call is, so that its text can be left unsteered."""
+        try:
+            return bool(marks_of(self._model.network).call)
+        except ModelError:
+            return False
+
+    @property
+    def call_ends(self) -> tuple[str, ...]:
+        """The text that ends a tool call; empty for a model whose calls have none."""
+        return tuple(filter(None, [self._tokenizer.tool_call_end]))
+
+    def call_reader(self, encoded: "Encoded") -> Callable[[], CallReader]:
+        """Return what makes a reader of the tool calls in one answer."""
+        return partial(CallReader, self._tokenizer, encoded.tools)
+
+    def _encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
+        bias = request.bias
+        try:
+            if bias is not None:
+                bias.check(self._vocabulary)
+        except InputError as error:
+            raise bad(str(error), "logit_bias") from error
         if isinstance(request, ChatRequest):
-            return [self._check(self._chat(request.messages), "messages")]
+            tools = self._tools(request)
+            prompt = self._check(self._chat(request.messages, tools), "messages")
+            return Encoded([prompt], tools, self._grammar(request), bias)
         prompt = request.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        return [self._prompt(one) for one in (prompt if several else [prompt])]
+        prompts = [self._prompt(one) for one in (prompt if several else [prompt])]
+        return Encoded(prompts, bias=bias)
+
+    def _tools(self, request: ChatRequest) -> list[dict[str, object]]:
+        """Return the tools that the answer may call, for the chat template."""
+        talks = any(one.tool_calls or one.role == "tool" for one in request.messages)
+        if (talks or request.must_call) and not self._tokenizer.has_tool_calling:
+            where = "messages" if talks else "tool_choice"
+            raise bad("this model's chat template knows no tools.", where, "unsupported")
+        if not self._tokenizer.has_tool_calling:
+            return []
+        return [
+            {"type": "function", "function": one.function.model_dump(exclude_none=True)}
+            for one in request.offered
+        ]
+
+    def _grammar(self, request: ChatRequest) -> Grammar | None:
+        """Return what the answers have to match; calls are constrained wherever that is possible."""
+        form = request.response_format
+        schema = form and form.schema_of_answer
+        tools = request.offered if calls_are_json(self._model) else []
+        if request.must_call and not tools:
+            raise bad(
+                "this model cannot be made to call a tool: its calls are no JSON.", "tool_choice"
+            )
+        if schema is None and not (tools and (request.must_call or can_constrain())):
+            return None
+        described = [
+            Tool(
+                one.function.name, one.function.parameters or ANY_OBJECT, bool(one.function.strict)
+            )
+            for one in tools
+        ]
+        try:
+            return json_grammar(self._model, schema, described, call_first=request.must_call)
+        except InputError as error:
+            raise bad(str(error), "tools" if schema is None else "response_format") from error
 
     def _prompt(self, prompt: str | list[int]) -> list[int]:
         """Return the token ids of one text or of one list of token ids."""
@@ -63,18 +138,16 @@ class Encoder:
         except ContextError as error:
             raise bad(str(error), param, "context_length_exceeded") from error
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def _chat(self, messages: Sequence[Message], tools: list[dict[str, object]]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise bad("this model has no chat template: use /v1/completions.", "messages")
         if not any(one.role == "user" and one.text.strip() for one in messages):
             raise bad("no message of the user has text: expected at least one.", "messages")
         self._check_length([one.text for one in messages], "messages")
-        plain = [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.text}
-            for one in messages
-        ]
+        options = {"tools": tools} if tools else {}
         try:
-            return encode_chat(self._tokenizer, render_chat(self._tokenizer, plain))
+            text = render_chat(self._tokenizer, [*map(_plain, messages)], **options)
+            return encode_chat(self._tokenizer, text)
         except InputError as error:
             raise bad(str(error), "messages") from error
 
@@ -96,6 +169,43 @@ class Encoder:
         plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in plain]
         return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a request asks the model: prompts, the tools it may call, and what changes the logits."""
+
+    prompts: list[list[int]]
+    tools: list[dict[str, object]] = field(default_factory=list)
+    grammar: Grammar | None = None
+    bias: LogitBias | None = None
+
+
+def _plain(message: Message) -> dict[str, object]:
+    """Return a message as chat templates expect it."""
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, object] = {"role": role, "content": message.text}
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "type": "function",
+                "id": one.id or "",
+                "function": {"name": one.function.name, "arguments": _arguments(one)},
+            }
+            for one in message.tool_calls
+        ]
+    return plain
+
+
+def _arguments(call: ToolCallPart) -> object:
+    """Return the arguments as templates expect them; text that is no JSON stays as it is."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        with contextlib.suppress(InputError):
+            return parse_json(arguments, "arguments")
+    return arguments
 
 
 def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:

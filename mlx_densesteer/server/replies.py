@@ -3,11 +3,12 @@
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ..evaluation.grading import stated_answer
 from ..generation.answer import Generation, density, step_starts
 from ..generation.batch import TokenLogprob
+from ..generation.calls import CallReader, ToolCall
 from .worker import Said
 
 TokenBytes = Callable[[int], bytes]
@@ -23,6 +24,7 @@ class Completion:
         choices: number of answers, ``n`` for each prompt.
         steering: what is applied, as JSON; ``None`` is the stock model.
         with_usage: end the stream with the usage; its other chunks have ``"usage": null``.
+        calls: makes a reader of the tool calls in one answer; ``None`` if there are no tools.
     """
 
     chat: bool
@@ -33,6 +35,7 @@ class Completion:
     token_bytes: TokenBytes
     steering: dict[str, object] | None = None
     with_usage: bool = False
+    calls: Callable[[], CallReader] | None = None
     results: dict[int, Generation] = field(default_factory=dict)  # by choice
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by choice
     cached: dict[int, int] = field(default_factory=dict)  # tokens, by the prompt's first choice
@@ -43,6 +46,8 @@ class Completion:
         self._began, self._first = time.perf_counter(), 0.0
         self._lengths: dict[int, int] = {}  # characters with log-probabilities so far, by choice
         self._told: dict[int, tuple[int, int]] = {}  # characters of thought and answer, by choice
+        self._readers: dict[int, CallReader] = {}  # by choice
+        self._contents: dict[int, str] = {}  # the answers without their tool calls, by choice
 
     def add(self, first: int, said: Said) -> None:
         """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
@@ -64,11 +69,10 @@ class Completion:
             logprobs = self._logprobs(index, self.logprobs[index]) if with_logprobs else None
             choice: dict[str, object] = {"index": index}
             if self.chat:
-                choice["message"] = _message(result)
+                choice["message"] = self._message(index, result)
             else:
                 choice["text"] = result.text
-            choice |= {"logprobs": logprobs, "finish_reason": result.finish_reason}
-            choices.append(choice | self._read(result))
+            choices.append(choice | {"logprobs": logprobs} | self._ended(index, result))
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
 
@@ -89,27 +93,61 @@ class Completion:
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
         text: dict[str, object] = {"text": piece.text}
         if self.chat:
-            text = {"delta": self._delta(index, *piece.shown)}
+            text = {"delta": self._delta(index, *piece.shown, piece.result)}
         choice: dict[str, object] = {"index": index} | text | {"logprobs": logprobs}
         if piece.result is None:
             return self._chunk([choice | {"finish_reason": None}])
-        choice |= {"finish_reason": piece.result.finish_reason} | self._read(piece.result)
+        choice |= self._ended(index, piece.result)
         return self._chunk([choice]) | {"steering": self.steering}
 
-    def _delta(self, choice: int, thought: str | None, answer: str) -> dict[str, str]:
-        """Return what is new of an answer."""
+    def _delta(
+        self, choice: int, thought: str | None, answer: str, result: Generation | None = None
+    ) -> dict[str, object]:
+        """Return what is new of an answer; ``result`` once it is whole."""
         thought = thought or ""
         of_thought, of_answer = self._told.get(choice, (0, 0))
         self._told[choice] = len(thought), len(answer)
-        new = {"reasoning_content": thought[of_thought:], "content": answer[of_answer:]}
-        return {name: text for name, text in new.items() if text}
+        new: dict[str, object] = {"reasoning_content": thought[of_thought:]}
+        new["content"] = answer[of_answer:]
+        if self.calls is not None:
+            reader = self._readers.setdefault(choice, self.calls())
+            first = len(reader.calls)
+            stopped = result is not None and result.finish_reason == "stop"
+            new["content"], calls = reader.read(answer, ended=result is not None, stopped=stopped)
+            new["tool_calls"] = [
+                {"index": number} | _call(one) for number, one in enumerate(calls, first)
+            ]
+        self._contents[choice] = self._contents.get(choice, "") + new["content"]
+        return {name: value for name, value in new.items() if value}
 
-    def _read(self, result: Generation) -> dict[str, object]:
-        """Return what a finished answer says: where its steps begin, and the answer that it marks."""
-        text = result.answer if self.chat else result.text
-        found = {"step_starts": step_starts(text), "stated_answer": stated_answer(text)}
-        limit = result.thought_limit
-        return found if limit is None else found | {"thinking_limit": limit}
+    def _message(self, choice: int, result: Generation) -> dict[str, object]:
+        new = self._delta(choice, result.thought, result.answer, result)
+        calls = [
+            {k: v for k, v in one.items() if k != "index"} for one in new.get("tool_calls", ())
+        ]
+        content = new.get("content", None if calls else "")
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        return (
+            message if result.thought is None else message | {"reasoning_content": result.thought}
+        )
+
+    def _ended(self, choice: int, result: Generation) -> dict[str, object]:
+        """Return why an answer ended, where its steps begin, the answer that it marks, and its brakes."""
+        text = self._contents.get(choice, "") if self.chat else result.text
+        called = choice in self._readers and self._readers[choice].calls
+        reason = "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
+        found = {
+            "finish_reason": reason,
+            "step_starts": step_starts(text),
+            "stated_answer": stated_answer(text),
+        }
+        if result.brakes:
+            found["brakes"] = [asdict(one) for one in result.brakes]
+        if result.thought_limit is not None:
+            found["thinking_limit"] = result.thought_limit
+        return found
 
     def last(self) -> dict[str, object]:
         """Return the chunk that carries the usage."""
@@ -188,6 +226,7 @@ class Completion:
         return self.token_bytes(token).decode(errors="replace")
 
 
-def _message(result: Generation) -> dict[str, object]:
-    message = {"role": "assistant", "content": result.answer, "refusal": None}
-    return message if result.thought is None else message | {"reasoning_content": result.thought}
+def _call(one: ToolCall) -> dict[str, object]:
+    number = one.id or f"call_{uuid.uuid4().hex[:24]}"
+    function = {"name": one.name, "arguments": one.arguments}
+    return {"id": number, "type": "function", "function": function}

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ..generation.grammar import ANY_OBJECT
+from ..generation.logits import LogitBias
 from ..generation.sampling import Sampling
 from ..steering.places import POSITIONS, is_positions
 from .faults import bad, excerpt
@@ -43,6 +45,9 @@ Positions = Annotated[
 Layer = Annotated[int, Field(ge=0, lt=LAYERS)]
 Stop = Annotated[str, Field(max_length=256)]
 # fail_fast: a list of a million invalid items costs the time of one
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Layers = Annotated[list[Layer], Field(max_length=LAYERS, fail_fast=True)]
 Stops = Annotated[list[Stop], Field(fail_fast=True)]
 # -1, as LM Studio and llama.cpp have it, is no limit of the request's own
@@ -66,6 +71,8 @@ class SteeringField(BaseModel):
     )
     layers: Layers | None = None
     positions: Positions | None = None
+    brake: bool | None = Field(None, description="Cut off repetition, and go on at less strength.")
+    tool_calls: bool | None = Field(None, description="Steer the text of tool calls too.")
 
     @model_validator(mode="before")
     @classmethod
@@ -100,18 +107,91 @@ class TextPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
-    """One message; its content is text."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Object = dict[str, Any]
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: Name
+    arguments: str | Object = "{}"
+
+
+class ToolCallPart(BaseModel):
+    """A tool call in an earlier answer."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    role: Literal["system", "developer", "user", "assistant"]
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class Message(BaseModel):
+    """One message; its content is text. One of role ``tool`` is what a tool returned."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCallPart], Field(max_length=128, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+
+class FunctionPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: Name
+    description: str | None = None
+    parameters: Object | None = Field(None, description="JSON Schema of an object.")
+    strict: bool | None = None
+
+
+class ToolPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["function"]
+    function: FunctionPart
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchemaPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    json_schema: Object | None = Field(None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """Text, any JSON object, or JSON that matches a schema."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaPart | None = None
+    object_schema: Object | None = Field(None, alias="schema", description="As llama.cpp has it.")
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.schema_of_answer is None:
+            raise ValueError('expected a schema in json_schema: {"name": ..., "schema": {...}}')
+        return self
+
+    @property
+    def schema_of_answer(self) -> Object | None:
+        """The JSON schema that the answer has to match; ``None`` for text."""
+        if self.type == "json_schema":
+            return self.json_schema and self.json_schema.json_schema
+        return (self.object_schema or ANY_OBJECT) if self.type == "json_object" else None
 
 
 class StreamOptions(BaseModel):
@@ -135,6 +215,11 @@ class CompletionFields(BaseModel):
     n: int | None = Field(None, ge=1, le=CHOICES)
     stop: Stop | Stops | None = Field(None, description="Empty texts are ignored.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        None, max_length=1024, description="Numbers for logits, by token id."
+    )
 
     @field_validator("stop")
     @classmethod
@@ -161,6 +246,13 @@ class CompletionFields(BaseModel):
         return Sampling(temperature, top_p, None if self.seed is None else self.seed % 2**64)
 
     @property
+    def bias(self) -> LogitBias | None:
+        """What to add to logits; ``None`` for nothing."""
+        tokens = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
+        found = LogitBias(self.presence_penalty or 0.0, self.frequency_penalty or 0.0, tokens)
+        return None if found == LogitBias() else found
+
+    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -183,6 +275,37 @@ class ChatRequest(CompletionFields):
         description="Tokens of thought, then steered more; without a vector, cut.",
     )
     thinking_budget_hard: bool | None = Field(None, description="Cut the thought by force.")
+    tools: Annotated[list[ToolPart], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: one call an answer.")
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _chosen_tool(self) -> "ChatRequest":
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        names = [tool.function.name for tool in self.tools or ()]
+        if len({*names}) < len(names):
+            raise ValueError("tools: expected each name once")
+        if (named is not None and named not in names) or (
+            self.tool_choice == "required" and not names
+        ):
+            raise ValueError("tool_choice: expected one of the request's tools")
+        return self
+
+    @property
+    def offered(self) -> list[ToolPart]:
+        """The tools that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == name]
+        return self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -232,14 +355,11 @@ class ErrorBody(BaseModel):
 
 # OpenAI's fields that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
+    "tools": ([],),  # of /v1/completions, as the next two
     "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"}, {}),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"}, {}),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -250,8 +370,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 # Likewise of a message.
 NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
 }
@@ -261,7 +379,6 @@ IDLE = {
     "metadata",
     "store",
     "service_tier",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
     "prompt_cache_retention",

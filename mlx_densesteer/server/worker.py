@@ -14,6 +14,9 @@ from mlx_lm.generate import generation_stream
 
 from ..errors import DenseSteerError
 from ..generation.batch import BESIDE, PREFILL_BESIDE, Batch, Piece
+from ..generation.brake import Brake
+from ..generation.grammar import Grammar
+from ..generation.logits import LogitBias
 from ..generation.sampling import Sampling
 from ..generation.wired import Wired
 from ..model.block import additions
@@ -31,7 +34,7 @@ class Job:
 
     ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may
     end an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's
-    first answer in the response. ``think_limit`` is as in ``Batch.add``.
+    first answer in the response. The others are as in ``Batch.add``.
     """
 
     tokens: list[int]
@@ -43,6 +46,9 @@ class Job:
     logprobs: int | None = None
     first: int = 0
     think_limit: int | None = None
+    grammar: Grammar | None = None
+    bias: LogitBias | None = None
+    brake: Brake | None = None
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,9 @@ class Worker:
                 logprobs=job.logprobs,
                 whole=job.tokens,
                 think_limit=job.think_limit,
+                grammar=job.grammar,
+                bias=job.bias,
+                brake=job.brake,
                 keep=job.n == 1 and taken.reading.keeps_answer,
             )
             self._rows[row] = taken, choice

@@ -96,10 +96,8 @@ def test_openai_understands_the_errors(client):
     with pytest.raises(openai.BadRequestError, match="this server has demo") as refused:
         client.chat.completions.create(model="demo@other=1", messages=messages)
     assert refused.value.code == "vector_not_found"
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.chat.completions.create(
-            model="demo", messages=messages, response_format={"type": "json_object"}
-        )
+    with pytest.raises(openai.BadRequestError, match="modalities"):
+        client.chat.completions.create(model="demo", messages=messages, modalities=["audio"])
 
 
 def test_openai_with_an_api_key():

@@ -1,0 +1,74 @@
+"""Reading tool calls: whatever pieces an answer comes in, and whatever a model writes."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
+
+from mlx_densesteer.generation.calls import CallReader, ToolCall
+
+
+def tokenizer(module):
+    return SimpleNamespace(
+        tool_call_start=module.tool_call_start,
+        tool_call_end=module.tool_call_end,
+        tool_parser=module.parse_tool_call,
+    )
+
+
+QWEN = tokenizer(json_tools)
+ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+CALLED = ToolCall("add", '{"a": 1}')
+
+
+def read(text, module=QWEN, *, cuts=(), stopped=True):
+    """Return content and calls of a text that grows piece by piece."""
+    reader = CallReader(module, [])
+    content, calls = "", []
+    for end in [*sorted(cut for cut in cuts if cut < len(text)), len(text)]:
+        more, new = reader.read(text[:end])
+        content, calls = content + more, calls + new
+    more, new = reader.read(text, ended=True, stopped=stopped)
+    assert calls + new == reader.calls
+    return content + more, reader.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("Just text.\n", "Just text.\n", 0),
+        ("", "", 0),
+        (ADD, "", 1),
+        (f"I add.\n{ADD}\n{ADD}\n", "I add.", 2),
+        (f"{ADD} and so", " and so", 1),
+        ("a < b <tool", "a < b <tool", 0),
+        ("<tool_call>\nno JSON\n</tool_call> x", "<tool_call>\nno JSON\n</tool_call> x", 0),
+        ("<tool_call>\n[1]\n</tool_call>", "<tool_call>\n[1]\n</tool_call>", 0),
+        ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', 0),
+        (ADD[:-13], "", 1),  # a stop text took the mark
+        (ADD[:30], ADD[:30], 0),
+    ],
+)
+@pytest.mark.parametrize("cuts", [(), range(1, 200), (12, 30, 45)])
+def test_text_and_calls_are_parted(text, content, calls, cuts):
+    assert read(text, cuts=cuts) == (content, [CALLED] * calls)
+
+
+def test_a_call_that_was_cut_off_stays_text():
+    assert read(ADD[:-13], stopped=False) == (ADD[:-13], [])
+
+
+def test_other_formats():
+    text = '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]add[ARGS]{"a": 1}'
+    assert read(text, tokenizer(mistral)) == ("", [CALLED, CALLED])
+    text = "Yes.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert read(text, tokenizer(qwen3_coder)) == ("Yes.", [ToolCall("add", '{"a": "1"}')])
+
+
+@given(st.lists(st.sampled_from([ADD, "<tool_call>", "</tool_call>", "x", " ", "\n", "{", ADD[:20]])),
+       st.sets(st.integers(1, 300)))  # fmt: skip
+def test_pieces_do_not_matter(parts, cuts):
+    text = "".join(parts)
+    assert read(text, cuts=cuts) == read(text)
