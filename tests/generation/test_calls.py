@@ -20,12 +20,16 @@ def tokenizer(module):
 
 QWEN = tokenizer(json_tools)
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+BARE = '{"name": "add", "arguments": {"a": 1}}'
 CALLED = ToolCall("add", '{"a": 1}')
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
 
 
 def read(text, module=QWEN, *, cuts=(), stopped=True):
     """Return content and calls of a text that grows piece by piece."""
-    reader = CallReader(module, [])
+    reader = CallReader(module, TOOLS)
     content, calls = "", []
     for end in [*sorted(cut for cut in cuts if cut < len(text)), len(text)]:
         more, new = reader.read(text[:end])
@@ -49,6 +53,15 @@ def read(text, module=QWEN, *, cuts=(), stopped=True):
         ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', 0),
         (ADD[:-13], "", 1),  # a stop text took the mark
         (ADD[:30], ADD[:30], 0),
+        (BARE, "", 1),
+        (f" {BARE}\n{BARE}\n", "", 2),
+        (f"```json\n{BARE}\n```", "", 1),
+        (f"```json\n{BARE}\n```\nSo.", f"```json\n{BARE}\n```\nSo.", 0),
+        (BARE.replace("add", "sub"), BARE.replace("add", "sub"), 0),  # no such tool
+        ('{"name": "add"}', '{"name": "add"}', 0),
+        ("``x``", "``x``", 0),
+        (f"So: {BARE}", f"So: {BARE}", 0),
+        (BARE[:-1], BARE[:-1], 0),
     ],
 )
 @pytest.mark.parametrize("cuts", [(), range(1, 200), (12, 30, 45)])
@@ -67,7 +80,7 @@ def test_other_formats():
     assert read(text, tokenizer(qwen3_coder)) == ("Yes.", [ToolCall("add", '{"a": "1"}')])
 
 
-@given(st.lists(st.sampled_from([ADD, "<tool_call>", "</tool_call>", "x", " ", "\n", "{", ADD[:20]])),
+@given(st.lists(st.sampled_from([ADD, "<tool_call>", "</tool_call>", "x", " ", "\n", "{", ADD[:20], BARE, "```", "```json\n", "`"])),
        st.sets(st.integers(1, 300)))  # fmt: skip
 def test_pieces_do_not_matter(parts, cuts):
     text = "".join(parts)
