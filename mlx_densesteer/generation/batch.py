@@ -60,14 +60,16 @@ BESIDE = mx.new_thread_local_stream(mx.default_device())
 
 
 class TokenLogprob(NamedTuple):
-    """A generated token, its log-probability, and the likeliest tokens at its position.
+    """A token, its log-probability, and the likeliest tokens at its position.
+
+    The first token of a prompt has the log-probability ``None``.
 
     ``text`` is what the token adds to the answer's text: a character of several tokens comes with
     the last of them.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
     text: str = ""
 
@@ -410,18 +412,8 @@ class Batch:
         counts = [self._inside[one.uid].alternatives for one in asked]
         with mx.stream(BESIDE):
             logprobs = mx.stack([one.logprobs for one in asked]).astype(mx.float32)
-            ids = mx.array([[one.token] for one in asked])
-            if most := min(max(counts), logprobs.shape[-1]):
-                ids = mx.concatenate([ids, _likeliest(logprobs, most)], axis=1)
-            values = mx.take_along_axis(logprobs, ids, axis=1)
-            # one array, so that there is one wait; float32 holds ids below 2**24
-            found = mx.stack([ids.astype(mx.float32), values], axis=-1).tolist()
-        return {
-            one.uid: TokenLogprob(
-                one.token, own, tuple((int(token), value) for token, value in top[:count])
-            )
-            for one, count, ((_, own), *top) in zip(asked, counts, found, strict=True)
-        }
+            found = gather_logprobs(logprobs, [one.token for one in asked], counts)
+        return {one.uid: logprob for one, logprob in zip(asked, found, strict=True)}
 
     def _take(
         self, row: _Row, one: GenerationBatch.Response, logprob: TokenLogprob | None
@@ -685,6 +677,25 @@ def _for_each(what: str, value, count: int) -> list:
     if len(value) != count:
         raise InputError(f"{len(value)} {what} for {count} prompts: expected one for each.")
     return list(value)
+
+
+def gather_logprobs(
+    logprobs: mx.array, tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenLogprob]:
+    """Return the log-probability of one token for each row of ``logprobs``, and of so many of the likeliest.
+
+    ``logprobs`` is float32 ``(rows, vocabulary)``. There is one wait for all rows.
+    """
+    ids = mx.array(tokens)[:, None]
+    if most := min(max(counts), logprobs.shape[-1]):
+        ids = mx.concatenate([ids, _likeliest(logprobs, most)], axis=1)
+    values = mx.take_along_axis(logprobs, ids, axis=1)
+    # one array, so that there is one wait; float32 holds ids below 2**24
+    found = mx.stack([ids.astype(mx.float32), values], axis=-1).tolist()
+    return [
+        TokenLogprob(token, own, tuple((int(t), value) for t, value in top[:count]))
+        for token, count, ((_, own), *top) in zip(tokens, counts, found, strict=True)
+    ]
 
 
 def _likeliest(logprobs: mx.array, count: int) -> mx.array:

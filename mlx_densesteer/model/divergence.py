@@ -20,7 +20,7 @@ from ..steering.vector import SteeringVector, format_layers
 from .block import make_cache, patch
 from .cache import Passed, Reading, Shift, SteeredKVCache
 from .families import decoder_blocks, head_of
-from .likelihood import BATCH_TOKENS, LOGITS, _log_sum_exp
+from .likelihood import BATCH_TOKENS, LOGITS, log_sum_exp
 from .prompt import check_ids
 
 Text = tuple[Sequence[int], int]  # token ids, and where the response begins
@@ -124,7 +124,7 @@ def divergences(network: nn.Module, steered: mx.array, unsteered: mx.array) -> n
     for start in range(0, len(steered), step):
         part = slice(start, start + step)
         p, q = (
-            logits - _log_sum_exp(logits)[:, None]
+            logits - log_sum_exp(logits)[:, None]
             for logits in (head(h[part]).astype(mx.float32) for h in (steered, unsteered))
         )
         kl = _sums(mx.exp(p) * (p - q))
@@ -134,7 +134,7 @@ def divergences(network: nn.Module, steered: mx.array, unsteered: mx.array) -> n
 
 
 def _sums(values: mx.array) -> mx.array:
-    """Return the sum of each row, in two stages as in ``likelihood._log_sum_exp``."""
+    """Return the sum of each row, in two stages as in ``likelihood.log_sum_exp``."""
     rows, width = values.shape
     whole = width - width % 128
     parts = values[:, :whole].reshape(rows, -1, 128).sum(axis=-1).sum(axis=-1)

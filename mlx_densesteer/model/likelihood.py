@@ -197,13 +197,13 @@ def token_log_likelihoods(
         part = slice(start, start + step)
         logits, targets = head(h[part]).astype(mx.float32), mx.array(tokens[part])
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        score, best = picked - _log_sum_exp(logits), mx.argmax(logits, axis=-1) == targets
+        score, best = picked - log_sum_exp(logits), mx.argmax(logits, axis=-1) == targets
         mx.eval(score, best)
         scores[part], greedy[part] = np.array(score), np.array(best)
     return scores, greedy
 
 
-def _log_sum_exp(logits: mx.array) -> mx.array:
+def log_sum_exp(logits: mx.array) -> mx.array:
     """Return ``log(sum(exp(logits)))`` of each row, summed in two stages.
 
     mlx's CPU backend adds up one entry after the other in float32: over 151,936 entries the error

@@ -70,6 +70,7 @@ class Completions:
             steering=self.vectors.describe(steering.steering) if steering else None,
             with_usage=bool(asked.stream and asked.wants_usage),
             calls=self.encoder.call_reader(encoded) if encoded.tools else None,
+            echo=self.encoder.texts(encoded) if getattr(asked, "echo", False) else (),
         )
         with ExitStack() as held:
             inbox = held.enter_context(self.engine.holding(jobs))
@@ -106,6 +107,7 @@ class Completions:
     ) -> list[Job]:
         most = self.settings.limits.max_tokens
         n, stops = asked.n or 1, asked.stops
+        echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         if encoded.tools and asked.parallel_tool_calls is False:
             stops += self.encoder.call_ends
         brakes = steering is not None and (
@@ -125,6 +127,7 @@ class Completions:
                 grammar=encoded.grammar,
                 bias=encoded.bias,
                 brake=Brake() if brakes else None,
+                echo=echo and asked.logprobs is not None,
             )
             for number, tokens in enumerate(encoded.prompts)
         ]

@@ -68,6 +68,10 @@ class Encoder:
         """The text that ends a tool call; empty for a model whose calls have none."""
         return tuple(filter(None, [self._tokenizer.tool_call_end]))
 
+    def texts(self, encoded: "Encoded") -> list[str]:
+        """Return the prompts as text."""
+        return [decode(self._tokenizer, prompt) for prompt in encoded.prompts]
+
     def call_reader(self, encoded: "Encoded") -> Callable[[], CallReader]:
         """Return what makes a reader of the tool calls in one answer."""
         return partial(CallReader, self._tokenizer, encoded.tools)

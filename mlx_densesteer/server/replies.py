@@ -24,6 +24,7 @@ class Completion:
         choices: number of answers, ``n`` for each prompt.
         steering: what is applied, as JSON; ``None`` is the stock model.
         with_usage: end the stream with the usage; its other chunks have ``"usage": null``.
+        echo: the prompts, if each answer begins with its own.
         calls: makes a reader of the tool calls in one answer; ``None`` if there are no tools.
     """
 
@@ -36,6 +37,7 @@ class Completion:
     steering: dict[str, object] | None = None
     with_usage: bool = False
     calls: Callable[[], CallReader] | None = None
+    echo: Sequence[str] = ()
     results: dict[int, Generation] = field(default_factory=dict)  # by choice
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by choice
     cached: dict[int, int] = field(default_factory=dict)  # tokens, by the prompt's first choice
@@ -47,6 +49,7 @@ class Completion:
         self._lengths: dict[int, int] = {}  # characters with log-probabilities so far, by choice
         self._told: dict[int, tuple[int, int]] = {}  # characters of thought and answer, by choice
         self._readers: dict[int, CallReader] = {}  # by choice
+        self._echoed: set[int] = set()
         self._contents: dict[int, str] = {}  # the answers without their tool calls, by choice
 
     def add(self, first: int, said: Said) -> None:
@@ -71,7 +74,7 @@ class Completion:
             if self.chat:
                 choice["message"] = self._message(index, result)
             else:
-                choice["text"] = result.text
+                choice["text"] = self._echo(index) + result.text
             choices.append(choice | {"logprobs": logprobs} | self._ended(index, result))
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
@@ -91,7 +94,7 @@ class Completion:
         """Return one piece as a chunk; a choice's last chunk says why it ended."""
         index, piece = said.choice, said.piece
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
-        text: dict[str, object] = {"text": piece.text}
+        text: dict[str, object] = {"text": self._echo(index) + piece.text}
         if self.chat:
             text = {"delta": self._delta(index, *piece.shown, piece.result)}
         choice: dict[str, object] = {"index": index} | text | {"logprobs": logprobs}
@@ -99,6 +102,13 @@ class Completion:
             return self._chunk([choice | {"finish_reason": None}])
         choice |= self._ended(index, piece.result)
         return self._chunk([choice]) | {"steering": self.steering}
+
+    def _echo(self, choice: int) -> str:
+        """Return the prompt, once for each choice."""
+        if not self.echo or choice in self._echoed:
+            return ""
+        self._echoed.add(choice)
+        return self.echo[choice // self.n]
 
     def _delta(
         self, choice: int, thought: str | None, answer: str, result: Generation | None = None
@@ -201,14 +211,19 @@ class Completion:
         self._lengths[choice] = at
         return {
             "tokens": [one.text for one in found],  # joined, they are the text
-            "token_logprobs": [max(one.logprob, LEAST) for one in found],
-            # the chosen token is always among them
-            "top_logprobs": [
-                {self._text(t): max(p, LEAST) for t, p in (*one.top, (one.token, one.logprob))}
-                for one in found
+            "token_logprobs": [
+                None if one.logprob is None else max(one.logprob, LEAST) for one in found
             ],
+            "top_logprobs": [self._top(one) for one in found],
             "text_offset": offsets,
         }
+
+    def _top(self, one: TokenLogprob) -> dict[str, float] | None:
+        """Return the likeliest tokens by their text; the token itself is among them, as ``tokens`` names it."""
+        if one.logprob is None:
+            return None
+        found = {self._text(t): max(p, LEAST) for t, p in one.top if t != one.token}
+        return found | {one.text: max(one.logprob, LEAST)}
 
     def _chat_logprob(self, one: TokenLogprob) -> dict[str, object]:
         return self._entry(one.token, one.logprob) | {

@@ -333,6 +333,7 @@ SeveralIds = Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES, f
 class CompletionRequest(CompletionFields):
     prompt: str | TokenIds | Texts | SeveralIds
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = Field(None, description="Begin with the prompt, and its log-probabilities.")
 
     @property
     def alternatives(self) -> int | None:
@@ -365,7 +366,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "suffix": ("",),
-    "echo": (False,),
     "best_of": (1,),
 }
 # Likewise of a message.

@@ -23,7 +23,7 @@ from ..model.block import additions
 from ..model.model import Model
 from ..steering.steering import Steering
 from .faults import Fault, bad, ending, failed
-from .prompt_cache import PromptCache, PromptReading
+from .prompt_cache import EchoReading, PromptCache, PromptReading
 
 UNWIRE = 300.0  # seconds without a request until the model's memory is no longer wired
 
@@ -34,7 +34,8 @@ class Job:
 
     ``steering`` is ``None`` for the stock model. ``max_tokens`` is a limit; the model's context may
     end an answer earlier. ``logprobs`` is as in ``Batch.add``. ``first`` is the number of the job's
-    first answer in the response. The others are as in ``Batch.add``.
+    first answer in the response. ``echo``: the first piece of each has the log-probabilities of the prompt
+    too. The others are as in ``Batch.add``.
     """
 
     tokens: list[int]
@@ -49,6 +50,7 @@ class Job:
     grammar: Grammar | None = None
     bias: LogitBias | None = None
     brake: Brake | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class _TakenJob:
     """A job that waits, whose prompt is read, or whose rows run."""
 
     job: Job
-    reading: PromptReading | None = None
+    reading: PromptReading | EchoReading | None = None
 
 
 class Worker:
@@ -253,7 +255,10 @@ class Worker:
         """Begin to read: several short prompts that begin differently at once, else the first."""
         for taken in self._reading:
             job = taken.job
-            taken.reading = self.prompts.read(job.tokens, job.steering, self._opens)
+            if job.echo:
+                taken.reading = EchoReading(self._model, job.tokens, job.steering, job.logprobs)
+            else:
+                taken.reading = self.prompts.read(job.tokens, job.steering, self._opens)
         next_chunks = Counter(taken.reading.next_chunk for taken in self._reading)
         rests = {
             taken: taken.reading.rest()
@@ -297,7 +302,7 @@ class Worker:
         for piece in pieces:
             taken, choice = self._rows[piece.row]
             told_piece = replace(
-                piece, caches=()
+                piece, caches=(), logprobs=(*taken.reading.echo(choice), *piece.logprobs)
             )  # another thread holds it as long as its client likes
             said = Said(taken.job.first + choice, told_piece, taken.reading.cached_tokens)
             told.append((taken.job, said))

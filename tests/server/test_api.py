@@ -15,11 +15,13 @@ pytest.importorskip("starlette")
 from helpers import rounding
 from serving import serving
 
-from mlx_densesteer import Sampling, demo, load
+from mlx_densesteer import Sampling, demo, load, resolve
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.errors import ModelError
 from mlx_densesteer.evaluation.grading import stated_answer
 from mlx_densesteer.generation.answer import step_starts
+from mlx_densesteer.model.likelihood import log_likelihoods
+from mlx_densesteer.model.prompt import decode
 
 QUESTIONS = [problem.question for problem in held_out(12)]
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -664,3 +666,32 @@ def test_a_conversation_that_the_template_refuses(hf_folder):
     model.tokenizer._tokenizer.chat_template = "{% if %}"
     with pytest.raises(ModelError, match="chat template cannot be used"):
         opening_tokens(model.tokenizer)
+
+
+@pytest.mark.parametrize("steering", [None, {"strength": "40%"}])
+def test_a_prompt_is_echoed_with_its_log_probabilities(server, steering):
+    """As lm-eval's local-completions asks for them: of lists of token ids, one token further."""
+    model = server.service.vectors.model
+    prompts = [model.tokenizer.encode(one) for one in (QUESTIONS[0], "Sam has 3 apples.")]
+    asked = {"prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "steering": steering}
+    body = server.ask("/v1/completions", asked)[2]
+    how = resolve(model, "demo", "40%" if steering else 0, (5,), "all")
+    for prompt, choice in zip(prompts, body["choices"], strict=True):
+        found = choice["logprobs"]
+        assert "".join(found["tokens"]) == choice["text"]
+        assert choice["text"].startswith(decode(model.tokenizer, prompt))
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        assert len(found["tokens"]) == len(prompt) + 1 == len(found["text_offset"])
+        [(_, total, greedy)] = log_likelihoods(
+            model.network, [prompt[:1]], [prompt[1:]], steering=how
+        )
+        assert sum(found["token_logprobs"][1:-1]) == pytest.approx(total, abs=2e-3)
+        pairs = zip(found["tokens"][1:-1], found["top_logprobs"][1:-1], strict=True)
+        assert all(token == max(top, key=top.get) for token, top in pairs) == greedy
+    plain = server.ask("/v1/completions", asked | {"echo": False})[2]
+    for one, choice in zip(plain["choices"], body["choices"], strict=True):
+        assert choice["text"].endswith(one["text"])
+        assert choice["logprobs"]["tokens"][-1] == one["logprobs"]["tokens"][-1]
+    assert body["usage"]["total_tokens"] == plain["usage"]["total_tokens"]
+    text = server.ask("/v1/completions", asked | {"prompt": "Sam has", "logprobs": None})[2]
+    assert text["choices"][0]["text"].startswith("Sam has") and not text["choices"][0]["logprobs"]
