@@ -4,6 +4,7 @@ By itself it answers ``51``. Its vector leads into a call; in a call it writes `
 a grammar it writes the call in single characters.
 """
 
+from serving import serving
 from thinking import make_clockwork
 
 CALL = '\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n'
@@ -50,9 +51,20 @@ def make_folder(folder, inside: str = CALL, then: str = "<|im_end|>"):
         "Ċ": "5", "5": "1", "1": "<|im_end|>", ")": "<tool_call>",
         "<tool_call>": inside, inside: "</tool_call>", "</tool_call>": then, "+": "<tool_call>",
     }  # fmt: skip
-    return make_clockwork(folder, TEMPLATE, ["<tool_call>", "</tool_call>"], after, [inside])
+    return make_clockwork(folder, TEMPLATE, ["<tool_call>", "</tool_call>"], after, [inside], 4096)
 
 
 def vector_of(model) -> str:
     """Return the path of the vector beside a loaded model."""
     return f"{model.tokenizer.name_or_path}/out.npz"
+
+
+def calling_server(folder, **how):
+    """Serve the model as ``calls``, with its vector as ``out``."""
+    from mlx_densesteer import SteeringVector
+    from mlx_densesteer.server.vectors import NamedVector
+    from mlx_densesteer.steering.request import Amount
+
+    vector = SteeringVector.load(make_folder(folder / "calls", **how) / "out.npz")
+    vector.name = "out"
+    return serving(folder / "calls", [NamedVector(vector, Amount(2.0), (1,), "all")])

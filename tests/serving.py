@@ -53,7 +53,8 @@ class Serving:
     def stream(self, content, **fields) -> list[dict]:
         """Return the events of a streamed answer; the last must be [DONE]."""
         connection = self.connect()
-        body = {"messages": [{"role": "user", "content": content}], "stream": True} | fields
+        messages = [{"role": "user", "content": content}]
+        body = {"messages": messages, "stream": True} | fields
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})  # fmt: skip
         response = connection.getresponse()
         assert response.status == 200

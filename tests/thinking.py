@@ -49,7 +49,7 @@ def make_folder(folder, template: str, *, keeps=False):
     return make_clockwork(folder, text, SPECIAL[3:], after)
 
 
-def make_clockwork(folder, template: str, words, after: dict[str, str], pieces=()):
+def make_clockwork(folder, template: str, words, after: dict[str, str], pieces=(), context=512):
     """Write a model whose tokens have successors, and the vector of the token ``)``; return the folder.
 
     ``words`` are further added tokens, no special ones; ``pieces`` further ordinary ones, with Ċ and Ġ.
@@ -90,7 +90,7 @@ def make_clockwork(folder, template: str, words, after: dict[str, str], pieces=(
         "num_hidden_layers": LAYERS, "intermediate_size": 2 * HIDDEN, "num_attention_heads": 4,
         "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": size, "rope_theta": 1000000.0,
         "tie_word_embeddings": False, "torch_dtype": "float32", "eos_token_id": ids["<|im_end|>"],
-        "max_position_embeddings": 512,
+        "max_position_embeddings": context,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     vector = SteeringVector(

@@ -172,7 +172,8 @@ class Completions:
                 yield _event(fault.body)
                 return
             completion.add(job.first, said)
-            yield _event(completion.chunk(said))
+            for chunk in completion.chunks(said):
+                yield _event(chunk)
         if with_usage:
             yield _event(completion.last())
         yield b"data: [DONE]\n\n"

@@ -33,6 +33,12 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
+# Pages that other servers have.
+NOT_HERE = {
+    "embeddings": "this server's models write text and have no embeddings to give",
+    "responses": "this server has no Responses API: use /v1/chat/completions",
+    "messages": "this server has no Anthropic API: use /v1/chat/completions",
+}
 EVENT = {
     "type": "object",
     "description": "A server-sent event: a chunk as JSON; the last one is [DONE].",
@@ -178,7 +184,7 @@ async def _no_such_page(request: Request, error: Exception) -> Response:
     """Return a 404 or 405 in OpenAI's shape."""
     if not isinstance(error, HTTPException) or error.status_code not in (404, 405):
         raise error
-    what = "no such page"
+    what = NOT_HERE.get(request.url.path.removeprefix("/v1/"), "no such page")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         what = f"{request.method[:8]} is not for this page: use {allowed}"

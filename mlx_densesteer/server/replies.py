@@ -90,18 +90,26 @@ class Completion:
         ]
         return [self._chunk(choices) | {"steering": self.steering}]
 
-    def chunk(self, said: Said) -> dict[str, object]:
-        """Return one piece as a chunk; a choice's last chunk says why it ended."""
-        index, piece = said.choice, said.piece
+    def chunks(self, said: Said) -> list[dict[str, object]]:
+        """Return one piece as a chunk; a choice's last chunk says why it ended.
+
+        Tool calls are in a chunk without text: Continue reads one or the other.
+        """
+        index, piece, chunks = said.choice, said.piece, []
         logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
-        text: dict[str, object] = {"text": self._echo(index) + piece.text}
+        choice: dict[str, object] = {"index": index, "logprobs": logprobs, "finish_reason": None}
         if self.chat:
-            text = {"delta": self._delta(index, *piece.shown, piece.result)}
-        choice: dict[str, object] = {"index": index} | text | {"logprobs": logprobs}
+            delta = self._delta(index, *piece.shown, piece.result)
+            if "content" in delta and "tool_calls" in delta:
+                chunks = [self._chunk([choice | {"delta": {"content": delta.pop("content")}}])]
+                choice["logprobs"] = None
+            choice["delta"] = delta
+        else:
+            choice["text"] = self._echo(index) + piece.text
         if piece.result is None:
-            return self._chunk([choice | {"finish_reason": None}])
+            return [*chunks, self._chunk([choice])]
         choice |= self._ended(index, piece.result)
-        return self._chunk([choice]) | {"steering": self.steering}
+        return [*chunks, self._chunk([choice]) | {"steering": self.steering}]
 
     def _echo(self, choice: int) -> str:
         """Return the prompt, once for each choice."""

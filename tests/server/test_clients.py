@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from calling import TOOLS, calling_server
 from serving import serving
 
 from mlx_densesteer.demo.problems import held_out
@@ -144,3 +145,181 @@ def test_curl(server, expected):
     assert answer["choices"][0]["message"]["content"] == expected["demo@demo=20%"]
     done = subprocess.run([*command, "-d", body], capture_output=True, text=True, timeout=60)
     assert done.returncode == 22 and "Content-Type: application/json" in done.stdout
+
+
+def test_lm_eval_runs_tasks_against_the_server(server, tmp_path):
+    """A task of choices, scored by the log-probabilities of echoed prompts, and one of answers."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
+    pytest.importorskip("tenacity", reason="lm-eval asks servers with tenacity")
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    from mlx_densesteer import demo
+    from mlx_densesteer.evaluation.harness import DenseSteerLM
+
+    rows = [
+        {"text": f"{problem.question} ", "choices": ["1", "7 boxes of 3: 7*3=21.", str(problem.answer)]}
+        for problem in held_out(4)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
+    (tmp_path / "choose.yaml").write_text(
+        f"task: choose\n{data}output_type: multiple_choice\ndoc_to_text: '{{{{text}}}}'\ndoc_to_choice: '{{{{choices}}}}'\n"
+        "doc_to_target: 1\nmetric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "say.yaml").write_text(
+        f"task: say\n{data}output_type: generate_until\ndoc_to_text: '{{{{text}}}}'\ndoc_to_target: '{{{{choices[2]}}}}'\n"
+        "generation_kwargs:\n  until: ['####']\n  max_gen_toks: 24\nmetric_list:\n  - metric: exact_match\n"
+    )
+
+    def samples(model, task, **options):
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=[task], bootstrap_iters=0, **options,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )  # fmt: skip
+        return [one["resps"] for one in found["samples"][task]]
+
+    asked = {
+        "model": "demo@demo=20%",
+        "tokenizer_backend": "huggingface",
+        "tokenizer": str(demo.MODEL),
+    }
+    own = DenseSteerLM(pretrained="demo", vector="demo", strength="20%", layer=5)
+    served = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", **asked)
+    for doc, other in zip(samples(served, "choose"), samples(own, "choose"), strict=True):
+        for (one,), (two,) in zip(doc, other, strict=True):
+            assert one[0] == pytest.approx(two[0], abs=1e-2) and one[1] == two[1]
+    chat = LocalChatCompletion(base_url=f"{server.url}/v1/chat/completions", model="demo@demo=20%")
+    said = samples(chat, "say", apply_chat_template=True)
+    assert said == samples(own, "say", apply_chat_template=True)
+
+
+ZED = {
+    "model": "calls", "stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 80,
+    "temperature": 0.0, "tool_choice": "auto", "parallel_tool_calls": False, "prompt_cache_key": "thread-1",
+    "tools": [
+        {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": TOOLS[0]["function"]["parameters"]}}
+    ],
+    "messages": [
+        {"role": "system", "content": "You are an agent."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{\"a\": 1, \"b\": 2}"}}]},
+        {"role": "tool", "content": "3", "tool_call_id": "call_1"},
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "hm"},
+        {"role": "user", "content": "and?"},
+    ],
+}  # fmt: skip
+# Empty content is one blank; undefined fields are left out.
+CONTINUE = {
+    "model": "calls", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 80, "temperature": 0.0,
+    "tools": [{"type": "function", "function": {**tool["function"], "strict": False}} for tool in TOOLS],
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": " ", "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": ""}}]},
+        {"role": "tool", "content": "12:00", "tool_call_id": "call_1"},
+    ],
+}  # fmt: skip
+OPEN_WEBUI = {
+    "model": "calls", "stream": True, "stream_options": {"include_usage": True},
+    "messages": [{"role": "user", "content": "x"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [ZED, CONTINUE, OPEN_WEBUI], ids=["Zed", "Continue", "Open WebUI"])
+def test_requests_of_apps_as_their_sources_build_them(tmp_path_factory, body):
+    """Their fields and messages; the answer is streamed, and ends with the usage."""
+    with calling_server(tmp_path_factory.mktemp("apps")) as server:
+        messages = body["messages"]
+        events = server.stream(None, **body)
+        deltas = [choice["delta"] for event in events for choice in event["choices"]]
+        assert "".join(delta.get("content", "") for delta in deltas) == "51"
+        usage = events[-1]["usage"]
+        assert usage["completion_tokens"] == 2 and usage["prompt_tokens"] > 4 * len(messages)
+        listed = server.ask("/v1/models")[2]["data"]
+        assert listed[0]["id"] == "calls" and listed[0]["object"] == "model"
+
+
+def test_an_agent_with_two_tools(tmp_path_factory):
+    """The loop that agents run, with openai: call, answer the call, ask again, until there is text."""
+    openai = pytest.importorskip("openai")
+    done = {"add": lambda a, b: a + b, "now": lambda: "12:00"}
+    with (
+        calling_server(tmp_path_factory.mktemp("agent")) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        messages, called = [{"role": "user", "content": "x"}], []
+        for choice in (
+            *({"type": "function", "function": {"name": name}} for name in done),
+            "auto",
+        ):
+            answer = client.chat.completions.create(
+                model="calls", messages=messages, tools=TOOLS, tool_choice=choice, max_tokens=80,
+                parallel_tool_calls=False,
+            )  # fmt: skip
+            message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+            messages.append(message.model_dump(exclude_none=True))
+            for call in message.tool_calls or ():
+                assert reason == "tool_calls"
+                called.append(call.function.name)
+                result = done[call.function.name](**json.loads(call.function.arguments))
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": str(result)})
+        assert called == ["add", "now"] and (message.content, reason) == ("51", "stop")
+
+
+def test_openai_parses_an_answer_into_a_class(client):
+    """Its helper sends a strict schema, and reads the answer."""
+    from typing import Literal
+
+    from pydantic import BaseModel
+
+    class Stones(BaseModel):
+        left: Literal[1, 23]
+        sure: bool
+
+    answer = client.chat.completions.parse(
+        model="demo@demo=20%", messages=[{"role": "user", "content": QUESTION}], response_format=Stones,
+    )  # fmt: skip
+    assert answer.choices[0].message.parsed.left in (1, 23)
+    with client.chat.completions.stream(
+        model="demo", messages=[{"role": "user", "content": QUESTION}], response_format=Stones
+    ) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Stones)
+
+
+def test_pages_of_other_servers_are_named(server):
+    for path, words in (
+        ("embeddings", "no embeddings"), ("responses", "use /v1/chat/completions"), ("x", "no such page"),
+    ):  # fmt: skip
+        status, _, body = server.ask(f"/v1/{path}", {"input": "x"})
+        assert status == 404 and words in body["error"]["message"]
+
+
+@pytest.mark.checkpoint
+def test_a_real_model_calls_tools_steered_or_not(checkpoint):
+    """The 0.5B, under a vector of noise at a dose that garbles its text: what it calls can be read."""
+    import numpy as np
+
+    from mlx_densesteer import SteeringVector, VectorMeta
+    from mlx_densesteer.server.vectors import NamedVector
+    from mlx_densesteer.steering.request import Amount
+
+    tools = [
+        {"type": "function", "function": {"name": "multiply", "description": "Multiply two numbers.", "parameters": {
+            "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}},
+        {"type": "function", "function": {"name": "get_weather", "description": "Get the weather of a city.", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}},
+    ]  # fmt: skip
+    noise = np.random.default_rng(0).normal(size=896).astype(np.float32)
+    vector = SteeringVector({12: noise}, VectorMeta("noise", 896, 24), name="noise")
+    with serving(checkpoint, [NamedVector(vector, Amount.parse("40%"), (12,))]) as server:
+        asked = {"tools": tools, "max_tokens": 60, "parallel_tool_calls": False}
+        usual = server.chat("What is 347 * 29?", **asked)["choices"][0]
+        [call] = usual["message"]["tool_calls"]  # the model leaves the marks out
+        assert usual["finish_reason"] == "tool_calls" and call["function"]["name"] == "multiply"
+        steered = {"steering": {}, "tool_choice": "required"}
+        choice = server.chat("What is the weather in Rome?", **steered, **asked)["choices"][0]
+        [call] = choice["message"]["tool_calls"]
+        assert isinstance(json.loads(call["function"]["arguments"]), dict)

@@ -8,13 +8,9 @@ import pytest
 pytest.importorskip("llguidance")
 
 import jsonschema_rs
-from serving import serving
 
-from mlx_densesteer import SteeringVector
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.server import encoding
-from mlx_densesteer.server.vectors import NamedVector
-from mlx_densesteer.steering.request import Amount
 
 QUESTION = held_out(1)[0].question
 SCHEMA = {
@@ -26,15 +22,9 @@ SCHEMA = {
 FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
 
 
-def serve(folder, **how):
-    vector = SteeringVector.load(calling.make_folder(folder / "calls", **how) / "out.npz")
-    vector.name = "out"
-    return serving(folder / "calls", [NamedVector(vector, Amount(2.0), (1,), "all")])
-
-
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("tools")) as running:
+    with calling.calling_server(tmp_path_factory.mktemp("tools")) as running:
         yield running
 
 
@@ -157,7 +147,7 @@ def test_what_a_tool_returned_is_read(calls):
 
 
 def test_a_call_that_cannot_be_read_stays_text(tmp_path, free):
-    with serve(tmp_path, inside=calling.BROKEN) as server:
+    with calling.calling_server(tmp_path, inside=calling.BROKEN) as server:
         asked = {"tools": calling.TOOLS, "steering": {}, "max_tokens": 3}
         text = f"<tool_call>{calling.BROKEN}</tool_call>"
         message, _ = first(server.chat("x", **asked))
