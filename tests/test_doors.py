@@ -242,7 +242,7 @@ def words_by_server(model):
 
     roles = {"system": SYSTEM, "user": HOSTILE}
     asked = ChatRequest(messages=[{"role": r, "content": c} for r, c in roles.items()])
-    return Encoder(model)._encode(asked)[0]
+    return Encoder(model)._encode(asked).prompts[0]
 
 
 def words_by_lm_eval(model):

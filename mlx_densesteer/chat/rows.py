@@ -61,14 +61,12 @@ class Rows(Iterable[tuple[int, str]]):
         self._numbers: list[int] = []
         self._batch = Batch(session.model, rows=len(steerings))
         try:
-            prompt = session.prompt(question, turns=turns)
             limits = {"limit": session.context, "what": "the conversation"}
             options = {
                 "sampling": session.sampling,
                 "stop": session.stop,
                 "think_limit": session.think_limit,
-                "ends": session.model.ends(prompt),
-                "opens_thought": session.model.opens_thought(prompt),
+                "whole": session.prompt(question, turns=turns),
             }
             for one in steerings:
                 tokens, caches = session.caches_for(question, one, turns=turns)

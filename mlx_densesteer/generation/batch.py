@@ -465,6 +465,7 @@ def generate_batch(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop: Sequence[str] = (),
     think_limit: int | None = None,
+    grammar: Grammar | None = None,
     rows: int = ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[tuple[int, Generation], None, None]:
@@ -483,6 +484,7 @@ def generate_batch(
             row draws what it draws alone.
         stop: texts that end a response; they are not part of it.
         think_limit: end a thought of so many tokens by force.
+        grammar: what every response has to match.
         rows: how many decode together at most; memory grows with it.
         progress: called with the number of tokens generated so far, every few steps.
 
@@ -517,7 +519,7 @@ def generate_batch(
     for distinct in {id(job.steering): job for job in jobs}.values():
         make_cache(model, distinct.steering, prompt=distinct.tokens)
     _find_beginnings(jobs, model.layer_count)
-    options = {"stop": tuple(stop), "think_limit": think_limit}
+    options = {"stop": tuple(stop), "think_limit": think_limit, "grammar": grammar}
     return _run(model, jobs, seed, options, rows, progress or (lambda _: None))
 
 

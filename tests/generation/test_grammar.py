@@ -87,6 +87,12 @@ def test_what_is_drawn_matches_steered_or_not(demo_model, schema, strength):
     assert drafted.token_ids == alone[0].token_ids
 
 
+def test_a_batch_of_prompts(demo_model):
+    made = json_grammar(demo_model, SCHEMAS[1])
+    for _, found in ds.generate_batch(demo_model, [QUESTION, "Sam has 3."], grammar=made):
+        jsonschema_rs.validate(SCHEMAS[1], json.loads(found.text))
+
+
 def test_json_is_on_one_line_and_any_object_is_an_object(demo_model):
     made = json_grammar(demo_model, SCHEMAS[0])
     text = ds.generate(demo_model, QUESTION, grammar=made, max_tokens=200).text
