@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .generation.batch import Batch as Batch
     from .generation.batch import generate_batch as generate_batch
     from .generation.brake import Brake as Brake
+    from .generation.grammar import json_grammar as json_grammar
     from .generation.sampling import Sampling as Sampling
     from .generation.session import Session as Session
     from .generation.speculation import Draft as Draft
