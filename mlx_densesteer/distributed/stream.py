@@ -57,7 +57,13 @@ def stream_over_ranks(
     ranks.same(told, "prompts or options")
     if steering is not None:
         late = steering.budget and steering.budget.tokens
-        setting = [steering.vector.sha256(), list(steering.layers), steering.positions, late]
+        setting = [
+            steering.vector.sha256(),
+            list(steering.layers),
+            steering.positions,
+            steering.calls,
+            late,
+        ]
         ranks.same(setting, "vectors or options")
         strength, late = ranks.share([steering.strength, late and steering.budget.strength])
         budget = steering.budget and replace(steering.budget, strength=late)

@@ -158,6 +158,8 @@ def bake(
         raise ExportError(
             "a thinking budget cannot be baked: a bias is added at every token alike."
         )
+    if not steering.calls:
+        raise ExportError("a gate at tool calls cannot be baked: a bias is added everywhere.")
     if steering.positions != "all":
         raise ExportError(
             f"positions {steering.positions!r} cannot be baked: a bias is added at every position. "

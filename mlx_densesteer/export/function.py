@@ -95,9 +95,16 @@ def export_function(
     path = Path(path).expanduser()
     check_path(path, force)
     network = model.network
-    if steering.positions not in ("all", "prompt", "generated") or steering.budget:
+    if (
+        steering.positions not in ("all", "prompt", "generated")
+        or steering.budget
+        or not steering.calls
+    ):
+        more = " and a thinking budget" * bool(steering.budget) + " and a gate at tool calls" * (
+            not steering.calls
+        )
         raise ExportError(
-            f"positions {steering.positions!r}{' and a thinking budget' * bool(steering.budget)} cannot be "
+            f"positions {steering.positions!r}{more} cannot be "
             "exported: the file has no tokenizer, and a program would have to tell it where they are. "
             "Expected positions all, prompt or generated."
         )

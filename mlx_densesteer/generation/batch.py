@@ -118,6 +118,7 @@ class _Row:
     seconds: float = 0.0  # its share of the steps so far
     first: float = 0.0
     reason: str | None = None
+    arriving: bool = True  # until its prompt is read
     active: list[LogitsProcessor] = field(default_factory=list)
     told: int = 0  # tokens whose log-probabilities were returned
     untold: list[TokenLogprob] = field(default_factory=list)
@@ -135,7 +136,7 @@ class _Row:
 
     def take(self, token: int, ended: str | None, logprob: TokenLogprob | None) -> str:
         """Add a token, and return the text to show; ``ended`` is the reason if it is the row's last."""
-        self.first = self.first or time.perf_counter()
+        self.first, self.arriving = self.first or time.perf_counter(), False
         if token in self.ends:
             ended = "length" if gave_up(self.active) else "stop"
         else:
@@ -166,7 +167,8 @@ class _Row:
         self.untold = self.untold[: done.at_token - self.told]
         self.prompt, self.read = [*self.whole, *self.answer.ids], 0
         self.caches = make_cache(model, self.steering, prompt=self.whole)
-        self.uid, self.keep = None, False  # its caches are of another steering than the request's
+        self.uid, self.arriving = None, True
+        self.keep = False  # its caches are of another steering than the request's
 
     def result(self) -> Generation:
         seconds, tokens = time.perf_counter() - self.first, len(self.answer.ids)
@@ -289,15 +291,26 @@ class Batch:
         else:
             caches = _own_caches(cache, self._model.layer_count)
         room = self._model.room(caches[0].offset + len(tokens), max_tokens)
-        whole = tokens if whole is None else whole
+        if cache is not None and brake is not None and (whole is None or steering is None):
+            raise InputError(
+                "a brake reads all again under less strength: give the whole prompt and the steering too."
+            )
+        whole = tokens if whole is None else list(whole)
+        if len(whole) != caches[0].offset + len(tokens) and (cache is None or brake is not None):
+            raise InputError(
+                f"the whole prompt has {len(whole)} tokens; expected {caches[0].offset + len(tokens)}, as "
+                "the caches and the prompt have."
+            )
         opened = self._model.opens_thought(whole)
         if steering is None or steering.is_zero:
             brake = None
         answer = PartialAnswer(self._model.tokenizer, brake, stop, opens_thought=opened)
         if bias is not None:
             bias.check(self._model.vocabulary)
+        if think_limit is not None:
+            check_limit(think_limit)
+            _ = marks_of(self._model.network).thought  # raises if the model has no such marks
         changes = {"grammar": grammar, "bias": bias, "think_limit": think_limit, "opened": opened}
-        _ = processors(self._model.network, (), skip=0, **changes)  # raises now what it may raise
         row = _Row(
             self._count, tokens, whole, caches, steering, room, sampling.row_sampler(), answer,
             self._model.ends(whole), changes, brake, logprobs, keep,
@@ -397,7 +410,7 @@ class Batch:
 
     def _part(self) -> int:
         """Return how many tokens of each prompt the next step reads."""
-        arriving = [len(row.prompt) for row in self._inside.values() if not row.first]
+        arriving = [len(row.prompt) for row in self._inside.values() if row.arriving]
         if len(arriving) == len(self._inside):
             return PREFILL
         if max(arriving, default=0) <= PREFILL_BESIDE:
@@ -421,7 +434,7 @@ class Batch:
         self.tokens += 1
         text = row.take(one.token, one.finish_reason, logprob)
         if row.looped:
-            self._leave(row, known=one.finish_reason is not None)
+            self._leave(row, known=False)
             row.slow_down(self._model)
             self._waiting.appendleft(row)
         if row.reason is None:

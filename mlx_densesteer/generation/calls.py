@@ -29,15 +29,22 @@ class CallReader:
 
     Args:
         tools: as the chat template got them; some models' arguments are read by their schemas.
+        several: whether an answer may have more calls than one; the first is taken.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper, tools: Sequence[Mapping[str, object]]):
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        tools: Sequence[Mapping[str, object]],
+        *,
+        several: bool = True,
+    ):
         self.calls: list[ToolCall] = []
-        self._tokenizer, self._tools = tokenizer, list(tools)
+        self._tokenizer, self._tools, self._several = tokenizer, list(tools), several
         self._opens, self._closes = tokenizer.tool_call_start, tokenizer.tool_call_end
         self._at = 0  # characters read so far
         self._blanks = ""  # at the end of the text, told once more text follows
-        self._inside = False
+        self._inside = self._called = False  # in a call; just after one
         # Whether the answer may be calls without marks; it is then held back.
         self._bare = tokenizer.tool_parser is json_tools.parse_tool_call
 
@@ -54,7 +61,7 @@ class CallReader:
         self._bare = self._bare and _may_be_bare(answer)
         if self._bare:
             if ended and stopped:
-                self.calls = self._without_marks(answer)
+                self._add(self._without_marks(answer))
             if self.calls or not ended:
                 return "", self.calls
             self._bare = False
@@ -63,44 +70,70 @@ class CallReader:
             if not self._inside:
                 at = rest.find(self._opens)
                 self._inside = at >= 0
-                count = (
-                    at
-                    if self._inside
-                    else len(rest) - (0 if ended else could_begin([self._opens], rest))
-                )
-                text += self._say(rest[:count])
-                self._at += count + len(self._opens) * self._inside
+                if not self._inside:
+                    at = len(rest) - (0 if ended else could_begin([self._opens], rest))
+                text += self._say(rest[:at])
+                self._at += at + len(self._opens) * self._inside
                 if not self._inside:
                     break
                 continue
-            end = rest.find(self._closes or self._opens)
-            if end < 0 and not ended:
+            inner, mark, found = self._find_call(rest, ended=ended, stopped=stopped)
+            if not found and not ended:
                 break
-            whole = end >= 0
-            inner = rest[:end] if whole else rest
-            self._at += len(inner) + len(self._closes) * whole
-            found = self._parse(inner) if whole or stopped else []
-            if not found:
-                text += self._say(self._opens + inner + self._closes * whole)
+            self._at += len(inner) + len(mark)
+            if found:
+                self._add(found)
+                self._blanks, self._called = "", True
             else:
-                self._blanks = ""
-            self.calls += found
+                text += self._say(self._opens + inner + mark)
             self._inside = False
         if ended and not self.calls:
             text, self._blanks = text + self._blanks, ""
         return text, self.calls[before:]
 
+    def _find_call(
+        self, rest: str, *, ended: bool, stopped: bool
+    ) -> tuple[str, str, list[ToolCall]]:
+        """Return the text of a call, its closing mark, and what it calls; nothing if that cannot be read.
+
+        A closing mark may be text within the call: so the next one may end it.
+        """
+        mark = (
+            self._closes or self._opens
+        )  # of a model without closing marks the next call ends one
+        first = end = rest.find(mark)
+        while end >= 0:
+            if found := self._parse(rest[:end]):
+                return rest[:end], self._closes, found
+            end = rest.find(mark, end + 1)
+        if ended and stopped and (found := self._parse(rest)):
+            return rest, "", found
+        if first < 0:
+            return rest, "", []
+        return rest[:first], self._closes, []
+
+    def _add(self, calls: Sequence[ToolCall]) -> None:
+        room = len(calls) if self._several else 1 - len(self.calls)
+        self.calls += calls[:room]
+
     def _say(self, text: str) -> str:
         """Return text to tell: without the blanks at its end, and after a call without those at its beginning."""
         whole = self._blanks + text
+        if self._called:
+            whole = whole.lstrip()
+            self._called = not whole
         told = whole.rstrip()
         self._blanks = whole[len(told) :]
         return told
 
     def _without_marks(self, answer: str) -> list[ToolCall]:
-        """Read one call or more, of tools that there are, perhaps in a block of code; none if there is more."""
+        """Read one call or more, perhaps in a block of code; none if there is more.
+
+        They have to be of tools that there are, and not of strict ones: no grammar saw them.
+        """
         rest = _FENCED.sub(r"\1", answer.strip())
-        names = [tool["function"]["name"] for tool in self._tools]
+        functions = [tool["function"] for tool in self._tools]
+        names = [one["name"] for one in functions if not one.get("strict")]
         calls: list[ToolCall] = []
         while rest := rest.strip():
             try:
@@ -127,17 +160,15 @@ def _may_be_bare(answer: str) -> bool:
 
 
 def _calls(found: object) -> list[ToolCall]:
-    """Return the calls in what mlx-lm's parser returns; none if one of them is no call."""
+    """Return the calls in what mlx-lm's parser returns; none if one of them is no call of an object."""
     calls = []
     for one in found if isinstance(found, list) else [found]:
-        name = one.get("name") if isinstance(one, dict) else None
-        if not isinstance(name, str) or not name:
+        name, number = (one.get(key) if isinstance(one, dict) else None for key in ("name", "id"))
+        arguments = one.get("arguments", {}) if isinstance(one, dict) else None
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(name, str) or not name or not isinstance(arguments, dict):
             return []
-        arguments = one.get("arguments", {})
-        text = (
-            arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        )
-        calls.append(
-            ToolCall(name, text, one.get("id") if isinstance(one.get("id"), str) else None)
-        )
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        calls.append(ToolCall(name, text, number if isinstance(number, str) else None))
     return calls

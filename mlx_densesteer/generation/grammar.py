@@ -7,16 +7,17 @@ JSON is written on one line, with a blank after commas and colons. A model that 
 writes nothing else, and such JSON has fewer tokens.
 """
 
-import contextlib
 import json
 import logging
 import re
 import subprocess
 import sys
+import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -49,8 +50,19 @@ from llguidance import LLMatcher
 found = (LLMatcher.validate_grammar_with_warnings(one) for one in json.load(sys.stdin))
 print(json.dumps([messages[0] if failed else "" for failed, messages in found]))
 """
+_TOO_LONG = f"takes more than {SECONDS} seconds to compile. Simplify it."
 _known_faults: dict[str, str] = {}  # by grammar
-_vocabularies: "WeakKeyDictionary[Model, LLTokenizer]" = WeakKeyDictionary()
+MATCHERS = 64  # of each model, kept compiled
+
+
+class _Vocabulary(NamedTuple):
+    """A model's vocabulary for llguidance, and matchers by their rules."""
+
+    tokens: "LLTokenizer"
+    matchers: "OrderedDict[str, LLMatcher]"
+
+
+_vocabularies: "WeakKeyDictionary[Model, _Vocabulary]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -126,15 +138,14 @@ def json_grammar(
         answer = _matcher(model, f"start: %json {_with_options(schema)}")
     if tools:
         rules, names = [], [f"call{number}" for number in range(len(tools))]
-        faults = _faults([tool.parameters for tool in tools])
-        for name, tool, fault in zip(names, tools, faults, strict=True):
+        objects = [ANY_OBJECT | dict(tool.parameters) for tool in tools]  # where no type is given
+        faults = _faults(objects)
+        for name, tool, parameters, fault in zip(names, tools, objects, faults, strict=True):
             if fault and tool.strict:
                 raise InputError(f"the parameters of the tool {tool.name}: {fault}")
             begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
             rules.append(f'{name}: {json.dumps(begin)} of_{name} "}}"')
-            rules.append(
-                f"of_{name}: %json {_with_options(ANY_OBJECT if fault else tool.parameters)}"
-            )
+            rules.append(f"of_{name}: %json {_with_options(ANY_OBJECT if fault else parameters)}")
         start = f'start: "\\n" ( {" | ".join(names)} ) "\\n"'
         call = _matcher(model, "\n".join([start, *rules]))
     return Grammar(model, answer, call, opens, closes, call_first)
@@ -165,25 +176,44 @@ def _faults(schemas: Sequence[Mapping[str, object]]) -> list[str]:
     """Return what is wrong with each schema, "" for nothing.
 
     A schema may be a puzzle: a few patterns that all have to match take for ever. So another process compiles
-    new ones first, and is ended after ``SECONDS``.
+    new ones first, and is ended after ``SECONDS``. What took too long is not remembered.
     """
-    _engine()
     rules = [f"start: %json {_with_options(one)}" for one in schemas]
-    if unknown := [one for one in dict.fromkeys(rules) if one not in _known_faults]:
-        if len(_known_faults) + len(unknown) > KNOWN:
-            _known_faults.clear()
-        found = [f"takes more than {SECONDS} seconds to compile. Simplify it."] * len(unknown)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(
-                [sys.executable, "-c", _CHECK],
-                input=json.dumps(unknown), capture_output=True, text=True, timeout=SECONDS,
-            )  # fmt: skip
-            if done.returncode:
-                found = ["cannot be compiled. Simplify it."] * len(unknown)
-            else:
-                found = [one and _reason(one) for one in json.loads(done.stdout)]
-        _known_faults.update(zip(unknown, found, strict=True))
-    return [_known_faults[one] for one in rules]
+    found = {one: _known_faults[one] for one in rules if one in _known_faults}
+    unknown = [one for one in dict.fromkeys(rules) if one not in found]
+    new = _compile(unknown)
+    if new is None and len(unknown) > 1:  # one of them is to blame
+        deadline = time.monotonic() + 2 * SECONDS
+        for one in unknown:
+            alone = _compile([one]) if time.monotonic() < deadline else None
+            found[one] = _TOO_LONG if alone is None else alone[0]
+    elif new is None:
+        found[unknown[0]] = _TOO_LONG
+    else:
+        found |= dict(zip(unknown, new, strict=True))
+    for one in rules:
+        if found[one] != _TOO_LONG:
+            _known_faults[one] = found[one]
+    while len(_known_faults) > KNOWN:
+        _known_faults.pop(next(iter(_known_faults)), None)
+    return [found[one] for one in rules]
+
+
+def _compile(rules: Sequence[str]) -> list[str] | None:
+    """Compile grammars in another process; return what is wrong with each, ``None`` if it did not end well."""
+    if not rules:
+        return []
+    try:
+        done = subprocess.run(
+            # not from the current folder, where any file may have a module's name
+            [sys.executable, "-P", "-c", _CHECK],
+            input=json.dumps(rules), capture_output=True, text=True, timeout=SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        return None
+    return [one and _reason(one) for one in json.loads(done.stdout)]
 
 
 def _reason(message: str) -> str:
@@ -208,8 +238,11 @@ class _Matching:
         self._start()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        mx.async_eval(logits)  # the device goes on while this waits for the last token
-        answer = self._before + tokens[self._skip :].tolist()
+        # The token first, then the logits: the device computes these while this waits for that.
+        read = tokens[self._skip :]
+        mx.async_eval(read)
+        mx.async_eval(logits)
+        answer = self._before + read.tolist()
         if answer[: len(self._read)] != self._read:
             self._start()
         for token in answer[len(self._read) :]:
@@ -303,29 +336,39 @@ def _with_options(schema: Mapping[str, object]) -> str:
 
 
 def _matcher(model: Model, rules: str) -> "LLMatcher":
-    engine = _engine()
+    engine, vocabulary = _engine(), _vocabulary(model)
+    if (known := vocabulary.matchers.get(rules)) is not None:
+        return known
     text = engine.LLMatcher.grammar_from_lark(rules)
     quiet = engine.LLParserLimits(verbose_errors=False)  # else a log would show the answer
-    matcher = engine.LLMatcher(_vocabulary(model), text, log_level=0, limits=quiet)
+    matcher = engine.LLMatcher(vocabulary.tokens, text, log_level=0, limits=quiet)
     if matcher.is_error():  # each schema was checked, so perhaps too large
         reason = one_line(matcher.get_error(), 200)
         raise InputError(f"the JSON schema cannot be enforced: {reason}. Simplify it.")
+    vocabulary.matchers[rules] = matcher
+    if len(vocabulary.matchers) > MATCHERS:
+        vocabulary.matchers.popitem(last=False)
     return matcher
 
 
-def _vocabulary(model: Model) -> "LLTokenizer":
+def _vocabulary(model: Model) -> _Vocabulary:
     """Return the model's vocabulary for llguidance, which takes seconds to make."""
     if model not in _vocabularies:
         from llguidance.hf import from_tokenizer
 
-        engine = _engine()
-        made = from_tokenizer(
-            model.tokenizer._tokenizer,
-            n_vocab=model.vocabulary,
-            eos_token=_ends(model),
-            slices=engine.LLTokenizer.json_slices(),
-        )
-        _vocabularies[model] = made
+        try:
+            made = from_tokenizer(
+                model.tokenizer._tokenizer,
+                n_vocab=model.vocabulary,
+                eos_token=_ends(model),
+                slices=_engine().LLTokenizer.json_slices(),
+            )
+        except ValueError as error:
+            raise InputError(
+                f"answers of this model cannot be made to match a JSON schema: its tokenizer is not one "
+                f"that llguidance reads ({one_line(error, 200)})."
+            ) from error
+        _vocabularies[model] = _Vocabulary(made, OrderedDict())
     return _vocabularies[model]
 
 

@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from ..errors import InputError
 from ..model.marks import marks_of
 from .grammar import Grammar
-from .thought import LogitsProcessor, check_limit, thought_limit
+from .thought import LogitsProcessor, thought_limit
 
 _WHOLE = 2**31 - 1  # tokens of the answer that a penalty looks at
 
@@ -77,8 +77,7 @@ def processors(
         skip: how many tokens they are given that precede the answer.
 
     Raises:
-        InputError: ``think_limit`` is below 1.
-        ModelError: a limit, for a model that has no marks of a thought.
+        ModelError: ``think_limit``, for a model that has no marks of a thought.
     """
     made = []
     if bias is not None:
@@ -86,7 +85,6 @@ def processors(
     if grammar is not None:
         made.append(grammar.processor(answer, opened=opened, skip=skip))
     if think_limit is not None:
-        check_limit(think_limit)
         marks = marks_of(network)
         made.append(thought_limit(marks, think_limit, answer, opened=opened, skip=skip))
     return made

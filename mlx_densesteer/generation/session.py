@@ -268,8 +268,8 @@ class Session:
     ) -> tuple[list[int], list[KVCache]]:
         """Return ``prompt`` and ``cache`` for ``batch.Batch.add``, to answer ``text`` under any steering.
 
-        The caches share what this session has computed; the session does not change. ``Batch.add`` also
-        takes ``ends`` and ``opens_thought``, those of ``Model`` of ``prompt(text, turns=turns)``.
+        The caches share what this session has computed; the session does not change. The argument
+        ``whole`` of ``Batch.add`` is ``prompt(text, turns=turns)``.
         """
         self._end_live()
         chunks, last = self._lay_out(self._turns[:turns], text)

@@ -200,6 +200,7 @@ def _plain_steering(
         "layers": steering.layers,
         "positions": steering.positions,
         "budget": steering.budget and asdict(steering.budget),
+        "calls": steering.calls,
     }
 
 
@@ -215,7 +216,10 @@ def _steering(
     if budget is not None:
         check_fields(budget, **get_type_hints(ThinkBudget))
         budget = ThinkBudget(**budget)
-    where = tuple(entry["layers"]), entry["positions"], budget
+    calls = entry.get("calls", True)
+    if not isinstance(calls, bool):
+        raise TypeError("calls is no boolean")
+    where = tuple(entry["layers"]), entry["positions"], budget, calls
     return Steering(vectors[entry["vector"]], entry["strength"], *where)
 
 

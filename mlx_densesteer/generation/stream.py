@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache
 
+from ..errors import SteeringError
 from ..model.block import additions
 from ..model.marks import marks_of
 from ..model.model import Model, takes_model
@@ -84,6 +85,10 @@ class Stream(Iterator[str]):
             _ = marks_of(model.network).thought  # raises if the model has no such marks
         additions(model.network, steering)  # raises if it does not fit
         if draft is not None:
+            if steering is not None and not steering.calls:
+                raise SteeringError(
+                    "a gate at tool calls does not go with a draft model: leave one of them out."
+                )
             draft.check(model.tokenizer)
             draft_prefix = draft_prefix or Prefix(draft.model.network)
         self._model, self._prefix, self._draft_prefix = model, prefix, draft_prefix

@@ -9,7 +9,7 @@ is. A cache then has to be told the tokens (``note_tokens``). It keeps the posit
 or after its length are of tokens that were taken back, and are looked for anew.
 
 Not covered: rotating caches, mlx-lm's saved prompt caches, more than one range of positions, and taking back
-the beginning of a tool call together with the end of the one before it.
+the beginning of a tool call together with the end of the one before it (so no gate at calls goes with a draft).
 """
 
 import copy

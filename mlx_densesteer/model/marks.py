@@ -75,8 +75,8 @@ class Marks:
         Raises:
             ModelError: the tokenizer has none, or writes one as several tokens.
         """
-        opens, closes = thought_marks(self.tokenizer)
-        if len(opens) == len(closes) == 1 and max(*opens, *closes) < self._vocabulary:
+        opens, closes = marks = thought_marks(self.tokenizer)
+        if self._are_single(*marks):
             return opens[0], closes[0]
         found = "has no tokens around a thought, such as <think> and </think>"
         if opens:
@@ -93,13 +93,16 @@ class Marks:
         Raises:
             ModelError: the tokenizer has none, or writes one as several tokens.
         """
-        opens, closes = call_marks(self.tokenizer)
-        if len(opens) == len(closes) == 1 and max(*opens, *closes) < self._vocabulary:
+        opens, closes = marks = call_marks(self.tokenizer)
+        if self._are_single(*marks):
             return opens[0], closes[0]
         raise ModelError(
             "the tokenizer has no single tokens around a tool call, such as <tool_call> and </tool_call>: with "
             "this model tool calls are steered as all else."
         )
+
+    def _are_single(self, opens: Sequence[int], closes: Sequence[int]) -> bool:
+        return len(opens) == len(closes) == 1 and max(*opens, *closes) < self._vocabulary
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Tell whether a prompt ends within a thought.

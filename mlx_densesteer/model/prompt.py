@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import InputError, ModelError
 from ..text import cause, one_line
 
-# Role and content; perhaps ``tool_calls``, whose arguments are the only other text of a conversation in it.
+# Role and content; perhaps ``tool_calls`` and ``tool_call_id``.
 Message = Mapping[str, object]
 
 # Lone surrogates: no valid text holds one, so no message can forge them.
@@ -91,7 +91,7 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
         messages: each with ``role`` and ``content``; perhaps ``tool_calls``, as OpenAI has them but with
             arguments that are not JSON text.
         options: of the tokenizer's ``apply_chat_template``, by default ``add_generation_prompt=True``. The texts
-            of ``tools`` must not have control tokens.
+            of ``tools``, and ids and names of calls, must not have control tokens.
 
     Raises:
         InputError: the template refuses this conversation, or reads the text of control tokens in
@@ -99,12 +99,13 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message], **opti
         ModelError: the chat template cannot be used.
     """
     contents = _strings([[one["content"], _arguments(one)] for one in messages])
-    offered = _strings(options.get("tools"))
-    _check_unicode([*contents, *offered])
+    names = _strings([options.get("tools"), *map(_names, messages)])
+    _check_unicode([*contents, *names])
     control = _control(tokenizer)
-    if any(map(control.token.search, offered)):
+    if any(map(control.token.search, names)):
         raise InputError(
-            "a tool has the text of a control token, such as <|im_end|>. Leave it out of the tool."
+            "a tool, or the id or name of a call, has the text of a control token, such as <|im_end|>. Leave "
+            "it out."
         )
     whole = _render(tokenizer, messages, **options)
     # A template may look for words in a message, or for a token (a reasoning model's drops all before
@@ -298,6 +299,16 @@ def _control(tokenizer: TokenizerWrapper) -> _Control:
 def _arguments(message: Message) -> list[object]:
     """Return the arguments of a message's tool calls."""
     return [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+
+
+def _names(message: Message) -> list[object]:
+    """Return what a message has beside its role, its content and its calls' arguments."""
+    rest = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")}
+    calls = [
+        {**call, "function": {k: v for k, v in call["function"].items() if k != "arguments"}}
+        for call in message.get("tool_calls", ())
+    ]
+    return [rest, calls]
 
 
 def _strings(value: object) -> list[str]:

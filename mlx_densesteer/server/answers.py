@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,13 +40,15 @@ class Completions:
     encoder: Encoder
     vectors: Vectors
 
-    async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
-        """Answer a request.
+    async def answer(
+        self, request: Request, asked: ChatRequest | CompletionRequest, ignored: Sequence[str]
+    ) -> Response:
+        """Answer a request; ``ignored`` are its unknown fields.
 
         Raises:
             Fault: the request is refused, or its answer cannot be finished.
         """
-        ignored = check_extra(asked)
+        ignored = list(ignored)
         steering, limit = self.vectors.asked(asked.model, asked.steering), None
         if isinstance(asked, ChatRequest):
             steers = asked.steering is not None or "@" in (asked.model or "")
@@ -58,7 +61,7 @@ class Completions:
         if getattr(asked, "offered", None) and not encoded.tools:
             ignored.append("tools")  # the model knows none
         steering = self._steered(asked, steering, encoded)
-        headers = {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
+        headers = _headers(ignored)
         jobs = self._jobs(asked, encoded, steering, limit)
         completion = Completion(
             chat=isinstance(asked, ChatRequest),
@@ -160,13 +163,15 @@ class Completions:
         """Yield server-sent events."""
         for chunk in completion.opening():
             yield _event(chunk)
+        ping, told = self.settings.limits.ping, time.monotonic()
         while not completion.complete:
             try:
-                async with asyncio.timeout(self.settings.limits.ping):
+                async with asyncio.timeout(max(0.0, told + ping - time.monotonic())):
                     job, event = early.pop(0) if early else await inbox.get()
                 said = _said(event)
             except TimeoutError:
                 yield b": still at work\n\n"
+                told = time.monotonic()
                 continue
             except Fault as fault:
                 yield _event(fault.body)
@@ -174,6 +179,7 @@ class Completions:
             completion.add(job.first, said)
             for chunk in completion.chunks(said):
                 yield _event(chunk)
+                told = time.monotonic()
         if with_usage:
             yield _event(completion.last())
         yield b"data: [DONE]\n\n"
@@ -193,12 +199,14 @@ async def answer(
     prompts = asked.prompt if isinstance(asked, CompletionRequest) else ""
     several = isinstance(prompts, list) and not isinstance(prompts[0], int)
     answers = (asked.n or 1) * (len(prompts) if several else 1)
+    ignored = check_extra(asked)
     with ExitStack() as held:
         lease = held.enter_context(models.lease(asked.model, answers))
         if not await wait_for(lease, request, ping if asked.stream else None):
             late = held.pop_all()
-            return EventStream(_late(lease, late, request, asked, ping), late, {})
-        response = await lease.served.completions.answer(request, asked)
+            lines = _late(lease, late, request, asked, ignored, ping)
+            return EventStream(lines, late, _headers(ignored))
+        response = await lease.served.completions.answer(request, asked, ignored)
         if isinstance(response, EventStream):
             response.held.push(held.pop_all())
         return response
@@ -221,6 +229,7 @@ async def _late(
     held: ExitStack,
     request: Request,
     asked: ChatRequest | CompletionRequest,
+    ignored: Sequence[str],
     ping: float,
 ) -> AsyncIterator[bytes]:
     """Yield comments until the model is there, then the answer; ``held`` gets what that holds."""
@@ -228,7 +237,7 @@ async def _late(
         yield f": waiting for {lease.name}\n\n".encode()
         while not await lease.wait(ping):
             yield f": waiting for {lease.name}\n\n".encode()
-        response = await lease.served.completions.answer(request, asked)
+        response = await lease.served.completions.answer(request, asked, ignored)
         assert isinstance(response, EventStream)
         held.push(response.held)
         async for line in response.body_iterator:
@@ -297,6 +306,10 @@ def _said(event: Event) -> Said:
 def _event(body: dict[str, object]) -> bytes:
     text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
+
+
+def _headers(ignored: Sequence[str]) -> dict[str, str]:
+    return {IGNORED: ", ".join(map(_header_safe, ignored[:20]))} if ignored else {}
 
 
 def _header_safe(name: str) -> str:

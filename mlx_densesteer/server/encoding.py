@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from ..model.model import Model
 from ..model.prompt import decode, encode_chat, encode_prompt, render_chat
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message, ToolCallPart
+
+log = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -74,7 +77,7 @@ class Encoder:
 
     def call_reader(self, encoded: "Encoded") -> Callable[[], CallReader]:
         """Return what makes a reader of the tool calls in one answer."""
-        return partial(CallReader, self._tokenizer, encoded.tools)
+        return partial(CallReader, self._tokenizer, encoded.tools, several=encoded.several)
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
         bias = request.bias
@@ -85,8 +88,10 @@ class Encoder:
             raise bad(str(error), "logit_bias") from error
         if isinstance(request, ChatRequest):
             tools = self._tools(request)
+            grammar = self._grammar(request) if tools or request.response_format else None
             prompt = self._check(self._chat(request.messages, tools), "messages")
-            return Encoded([prompt], tools, self._grammar(request), bias)
+            several = request.parallel_tool_calls is not False
+            return Encoded([prompt], tools, grammar, bias, several)
         prompt = request.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
         prompts = [self._prompt(one) for one in (prompt if several else [prompt])]
@@ -110,11 +115,15 @@ class Encoder:
         form = request.response_format
         schema = form and form.schema_of_answer
         tools = request.offered if calls_are_json(self._model) else []
-        if request.must_call and not tools:
+        strict = [one.function.name for one in request.offered if one.function.strict]
+        forced = request.must_call or bool(strict)
+        if forced and not tools:
+            what = f"the tool {strict[0]} is strict, which" if strict else "a call"
+            param = "tools" if strict else "tool_choice"
             raise bad(
-                "this model cannot be made to call a tool: its calls are no JSON.", "tool_choice"
+                f"{what} cannot be enforced: this model's calls are no JSON.", param, "unsupported"
             )
-        if schema is None and not (tools and (request.must_call or can_constrain())):
+        if schema is None and not (tools and (forced or can_constrain())):
             return None
         described = [
             Tool(
@@ -125,6 +134,9 @@ class Encoder:
         try:
             return json_grammar(self._model, schema, described, call_first=request.must_call)
         except InputError as error:
+            if schema is None and not forced:  # then calls are read as they come
+                log.warning("tool calls are not constrained: %s", error)
+                return None
             raise bad(str(error), "tools" if schema is None else "response_format") from error
 
     def _prompt(self, prompt: str | list[int]) -> list[int]:
@@ -183,6 +195,7 @@ class Encoded:
     tools: list[dict[str, object]] = field(default_factory=list)
     grammar: Grammar | None = None
     bias: LogitBias | None = None
+    several: bool = True  # calls in one answer
 
 
 def _plain(message: Message) -> dict[str, object]:

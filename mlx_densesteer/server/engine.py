@@ -147,10 +147,11 @@ class Engine:
         time.sleep(ASLEEP)
 
     def close(self) -> None:
-        """End all jobs and the thread, in a process that goes on."""
+        """End all jobs and the thread, in a process that goes on; wait however long that takes."""
         self.end()
+        self._ended.wait()
         self._may_go.set()
-        self._thread.join(JOIN_SECONDS)
+        self._thread.join()
 
     def _busy(self, count: int) -> Fault:
         if count > self._room:

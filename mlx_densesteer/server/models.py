@@ -294,7 +294,9 @@ class Models:
         fault: Fault | None = None
         try:
             await asyncio.wrap_future(slot.served.engine.begin())
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic of a Rust library is no ``Exception``
             fault = _cannot_load(slot.name, slot.served.place, error)
         leases = [lease for lease in self._waiting if lease.name == slot.name]
         if fault is not None:
@@ -317,9 +319,13 @@ class Models:
 
     async def _unloading(self, slot: _Slot) -> None:
         log.info("unloading %s", slot.name)
-        await asyncio.to_thread(slot.served.close)
-        del self._slots[slot.name]
-        self._advance()
+        try:
+            await asyncio.to_thread(slot.served.close)
+        except Exception as error:
+            log.error("unloading %s failed", slot.name, exc_info=error)
+        finally:
+            del self._slots[slot.name]
+            self._advance()
 
     def _busy(self, lease: Lease) -> Fault:
         seconds = max(1, min(30, self._queued // max(1, self._rows) * 2))
@@ -340,7 +346,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _cannot_load(name: str, place: str, error: Exception) -> Fault:
+def _cannot_load(name: str, place: str, error: BaseException) -> Fault:
     """Log why a model cannot be loaded, and return what clients get: a 503 if memory lacks, else a 500."""
     if isinstance(error, Fault):  # the server is ending
         return error

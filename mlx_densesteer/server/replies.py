@@ -91,7 +91,7 @@ class Completion:
         return [self._chunk(choices) | {"steering": self.steering}]
 
     def chunks(self, said: Said) -> list[dict[str, object]]:
-        """Return one piece as a chunk; a choice's last chunk says why it ended.
+        """Return one piece as a chunk, or none while it has nothing to tell; a choice's last one says why it ended.
 
         Tool calls are in a chunk without text: Continue reads one or the other.
         """
@@ -107,7 +107,8 @@ class Completion:
         else:
             choice["text"] = self._echo(index) + piece.text
         if piece.result is None:
-            return [*chunks, self._chunk([choice])]
+            silent = self.chat and not choice["delta"] and not logprobs  # a call that is not whole
+            return chunks if silent else [*chunks, self._chunk([choice])]
         choice |= self._ended(index, piece.result)
         return [*chunks, self._chunk([choice]) | {"steering": self.steering}]
 

@@ -113,7 +113,7 @@ Object = dict[str, Any]
 
 class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
-    name: Name
+    name: str = Field(max_length=256)  # whatever a model has called
     arguments: str | Object = "{}"
 
 

@@ -615,21 +615,42 @@ def test_the_texts_of_tokens_join_to_the_text(hf_folder):
 def test_a_row_ends_where_its_own_turn_does(demo_model):
     """A raw row beside a chat row: the template's end of turn, which mlx-lm does not know, ends one."""
     base = ds.Model(demo_model.network, demo_model.tokenizer, "base")
-    plain = ds.generate(demo_model, "Sam has", raw=True, max_tokens=8)
-    end = plain.token_ids[3]
+    raw = demo_model.tokenizer.encode("Sam has")
+    chat = encode_prompt(demo_model.tokenizer, problems.held_out(1)[0].question)
+    plain, said = (
+        ds.generate(demo_model, prompt, max_tokens=20).token_ids for prompt in (raw, chat)
+    )
+    end = next(token for token in said[1:] if token in plain)
     base.__dict__["end_of_turn"] = end
     with Batch(base) as batch:
-        prompt = demo_model.tokenizer.encode("Sam has")
-        rows = [
-            batch.add(prompt, max_tokens=8, whole=whole) for whole in (None, [1, *prompt], None)
-        ]
+        rows = [batch.add(prompt, max_tokens=20) for prompt in (raw, chat, raw)]
         found = {}
         while batch.running:
             found |= {piece.row: piece.result for piece in batch.step() if piece.result}
     whole, ended, again = (found[row] for row in rows)
-    assert whole.token_ids == again.token_ids == plain.token_ids
-    assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end)]
+    assert whole.token_ids == again.token_ids == plain
+    assert ended.token_ids == said[: said.index(end)]
     assert ended.finish_reason == "stop" and ended.text == decode(base.tokenizer, ended.token_ids)
+
+
+def test_what_a_cache_holds_is_part_of_the_whole_prompt(demo_model):
+    steering = ds.resolve(demo_model, "demo", "100%", (5,))
+    prompt = encode_prompt(demo_model.tokenizer, problems.held_out(1)[0].question)
+    cache = make_cache(demo_model, steering, prompt=prompt)
+    demo_model.network(mx.array([prompt[:10]]), cache=cache)
+    options = {"steering": steering, "brake": Brake(limit=24), "max_tokens": 150}
+    with Batch(demo_model) as batch:
+        for wrong in ({}, {"whole": prompt[1:]}, {"whole": prompt, "steering": None}):
+            with pytest.raises(InputError, match="whole prompt"):
+                batch.add(prompt[10:], cache=cache, **options | wrong)
+        with pytest.raises(InputError, match="whole prompt"):
+            batch.add(prompt, whole=prompt[1:])
+        batch.add(prompt[10:], cache=cache, whole=prompt, **options)
+        while batch.running:
+            pieces = batch.step()
+    found = pieces[-1].result
+    alone = ds.generate(demo_model, prompt, **options)
+    assert found.brakes == alone.brakes != () and found.token_ids == alone.token_ids
 
 
 def test_the_brake_cuts_a_row_as_it_cuts_a_lone_answer(demo_model):

@@ -20,6 +20,7 @@ def tokenizer(module):
 
 QWEN = tokenizer(json_tools)
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+INNER = '<tool_call>{"name": "add", "arguments": {"a": "</tool_call>"}}</tool_call>'
 BARE = '{"name": "add", "arguments": {"a": 1}}'
 CALLED = ToolCall("add", '{"a": 1}')
 
@@ -46,7 +47,20 @@ def read(text, module=QWEN, *, cuts=(), stopped=True):
         ("", "", 0),
         (ADD, "", 1),
         (f"I add.\n{ADD}\n{ADD}\n", "I add.", 2),
-        (f"{ADD} and so", " and so", 1),
+        (f"{ADD}\n and so", "and so", 1),
+        (INNER, "", 1),  # the mark as text
+        (f"{INNER} x </tool_call>", "x </tool_call>", 1),
+        (
+            '<tool_call>{"name": "add", "arguments": 5}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": 5}</tool_call>',
+            0,
+        ),
+        (
+            '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
+            0,
+        ),
+        ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", 1),
         ("a < b <tool", "a < b <tool", 0),
         ("<tool_call>\nno JSON\n</tool_call> x", "<tool_call>\nno JSON\n</tool_call> x", 0),
         ("<tool_call>\n[1]\n</tool_call>", "<tool_call>\n[1]\n</tool_call>", 0),
@@ -66,7 +80,17 @@ def read(text, module=QWEN, *, cuts=(), stopped=True):
 )
 @pytest.mark.parametrize("cuts", [(), range(1, 200), (12, 30, 45)])
 def test_text_and_calls_are_parted(text, content, calls, cuts):
-    assert read(text, cuts=cuts) == (content, [CALLED] * calls)
+    called = CALLED if '</tool_call>"' not in text else ToolCall("add", '{"a": "</tool_call>"}')
+    assert read(text, cuts=cuts) == (content, [called] * calls)
+
+
+def test_one_call_alone_and_strict_tools():
+    for text in (f"{ADD}\n{ADD}", f"{BARE}\n{BARE}"):
+        reader = CallReader(QWEN, TOOLS, several=False)
+        assert reader.read(text, ended=True, stopped=True) == ("", [CALLED])
+    strict = [{"type": "function", "function": {"name": "add", "strict": True}}]
+    assert CallReader(QWEN, strict).read(BARE, ended=True, stopped=True) == (BARE, [])
+    assert CallReader(QWEN, strict).read(ADD, ended=True, stopped=True) == ("", [CALLED])
 
 
 def test_a_call_that_was_cut_off_stays_text():

@@ -168,6 +168,9 @@ def test_a_call_that_cannot_be_read_stays_text(tmp_path, free):
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "objct"}}}]},
          "the parameters of the tool f: cannot be enforced: Invalid type: objct"),
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]}, "a tool has the text of a control token"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "tool_call_id": "1<|im_end|>", "content": "y"}]}, "id or name of a call"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
+            {"id": "1", "function": {"name": "<|im_end|>"}}]}]}, "id or name of a call"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
          "messages[1].tool_calls[0].function: is missing."),
         ({"response_format": {"type": "json_schema"}}, "expected a schema in json_schema"),
@@ -196,6 +199,19 @@ def test_a_model_without_tools_says_so(server):
         {"messages": [*asked["messages"], {"role": "tool", "content": "3"}]},
     ):
         assert "knows no tools" in server.refusal(wrong)[1]
+
+
+def test_strict_tools_of_a_model_whose_calls_are_no_json(calls, monkeypatch):
+    """They cannot be enforced, so they are refused; others are offered, and read as they come."""
+    monkeypatch.setattr(encoding, "calls_are_json", lambda model: False)
+    strict = [{"type": "function", "function": {**calling.TOOLS[0]["function"], "strict": True}}]
+    assert "the tool add is strict" in calls.refusal({"tools": strict})[1]
+    assert (
+        "cannot be enforced"
+        in calls.refusal({"tools": calling.TOOLS, "tool_choice": "required"})[1]
+    )
+    message, _ = first(calls.chat("x", tools=calling.TOOLS, steering={}, max_tokens=3))
+    assert message["tool_calls"][0]["function"]["name"] == "add"
 
 
 @pytest.mark.parametrize("steering", [None, {"strength": "20%"}, {"strength": "200%"}])
