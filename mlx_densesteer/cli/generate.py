@@ -252,6 +252,7 @@ def _to_json(result: "Generation", model: "Model") -> dict[str, object]:
         "time_to_first_token": result.time_to_first_token,
         "peak_memory_bytes": result.peak_memory_bytes,
         "finish_reason": result.finish_reason,
+        "gave_up": result.gave_up,
         "draft": draft,
         "brakes": [asdict(one) for one in result.brakes],
         "steering": described(result.steering, model),

@@ -94,6 +94,7 @@ class Generation:
     them and the blanks around them: ``thought``, ``None`` if there was none, and ``answer``.
     ``thought_tokens`` counts those of the thought, which are among ``tokens``; ``thought_closed``
     says whether it came to its end; ``thought_limit`` is where it was to be ended by force. Of other models ``answer`` is ``text``.
+    ``gave_up``: a grammar was too intricate to go on with, and ended the answer (``finish_reason="length"``).
     """
 
     text: str
@@ -113,6 +114,7 @@ class Generation:
     thought_tokens: int = 0
     thought_closed: bool = False
     thought_limit: int | None = None
+    gave_up: bool = False
 
     def __post_init__(self) -> None:
         if self.answer is None:
@@ -151,7 +153,9 @@ def receipt(result: Generation, context: int) -> str:
     if result.draft_proposed:
         accepted, proposed = result.draft_accepted, result.draft_proposed
         parts.append(f"{accepted} of {proposed} draft tokens accepted ({accepted / proposed:.0%})")
-    if result.finish_reason == "length":
+    if result.gave_up:
+        parts.append("ended early: the JSON schema is too intricate to go on with")
+    elif result.finish_reason == "length":
         full = result.prompt_tokens + result.tokens >= context
         parts.append(f"cut off at {f'the context of {context} tokens' if full else '--max-tokens'}")
         if result.thought is not None and not result.thought_closed:
@@ -304,6 +308,11 @@ class PartialAnswer:
     def loop_start(self) -> int | None:
         """How many tokens precede a loop; ``None`` while there is none."""
         return self._repetition.loop_start if self._repetition else None
+
+    @property
+    def shown_length(self) -> int:
+        """How many characters were shown."""
+        return self._shown
 
     @property
     def safe(self) -> int:

@@ -121,6 +121,7 @@ class _Row:
     arriving: bool = True  # until its prompt is read
     active: list[LogitsProcessor] = field(default_factory=list)
     told: int = 0  # tokens whose log-probabilities were returned
+    told_text: int = 0  # characters of their text
     untold: list[TokenLogprob] = field(default_factory=list)
     brakes: list[Braked] = field(default_factory=list)
 
@@ -147,15 +148,32 @@ class _Row:
             last = self.untold[-1]
             self.untold[-1] = last._replace(text=last.text + rest)
         self.reason = "stop" if self.answer.stopped else ended
+        if self.answer.stopped:
+            self._leave_out_stop_text()
         if self.looped:
             return ""
         return self.answer.show_rest() if self.reason else self.answer.show()
 
+    def _leave_out_stop_text(self) -> None:
+        """Shorten what was not told yet of the log-probabilities to the text that the answer has."""
+        room, kept = len(self.answer.text) - self.told_text, []
+        for one in self.untold:
+            if room <= 0:
+                break
+            kept.append(one._replace(text=one.text[:room]))
+            room -= len(one.text)
+        self.untold = kept
+
     def tell(self) -> tuple[TokenLogprob, ...]:
-        """Return the log-probabilities that were not returned yet, of tokens that are not taken back."""
-        count = len(self.untold) if self.reason else self.answer.safe - self.told
+        """Return the log-probabilities that were not returned yet, of tokens whose text is shown for good."""
+        count, text = 0, self.told_text
+        for one in self.untold:
+            shown = text + len(one.text) <= self.answer.shown_length
+            if not self.reason and not (shown and self.told + count < self.answer.safe):
+                break
+            count, text = count + 1, text + len(one.text)
         told, self.untold = tuple(self.untold[:count]), self.untold[count:]
-        self.told += len(told)
+        self.told, self.told_text = self.told + count, text
         return told
 
     def slow_down(self, model: Model) -> None:
@@ -185,6 +203,7 @@ class _Row:
             compute_seconds=self.seconds,
             brakes=tuple(self.brakes),
             thought_limit=self.changes.get("think_limit"),
+            gave_up=gave_up(self.active),
             **self.answer.parts,
         )
 

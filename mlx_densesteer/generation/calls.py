@@ -10,6 +10,8 @@ from mlx_lm.tool_parsers import json_tools
 
 from .answer import could_begin
 
+_FENCE = re.compile(r"```\w*\n")
+_PART_OF_FENCE = re.compile(r"`{0,2}|```\w*")
 _FENCED = re.compile(r"^```\w*\n(.*?)\n?```$", re.DOTALL)
 
 
@@ -30,6 +32,7 @@ class CallReader:
     Args:
         tools: as the chat template got them; some models' arguments are read by their schemas.
         several: whether an answer may have more calls than one; the first is taken.
+        bare: whether calls may lack their marks.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class CallReader:
         tools: Sequence[Mapping[str, object]],
         *,
         several: bool = True,
+        bare: bool = True,
     ):
         self.calls: list[ToolCall] = []
         self._tokenizer, self._tools, self._several = tokenizer, list(tools), several
@@ -46,7 +50,9 @@ class CallReader:
         self._blanks = ""  # at the end of the text, told once more text follows
         self._inside = self._called = False  # in a call; just after one
         # Whether the answer may be calls without marks; it is then held back.
-        self._bare = tokenizer.tool_parser is json_tools.parse_tool_call
+        self._bare = bare and tokenizer.tool_parser is json_tools.parse_tool_call
+        functions = [tool["function"] for tool in tools]
+        self._names = [one["name"] for one in functions if not one.get("strict")]
 
     def read(
         self, answer: str, *, ended: bool = False, stopped: bool = False
@@ -58,7 +64,7 @@ class CallReader:
             stopped: and it was not cut off: its last call may lack its closing mark.
         """
         text, before = "", len(self.calls)
-        self._bare = self._bare and _may_be_bare(answer)
+        self._bare = self._bare and _may_be_bare(answer, self._names)
         if self._bare:
             if ended and stopped:
                 self._add(self._without_marks(answer))
@@ -132,8 +138,6 @@ class CallReader:
         They have to be of tools that there are, and not of strict ones: no grammar saw them.
         """
         rest = _FENCED.sub(r"\1", answer.strip())
-        functions = [tool["function"] for tool in self._tools]
-        names = [one["name"] for one in functions if not one.get("strict")]
         calls: list[ToolCall] = []
         while rest := rest.strip():
             try:
@@ -141,7 +145,11 @@ class CallReader:
             except ValueError:
                 return []
             one = _calls(value)
-            if not one or any(call.name not in names for call in one) or "arguments" not in value:
+            if (
+                not one
+                or any(call.name not in self._names for call in one)
+                or "arguments" not in value
+            ):
                 return []
             calls, rest = calls + one, rest[end:]
         return calls
@@ -153,10 +161,16 @@ class CallReader:
             return []
 
 
-def _may_be_bare(answer: str) -> bool:
-    """Tell whether an answer, or what it may become, is JSON or a block of code."""
-    begin = answer.lstrip()[:3]
-    return begin[:1] == "{" or "```".startswith(begin)
+def _may_be_bare(answer: str, names: Sequence[str]) -> bool:
+    """Tell whether an answer, or what it may become, begins with a call of one of these functions."""
+    rest = answer.lstrip()
+    if fence := _FENCE.match(rest):
+        rest = rest[fence.end() :]
+    elif _PART_OF_FENCE.fullmatch(rest):
+        return bool(names)
+    begin = re.sub(r"\s+", "", rest)
+    heads = [f'{{"name":"{name}"' for name in names]
+    return any(begin.startswith(head) or head.startswith(begin) for head in heads)
 
 
 def _calls(found: object) -> list[ToolCall]:

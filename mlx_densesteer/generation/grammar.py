@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError, install_command
 from ..model.marks import call_marks
@@ -44,13 +45,21 @@ OPTIONS = {
 ANY_OBJECT = {"type": "object"}
 SECONDS = 5  # to compile a schema
 KNOWN = 1000  # schemas that are not compiled again to find out what is wrong with them
+# On a thread with less stack than any that compiles later: a long chain of references takes some at each link.
 _CHECK = """
-import json, sys
+import json, sys, threading
 from llguidance import LLMatcher
-found = (LLMatcher.validate_grammar_with_warnings(one) for one in json.load(sys.stdin))
-print(json.dumps([messages[0] if failed else "" for failed, messages in found]))
+
+def check():
+    found = (LLMatcher.validate_grammar_with_warnings(one) for one in json.load(sys.stdin))
+    print(json.dumps([messages[0] if failed else "" for failed, messages in found]))
+
+threading.stack_size(2**20)
+thread = threading.Thread(target=check)
+thread.start()
+thread.join()
 """
-_TOO_LONG = f"takes more than {SECONDS} seconds to compile. Simplify it."
+_TOO_HARD = f"is too large or too intricate: it does not compile in {SECONDS} seconds. Simplify it."
 _known_faults: dict[str, str] = {}  # by grammar
 MATCHERS = 64  # of each model, kept compiled
 
@@ -186,13 +195,13 @@ def _faults(schemas: Sequence[Mapping[str, object]]) -> list[str]:
         deadline = time.monotonic() + 2 * SECONDS
         for one in unknown:
             alone = _compile([one]) if time.monotonic() < deadline else None
-            found[one] = _TOO_LONG if alone is None else alone[0]
+            found[one] = _TOO_HARD if alone is None else alone[0]
     elif new is None:
-        found[unknown[0]] = _TOO_LONG
+        found[unknown[0]] = _TOO_HARD
     else:
         found |= dict(zip(unknown, new, strict=True))
     for one in rules:
-        if found[one] != _TOO_LONG:
+        if found[one] != _TOO_HARD:
             _known_faults[one] = found[one]
     while len(_known_faults) > KNOWN:
         _known_faults.pop(next(iter(_known_faults)), None)
@@ -218,8 +227,11 @@ def _compile(rules: Sequence[str]) -> list[str] | None:
 
 def _reason(message: str) -> str:
     text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
+    first, *rest = text.split("\n")
+    first = first.partition(" Enable '")[0]  # an option that nobody can set here
+    more = next((line for line in rest if line.startswith("error: ")), "")
     return (
-        f"cannot be enforced: {one_line(text.partition(chr(10))[0], 200)}. Expected JSON Schema, with the "
+        f"cannot be enforced: {one_line(f'{first} {more}', 200).rstrip('. ')}. Expected JSON Schema, with the "
         "keywords that llguidance knows."
     )
 
@@ -321,7 +333,7 @@ class _Matching:
             if allowed.any() and not self._matcher.is_error():
                 return allowed
         if not self.failed:
-            log.warning("a grammar cannot go on: %s", one_line(self._matcher.get_error(), 200))
+            log.warning("a grammar cannot go on: %s", self._matcher.stop_reason())
             self.failed = True
         return self._only(self._ends)
 
@@ -354,14 +366,13 @@ def _matcher(model: Model, rules: str) -> "LLMatcher":
 def _vocabulary(model: Model) -> _Vocabulary:
     """Return the model's vocabulary for llguidance, which takes seconds to make."""
     if model not in _vocabularies:
-        from llguidance.hf import from_tokenizer
-
+        engine = _engine().LLTokenizer
         try:
-            made = from_tokenizer(
-                model.tokenizer._tokenizer,
+            made = engine(
+                _without_names(model.tokenizer),
                 n_vocab=model.vocabulary,
                 eos_token=_ends(model),
-                slices=_engine().LLTokenizer.json_slices(),
+                slices=engine.json_slices(),
             )
         except ValueError as error:
             raise InputError(
@@ -370,6 +381,29 @@ def _vocabulary(model: Model) -> _Vocabulary:
             ) from error
         _vocabularies[model] = _Vocabulary(made, OrderedDict())
     return _vocabularies[model]
+
+
+def _without_names(tokenizer: TokenizerWrapper) -> str:
+    """Return a fast tokenizer as JSON, in which no text is an added token.
+
+    llguidance would write the text of a control token, where a schema demands it, as that token.
+
+    Raises:
+        ValueError: it is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("it is no fast tokenizer")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts |= {"post_processor": None, "padding": None, "truncation": None}
+    vocabulary = parts["model"]["vocab"]
+    for token in parts["added_tokens"]:
+        name = f"\ue000{token['id']}\ue000"  # private use
+        if isinstance(vocabulary, dict) and token["content"] in vocabulary:
+            vocabulary[name] = vocabulary.pop(token["content"])
+        elif isinstance(vocabulary, list) and token["id"] < len(vocabulary):
+            vocabulary[token["id"]][0] = name
+        token |= {"content": name, "special": True}  # special: not part of any text
+    return json.dumps(parts)
 
 
 def _ends(model: Model) -> list[int]:

@@ -156,6 +156,7 @@ class Stream(Iterator[str]):
             draft_proposed=self._rounds * self._draft.tokens if drafted else None,
             brakes=tuple(self._brakes),
             thought_limit=self._think_limit,
+            gave_up=gave_up(self._changes),
             **self._answer.parts,
         )
 

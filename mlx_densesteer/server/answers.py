@@ -101,6 +101,13 @@ class Completions:
             return steering
         return replace(steering, steering=replace(steering.steering, calls=False))
 
+    def _brakes(self, asked: ChatRequest | CompletionRequest, encoded: Encoded) -> bool:
+        """Tell whether repetition is cut off; in JSON it may be what the schema demands."""
+        wish = None if asked.steering is None else asked.steering.brake
+        if wish is not None:
+            return wish
+        return encoded.grammar is None or encoded.grammar.answer is None
+
     def _jobs(
         self,
         asked: ChatRequest | CompletionRequest,
@@ -113,9 +120,7 @@ class Completions:
         echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         if encoded.tools and asked.parallel_tool_calls is False:
             stops += self.encoder.call_ends
-        brakes = steering is not None and (
-            asked.steering is None or asked.steering.brake is not False
-        )
+        brakes = steering is not None and self._brakes(asked, encoded)
         return [
             Job(
                 tokens=tokens,

@@ -73,6 +73,8 @@ def build(settings: Settings, served: Models) -> ASGIApp:
     async def model(request: Request) -> Response:
         """Return one model, listed or not."""
         name = request.path_params["name"]
+        if not name:
+            return JSONResponse(served.listing())
         base = served.name_of(name)
         if "@" not in name and served.several and served.states().get(base) != "loaded":
             return JSONResponse(entry(base, loaded=False))

@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -32,12 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Encoder:
-    """Encodes on its own thread, so that a long prompt blocks neither the loop nor the model."""
+    """Encodes on threads of its own, so that a long prompt blocks neither the loop nor the model."""
 
     def __init__(self, model: Model):
         self._model, self._tokenizer = model, model.tokenizer
         self._vocabulary = model.vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="schemas")  # takes longer
 
     async def encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
         """Return the token ids of each prompt of a request, and what constrains its answers.
@@ -46,10 +47,15 @@ class Encoder:
             Fault: an empty prompt, one that is too long, an unknown token id, or a schema that cannot be enforced.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._encode, request)
+        encoded = await loop.run_in_executor(self._thread, self._encode, request)
+        if isinstance(request, ChatRequest) and (encoded.tools or request.response_format):
+            grammar = await loop.run_in_executor(self._compiler, self._grammar, request)
+            encoded = replace(encoded, grammar=grammar)
+        return encoded
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._compiler):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def token_bytes(self, token: int) -> bytes:
         """Return a token's bytes: exact for a byte-level vocabulary, else those of its text."""
@@ -77,7 +83,9 @@ class Encoder:
 
     def call_reader(self, encoded: "Encoded") -> Callable[[], CallReader]:
         """Return what makes a reader of the tool calls in one answer."""
-        return partial(CallReader, self._tokenizer, encoded.tools, several=encoded.several)
+        bare = encoded.grammar is None or encoded.grammar.answer is None
+        options = {"several": encoded.several, "bare": bare}
+        return partial(CallReader, self._tokenizer, encoded.tools, **options)
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
         bias = request.bias
@@ -88,10 +96,9 @@ class Encoder:
             raise bad(str(error), "logit_bias") from error
         if isinstance(request, ChatRequest):
             tools = self._tools(request)
-            grammar = self._grammar(request) if tools or request.response_format else None
             prompt = self._check(self._chat(request.messages, tools), "messages")
             several = request.parallel_tool_calls is not False
-            return Encoded([prompt], tools, grammar, bias, several)
+            return Encoded([prompt], tools, bias=bias, several=several)
         prompt = request.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
         prompts = [self._prompt(one) for one in (prompt if several else [prompt])]

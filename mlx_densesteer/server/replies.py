@@ -162,6 +162,8 @@ class Completion:
             "step_starts": step_starts(text),
             "stated_answer": stated_answer(text),
         }
+        if result.gave_up:
+            found["gave_up"] = True
         if result.brakes:
             found["brakes"] = [asdict(one) for one in result.brakes]
         if result.thought_limit is not None:

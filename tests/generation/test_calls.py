@@ -84,6 +84,18 @@ def test_text_and_calls_are_parted(text, content, calls, cuts):
     assert read(text, cuts=cuts) == (content, [called] * calls)
 
 
+def test_text_is_held_back_only_while_it_may_be_a_call():
+    for text, until in (
+        ('{"name": "sub"', 11), ("```python\nx = 1\n```", 11), ("```js", None), ('{"name": "add", "x"', None),
+        ('```json\n{"names"', 15), ("x", 1),
+    ):  # fmt: skip
+        reader = CallReader(QWEN, TOOLS)
+        told = [bool(reader.read(text[:end])[0]) for end in range(1, len(text) + 1)]
+        assert (told.index(True) + 1 if True in told else None) == until, text
+    bare = CallReader(QWEN, TOOLS, bare=False)  # of an answer in JSON
+    assert bare.read(BARE, ended=True, stopped=True) == (BARE, [])
+
+
 def test_one_call_alone_and_strict_tools():
     for text in (f"{ADD}\n{ADD}", f"{BARE}\n{BARE}"):
         reader = CallReader(QWEN, TOOLS, several=False)

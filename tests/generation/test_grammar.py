@@ -14,6 +14,7 @@ import thinking
 import mlx_densesteer as ds
 from mlx_densesteer.errors import InputError
 from mlx_densesteer.generation import grammar as grammar_module
+from mlx_densesteer.generation.answer import receipt
 from mlx_densesteer.generation.batch import Batch
 from mlx_densesteer.generation.brake import Brake
 from mlx_densesteer.generation.grammar import ANY_OBJECT, Tool, check_schema, json_grammar
@@ -197,12 +198,12 @@ def test_a_schema_that_cannot_be_enforced_is_named(demo_model, schema, words):
 def test_a_puzzle_of_patterns_ends_in_time(demo_model, monkeypatch):
     monkeypatch.setattr(grammar_module, "SECONDS", 2)
     puzzle = {"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(40)]}
-    with pytest.raises(InputError, match="takes more than"):
+    with pytest.raises(InputError, match="too intricate"):
         json_grammar(demo_model, puzzle)
     hard = {"properties": {"x": puzzle}}
     tools = [Tool("f", hard), *TOOLS]
     assert json_grammar(demo_model, None, tools)  # called with any object
-    with pytest.raises(InputError, match="the tool f: takes"):
+    with pytest.raises(InputError, match="the tool f: is too"):
         json_grammar(demo_model, None, [Tool("f", hard, strict=True)])
     strict = [Tool(one.name, one.parameters, strict=True) for one in TOOLS]  # not to blame
     assert json_grammar(demo_model, None, [Tool("f", hard), *strict])
@@ -226,6 +227,35 @@ def test_schemas_are_checked_beyond_those_that_are_remembered(demo_model, monkey
         json_grammar(demo_model, None, [Tool("bad", {"type": 1}, strict=True)])
 
 
+@pytest.mark.parametrize("length", [30, 100, 917, 2480, 20000])
+def test_a_long_chain_of_references_is_compiled_or_refused(demo_model, length):
+    """It takes stack at each link: what passes the check has room for more than itself."""
+    defs = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
+    schema = {"$defs": defs | {f"a{length}": {"enum": [7]}}, "$ref": "#/$defs/a0"}
+    if length > 100:
+        with pytest.raises(InputError, match="too intricate"):
+            json_grammar(demo_model, schema)
+        return
+    found = ds.generate(demo_model, QUESTION, grammar=json_grammar(demo_model, schema))
+    assert found.text == "7"
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "x<|im_start|>system", '<|im_end|>"\\\n'])
+def test_the_text_of_control_tokens_is_text(demo_model, text):
+    """In constants, keys and patterns; not one of the tokens is a control token."""
+    key = {"type": "object", "properties": {text: {"const": 1}}, "required": [text], "additionalProperties": False}  # fmt: skip
+    pattern = "^" + "".join(f"[{c}]" for c in text[:10]) + "$"
+    schemas = [{"const": text}, key, {"enum": [text + "1", text + "2"]}]
+    if text.isprintable():
+        schemas.append({"type": "string", "pattern": pattern})
+    for schema in schemas:
+        made = json_grammar(demo_model, schema)
+        found = ds.generate(demo_model, QUESTION, grammar=made, max_tokens=80)
+        assert found.finish_reason == "stop"
+        jsonschema_rs.validate(schema, json.loads(found.text))
+        assert not set(found.token_ids) & set(demo_model.tokenizer.added_tokens_decoder)
+
+
 def test_the_arguments_of_a_call_are_an_object(calls):
     made = json_grammar(
         calls, None, [Tool("f", {"properties": {"a": {"const": 1}}})], call_first=True
@@ -247,7 +277,9 @@ def test_a_grammar_that_cannot_go_on_ends_its_answer_and_no_other(demo_model, ca
     assert found[rows[1]].text == usual.text
     given_up = [found[rows[0]], ds.generate(demo_model, QUESTION, grammar=made, max_tokens=20)]
     for one in given_up:
-        assert (one.text, one.finish_reason) == ("{", "length")
+        assert (one.text, one.finish_reason, one.gave_up) == ("{", "length", True)
+        assert "too intricate" in receipt(one, demo_model.context)
+    assert not usual.gave_up
     assert "cannot go on" in caplog.text
 
 

@@ -695,3 +695,13 @@ def test_a_prompt_is_echoed_with_its_log_probabilities(server, steering):
     assert body["usage"]["total_tokens"] == plain["usage"]["total_tokens"]
     text = server.ask("/v1/completions", asked | {"prompt": "Sam has", "logprobs": None})[2]
     assert text["choices"][0]["text"].startswith("Sam has") and not text["choices"][0]["logprobs"]
+
+
+def test_the_tokens_of_an_answer_that_a_stop_text_ended_join_to_its_text(server):
+    usual = server.ask("/v1/completions", {"prompt": QUESTIONS[0], "max_tokens": 30})[2]
+    whole = usual["choices"][0]["text"]
+    for stop in (whole[5:7], whole[8:11], whole[12]):
+        asked = {"prompt": QUESTIONS[0], "max_tokens": 30, "logprobs": 1, "stop": [stop]}
+        choice = server.ask("/v1/completions", asked)[2]["choices"][0]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]

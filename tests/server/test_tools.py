@@ -10,6 +10,7 @@ pytest.importorskip("llguidance")
 import jsonschema_rs
 
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.generation import grammar
 from mlx_densesteer.server import encoding
 
 QUESTION = held_out(1)[0].question
@@ -167,7 +168,7 @@ def test_a_call_that_cannot_be_read_stays_text(tmp_path, free):
         ({"tool_choice": "required"}, "tool_choice: expected one of"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "objct"}}}]},
          "the parameters of the tool f: cannot be enforced: Invalid type: objct"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]}, "a tool has the text of a control token"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]}, "a tool, or the id or name"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "tool_call_id": "1<|im_end|>", "content": "y"}]}, "id or name of a call"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
             {"id": "1", "function": {"name": "<|im_end|>"}}]}]}, "id or name of a call"),
@@ -253,6 +254,43 @@ def test_the_brake_is_on_for_steered_answers_and_told(server):
     assert last["brakes"] == choice["brakes"] and last["finish_reason"] == choice["finish_reason"]
     free = server.chat(QUESTION, **asked | {"steering": {"strength": "100%", "brake": False}})
     assert "brakes" not in free["choices"][0] and free["usage"]["completion_tokens"] == 200
+
+
+def test_json_that_looks_like_a_call_is_the_answer(calls):
+    call = {"name": "now", "arguments": {}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": call}}}
+    asked = {"tools": calling.TOOLS, "response_format": form, "max_tokens": 60}
+    message, reason = first(calls.chat("x", **asked))
+    assert (json.loads(message["content"]), reason) == (
+        call,
+        "stop",
+    ) and "tool_calls" not in message
+
+
+def test_where_a_schema_may_demand_repetition_nothing_is_cut_unless_that_is_wanted(server):
+    schema = {"type": "array", "items": {"const": 7}, "minItems": 150, "maxItems": 150}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = {"response_format": form, "max_tokens": 500}
+    for brake in (None, True):
+        steering = {"strength": "20%"} | ({"brake": brake} if brake else {})
+        choice = server.chat(QUESTION, steering=steering, **asked)["choices"][0]
+        assert json.loads(choice["message"]["content"]) == [7] * 150
+        assert ("brakes" in choice) == bool(brake)
+
+
+def test_a_hard_schema_holds_up_its_own_request_only(server, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    from time import monotonic
+
+    monkeypatch.setattr(grammar, "SECONDS", 3)
+    puzzle = {"allOf": [{"type": "string", "pattern": f".*b{i}.*"} for i in range(40)]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": puzzle}}
+    with ThreadPoolExecutor(1) as pool:
+        began = monotonic()
+        hard = pool.submit(server.refusal, {"response_format": form})
+        server.chat(QUESTION, max_tokens=2)
+        assert monotonic() - began < 2.5
+        assert "too intricate" in hard.result()[1]
 
 
 def test_penalties_and_biases(server):
