@@ -20,7 +20,9 @@ from mlx_densesteer.evaluation.sweep import settings_of, sweep, with_recommendat
 pytestmark = pytest.mark.slow
 
 QUESTION = held_out(1)[0].question
-OVERDOSE = 60  # repeats itself up to the limit: something to look at while it streams
+OVERDOSE = (
+    60  # without the brake it repeats itself up to the limit: something to look at while it streams
+)
 
 
 def missing(what):
@@ -97,6 +99,18 @@ def ask(page, question=QUESTION):
     page.locator("#send:enabled").wait_for()
     page.get_by_label("Question", exact=True).fill(question)
     page.keyboard.press("Enter")
+
+
+def without_brake(page):
+    """Let overdosed answers repeat themselves up to the limit."""
+
+    def send(route):
+        body = json.loads(route.request.post_data)
+        if body.get("steering"):
+            body["steering"]["brake"] = False
+        route.continue_(post_data=json.dumps(body))
+
+    page.route("**/v1/chat/completions", send)
 
 
 def until(page, condition, seconds=60):
@@ -512,6 +526,7 @@ def test_a_long_answer_is_followed_unless_the_reader_has_left(open_page):
     page = open_page(width=800, height=600)
     page.get_by_label("Compare with unsteered").uncheck()
     page.get_by_label("Strength as a number").fill(str(OVERDOSE))
+    without_brake(page)
     page.get_by_label("Tokens at most").fill("900")
     ask(page)
     until(page, "document.querySelector('#scroll').scrollTop > 100")
@@ -557,6 +572,11 @@ def test_a_large_dose_is_said(open_page):
     page.get_by_label("Strength as a number").fill("22")
     assert "usually ruins" in page.locator("#dose").inner_text()
     assert page.locator("#dose.warn").count() == 1
+    page.get_by_label("Tokens at most").fill("200")
+    ask(page)
+    answered(page)
+    note = page.locator(".answer .note").last.inner_text()
+    assert re.search(r"Began to repeat itself: \d+ tokens cut off, strength lowered to 11\.", note)
 
 
 def test_the_conversation_goes_on_with_the_chosen_answer(open_page):

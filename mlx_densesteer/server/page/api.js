@@ -49,7 +49,8 @@ export async function overview(model) {
  * Stream one answer.
  * @param {object} request the body of /v1/chat/completions
  * @param {AbortSignal} signal
- * @returns {AsyncGenerator<{text?: string, thought?: string, steering?: object, usage?: object, reason?: string, starts?: number[], stated?: string | null}>}
+ * @returns {AsyncGenerator<{text?: string, thought?: string, steering?: object, usage?: object, reason?: string, starts?: number[], stated?: string | null,
+ *   brakes?: {dropped: number, strength_before: number, strength_after: number}[]}>}
  */
 export async function* answer(request, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
@@ -71,6 +72,7 @@ export async function* answer(request, signal) {
       usage: chunk.usage,
       starts: choice?.step_starts,
       stated: choice?.stated_answer,
+      brakes: choice?.brakes,
     };
   }
   if (!done) throw brokenOff();

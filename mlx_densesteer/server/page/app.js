@@ -207,6 +207,7 @@ async function follow(request, answer, signal) {
       if (piece.reason) answer.reason = piece.reason;
       if (piece.usage) answer.usage = piece.usage;
       if (piece.starts) Object.assign(answer, { starts: piece.starts, stated: piece.stated });
+      if (piece.brakes) answer.brakes = piece.brakes;
       if (piece.steering !== undefined) answer.steering = piece.steering;
       drawing ||= requestAnimationFrame(draw);
     }

@@ -2,7 +2,7 @@
  * Conversations, kept in this browser.
  *
  * A conversation is {id, revision, earlier, title, system, updated, turns}, a turn {question, answers, chosen}, an
- * answer {asked, system, model, vector, dose, at, text, steering, usage, starts, stated, reason, error}: `model` is the
+ * answer {asked, system, model, vector, dose, at, text, steering, usage, starts, stated, brakes, reason, error}: `model` is the
  * server's then, `vector` the fingerprint. The answers of a turn stand by strength. Another tab may store a newer state:
  * `revision` names the stored state, `earlier` the revisions before it. A browser informs other tabs a moment
  * late, so two tabs that store at once overwrite each other: see `isLost`.

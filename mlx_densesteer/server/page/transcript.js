@@ -277,7 +277,10 @@ class AnswerView {
   showNote() {
     const { answer } = this;
     const ends = { length: "Cut off at the length limit.", stopped: "Stopped." };
-    const told = [answer.steering?.warning, ends[answer.reason], answer.error].filter(Boolean);
+    const braked = (answer.brakes ?? []).map(
+      (one) => `Began to repeat itself: ${count(one.dropped, "token")} cut off, strength lowered to ${brief(one.strength_after)}.`,
+    );
+    const told = [answer.steering?.warning, ...braked, ends[answer.reason], answer.error].filter(Boolean);
     this.note.hidden = !told.length;
     this.note.classList.toggle("warn", Boolean(answer.error || answer.steering?.warning));
     this.note.textContent = told.map((one) => one[0].toUpperCase() + one.slice(1)).join(" ");
