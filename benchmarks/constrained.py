@@ -12,6 +12,7 @@ from servers import model_folder, our_server, stock_server
 
 from mlx_densesteer.bench.figures import Measurement, Tell, alternate, quartiles, quiet, ratio
 from mlx_densesteer.bench.subject import Subject
+from mlx_densesteer.generation.grammar import calls_are_json
 
 SCHEMA = {
     "type": "object",
@@ -82,7 +83,10 @@ def run(
         ours = stack.enter_context(our_server(folder, [vector], place))
         model = get(ours.address, "/v1/models")["data"][0]["id"]
         steering = {"vector": "random", "strength": dose, "layer": layer, "brake": False}
-        turns = dict.fromkeys(SIDES, 0)
+        sides = list(SIDES)
+        if not calls_are_json(subject.model):
+            sides.remove("a call required")
+        turns = dict.fromkeys(sides, 0)
         errors: list[str] = []
 
         def ask(side: str, count: int) -> float:
@@ -104,17 +108,17 @@ def run(
             errors.extend(one.error for one in done.answers if one.error)
             return done.seconds / max(1, sum(one.tokens for one in done.answers))
 
-        for side in SIDES:
+        for side in sides:
             ask(side, 2)
         errors.clear()
         found = {}
         for count in map(int, clients.split(",")):
             taken = alternate(
-                [lambda side=side, count=count: ask(side, count) for side in SIDES],
+                [lambda side=side, count=count: ask(side, count) for side in sides],
                 rounds=rounds,
                 tell=lambda message, count=count: tell(f"{count} clients, {message}"),
             )
-            found[str(count)] = dict(zip(SIDES, taken, strict=True))
+            found[str(count)] = dict(zip(sides, taken, strict=True))
     lines, worst = [], 1.0
     for count, of in found.items():
         for side, seconds in of.items():
@@ -129,7 +133,7 @@ def run(
             )
     lines += [f"ERROR: {one}" for one in dict.fromkeys(errors)]
     details = {"seconds_a_token": found, "errors": errors, "dose": dose, "layer": layer}
-    return Measurement(lines, details, {"constrained_ratio": worst, "errors": len(errors)})
+    return Measurement(lines, details, {"constrained_ratio": worst, "constrained_errors": len(errors)})
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_a_vector_and_lora_are_trained_on_the_same_texts(subject):
 
 def test_the_scripts_are_those_of_the_documentation():
     page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    assert len(SCRIPTS) == 12
+    assert len(SCRIPTS) == 13
     assert not [name for name in SCRIPTS if f"`{name}`" not in page]
 
 

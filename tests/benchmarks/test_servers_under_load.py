@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import constrained
 import pytest
 import serve
 import servers
@@ -281,6 +282,17 @@ def test_no_server_is_left_behind(tmp_path, monkeypatch):
 def real_server() -> None:
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")
+
+
+@pytest.mark.slow
+def test_the_load_of_answers_in_json(real_server, monkeypatch, capsys):
+    pytest.importorskip("llguidance")
+    words = "demo --clients 2 --requests 1 --rounds 1 --tokens 6 --json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/constrained.py", *words.split()])
+    main(constrained.run)
+    result = json.loads(capsys.readouterr().out)
+    assert result["constrained_errors"] == 0 < result["constrained_ratio"] <= 1
+    assert set(result["details"]["seconds_a_token"]["2"]) == set(constrained.SIDES) - {"a call required"}  # fmt: skip
 
 
 @pytest.mark.slow

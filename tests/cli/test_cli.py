@@ -122,7 +122,7 @@ def test_generate_json_has_every_field(run, hf_folder, vector_file):
     found = json.loads(result.stdout)
     assert set(found) == {
         "text", "tokens", "steps", "density", "prompt_tokens", "tokens_per_second",
-        "time_to_first_token", "peak_memory_bytes", "finish_reason", "steering", "draft", "brakes",
+        "time_to_first_token", "peak_memory_bytes", "finish_reason", "gave_up", "steering", "draft", "brakes",
         "thought", "answer", "thought_tokens", "thought_closed", "thought_limit",
     }  # fmt: skip
     assert (found["tokens"], found["finish_reason"]) == (6, "length")
