@@ -105,7 +105,7 @@ def run(
                 bodies.append(body)
             address = (stock if SIDES[side] is None else ours).address
             done = drive(address, CHAT, bodies, clients=count, timeout=timeout)
-            errors.extend(one.error for one in done.answers if one.error)
+            errors.extend(f"{side}: {one.error}" for one in done.answers if one.error)
             return done.seconds / max(1, sum(one.tokens for one in done.answers))
 
         for side in sides:
