@@ -133,7 +133,9 @@ def run(
             )
     lines += [f"ERROR: {one}" for one in dict.fromkeys(errors)]
     details = {"seconds_a_token": found, "errors": errors, "dose": dose, "layer": layer}
-    return Measurement(lines, details, {"constrained_ratio": worst, "constrained_errors": len(errors)})
+    return Measurement(
+        lines, details, {"constrained_ratio": worst, "constrained_errors": len(errors)}
+    )
 
 
 if __name__ == "__main__":

@@ -125,17 +125,19 @@ def json_grammar(
 ) -> Grammar:
     """Return the grammar of an answer in JSON, or of one that may call tools.
 
-    Calls are constrained where the chat template's are JSON (``calls_are_json``). A tool whose parameters cannot
-    be enforced may be called with any object, unless it is ``strict``.
+    A tool whose parameters cannot be enforced may be called with any object, unless it is ``strict``.
 
     Args:
         schema: of the answer, JSON Schema; ``None``: it is text.
+        tools: for a model whose calls are JSON (``calls_are_json``).
         call_first: the answer begins with a call.
 
     Raises:
-        InputError: a schema is wrong, or uses a keyword that cannot be enforced, which the message names; or the
-            extra ``json`` is not installed.
+        InputError: a schema is wrong, or uses a keyword that cannot be enforced, which the message names; tools of
+            another model; or the extra ``json`` is not installed.
     """
+    if tools and not calls_are_json(model):
+        raise InputError("this model's tool calls are no JSON: they cannot be constrained.")
     answer = call = None
     opens, closes = call_marks(model.tokenizer)
     if schema is not None and tools and len(opens) != 1:

@@ -195,21 +195,21 @@ def test_a_schema_that_cannot_be_enforced_is_named(demo_model, schema, words):
         json_grammar(demo_model, schema)
 
 
-def test_a_puzzle_of_patterns_ends_in_time(demo_model, monkeypatch):
+def test_a_puzzle_of_patterns_ends_in_time(demo_model, calls, monkeypatch):
     monkeypatch.setattr(grammar_module, "SECONDS", 2)
     puzzle = {"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(40)]}
     with pytest.raises(InputError, match="too intricate"):
         json_grammar(demo_model, puzzle)
     hard = {"properties": {"x": puzzle}}
     tools = [Tool("f", hard), *TOOLS]
-    assert json_grammar(demo_model, None, tools)  # called with any object
+    assert json_grammar(calls, None, tools)  # called with any object
     with pytest.raises(InputError, match="the tool f: is too"):
-        json_grammar(demo_model, None, [Tool("f", hard, strict=True)])
+        json_grammar(calls, None, [Tool("f", hard, strict=True)])
     strict = [Tool(one.name, one.parameters, strict=True) for one in TOOLS]  # not to blame
-    assert json_grammar(demo_model, None, [Tool("f", hard), *strict])
+    assert json_grammar(calls, None, [Tool("f", hard), *strict])
 
 
-def test_schemas_are_checked_beyond_those_that_are_remembered(demo_model, monkeypatch, tmp_path):
+def test_schemas_are_checked_beyond_those_that_are_remembered(calls, monkeypatch, tmp_path):
     """Also in a folder with a module of that name, which is not imported."""
     monkeypatch.setattr(grammar_module, "KNOWN", 2)
     monkeypatch.setattr(grammar_module, "_known_faults", {})
@@ -221,10 +221,10 @@ def test_schemas_are_checked_beyond_those_that_are_remembered(demo_model, monkey
             Tool("new", {"const": number}),
             Tool("bad", {"type": 1}),
         ]
-        assert json_grammar(demo_model, None, tools)
+        assert json_grammar(calls, None, tools)
         assert len(grammar_module._known_faults) <= 2
     with pytest.raises(InputError, match="the tool bad"):
-        json_grammar(demo_model, None, [Tool("bad", {"type": 1}, strict=True)])
+        json_grammar(calls, None, [Tool("bad", {"type": 1}, strict=True)])
 
 
 @pytest.mark.parametrize("length", [30, 100, 917, 2480, 20000])
@@ -254,6 +254,11 @@ def test_the_text_of_control_tokens_is_text(demo_model, text):
         assert found.finish_reason == "stop"
         jsonschema_rs.validate(schema, json.loads(found.text))
         assert not set(found.token_ids) & set(demo_model.tokenizer.added_tokens_decoder)
+
+
+def test_tools_of_a_model_whose_calls_are_no_json(demo_model):
+    with pytest.raises(InputError, match="calls are no JSON"):
+        json_grammar(demo_model, None, TOOLS)
 
 
 def test_the_arguments_of_a_call_are_an_object(calls):
