@@ -21,11 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from ..generation.batch import PREFILL_BESIDE, TokenLogprob
-from ..generation.echo import Echo
+from ..generation.batch import TokenLogprob
 from ..model.block import make_cache
 from ..model.cache import twin_of
-from ..model.model import Model
 from ..model.prefix import Chunk, Prefix
 from ..steering.steering import UNSTEERED, Steering
 
@@ -224,38 +222,6 @@ class PromptReading:
         for cache, other in zip(caches, steered, strict=True):
             cache.shift = other.shift
         return caches
-
-
-class EchoReading:
-    """Reads a prompt whose log-probabilities are asked for, in place of a ``PromptReading``."""
-
-    cached_tokens, keeps_answer, next_chunk = 0, False, None
-
-    def __init__(self, model: Model, tokens: Sequence[int], steering: Steering | None, count: int):
-        self._echo = Echo(model, tokens, make_cache(model, steering, prompt=tokens), count)
-        self._reading = self._echo.read(PREFILL_BESIDE)
-        self._told: set[int] = set()
-        self.done = False
-
-    def rest(self) -> None:
-        """Return nothing: it is not read together with other prompts."""
-
-    def advance(self) -> int:
-        """Read a part and return its tokens; 0 when there is nothing left to read."""
-        count = next(self._reading, 0)
-        self.done = not count
-        return count
-
-    def caches(self) -> list[KVCache]:
-        """Return the caches of the tokens read."""
-        return list(self._echo.caches)
-
-    def echo(self, choice: int) -> tuple[TokenLogprob, ...]:
-        """Return the prompt's log-probabilities, once for each answer."""
-        if choice in self._told:
-            return ()
-        self._told.add(choice)
-        return tuple(self._echo.found)
 
 
 def _identity(steering: Steering | None) -> tuple[str, frozenset[int]]:

@@ -55,6 +55,12 @@ MaxTokens = Annotated[int, Field(ge=1, le=2**31)] | Literal[-1]
 Strength = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=64)]
 
 
+class _Open(BaseModel):
+    """An object whose unknown keys are left aside."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
 class SteeringField(BaseModel):
     """The field ``steering``; a key left out takes the vector's default."""
 
@@ -101,8 +107,7 @@ class SteeringField(BaseModel):
         return None if named is None else tuple(named)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class TextPart(_Open):
     type: Literal["text"]
     text: str
 
@@ -111,25 +116,22 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Object = dict[str, Any]
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class CalledFunction(_Open):
     name: str = Field(max_length=256)  # whatever a model has called
     arguments: str | Object = "{}"
 
 
-class ToolCallPart(BaseModel):
+class ToolCallPart(_Open):
     """A tool call in an earlier answer."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     function: CalledFunction
     id: str | None = None
     type: Literal["function"] | None = None
 
 
-class Message(BaseModel):
+class Message(_Open):
     """One message; its content is text. One of role ``tool`` is what a tool returned."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCallPart], Field(max_length=128, fail_fast=True)] | None = None
@@ -142,40 +144,30 @@ class Message(BaseModel):
         return self.content or ""
 
 
-class FunctionPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class FunctionPart(_Open):
     name: Name
     description: str | None = None
     parameters: Object | None = Field(None, description="JSON Schema of an object.")
     strict: bool | None = None
 
 
-class ToolPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class ToolPart(_Open):
     type: Literal["function"]
     function: FunctionPart
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-    name: str
-
-
-class NamedTool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class NamedTool(_Open):
     type: Literal["function"]
-    function: NamedFunction
+    function: CalledFunction
 
 
-class JsonSchemaPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class JsonSchemaPart(_Open):
     json_schema: Object | None = Field(None, alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Open):
     """Text, any JSON object, or JSON that matches a schema."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchemaPart | None = None
     object_schema: Object | None = Field(None, alias="schema", description="As llama.cpp has it.")
@@ -194,15 +186,13 @@ class ResponseFormat(BaseModel):
         return (self.object_schema or ANY_OBJECT) if self.type == "json_object" else None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class StreamOptions(_Open):
     include_usage: bool | None = None
 
 
-class CompletionFields(BaseModel):
+class CompletionFields(_Open):
     """The fields of both kinds of request."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = Field(None, description="A name as in /v1/models, or NAME@VECTOR=STRENGTH.")
     steering: SteeringField | None = None
     stream: bool | None = None

@@ -15,6 +15,7 @@ from mlx_lm.generate import generation_stream
 from ..errors import DenseSteerError
 from ..generation.batch import BESIDE, PREFILL_BESIDE, Batch, Piece
 from ..generation.brake import Brake
+from ..generation.echo import Echo
 from ..generation.grammar import Grammar
 from ..generation.logits import LogitBias
 from ..generation.sampling import Sampling
@@ -23,7 +24,7 @@ from ..model.block import additions
 from ..model.model import Model
 from ..steering.steering import Steering
 from .faults import Fault, bad, ending, failed
-from .prompt_cache import EchoReading, PromptCache, PromptReading
+from .prompt_cache import PromptCache, PromptReading
 
 UNWIRE = 300.0  # seconds without a request until the model's memory is no longer wired
 
@@ -83,7 +84,7 @@ class _TakenJob:
     """A job that waits, whose prompt is read, or whose rows run."""
 
     job: Job
-    reading: PromptReading | EchoReading | None = None
+    reading: PromptReading | Echo | None = None
 
 
 class Worker:
@@ -256,7 +257,7 @@ class Worker:
         for taken in self._reading:
             job = taken.job
             if job.echo:
-                taken.reading = EchoReading(self._model, job.tokens, job.steering, job.logprobs)
+                taken.reading = Echo(self._model, job.tokens, job.steering, job.logprobs)
             else:
                 taken.reading = self.prompts.read(job.tokens, job.steering, self._opens)
         next_chunks = Counter(taken.reading.next_chunk for taken in self._reading)
