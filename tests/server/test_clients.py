@@ -323,3 +323,33 @@ def test_a_real_model_calls_tools_steered_or_not(checkpoint):
         choice = server.chat("What is the weather in Rome?", **steered, **asked)["choices"][0]
         [call] = choice["message"]["tool_calls"]
         assert isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
+LITELLM = """
+import json, sys
+import litellm
+
+url, tools = sys.argv[1], json.loads(sys.argv[2])
+asked = {"model": "openai/calls", "api_base": url, "api_key": "unused", "max_tokens": 80, "messages": [{"role": "user", "content": "x"}]}
+calling = asked | {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+whole = litellm.completion(**calling).choices[0].message
+streamed = litellm.stream_chunk_builder([*litellm.completion(**calling, stream=True)]).choices[0].message
+form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [51]}, "strict": True}}
+told = [[call.function.name for call in one.tool_calls] for one in (whole, streamed)]
+told += [litellm.completion(**asked | more).choices[0].message.content for more in ({}, {"response_format": form})]
+print(json.dumps(told))
+"""
+
+
+def test_litellm(tmp_path_factory):
+    """Calls whole and streamed, text, JSON; in a process of its own, as it changes much that is global."""
+    pytest.importorskip("litellm", reason="litellm is not installed")
+    with calling_server(tmp_path_factory.mktemp("litellm")) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", LITELLM, f"{server.url}/v1", json.dumps(TOOLS)], capture_output=True, text=True,
+            timeout=120, env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole, streamed, text, answer = json.loads(done.stdout.splitlines()[-1])
+    assert whole == streamed and len(whole) == 1
+    assert (text, answer) == ("51", "51")
