@@ -21,7 +21,7 @@ from mlx_densesteer.model.prefix import Chunk, Prefix
 from mlx_densesteer.model.prompt import encode_prompt
 
 # Thousands of sequences take minutes: DENSESTEER_EXAMPLES=3000 scripts/test -k random_operations
-EXAMPLES = int(os.environ.get("DENSESTEER_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("DENSESTEER_EXAMPLES", "60"))
 
 
 @pytest.fixture(scope="module")
