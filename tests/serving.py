@@ -72,6 +72,20 @@ class Serving:
             time.sleep(0.005)
 
 
+RUNNING: list[Serving] = []
+
+
+def rest() -> None:
+    """Wait until the servers of other tests compute nothing, not even what they do when no request comes."""
+    deadline = time.monotonic() + 30
+    for one in RUNNING:
+        for slot in one.service.models._slots.values():
+            worker = slot.served.engine._loaded.result()
+            while worker._batch is not None and one.thread.is_alive():
+                assert time.monotonic() < deadline, "a server of another test does not come to rest"
+                time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def serving(
     model="demo",
@@ -133,9 +147,11 @@ def serving(
     thread.start()
     running.ask("/health")  # the socket listens: this waits for the server
     running.uvicorn = uvicorn[0]
+    RUNNING.append(running)
     try:
         yield running
     finally:
+        RUNNING.remove(running)
         running.uvicorn.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"

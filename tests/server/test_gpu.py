@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 from helpers import ROOT
 from metal_like import OUT_OF_MEMORY, TIMEOUT
 from server_process import server_process
-from serving import serving
+from serving import rest, serving
 
 import mlx_densesteer as ds
 from mlx_densesteer.errors import DenseSteerError
@@ -26,7 +26,13 @@ from mlx_densesteer.server.worker import Failed, Job, Said, Worker
 LONG = [10 + n % 50 for n in range(280)]  # too long to be read together with others
 
 
-pytestmark = pytest.mark.usefixtures("nothing_wired")
+pytestmark = pytest.mark.usefixtures("nothing_wired", "others_rest")
+
+
+@pytest.fixture
+def others_rest():
+    """What fails here fails in the whole process: a server of other tests that computes then would end."""
+    rest()
 
 
 def job(tokens, max_tokens=3, **options):
