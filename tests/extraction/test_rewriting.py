@@ -426,9 +426,10 @@ def test_requests_run_together_but_not_more_than_asked_for():
 
 def test_a_limit_of_requests_per_minute():
     with ChatServer() as server:
+        began = time.monotonic()
         ask(server, 4, at_once=4, per_minute=600)
-        gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
-        assert sum(gaps) > 0.25  # three gaps of 0.1 s, less what the threads' start costs
+        # three gaps of 0.1 s; a busy machine only adds to them
+        assert len(server.times) == 4 and max(server.times) - began > 0.28
 
 
 @pytest.mark.parametrize(
