@@ -252,7 +252,7 @@ class _Matching:
         self._start()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        # The token first, then the logits: the device computes these while this waits for that.
+        # Enqueue the token before the logits: the device computes the logits while Python waits for the token.
         read = tokens[self._skip :]
         mx.async_eval(read)
         mx.async_eval(logits)

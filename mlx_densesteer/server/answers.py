@@ -104,9 +104,7 @@ class Completions:
     def _brakes(self, asked: ChatRequest | CompletionRequest, encoded: Encoded) -> bool:
         """Tell whether repetition is cut off; in JSON it may be what the schema demands."""
         wish = None if asked.steering is None else asked.steering.brake
-        if wish is not None:
-            return wish
-        return encoded.grammar is None or encoded.grammar.answer is None
+        return not encoded.in_json if wish is None else wish
 
     def _jobs(
         self,
@@ -201,9 +199,8 @@ async def answer(
     Raises:
         Fault: as ``Completions.answer``, or the model cannot be had.
     """
-    prompts = asked.prompt if isinstance(asked, CompletionRequest) else ""
-    several = isinstance(prompts, list) and not isinstance(prompts[0], int)
-    answers = (asked.n or 1) * (len(prompts) if several else 1)
+    prompts = len(asked.prompts) if isinstance(asked, CompletionRequest) else 1
+    answers = (asked.n or 1) * prompts
     ignored = check_extra(asked)
     with ExitStack() as held:
         lease = held.enter_context(models.lease(asked.model, answers))

@@ -83,8 +83,7 @@ class Encoder:
 
     def call_reader(self, encoded: "Encoded") -> Callable[[], CallReader]:
         """Return what makes a reader of the tool calls in one answer."""
-        bare = encoded.grammar is None or encoded.grammar.answer is None
-        options = {"several": encoded.several, "bare": bare}
+        options = {"several": encoded.several, "bare": not encoded.in_json}
         return partial(CallReader, self._tokenizer, encoded.tools, **options)
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
@@ -99,10 +98,7 @@ class Encoder:
             prompt = self._check(self._chat(request.messages, tools), "messages")
             several = request.parallel_tool_calls is not False
             return Encoded([prompt], tools, bias=bias, several=several)
-        prompt = request.prompt
-        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        prompts = [self._prompt(one) for one in (prompt if several else [prompt])]
-        return Encoded(prompts, bias=bias)
+        return Encoded([self._prompt(one) for one in request.prompts], bias=bias)
 
     def _tools(self, request: ChatRequest) -> list[dict[str, object]]:
         """Return the tools that the answer may call, for the chat template."""
@@ -203,6 +199,11 @@ class Encoded:
     grammar: Grammar | None = None
     bias: LogitBias | None = None
     several: bool = True  # calls in one answer
+
+    @property
+    def in_json(self) -> bool:
+        """Whether the answers have to match a schema."""
+        return self.grammar is not None and self.grammar.answer is not None
 
 
 def _plain(message: Message) -> dict[str, object]:

@@ -326,6 +326,12 @@ class CompletionRequest(CompletionFields):
     echo: bool | None = Field(None, description="Begin with the prompt, and its log-probabilities.")
 
     @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    @property
     def alternatives(self) -> int | None:
         """As in ``ChatRequest``."""
         return self.logprobs
