@@ -32,7 +32,7 @@ def install(
     """
     from ..model.config import read_config
     from ..model.model import find
-    from ..server.launch_agent import agent, install, log, path, protected
+    from .launch_agent import agent, install, log, path, protected
 
     if key_in_environment:
         raise click.UsageError(
@@ -65,7 +65,7 @@ def install(
 
 def uninstall() -> None:
     """Stop and remove the agent."""
-    from ..server.launch_agent import uninstall
+    from .launch_agent import uninstall
 
     if sys.platform != "darwin":
         raise click.ClickException("only macOS has launchd agents; there is none to remove here.")

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from xml.parsers.expat import ExpatError
 
 from ..errors import DenseSteerError, InputError
 from ..files import atomic_file, disk_errors
@@ -27,13 +26,6 @@ KEPT = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")  # environment variables to 
 PROTECTED = (
     "Documents", "Desktop", "Downloads", "Library/Mobile Documents", "Library/CloudStorage", "/Volumes",
 )  # fmt: skip
-
-# The types of the keys, from launchd.plist(5).
-_TYPES: Mapping[str, type] = {
-    "Label": str, "ProgramArguments": list, "RunAtLoad": bool, "KeepAlive": dict,
-    "ThrottleInterval": int, "ExitTimeOut": int, "ProcessType": str, "WorkingDirectory": str, "StandardErrorPath": str,
-    "StandardOutPath": str, "EnvironmentVariables": dict,
-}  # fmt: skip
 
 
 def agent(
@@ -65,11 +57,9 @@ def agent(
     if kept := {name: environment[name] for name in KEPT if name in environment}:
         document["EnvironmentVariables"] = kept
     try:
-        made = plistlib.dumps(document)
-    except (TypeError, ValueError, OverflowError) as error:
+        return plistlib.dumps(document)
+    except ValueError as error:
         raise InputError(f"the agent cannot be written as a property list ({error}).") from error
-    check(made)
-    return made
 
 
 def _lasting(program: str) -> str:
@@ -88,23 +78,6 @@ def protected(made: bytes, *, home: Path) -> list[str]:
         if path.is_absolute()
         and any(p.is_relative_to(f) for p in (path, path.resolve()) for f in folders)
     ]
-
-
-def check(made: bytes) -> None:
-    """Check that launchd can read a property list.
-
-    Raises:
-        InputError: it is not a property list, or a key is unknown or has the wrong type.
-    """
-    try:
-        document = plistlib.loads(made)
-    except (plistlib.InvalidFileException, ExpatError, ValueError) as error:
-        raise InputError(f"the agent is not a property list ({error}).") from error
-    wrong = [k for k, kind in _TYPES.items() if k in document and type(document[k]) is not kind]
-    wrong += [k for k in document if k not in _TYPES]
-    arguments = document.get("ProgramArguments") or []
-    if wrong or not document.get("Label") or not all(type(one) is str for one in arguments):
-        raise InputError(f"the agent has keys that launchd does not read: {', '.join(wrong)}.")
 
 
 def path(home: Path) -> Path:
