@@ -120,10 +120,11 @@ def serving(
         models=models,
         keep=keep,
         unload=unload,
+        cache_bytes=256 * 2**20,
     )
     if given is None:
         given = demo_vector() if model else []
-    service = start(model and str(model), given, settings, cache_bytes=256 * 2**20)
+    service = start(model and str(model), given, settings)
     listener = open_socket("127.0.0.1", 0)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -156,7 +157,9 @@ def serving(
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"
         assert not service.models.alive, "the model's thread did not end in time"
-        service.models.close()
+        for slot in service.models._slots.values():
+            if slot.state != "ending":
+                slot.served.close()
 
 
 def demo_vector():

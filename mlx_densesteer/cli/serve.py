@@ -241,8 +241,10 @@ def serve(
         models=models,
         keep=keep,
         unload=None if idle is None else 60 * idle,
+        cache_bytes=prompt_cache * 2**20,
+        exact=exact,
     )
-    service = start(model, given, settings, cache_bytes=prompt_cache * 2**20, exact=exact)
+    service = start(model, given, settings)
     what = _tell_models(service.models) if models is not None else settings.name
     if service.vectors is not None:
         _tell_vectors(service.vectors, given)

@@ -7,7 +7,7 @@ message becomes the tokens of these ten characters. Only the chat template write
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -213,6 +213,37 @@ def turn_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
         return frozenset()
     control = _control(tokenizer)
     return frozenset(control.ids[t] for t in control.token.findall(_render(tokenizer, [_QUESTION])))
+
+
+def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Return the control token that begins a message, if the chat template has one.
+
+    Raises:
+        ModelError: the chat template cannot be used.
+    """
+    if not tokenizer.has_chat_template:
+        return frozenset()
+    first = encode_prompt(tokenizer, "?")[0]
+    return frozenset([first]) & frozenset(tokenizer.get_added_vocab().values())
+
+
+def bytes_of_token(tokenizer: TokenizerWrapper, token: int) -> bytes:
+    """Return a token's bytes: exact for a byte-level vocabulary, else those of its text."""
+    name, table = tokenizer.convert_ids_to_tokens(token), _byte_of()
+    if name is not None and all(c in table for c in name):
+        return bytes(table[c] for c in name)
+    return decode(tokenizer, [token]).encode()
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """Return the byte of each character in a byte-level vocabulary's names (GPT-2's table).
+
+    A printable character of Latin-1 is itself; U+0100 and on are the other bytes, in order.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def check_ids(tokens: Sequence[int], vocabulary: int, what: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -14,14 +15,15 @@ from starlette.types import Receive, Scope, Send
 
 from .._version import __version__
 from ..generation.brake import Brake
+from ..model.prompt import bytes_of_token
 from .encoding import Encoded, Encoder
 from .engine import Engine
 from .faults import Fault
 from .replies import Completion
 from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
-from .vectors import Asked, Thinking, Vectors
-from .worker import Event, Failed, Job, Said
+from .vectors import Asked, Vectors
+from .worker import Event, Failed, Job, Said, Taken
 
 if TYPE_CHECKING:
     from .models import Lease, Models
@@ -48,14 +50,10 @@ class Completions:
         Raises:
             Fault: the request is refused, or its answer cannot be finished.
         """
-        ignored = list(ignored)
-        steering, limit = self.vectors.asked(asked.model, asked.steering), None
+        ignored, limit = list(ignored), None
+        steering = self.vectors.asked(asked.model, asked.steering)
         if isinstance(asked, ChatRequest):
-            steers = asked.steering is not None or "@" in (asked.model or "")
-            wish = Thinking(
-                asked.reasoning_effort, asked.thinking_budget, asked.thinking_budget_hard
-            )
-            steering, limit, unused = self.vectors.thinking(steering, steers, wish)
+            steering, limit, unused = self.vectors.thinking(steering, asked)
             ignored += unused
         encoded = await self.encoder.encode(asked)
         if getattr(asked, "offered", None) and not encoded.tools:
@@ -69,7 +67,7 @@ class Completions:
             fingerprint=f"mlx-densesteer-{__version__}-{self.vectors.model.fingerprint[:8]}",
             choices=sum(job.n for job in jobs),
             n=asked.n or 1,
-            token_bytes=self.encoder.token_bytes,
+            token_bytes=partial(bytes_of_token, self.vectors.model.tokenizer),
             steering=self.vectors.describe(steering.steering) if steering else None,
             with_usage=bool(asked.stream and asked.wants_usage),
             calls=self.encoder.call_reader(encoded) if encoded.tools else None,
@@ -83,8 +81,8 @@ class Completions:
                     for job, said in early:
                         completion.add(job.first, said)
                     while not completion.complete:
-                        job, event = await watch.first(inbox.get())
-                        completion.add(job.first, _said(event))
+                        job, said = await watch.first(_next(inbox))
+                        completion.add(job.first, said)
                     body = completion.whole(asked.alternatives is not None)
                     return JSONResponse(body, headers=headers)
             lines = self._stream(completion, early, inbox, asked.wants_usage)
@@ -101,11 +99,6 @@ class Completions:
             return steering
         return replace(steering, steering=replace(steering.steering, calls=False))
 
-    def _brakes(self, asked: ChatRequest | CompletionRequest, encoded: Encoded) -> bool:
-        """Tell whether repetition is cut off; in JSON it may be what the schema demands."""
-        wish = None if asked.steering is None else asked.steering.brake
-        return not encoded.in_json if wish is None else wish
-
     def _jobs(
         self,
         asked: ChatRequest | CompletionRequest,
@@ -118,7 +111,9 @@ class Completions:
         echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         if encoded.tools and asked.parallel_tool_calls is False:
             stops += self.encoder.call_ends
-        brakes = steering is not None and self._brakes(asked, encoded)
+        brakes = None if asked.steering is None else asked.steering.brake
+        if brakes is None:  # in JSON, repetition may be what the schema demands
+            brakes = not encoded.in_json
         return [
             Job(
                 tokens=tokens,
@@ -132,7 +127,7 @@ class Completions:
                 think_limit=think_limit,
                 grammar=encoded.grammar,
                 bias=encoded.bias,
-                brake=Brake() if brakes else None,
+                brake=Brake() if brakes and steering else None,
                 echo=echo and asked.logprobs is not None,
             )
             for number, tokens in enumerate(encoded.prompts)
@@ -147,9 +142,7 @@ class Completions:
         """
         taken, early = 0, []
         while taken < len(jobs):
-            job, event = await watch.first(inbox.get())
-            if isinstance(event, Failed):
-                raise event.fault
+            job, event = await watch.first(_next(inbox))
             if isinstance(event, Said):
                 early.append((job, event))
             else:
@@ -170,8 +163,7 @@ class Completions:
         while not completion.complete:
             try:
                 async with asyncio.timeout(max(0.0, told + ping - time.monotonic())):
-                    job, event = early.pop(0) if early else await inbox.get()
-                said = _said(event)
+                    job, said = early.pop(0) if early else await _next(inbox)
             except TimeoutError:
                 yield b": still at work\n\n"
                 told = time.monotonic()
@@ -297,12 +289,12 @@ class _Watch:
             pass
 
 
-def _said(event: Event) -> Said:
-    """Return the piece of an answer; raise the fault of a failed job."""
+async def _next(inbox: Inbox) -> tuple[Job, Taken | Said]:
+    """Return the next event of a job that goes on; raise the fault of one that failed."""
+    job, event = await inbox.get()
     if isinstance(event, Failed):
         raise event.fault
-    assert isinstance(event, Said)
-    return event
+    return job, event
 
 
 def _event(body: dict[str, object]) -> bytes:

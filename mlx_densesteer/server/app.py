@@ -16,13 +16,14 @@ from starlette.routing import Route
 from starlette.schemas import BaseSchemaGenerator
 from starlette.types import ASGIApp
 
+from .. import demo
 from .._version import __version__
+from . import overview
 from .answers import answer, wait_for
 from .body import read_json
 from .faults import Fault, internal
 from .guard import guarded
 from .models import Models
-from .overview import entry
 from .schema import ChatRequest, CompletionRequest, ErrorBody
 from .settings import Settings
 
@@ -73,20 +74,23 @@ def build(settings: Settings, served: Models) -> ASGIApp:
     async def model(request: Request) -> Response:
         """Return one model, listed or not."""
         name = request.path_params["name"]
-        if not name:
-            return JSONResponse(served.listing())
         base = served.name_of(name)
         if "@" not in name and served.several and served.states().get(base) != "loaded":
-            return JSONResponse(entry(base, loaded=False))
+            return JSONResponse(overview.entry(base, loaded=False))
         with served.lease(name) as lease:
             await wait_for(lease, request)
-            return JSONResponse(lease.served.overview.model(name))
+            return JSONResponse(overview.model(lease.served.vectors, name))
 
     async def steering(request: Request) -> Response:
         """List the vectors and presets of one model, with their defaults and measurements."""
         with served.lease(request.query_params.get("model")) as lease:
             await wait_for(lease, request)
-            return JSONResponse(lease.served.overview.steering())
+            listed = overview.steering(
+                lease.served.vectors,
+                max_tokens=limits.max_tokens,
+                toy=lease.served.place == demo.NAME,
+            )
+            return JSONResponse(listed)
 
     async def health(request: Request) -> Response:
         """Report whether the server is up, and how many answers run and wait."""
@@ -123,6 +127,7 @@ def build(settings: Settings, served: Models) -> ASGIApp:
         Route("/openapi.json", openapi, include_in_schema=False),
         Route("/health", health),
         Route("/v1/models", models),
+        Route("/v1/models/", models, include_in_schema=False),
         Route("/v1/models/{name:path}", model),
         Route("/v1/steering", steering),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),

@@ -1,14 +1,12 @@
-"""Encode messages and text as token ids, and write tokens as bytes for log-probabilities."""
+"""Encode messages and text as token ids, and compile what their answers have to match."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ContextError, InputError, ModelError
 from ..files import parse_json
@@ -24,7 +22,7 @@ from ..generation.grammar import (
 from ..generation.logits import LogitBias
 from ..model.marks import marks_of
 from ..model.model import Model
-from ..model.prompt import decode, encode_chat, encode_prompt, render_chat
+from ..model.prompt import decode, encode_chat, render_chat
 from .faults import bad
 from .schema import ChatRequest, CompletionRequest, Message, ToolCallPart
 
@@ -57,13 +55,6 @@ class Encoder:
         for thread in (self._thread, self._compiler):
             thread.shutdown(wait=False, cancel_futures=True)
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return a token's bytes: exact for a byte-level vocabulary, else those of its text."""
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is not None and all(c in self._byte_of for c in name):
-            return bytes(self._byte_of[c] for c in name)
-        return decode(self._tokenizer, [token]).encode()
-
     @cached_property
     def knows_calls(self) -> bool:
         """Whether the model's marks tell where a tool call is, so that its text can be left unsteered."""
@@ -88,11 +79,9 @@ class Encoder:
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> "Encoded":
         bias = request.bias
-        try:
-            if bias is not None:
+        if bias is not None:
+            with _refused("logit_bias"):
                 bias.check(self._vocabulary)
-        except InputError as error:
-            raise bad(str(error), "logit_bias") from error
         if isinstance(request, ChatRequest):
             tools = self._tools(request)
             prompt = self._check(self._chat(request.messages, tools), "messages")
@@ -145,49 +134,30 @@ class Encoder:
     def _prompt(self, prompt: str | list[int]) -> list[int]:
         """Return the token ids of one text or of one list of token ids."""
         if isinstance(prompt, str):
-            self._check_length([prompt], "prompt")
+            with _refused("prompt"):
+                self._model.check_length(prompt)
             return self._check(self._tokenizer.encode(prompt) if prompt else [], "prompt")
         if max(prompt) >= self._vocabulary:
             raise bad(f"a token id is too large: expected less than {self._vocabulary}.", "prompt")
         return self._check(list(prompt), "prompt")
-
-    def _check_length(self, texts: Sequence[str], param: str) -> None:
-        try:
-            self._model.check_length(*texts)
-        except ContextError as error:
-            raise bad(str(error), param, "context_length_exceeded") from error
 
     def _chat(self, messages: Sequence[Message], tools: list[dict[str, object]]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise bad("this model has no chat template: use /v1/completions.", "messages")
         if not any(one.role == "user" and one.text.strip() for one in messages):
             raise bad("no message of the user has text: expected at least one.", "messages")
-        self._check_length([one.text for one in messages], "messages")
         options = {"tools": tools} if tools else {}
-        try:
+        with _refused("messages"):
+            self._model.check_length(*(one.text for one in messages))
             text = render_chat(self._tokenizer, [*map(_plain, messages)], **options)
             return encode_chat(self._tokenizer, text)
-        except InputError as error:
-            raise bad(str(error), "messages") from error
 
     def _check(self, tokens: list[int], param: str) -> list[int]:
         if not tokens:
             raise bad("the prompt is empty: expected at least one token.", param)
-        try:
+        with _refused(param):
             self._model.room(len(tokens), 1)
-        except ContextError as error:
-            raise bad(str(error), param, "context_length_exceeded") from error
         return tokens
-
-    @cached_property
-    def _byte_of(self) -> dict[str, int]:
-        """The byte of each character in a byte-level vocabulary's names (GPT-2's table).
-
-        A printable character of Latin-1 is itself; U+0100 and on are the other bytes, in order.
-        """
-        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in plain]
-        return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 @dataclass(frozen=True)
@@ -204,6 +174,16 @@ class Encoded:
     def in_json(self) -> bool:
         """Whether the answers have to match a schema."""
         return self.grammar is not None and self.grammar.answer is not None
+
+
+@contextlib.contextmanager
+def _refused(param: str) -> Iterator[None]:
+    """Refuse a request for what the library says of its field ``param``."""
+    try:
+        yield
+    except InputError as error:
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        raise bad(str(error), param, code) from error
 
 
 def _plain(message: Message) -> dict[str, object]:
@@ -231,15 +211,3 @@ def _arguments(call: ToolCallPart) -> object:
         with contextlib.suppress(InputError):
             return parse_json(arguments, "arguments")
     return arguments
-
-
-def opening_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the special token that begins a message, if the chat template has one.
-
-    Raises:
-        ModelError: the chat template cannot be used.
-    """
-    if not tokenizer.has_chat_template:
-        return frozenset()
-    first = encode_prompt(tokenizer, "?")[0]
-    return frozenset([first]) & frozenset(tokenizer.get_added_vocab().values())

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import mlx.core as mx
 
-from .faults import Fault, bad, ending, failed, internal
+from .faults import bad, busy, ending, failed, internal
 from .worker import Event, Failed, Job, Told, Worker
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,11 @@ class Engine:
         if self._ending or not self.alive:
             raise ending()
         count = sum(job.n for job in jobs)
+        if count > self._room:
+            message = f"{count} answers in one request: this server has room for {self._room}."
+            raise bad(message, "n")
         if self.promised + count > self._room:
-            raise self._busy(count)
+            raise busy(self.promised, "run or wait", self.rows)
         inbox: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         worker = self._loaded.result()
         for job in jobs:
@@ -152,17 +155,6 @@ class Engine:
         self._ended.wait()
         self._may_go.set()
         self._thread.join()
-
-    def _busy(self, count: int) -> Fault:
-        if count > self._room:
-            message = f"{count} answers in one request: this server has room for {self._room}."
-            return bad(message, "n")
-        seconds = max(1, min(30, self.promised // max(1, self.rows) * 2))
-        message = (
-            f"{self.promised} answers run or wait, as many as this server has room for. Try again in "
-            f"{seconds} seconds."
-        )
-        return Fault(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
     def _run(self) -> None:
         try:

@@ -65,6 +65,13 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+def busy(answers: int, what: str, rows: int) -> Fault:
+    """Return the 429 for a request that finds ``answers`` before it, as many as there is room for."""
+    seconds = max(1, min(30, answers // max(1, rows) * 2))
+    message = f"{answers} answers {what}, as many as this server has room for. Try again in {seconds} seconds."
+    return Fault(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+
+
 def ending() -> Fault:
     """Return the 503 that a client gets while the server shuts down."""
     return Fault(503, "the server is shutting down.", code="shutting_down")

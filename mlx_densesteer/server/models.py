@@ -9,6 +9,7 @@ for ever; when its model is loaded, all that wait for the same one get it togeth
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import DenseSteerError, ModelTooLargeError
-from .faults import Fault, bad, ending, excerpt, out_of_memory
-from .overview import entry
+from . import overview
+from .faults import Fault, bad, busy, ending, excerpt, out_of_memory
 from .settings import Settings
 from .vectors import NAME
 
@@ -88,8 +89,6 @@ class Models:
 
     def __init__(self, settings: Settings, made: "Callable[[str], Served]", *, has_first: bool):
         self._settings, self._made, self._has_first = settings, made, has_first
-        limits = settings.limits
-        self._rows, self._room = limits.rows, limits.rows + limits.queue
         self._slots: dict[str, _Slot] = {}  # the model that was used last is the last one
         self._waiting: list[Lease] = []
         self._latest: str | None = None  # the model that was loaded last
@@ -182,8 +181,10 @@ class Models:
         found: list[object] = []
         for name in self.names():
             slot = self._slots.get(name)
-            loaded = slot is not None and slot.state == "loaded"
-            found += slot.served.overview.models() if loaded else [entry(name, loaded=False)]
+            if slot is not None and slot.state == "loaded":
+                found += overview.models(slot.served.vectors)
+            else:
+                found.append(overview.entry(name, loaded=False))
         return {"object": "list", "data": found}
 
     def lease(self, asked: str | None, answers: int = 1) -> Lease:
@@ -197,9 +198,10 @@ class Models:
         lease = Lease(self, self.name_of(asked), answers)
         self._waiting.append(lease)
         self._advance()
-        if lease in self._waiting[1:] and self._queued > self._room:
+        rows = self._settings.limits.rows
+        if lease in self._waiting[1:] and self._queued > rows + self._settings.limits.queue:
             self._waiting.remove(lease)
-            raise self._busy(lease)
+            raise busy(self._queued, "wait for models that are not in memory", rows)
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -233,13 +235,6 @@ class Models:
                 slot.served.engine.end()
         self._ended = True
 
-    def close(self) -> None:
-        """End all threads after ``end``, in a process that goes on."""
-        for slot in self._slots.values():
-            if slot.state != "ending":
-                slot.served.close()
-        self._slots.clear()
-
     @property
     def _queued(self) -> int:
         return sum(lease.answers for lease in self._waiting)
@@ -250,7 +245,8 @@ class Models:
     def _folders(self) -> list[Path]:
         with contextlib.suppress(OSError):  # the folder is away
             found = sorted(self._settings.models.iterdir()) if self.several else []
-            return [path for path in found if _is_model(path)]
+            # unlike ``Path.is_file`` it does not raise for a folder that may not be read
+            return [path for path in found if os.path.isfile(path / "config.json")]  # noqa: PTH113
         return []
 
     def _advance(self) -> None:
@@ -326,20 +322,6 @@ class Models:
         finally:
             del self._slots[slot.name]
             self._advance()
-
-    def _busy(self, lease: Lease) -> Fault:
-        seconds = max(1, min(30, self._queued // max(1, self._rows) * 2))
-        message = (
-            f"{self._queued} answers wait for models that are not in memory, as many as this server has room "
-            f"for. Try again in {seconds} seconds."
-        )
-        return Fault(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
-
-
-def _is_model(folder: Path) -> bool:
-    with contextlib.suppress(OSError):  # a folder that may not be read
-        return (folder / "config.json").is_file()
-    return False
 
 
 def _listed(names: list[str]) -> str:

@@ -11,136 +11,48 @@ from ..generation.batch import TokenLogprob
 from ..generation.calls import CallReader, ToolCall
 from .worker import Said
 
-TokenBytes = Callable[[int], bytes]
-
 LEAST = -9999.0  # OpenAI's log-probability of an impossible token; JSON has no infinity
 
 
 @dataclass
-class Completion:
-    """The response to one chat or completion request, while its choices are generated.
+class _Choice:
+    """One answer while it is generated."""
 
-    Args:
-        choices: number of answers, ``n`` for each prompt.
-        steering: what is applied, as JSON; ``None`` is the stock model.
-        with_usage: end the stream with the usage; its other chunks have ``"usage": null``.
-        echo: the prompts, if each answer begins with its own.
-        calls: makes a reader of the tool calls in one answer; ``None`` if there are no tools.
-    """
+    prompt: str  # with which it begins, until that is told
+    reader: CallReader | None
+    result: Generation | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    length: int = 0  # characters with log-probabilities that were told
+    thought: int = 0  # characters of the thought that were told
+    answer: int = 0  # characters of the answer that were read
+    content: str = ""  # the answer without its tool calls
 
-    chat: bool
-    model: str
-    fingerprint: str
-    choices: int
-    n: int
-    token_bytes: TokenBytes
-    steering: dict[str, object] | None = None
-    with_usage: bool = False
-    calls: Callable[[], CallReader] | None = None
-    echo: Sequence[str] = ()
-    results: dict[int, Generation] = field(default_factory=dict)  # by choice
-    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by choice
-    cached: dict[int, int] = field(default_factory=dict)  # tokens, by the prompt's first choice
+    def echo(self) -> str:
+        """Return the prompt, once."""
+        prompt, self.prompt = self.prompt, ""
+        return prompt
 
-    def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self._began, self._first = time.perf_counter(), 0.0
-        self._lengths: dict[int, int] = {}  # characters with log-probabilities so far, by choice
-        self._told: dict[int, tuple[int, int]] = {}  # characters of thought and answer, by choice
-        self._readers: dict[int, CallReader] = {}  # by choice
-        self._echoed: set[int] = set()
-        self._contents: dict[int, str] = {}  # the answers without their tool calls, by choice
-
-    def add(self, first: int, said: Said) -> None:
-        """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
-        self._first = self._first or time.perf_counter() - self._began
-        self.cached[first] = said.cached_tokens
-        self.logprobs.setdefault(said.choice, []).extend(said.piece.logprobs)
-        if said.piece.result:
-            self.results[said.choice] = said.piece.result
-
-    @property
-    def complete(self) -> bool:
-        return len(self.results) == self.choices
-
-    def whole(self, with_logprobs: bool) -> dict[str, object]:
-        """Return the body of a response that is not streamed."""
-        choices = []
-        for index in sorted(self.results):
-            result = self.results[index]
-            logprobs = self._logprobs(index, self.logprobs[index]) if with_logprobs else None
-            choice: dict[str, object] = {"index": index}
-            if self.chat:
-                choice["message"] = self._message(index, result)
-            else:
-                choice["text"] = self._echo(index) + result.text
-            choices.append(choice | {"logprobs": logprobs} | self._ended(index, result))
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
-
-    def opening(self) -> list[dict[str, object]]:
-        """Return the first chunks of a stream: the role, and the steering."""
-        if not self.chat:
-            return []
-        delta = {"role": "assistant", "content": ""}
-        choices = [
-            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
-            for i in range(self.choices)
-        ]
-        return [self._chunk(choices) | {"steering": self.steering}]
-
-    def chunks(self, said: Said) -> list[dict[str, object]]:
-        """Return one piece as a chunk, or none while it has nothing to tell; a choice's last one says why it ended.
-
-        Tool calls are in a chunk without text: Continue reads one or the other.
-        """
-        index, piece, chunks = said.choice, said.piece, []
-        logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
-        choice: dict[str, object] = {"index": index, "logprobs": logprobs, "finish_reason": None}
-        if self.chat:
-            delta = self._delta(index, *piece.shown, piece.result)
-            if "content" in delta and "tool_calls" in delta:
-                chunks = [self._chunk([choice | {"delta": {"content": delta.pop("content")}}])]
-                choice["logprobs"] = None
-            choice["delta"] = delta
-        else:
-            choice["text"] = self._echo(index) + piece.text
-        if piece.result is None:
-            silent = self.chat and not choice["delta"] and not logprobs  # a call that is not whole
-            return chunks if silent else [*chunks, self._chunk([choice])]
-        choice |= self._ended(index, piece.result)
-        return [*chunks, self._chunk([choice]) | {"steering": self.steering}]
-
-    def _echo(self, choice: int) -> str:
-        """Return the prompt, once for each choice."""
-        if not self.echo or choice in self._echoed:
-            return ""
-        self._echoed.add(choice)
-        return self.echo[choice // self.n]
-
-    def _delta(
-        self, choice: int, thought: str | None, answer: str, result: Generation | None = None
-    ) -> dict[str, object]:
-        """Return what is new of an answer; ``result`` once it is whole."""
-        thought = thought or ""
-        of_thought, of_answer = self._told.get(choice, (0, 0))
-        self._told[choice] = len(thought), len(answer)
-        new: dict[str, object] = {"reasoning_content": thought[of_thought:]}
-        new["content"] = answer[of_answer:]
-        if self.calls is not None:
-            reader = self._readers.setdefault(choice, self.calls())
-            first = len(reader.calls)
+    def delta(self, thought: str | None, answer: str) -> dict[str, object]:
+        """Return what is new of an answer."""
+        thought, result = thought or "", self.result
+        new: dict[str, object] = {"reasoning_content": thought[self.thought :]}
+        content = answer[self.answer :]
+        self.thought, self.answer = len(thought), len(answer)
+        if self.reader is not None:
+            first = len(self.reader.calls)
             stopped = result is not None and result.finish_reason == "stop"
-            new["content"], calls = reader.read(answer, ended=result is not None, stopped=stopped)
+            content, calls = self.reader.read(answer, ended=result is not None, stopped=stopped)
             new["tool_calls"] = [
                 {"index": number} | _call(one) for number, one in enumerate(calls, first)
             ]
-        self._contents[choice] = self._contents.get(choice, "") + new["content"]
+        self.content += content
+        new["content"] = content
         return {name: value for name, value in new.items() if value}
 
-    def _message(self, choice: int, result: Generation) -> dict[str, object]:
-        new = self._delta(choice, result.thought, result.answer, result)
+    def message(self) -> dict[str, object]:
+        """Return the message of an answer that is not streamed."""
+        result = self.result
+        new = self.delta(result.thought, result.answer)
         calls = [
             {k: v for k, v in one.items() if k != "index"} for one in new.get("tool_calls", ())
         ]
@@ -148,17 +60,17 @@ class Completion:
         message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["tool_calls"] = calls
-        return (
-            message if result.thought is None else message | {"reasoning_content": result.thought}
-        )
+        if result.thought is not None:
+            message["reasoning_content"] = result.thought
+        return message
 
-    def _ended(self, choice: int, result: Generation) -> dict[str, object]:
+    def ended(self, *, chat: bool) -> dict[str, object]:
         """Return why an answer ended, where its steps begin, the answer that it marks, and its brakes."""
-        text = self._contents.get(choice, "") if self.chat else result.text
-        called = choice in self._readers and self._readers[choice].calls
-        reason = "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
+        result = self.result
+        text = self.content if chat else result.text
+        called = self.reader is not None and self.reader.calls and result.finish_reason == "stop"
         found = {
-            "finish_reason": reason,
+            "finish_reason": "tool_calls" if called else result.finish_reason,
             "step_starts": step_starts(text),
             "stated_answer": stated_answer(text),
         }
@@ -170,6 +82,103 @@ class Completion:
             found["thinking_limit"] = result.thought_limit
         return found
 
+
+@dataclass
+class Completion:
+    """The response to one chat or completion request, while its choices are generated.
+
+    Args:
+        choices: number of answers, ``n`` for each prompt.
+        steering: what is applied, as JSON; ``None`` is the stock model.
+        with_usage: end the stream with the usage; its other chunks have ``"usage": null``.
+        calls: makes a reader of the tool calls in one answer; ``None`` if there are no tools.
+        echo: the prompts, if each answer begins with its own.
+    """
+
+    chat: bool
+    model: str
+    fingerprint: str
+    choices: int
+    n: int
+    token_bytes: Callable[[int], bytes]
+    steering: dict[str, object] | None = None
+    with_usage: bool = False
+    calls: Callable[[], CallReader] | None = None
+    echo: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._began, self._first = time.perf_counter(), 0.0
+        self._cached: dict[int, int] = {}  # tokens, by the prompt's first choice
+        self._choices = [
+            _Choice(self.echo[i // self.n] if self.echo else "", self.calls and self.calls())
+            for i in range(self.choices)
+        ]
+
+    def add(self, first: int, said: Said) -> None:
+        """Add a piece of one choice; ``first`` is the first choice of the same prompt."""
+        self._first = self._first or time.perf_counter() - self._began
+        self._cached[first] = said.cached_tokens
+        choice = self._choices[said.choice]
+        choice.logprobs += said.piece.logprobs
+        choice.result = said.piece.result
+
+    @property
+    def complete(self) -> bool:
+        return all(choice.result for choice in self._choices)
+
+    def whole(self, with_logprobs: bool) -> dict[str, object]:
+        """Return the body of a response that is not streamed."""
+        choices = []
+        for index, choice in enumerate(self._choices):
+            logprobs = self._logprobs(choice, choice.logprobs) if with_logprobs else None
+            told: dict[str, object] = {"index": index}
+            if self.chat:
+                told["message"] = choice.message()
+            else:
+                told["text"] = choice.echo() + choice.result.text
+            choices.append(told | {"logprobs": logprobs} | choice.ended(chat=self.chat))
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._frame(kind, choices) | {"usage": self.usage(), "steering": self.steering}
+
+    def opening(self) -> list[dict[str, object]]:
+        """Return the first chunks of a stream: the role, and the steering."""
+        if not self.chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        choices = [
+            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
+            for i in range(len(self._choices))
+        ]
+        return [self._chunk(choices) | {"steering": self.steering}]
+
+    def chunks(self, said: Said) -> list[dict[str, object]]:
+        """Return one piece as a chunk, or none while it has nothing to tell; a choice's last one says why it ended.
+
+        Tool calls are in a chunk without text: Continue reads one or the other.
+        """
+        choice, piece, chunks = self._choices[said.choice], said.piece, []
+        logprobs = self._logprobs(choice, piece.logprobs) if piece.logprobs else None
+        told: dict[str, object] = {
+            "index": said.choice,
+            "logprobs": logprobs,
+            "finish_reason": None,
+        }
+        if self.chat:
+            delta = choice.delta(*piece.shown)
+            if "content" in delta and "tool_calls" in delta:
+                chunks = [self._chunk([told | {"delta": {"content": delta.pop("content")}}])]
+                told["logprobs"] = None
+            told["delta"] = delta
+        else:
+            told["text"] = choice.echo() + piece.text
+        if piece.result is None:
+            silent = self.chat and not told["delta"] and not logprobs  # a call that is not whole
+            return chunks if silent else [*chunks, self._chunk([told])]
+        told |= choice.ended(chat=self.chat)
+        return [*chunks, self._chunk([told]) | {"steering": self.steering}]
+
     def last(self) -> dict[str, object]:
         """Return the chunk that carries the usage."""
         return self._chunk([]) | {"usage": self.usage(), "steering": self.steering}
@@ -179,8 +188,8 @@ class Completion:
 
         The time to the first token starts at the request, so it includes the queue.
         """
-        results = list(self.results.values())
-        prompt = sum(self.results[i].prompt_tokens for i in range(0, self.choices, self.n))
+        results = [choice.result for choice in self._choices if choice.result]
+        prompt = sum(result.prompt_tokens for result in results[:: self.n])
         written, steps = sum(r.tokens for r in results), sum(r.steps for r in results)
         found = density(written, steps)
         rates = [r.tokens_per_second for r in results if r.tokens > 1]
@@ -188,7 +197,7 @@ class Completion:
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
             "completion_tokens_details": {
                 "reasoning_tokens": sum(r.thought_tokens for r in results),
                 "steps": steps,
@@ -212,14 +221,13 @@ class Completion:
             "choices": list(choices),
         }
 
-    def _logprobs(self, choice: int, found: Sequence[TokenLogprob]) -> dict[str, object]:
+    def _logprobs(self, choice: _Choice, found: Sequence[TokenLogprob]) -> dict[str, object]:
         if self.chat:
             return {"content": [self._chat_logprob(one) for one in found], "refusal": None}
-        offsets, at = [], self._lengths.get(choice, 0)
+        offsets = []
         for one in found:
-            offsets.append(at)
-            at += len(one.text)
-        self._lengths[choice] = at
+            offsets.append(choice.length)
+            choice.length += len(one.text)
         return {
             "tokens": [one.text for one in found],  # joined, they are the text
             "token_logprobs": [

@@ -13,7 +13,6 @@ from pydantic import (
     ConfigDict,
     Field,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -49,7 +48,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Layers = Annotated[list[Layer], Field(max_length=LAYERS, fail_fast=True)]
-Stops = Annotated[list[Stop], Field(fail_fast=True)]
+Stops = Annotated[list[Stop], Field(max_length=STOPS, fail_fast=True)]
 # -1, as LM Studio and llama.cpp have it, is no limit of the request's own
 MaxTokens = Annotated[int, Field(ge=1, le=2**31)] | Literal[-1]
 Strength = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=64)]
@@ -211,13 +210,6 @@ class CompletionFields(_Open):
         None, max_length=1024, description="Numbers for logits, by token id."
     )
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: Any) -> Any:
-        if isinstance(stop, list) and len(stop) > STOPS:
-            raise ValueError(f"expected at most {STOPS} stop texts")
-        return stop
-
     @property
     def stops(self) -> tuple[str, ...]:
         given = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
@@ -271,7 +263,7 @@ class ChatRequest(CompletionFields):
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
-    def _chosen_tool(self) -> "ChatRequest":
+    def _fields_agree(self) -> "ChatRequest":
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         names = [tool.function.name for tool in self.tools or ()]
         if len({*names}) < len(names):
@@ -280,6 +272,8 @@ class ChatRequest(CompletionFields):
             self.tool_choice == "required" and not names
         ):
             raise ValueError("tool_choice: expected one of the request's tools")
+        if len({self.max_tokens, self.max_completion_tokens} - {None, -1}) > 1:
+            raise ValueError("expected one of max_tokens and max_completion_tokens")
         return self
 
     @property
@@ -296,13 +290,6 @@ class ChatRequest(CompletionFields):
     def must_call(self) -> bool:
         """Whether the answer has to be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> "ChatRequest":
-        limits = {self.max_tokens, self.max_completion_tokens} - {None, -1}
-        if len(limits) > 1:
-            raise ValueError("expected one of max_tokens and max_completion_tokens")
-        return self
 
     @property
     def limit(self) -> int | None:
@@ -364,11 +351,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
 }
-# Likewise of a message.
-NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "function_call": (),
-    "audio": (),
-}
+NOT_IN_MESSAGES = ("function_call", "audio")
 # Fields that cannot change an answer here.
 IDLE = {
     "user",
@@ -407,9 +390,8 @@ def check_extra(request: CompletionFields) -> list[str]:
     in_messages: dict[str, None] = {}  # each name once, in their order
     for number, message in enumerate(request.messages if isinstance(request, ChatRequest) else ()):
         for name, value in (message.model_extra or {}).items():
-            if name in NEUTRAL_IN_MESSAGE:
-                where = f"messages[{number}].{name}"
-                _check_neutral(name, value, NEUTRAL_IN_MESSAGE[name], where)
+            if name in NOT_IN_MESSAGES:
+                _check_neutral(name, value, (), f"messages[{number}].{name}")
             elif value is not None and len(in_messages) < UNKNOWN:
                 in_messages[f"messages.{name}"] = None
     return [*ignored, *in_messages]

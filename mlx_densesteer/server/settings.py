@@ -66,6 +66,8 @@ class Settings:
         keep: models in memory at a time.
         unload: seconds without a request after which a model is unloaded; ``None``: never.
         own: holds vectors of this model alone; they come before those of ``folder``.
+        cache_bytes: most bytes of a model's prompt cache.
+        exact: answer as if every prompt were read anew, bit for bit.
     """
 
     name: str
@@ -78,3 +80,5 @@ class Settings:
     keep: int = 1
     unload: float | None = None
     own: Path | None = None
+    cache_bytes: int = 2**30
+    exact: bool = False

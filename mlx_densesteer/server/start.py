@@ -9,15 +9,14 @@ from typing import NamedTuple
 import mlx.core as mx
 from starlette.types import ASGIApp
 
-from .. import demo
 from ..model.model import check_memory, find, load
+from ..model.prompt import opening_tokens
 from .answers import Completions
 from .app import build
-from .encoding import Encoder, opening_tokens
+from .encoding import Encoder
 from .engine import Engine, Turns
 from .faults import ending
 from .models import Models
-from .overview import Overview
 from .settings import Settings
 from .vectors import NamedVector, Vectors
 from .worker import Worker
@@ -38,25 +37,13 @@ class Served:
         place: the model's folder or Hub id.
         given: as for ``Vectors``.
         turns: as for ``Engine``.
-        cache_bytes, exact: as for ``Worker``.
     """
 
     vectors: Vectors
     completions: Completions
-    overview: Overview
 
-    def __init__(
-        self,
-        place: str,
-        given: Sequence[NamedVector],
-        settings: Settings,
-        turns: Turns,
-        *,
-        cache_bytes: int,
-        exact: bool,
-    ):
+    def __init__(self, place: str, given: Sequence[NamedVector], settings: Settings, turns: Turns):
         self.place, self._given, self._settings, self._turns = place, given, settings, turns
-        self._cache_bytes, self._exact = cache_bytes, exact
         limits = settings.limits
         self.engine = Engine(self._load, rows=limits.rows, waiting=limits.queue, turns=turns)
 
@@ -88,28 +75,19 @@ class Served:
         worker = Worker(
             loaded,
             rows=settings.limits.rows,
-            cache_bytes=self._cache_bytes,
+            cache_bytes=settings.cache_bytes,
             usual=first.request().steering(loaded) if first else None,
             opens=opening_tokens(loaded.tokenizer),
-            exact=self._exact,
+            exact=settings.exact,
         )
         self.completions = Completions(settings, self.engine, Encoder(loaded), self.vectors)
-        self.overview = Overview(settings, self.vectors, toy=self.place == demo.NAME)
         return worker
 
 
-def start(
-    model: str | None,
-    given: Sequence[NamedVector],
-    settings: Settings,
-    *,
-    cache_bytes: int,
-    exact: bool = False,
-) -> Service:
+def start(model: str | None, given: Sequence[NamedVector], settings: Settings) -> Service:
     """Load the model, if one is given, on a thread of its own and return the service.
 
-    ``given`` are vectors of this model. ``cache_bytes`` and ``exact`` are those of ``Worker``, for each
-    model.
+    ``given`` are vectors of this model.
 
     Raises:
         DenseSteerError: the model cannot be loaded, or a given vector does not fit it.
@@ -118,13 +96,12 @@ def start(
 
     def made(name: str) -> Served:
         """Return what serves the model of this name, to be loaded."""
-        options = {"cache_bytes": cache_bytes, "exact": exact}
         if settings.models is None:
-            return Served(model or "", given, settings, turns, **options)
+            return Served(model or "", given, settings, turns)
         own = replace(settings, name=name, own=settings.folder and settings.folder / name)
         if model is not None and name == settings.name:
-            return Served(str(Path(model).expanduser()), given, own, turns, **options)
-        return Served(str(settings.models.absolute() / name), (), own, turns, **options)
+            return Served(str(Path(model).expanduser()), given, own, turns)
+        return Served(str(settings.models.absolute() / name), (), own, turns)
 
     models = Models(settings, made, has_first=model is not None)
     first = models.load_first() if model is not None else None

@@ -24,7 +24,7 @@ from ..steering.vector import SteeringVector, VectorMeta, format_layers
 from ..text import count, one_line
 from .effort import Effort
 from .faults import Fault, bad, excerpt
-from .schema import SteeringField
+from .schema import ChatRequest, SteeringField
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,21 +71,6 @@ class Asked:
 
     steering: Steering
     model: str
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """What a request asks of a reasoning model's thought.
-
-    Args:
-        effort: a level of ``effort.LEVELS``; others are ignored.
-        budget: tokens of the thought.
-        hard: end it there by force; ``None`` does so without a vector.
-    """
-
-    effort: str | None = None
-    budget: int | None = None
-    hard: bool | None = None
 
 
 class Vectors:
@@ -164,7 +149,7 @@ class Vectors:
         return self._asked(one, "steering", field.strength, field.chosen_layers, field.positions)
 
     def thinking(
-        self, found: Asked | None, steers: bool, asked: Thinking
+        self, found: Asked | None, asked: ChatRequest
     ) -> tuple[Asked | None, int | None, list[str]]:
         """Apply what a request asks of the thought to the steering that it asks for.
 
@@ -173,7 +158,7 @@ class Vectors:
 
         Args:
             found: the steering so far.
-            steers: whether the request itself says how to steer.
+            asked: the request.
 
         Returns:
             The steering; where the thought is ended by force; the fields that are ignored.
@@ -181,23 +166,27 @@ class Vectors:
         Raises:
             Fault: the steering cannot be applied.
         """
-        level = self._efforts.get(asked.effort or "") if self.model.thinks else None
+        level = self._efforts.get(asked.reasoning_effort or "") if self.model.thinks else None
         if level is not None and not self._gates:
             level = replace(level, budget=None)
         one, vectors = None, self.all()
         if found is not None:
             one = self.get(found.steering.vector.name, "steering.vector")
-        elif not steers and len(vectors) == 1:
+        elif asked.steering is None and "@" not in (asked.model or "") and len(vectors) == 1:
             one = vectors[0]
-        ignored = ["reasoning_effort"] if asked.effort and (level is None or one is None) else []
-        budget = asked.budget or (level.budget if level and one else None)
+        ignored = (
+            ["reasoning_effort"]
+            if asked.reasoning_effort and (level is None or one is None)
+            else []
+        )
+        budget = asked.thinking_budget or (level.budget if level and one else None)
         if not self.model.thinks:
-            ignored += ["thinking_budget"] if asked.budget else []
+            ignored += ["thinking_budget"] if asked.thinking_budget else []
             budget = None
-        if asked.hard and budget is None:
+        if asked.thinking_budget_hard and budget is None:
             ignored.append("thinking_budget_hard")
-        hard = asked.hard or one is None
-        if one is None and asked.hard is False and budget is not None:
+        hard = asked.thinking_budget_hard or one is None
+        if one is None and asked.thinking_budget_hard is False and budget is not None:
             ignored.append("thinking_budget")
             budget = None
         try:
@@ -209,7 +198,7 @@ class Vectors:
                 found = self._with_budget(one, found, budget)
         except DenseSteerError as error:
             raise bad(
-                str(error), "thinking_budget" if asked.budget else "reasoning_effort"
+                str(error), "thinking_budget" if asked.thinking_budget else "reasoning_effort"
             ) from error
         return found, budget if hard else None, ignored
 

@@ -652,7 +652,8 @@ def test_a_stream_that_is_never_read_is_cleaned_up():
 
 
 def test_a_conversation_that_the_template_refuses(hf_folder):
-    from mlx_densesteer.server.encoding import Encoder, opening_tokens
+    from mlx_densesteer.model.prompt import opening_tokens
+    from mlx_densesteer.server.encoding import Encoder
     from mlx_densesteer.server.faults import Fault
     from mlx_densesteer.server.schema import ChatRequest
 
