@@ -127,7 +127,9 @@ class Encoder:
             return json_grammar(self._model, schema, described, call_first=request.must_call)
         except InputError as error:
             if schema is None and not forced:  # then calls are read as they come
-                log.warning("tool calls are not constrained: %s", error)
+                log.warning(
+                    "a request's tool calls are not constrained: their grammar cannot be compiled"
+                )
                 return None
             raise bad(str(error), "tools" if schema is None else "response_format") from error
 

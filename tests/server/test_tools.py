@@ -10,6 +10,7 @@ pytest.importorskip("llguidance")
 import jsonschema_rs
 
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.errors import InputError
 from mlx_densesteer.generation import grammar
 from mlx_densesteer.server import encoding
 
@@ -102,6 +103,18 @@ def test_a_call_can_be_required_or_named(calls, steering):
         [call] = message["tool_calls"]
         check_call(call)
         assert reason == "tool_calls" and call["function"]["name"] == name
+
+
+def test_a_grammar_that_cannot_be_made_is_logged_without_its_reason(calls, caplog, monkeypatch):
+    """The reason may quote the request's schemas; the calls are then read as they come."""
+
+    def refuse(*_, **__):
+        raise InputError("the field 'private-name' is a puzzle")
+
+    monkeypatch.setattr(encoding, "json_grammar", refuse)
+    asked = {"tools": calling.TOOLS, "steering": {}, "max_tokens": 3}
+    assert first(calls.chat("x", **asked))[0]["tool_calls"]
+    assert "not constrained" in caplog.text and "private" not in caplog.text
 
 
 def test_steered_calls_always_parse(calls):
