@@ -43,8 +43,8 @@ class RunOptions(TypedDict):
     "--rewriter",
     "spec",
     metavar="REWRITER",
-    help="rules; instruction:TEXT, the model itself, asked again with a system message such as 'Be brief.'; "
-    "mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible endpoint, its key in "
+    help="rules; plain, the same and formulas without LaTeX's layout; instruction:TEXT, the model itself, asked "
+    "again with a system message such as 'Be brief.'; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible endpoint, its key in "
     "OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
 )
 @click.option(
@@ -156,10 +156,10 @@ def pairs(
             message = "needs --samples K" if samples is None else "and --samples exclude each other"
             raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
     kind, _, rest = ("" if samples else spec or "rules").partition(":")
-    known = ("rules", "instruction", "mlx", "openai", "file")
-    if not samples and (kind not in known or (kind == "rules") == bool(rest.strip())):
+    known = ("rules", "plain", "instruction", "mlx", "openai", "file")
+    if not samples and (kind not in known or (kind in ("rules", "plain")) == bool(rest.strip())):
         raise click.UsageError(
-            f"--rewriter {spec}: expected rules, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
+            f"--rewriter {spec}: expected rules, plain, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
             "file:FILE.jsonl."
         )
     rewriter: Rewriter | None = None
@@ -182,10 +182,10 @@ def pairs(
         from ..extraction.rewriting.file import FileRewriter
 
         rewriter = FileRewriter(rest)
-    elif kind == "rules":
+    elif kind in ("rules", "plain"):
         from ..extraction.rewriting.rules import RulesRewriter
 
-        rewriter = RulesRewriter()
+        rewriter = RulesRewriter(plain=kind == "plain")
 
     from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.make_pairs import Files

@@ -186,7 +186,7 @@ def test_another_rewriter_and_margin_use_the_same_solutions(
     summary = run(solver, problems, out, nll_margin=0.0)
     assert summary.rejected["unlikely"] == 5 and not out.read_text()
     rejected = lines(tmp_path / "pairs.rejected.jsonl")
-    assert {r["rewriter"] for r in rejected} == {RulesRewriter.name}
+    assert {r["rewriter"] for r in rejected} == {RulesRewriter().name}
     assert all(r["figures"]["positive"]["nll"] for r in rejected if r["positive"])
 
 

@@ -19,7 +19,7 @@ from mlx_densesteer.extraction import verification
 from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
 from mlx_densesteer.extraction.rewriting.openai import OpenAIRewriter
-from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
+from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps, plain_notation
 from mlx_densesteer.extraction.verification import Response, verify
 from mlx_densesteer.generation.answer import split_steps
 
@@ -117,6 +117,51 @@ def test_the_demo_models_solutions_become_one_verified_step():
             sizes = [len(one.split()) for one in (text, dense)]
             found = verify(task, Response(text, sizes[0]), Response(dense, sizes[1]))
             assert found == ()
+
+
+PLAIN = r"""First, let's calculate the cost of printing. The essay has 25 pages: 25 × $0.10 = $2.50
+Next, let's calculate the cost of the pens: 7 × $1.50 = $10.50
+Therefore, the change is \boxed{9}."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("It is \\( x + 40 \\), so:\n\n\\[\n2x = \\frac{3}{4} \\text{ km}\n\\]\n\nNext", "It is x + 40, so: 2x = 3 / 4 km\n\nNext"),
+        (r"\[ 1{,}000 \times 5\% = 50 \]", "\n1,000 × 5% = 50"),
+        (r"\( \frac{a + b}{2} \)", "(a + b) / 2"),
+        (r"\( 8 \div \frac{1}{2} \)", "8 ÷ (1 / 2)"),
+        (r"\( \frac{\frac{1}{2}}{3} \)", "(1 / 2) / 3"),
+        (r"\( 2\frac{1}{2} \)", r"\( 2\frac{1}{2} \)"),  # a mixed number
+        (r"\( \frac{1}{2}x \)", r"\( \frac{1}{2}x \)"),  # 1 / 2x would be another
+        (r"\( \sqrt{2} \)", r"\( \sqrt{2} \)"),
+        ("\\[ a &= b \\\\ c &= d \\]", "\\[ a &= b \\\\ c &= d \\]"),
+        (r"\( x \] and \( y \)", r"\( x \] and y"),
+        ("```\n\\( x \\)\n```", "```\n\\( x \\)\n```"),
+        ("It costs $5, or $6.", "It costs $5, or $6."),
+        (r"\( \boxed{14} \) years", r"\boxed{14} years"),
+    ],
+)  # fmt: skip
+def test_formulas_become_plain_text_where_that_says_the_same(before, after):
+    assert plain_notation(before) == after
+    assert plain_notation(after) == after
+
+
+def test_the_plain_rewriter():
+    draft = Original("t-1", "What is the change?", NUMBERED, 150, "What is the change?")
+    [(_, rewrite)] = RulesRewriter(plain=True).rewrite([draft])
+    assert rewrite.text == PLAIN
+    assert verification.written(PLAIN) == verification.written(MERGED)
+
+
+def test_a_title_ends_no_sentence():
+    text = (
+        "To find what Mrs. Smith needs, follow these steps:\n\nShe has 2+3=5.\n\nSo Mr. Poe has 5."
+    )
+    assert merge_steps(text).startswith("She has 2+3=5.")
+    assert "Mrs. First" not in merge_steps(
+        "What Mrs. Smith needs is found in the following steps:\n\nFirst, 2+3=5.\n\n6=6"
+    )
 
 
 LINES = st.sampled_from([
@@ -475,7 +520,7 @@ def test_names_tell_rewriters_apart_and_hide_the_query():
     assert name.startswith("openai:https://host/v1#m ") and "api-key" not in name
     other = OpenAIRewriter("https://host/v1#m", fields={"temperature": 1}).name
     colder = OpenAIRewriter("https://host/v1#m", fields={"temperature": 0}).name
-    assert len({name, other, colder, RulesRewriter.name}) == 4
+    assert len({name, other, colder, RulesRewriter().name}) == 4
 
 
 def test_a_name_has_no_value_of_a_field():
