@@ -5,6 +5,7 @@ Nothing here looks at how fast anything is.
 
 import json
 import math
+import random
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import calibrate
 import mlx.core as mx
+import numpy as np
 import pytest
 import resteer
 import script
@@ -27,6 +29,9 @@ from mlx_densesteer import generate, load, make_cache, resolve
 from mlx_densesteer.bench.figures import Measurement
 from mlx_densesteer.bench.subject import Subject
 from mlx_densesteer.demo.problems import held_out
+from mlx_densesteer.generation.sampling import GREEDY
+from mlx_densesteer.generation.speculation import Draft
+from mlx_densesteer.model.model import Model
 from mlx_densesteer.model.prompt import encode_prompt
 
 SCRIPTS = sorted(
@@ -72,6 +77,36 @@ def test_a_draft_changes_no_token(subject):
         int, table["drafted tokens accepted"]["remark"].split(";")[0].split(" of ")
     )
     assert figures["speculative_acceptance"] == accepted / proposed <= 1
+
+
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_passes_worked_out_are_those_that_a_draft_takes(subject, blocks):
+    """Of greedy answers exactly; of drawn ones it is a mean."""
+    model = subject.model
+    small = Model(speculative.truncated(model.network, blocks), model.tokenizer)
+    for problem in held_out(2):
+        prompt = encode_prompt(model.tokenizer, problem.question)
+        for drafted in (1, 3):
+            helper = Draft(small, drafted)
+            one = generate(model, prompt, max_tokens=30, draft=helper)
+            known = speculative.chances(helper, model.vocabulary, prompt, one.token_ids, GREEDY)
+            assert speculative.passes(known, drafted) == one.draft_proposed / drafted
+    half = np.full(30, 0.5)
+    rng = random.Random(0)
+    drawn = [speculative.passes([float(rng.random() < 0.5) for _ in half], 2) for _ in range(3000)]
+    assert speculative.passes(half, 2) == pytest.approx(np.mean(drawn), rel=0.02)
+    warm = speculative.chances(helper, model.vocabulary, prompt, one.token_ids, speculative.WARM)
+    assert ((warm > 0) & (warm <= 1)).all()
+
+
+def test_tokens_a_pass_are_told_for_each_way(subject):
+    figures, table = figures_of(
+        speculative.run(subject, questions=1, tokens=6, rounds=1, answers=2)
+    )
+    for way in ("greedy_unsteered", "greedy_steered", "sampled_unsteered", "sampled_steered"):
+        assert 1 <= figures[f"speculative_tokens_{way}"] <= 4
+    remark = table["tokens a pass of the model, greedy, steered"]["remark"]
+    assert remark.endswith("2 answers, 12 tokens")
 
 
 def test_texts_that_are_equal_and_one_that_is_not(subject, monkeypatch):
