@@ -3,8 +3,6 @@
 The rules remove blank lines, headings, the numbers of steps, an announced plan without a
 calculation, and sentences that only repeat the last result. Every other sentence, every
 calculation, code and the final answer stay. The only thing added is a colon.
-
-``plain`` also writes calculations without LaTeX's layout, which takes tokens and calculates nothing.
 """
 
 import re
@@ -12,10 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from ...generation.answer import split_steps
 from ..verification import given, written
-from . import Original, Rewrite
+from . import Original, Rewrite, notation
 
 VERSION = 3  # of the rules; rewrites of another version are made anew
-PLAIN = 1  # of the plain notation, likewise
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _CALCULATION = re.compile(r"=|≈|\\approx")
@@ -39,16 +36,16 @@ Block = list[str]  # the lines of a step; only code keeps its blank lines
 
 
 class RulesRewriter:
-    """Merges steps by the rules of this module; ``plain``: also writes plain notation."""
+    """Merges steps by the rules of this module; ``plain``: formulas become plain text (``notation``)."""
 
     def __init__(self, *, plain: bool = False):
         self._plain = plain
-        self.name = f"plain {PLAIN}, rules {VERSION}" if plain else f"rules {VERSION}"
+        self.name = f"rules {VERSION}" + (f", plain {notation.VERSION}" if plain else "")
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
         for index, original in enumerate(originals):
             text = original.response
-            yield index, Rewrite(merge_steps(plain_notation(text) if self._plain else text))
+            yield index, Rewrite(merge_steps(notation.plain(text) if self._plain else text))
 
 
 def merge_steps(response: str) -> str:
@@ -58,69 +55,6 @@ def merge_steps(response: str) -> str:
     blocks = [kept for block in blocks if (kept := _without_labels(block, numbered))]
     merged = _join(_without_repetition(blocks))
     return merged if split_steps(merged) else response
-
-
-def plain_notation(response: str) -> str:
-    r"""Return ``response`` with its formulas as plain text, but for what plain text cannot say.
-
-    ``\[ 7 \times \text{pens} = \frac{a}{b} \]`` becomes ``7 × pens = a / b``, behind the words that announce it.
-    A formula with another command stays as it is, and so does code. ``\boxed`` stays: it marks the answer.
-    """
-    parts = re.split(
-        r"(^[^\S\n]*(?:```|~~~).*?(?:^[^\S\n]*(?:```|~~~)|\Z))", response, flags=re.M | re.S
-    )
-    return "".join(
-        part if number % 2 else _FORMULA.sub(_plain, part) for number, part in enumerate(parts)
-    )
-
-
-_SUM = re.compile(r"\S\s*[-+*/×÷ ]\s*\S|^\s*-")
-_FORMULA = re.compile(
-    r"(?P<before>:?)(?P<gap>\s*)(?P<open>\\[(\[])(?P<inner>.*?)(?P<close>\\[)\]])", re.S
-)
-_GROUP = r"\{([^{}\\]*)\}"
-_WORDS = "\0"  # on both sides of words: a fraction may stand at them
-_SYMBOLS = {
-    r"\times": "×", r"\cdot": "×", r"\div": "÷", r"\approx": "≈", r"\neq": "≠", r"\leq": "≤", r"\geq": "≥",
-    r"\implies": "→", r"\Rightarrow": "→", r"\rightarrow": "→", r"\left": "", r"\right": "", r"\quad": " ",
-    r"\%": "%", r"\$": "$", r"\,": " ", r"\;": " ", r"\!": "", r"\ ": " ",
-}  # fmt: skip
-_SYMBOL = re.compile(r"\\(?:[A-Za-z]+|.)", re.S)
-
-
-def _plain(found: re.Match[str]) -> str:
-    """Return a formula as plain text, or as it was."""
-    shown = found["open"] == "\\["
-    if shown != (found["close"] == "\\]"):
-        return found[0]
-    text = found["inner"].replace("{,}", ",")
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}", rf"{_WORDS} \1 {_WORDS}", text)
-    text = _SYMBOL.sub(lambda symbol: _SYMBOLS.get(symbol[0], symbol[0]), text)
-    before = None
-    while text != before:  # a fraction may hold others
-        before = text
-        text = re.sub(rf"\\[dt]?frac{_GROUP}{_GROUP}", _fraction, text)
-    text = " ".join(text.replace(_WORDS, "").split())
-    text = re.sub(r" (?=[,.;:!?](?: |$))", "", text)
-    if re.search(r"[\\{}&]", re.sub(r"\\boxed\{[^{}\\]*\}", "", text)):
-        return found[0]
-    gap = (" " if found["before"] else "\n") if shown else found["gap"]
-    return found["before"] + gap + text
-
-
-def _fraction(found: re.Match[str]) -> str:
-    """Return ``a / b``, in parentheses where a quotient or a power would read it otherwise.
-
-    A fraction that stands at a factor, or makes a mixed number, stays as it is.
-    """
-    before, after = found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip()
-    if re.search(r"[\w)}]$", before) or re.match(r"[\w({\\]", after):
-        return found[0]
-    top, bottom = (
-        f"({part})" if _SUM.search(part) else part for part in map(str.strip, found.groups())
-    )
-    bound = before.endswith(("÷", "/", "^")) or after.startswith("^")
-    return f"({top} / {bottom})" if bound else f"{top} / {bottom}"
 
 
 def _blocks(response: str) -> Iterator[Block]:
