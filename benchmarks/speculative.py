@@ -141,17 +141,24 @@ def _tokens_a_pass(
         options = {"steering": how, "max_tokens": tokens, "sampling": draws}
         found = dict(generate_batch(model, prompts, **options))
         known = [
-            chances(helper, model.vocabulary, prompt, found[n].token_ids, sampling)
+            chances(helper, model.vocabulary, prompt, whole(model, prompt, found[n]), sampling)
             for n, prompt in enumerate(prompts)
         ]
         length = sum(map(len, known))
-        each = [length / sum(passes(one, k) for one in known) for k in range(1, MOST + 1)]
+        most = max(MOST, helper.tokens)
+        each = [length / sum(passes(one, k) for one in known) for k in range(1, most + 1)]
         key = "speculative_tokens_" + name.replace(", ", "_")
         told = ", ".join(f"{one:.2f}" for one in each)
         figure = f"tokens a pass of the model, {name}"
-        remark = f"at 1 to {MOST} drafted: {told}; {len(known)} answers, {length} tokens"
+        remark = f"at 1 to {most} drafted: {told}; {len(known)} answers, {length} tokens"
         table.append(Figure(key, figure, each[helper.tokens - 1], remark=remark))
     return table
+
+
+def whole(model: Model, prompt: Sequence[int], found: Generation) -> list[int]:
+    """Return the tokens of an answer with the one that ends it: that takes a pass too."""
+    ends = sorted(model.ends(prompt))[:1] if found.finish_reason == "stop" else []
+    return [*found.token_ids, *ends]
 
 
 def chances(

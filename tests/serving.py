@@ -157,9 +157,14 @@ def serving(
         thread.join(30)
         assert not thread.is_alive(), "the server did not end in time"
         assert not service.models.alive, "the model's thread did not end in time"
-        for slot in service.models._slots.values():
-            if slot.state != "ending":
-                slot.served.close()
+        _free(service.models)
+
+
+def _free(models) -> None:
+    """End the threads of a server that has ended, as the end of its process would."""
+    for slot in models._slots.values():
+        if slot.state != "ending":
+            slot.served.close()
 
 
 def demo_vector():

@@ -24,7 +24,7 @@ WORDS = {
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
     "too_short": "expected at least {min_length}",
-    "too_long": "expected at most {max_length}",
+    "too_long": "expected at most {max_length} entries",
 }
 # Up to this many times the limit, a body that is too large is read and thrown away: most clients
 # send all of it before they read the answer, and would see a broken connection instead of the 413.

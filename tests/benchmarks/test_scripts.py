@@ -88,14 +88,17 @@ def test_passes_worked_out_are_those_that_a_draft_takes(subject, blocks):
         prompt = encode_prompt(model.tokenizer, problem.question)
         for drafted in (1, 3):
             helper = Draft(small, drafted)
-            one = generate(model, prompt, max_tokens=30, draft=helper)
-            known = speculative.chances(helper, model.vocabulary, prompt, one.token_ids, GREEDY)
-            assert speculative.passes(known, drafted) == one.draft_proposed / drafted
+            for tokens, reason in ((30, "length"), (300, "stop")):
+                one = generate(model, prompt, max_tokens=tokens, draft=helper)
+                assert one.finish_reason == reason
+                answer = speculative.whole(model, prompt, one)
+                known = speculative.chances(helper, model.vocabulary, prompt, answer, GREEDY)
+                assert speculative.passes(known, drafted) == one.draft_proposed / drafted
     half = np.full(30, 0.5)
     rng = random.Random(0)
     drawn = [speculative.passes([float(rng.random() < 0.5) for _ in half], 2) for _ in range(3000)]
     assert speculative.passes(half, 2) == pytest.approx(np.mean(drawn), rel=0.02)
-    warm = speculative.chances(helper, model.vocabulary, prompt, one.token_ids, speculative.WARM)
+    warm = speculative.chances(helper, model.vocabulary, prompt, answer, speculative.WARM)
     assert ((warm > 0) & (warm <= 1)).all()
 
 

@@ -354,6 +354,7 @@ def test_models_are_listed_and_found(server):
         ({"steering": {"strength": True}}, 400, "steering.strength: expected a number or text."),
         ({"steering": {"strength": "9" * 65}}, 400, "at most 64 characters"),
         ({"messages": []}, 400, "messages: expected at least 1."),
+        ({"stop": ["a"] * 17}, 400, "stop: expected text or at most 16 entries."),
         ({"messages": [{"content": "Hi"}]}, 400, "messages[0].role: is missing."),
         ({"model": "demo@demo=1e10"}, 400, "1e+09 at most"),
         ({"steering": {"strength": "1e10%"}}, 400, "1e+09 at most"),
