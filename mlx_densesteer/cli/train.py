@@ -62,6 +62,13 @@ if TYPE_CHECKING:
     help="How far a step can move a vector: 0.01 is 1% of the residual stream.",
 )
 @click.option(
+    "--max-dose",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SHARE",
+    help="How long each vector may become: 0.05 is 5% of the residual stream. [default: as long as the loss "
+    "wants]",
+)
+@click.option(
     "--max-length",
     type=click.IntRange(min=1),
     default=1024,
@@ -87,6 +94,7 @@ def train(
     epochs: int,
     batch_tokens: int,
     rate: float,
+    max_dose: float | None,
     max_length: int,
     more_memory: bool,
     seed: int,
@@ -124,6 +132,7 @@ def train(
         epochs=epochs,
         batch_tokens=batch_tokens,
         rate=rate,
+        max_dose=max_dose,
         seed=seed,
         max_length=max_length,
         recompute=not more_memory,

@@ -54,6 +54,7 @@ class Recipe:
     - ``epochs``: how often each example is seen, unless training stops before.
     - ``batch_tokens``: response tokens of one step of Adam, at least.
     - ``rate``: how far one step can move a vector, as a dose: 0.01 is 1 % of the residual stream.
+    - ``max_dose``: how long each vector may become, as a dose; ``None`` for as long as the loss wants.
     - ``seed``: of the order of the examples, and of which are held out.
     - ``max_length``: tokens of an example, with its prompt; longer ones are left out.
     - ``recompute``: compute activations again in the backward pass, for less memory.
@@ -65,6 +66,7 @@ class Recipe:
     epochs: int = 4
     batch_tokens: int = 1024
     rate: float = 0.005
+    max_dose: float | None = None
     seed: int = 0
     max_length: int = 1024
     recompute: bool = True
@@ -80,6 +82,10 @@ class Recipe:
             raise InputError(
                 f"rate {self.rate}: expected a number between 0 and 1, such as 0.005: the part of the "
                 "residual stream's norm by which one step can move a vector."
+            )
+        if self.max_dose is not None and not self.max_dose > 0:
+            raise InputError(
+                f"max_dose {self.max_dose}: expected more than 0, such as 0.05 for 5 %."
             )
 
 
@@ -243,7 +249,7 @@ class _Run:
             if not math.isfinite(loss) or not mx.isfinite(gradient).all():
                 return "not finite"
             self._adam.learning_rate = self._recipe.rate * min(1, (self.step + 1) / WARM_UP)
-            u = self._adam.apply_gradients({"u": gradient}, {"u": self._u})["u"]
+            u = self._limited(self._adam.apply_gradients({"u": gradient}, {"u": self._u})["u"])
             mx.eval(u, self._adam.state)
             self._u = u
             self.step += 1
@@ -267,6 +273,13 @@ class _Run:
                 )
             )
         return "done"
+
+    def _limited(self, u: mx.array) -> mx.array:
+        """Return vectors of the same directions that are no longer than the recipe allows."""
+        if self._recipe.max_dose is None:
+            return u
+        doses = mx.linalg.norm(u, axis=-1, keepdims=True) / math.sqrt(u.shape[-1])
+        return u * mx.minimum(1.0, self._recipe.max_dose / mx.maximum(doses, 1e-12))
 
     def _is_no_better(self) -> bool:
         since = [step for step in self.held_out if step > self.best_step]

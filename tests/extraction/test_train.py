@@ -1,6 +1,7 @@
 """Training a vector: gradients, losses, resuming, what it keeps."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -184,6 +185,19 @@ def test_a_damaged_state_is_refused(demo_model, pairs, tmp_path, damage):
         train(demo_model, pairs, RECIPE, state=state)
 
 
+def test_vectors_are_no_longer_than_they_may_be(demo_model, pairs):
+    recipe = Recipe(layers=(3, 4), epochs=3, batch_tokens=60, rate=0.02)
+    free, short = (
+        train(demo_model, pairs, replace(recipe, max_dose=most)) for most in (None, 0.03)
+    )
+    for layer, norm in demo_model.norms(free.vector, (3, 4)).items():
+        assert free.vector.norms()[layer] / norm > 0.04
+        assert short.vector.norms()[layer] / norm == pytest.approx(0.03, rel=1e-3)
+    best = min(short.held_out.values())
+    assert min(free.held_out.values()) < best < short.held_out[0]
+    assert short.vector.describe()["training"]["max_dose"] == 0.03
+
+
 def test_it_stops_where_the_held_out_loss_no_longer_falls(demo_model, pairs):
     done = train(demo_model, pairs, Recipe(layers=(4,), epochs=30, batch_tokens=60, rate=0.3))
     assert done.ended == "no better"
@@ -239,7 +253,15 @@ def test_data_that_cannot_be_trained_on(demo_model, data, recipe, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"loss": "x"}, {"epochs": 0}, {"rate": 0}, {"rate": float("nan")}, {"batch_tokens": 0}],
+    [
+        {"loss": "x"},
+        {"epochs": 0},
+        {"rate": 0},
+        {"max_dose": 0.0},
+        {"max_dose": float("nan")},
+        {"rate": float("nan")},
+        {"batch_tokens": 0},
+    ],
 )
 def test_a_recipe_that_means_nothing(wrong):
     with pytest.raises(InputError, match="expected"):
