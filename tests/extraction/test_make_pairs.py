@@ -257,6 +257,12 @@ def test_the_command(solver, problems, tmp_path):
     document = json.loads(result.stdout)
     assert document["accepted"] == 5 and document["pairs"] == str(out)
     assert "only 5 of 9 pairs" in result.stderr
+    solved = (tmp_path / "pairs.jsonl.solved.jsonl").read_bytes()
+    document = json.loads(call(solver, problems, out, "--json", "--rewriter", "plain").stdout)
+    assert document["accepted"] == 5  # no answer has a formula
+    assert document["rewriter"] == RulesRewriter(plain=True).name != RulesRewriter().name
+    assert {record["rewriter"] for record in lines(out)} == {document["rewriter"]}
+    assert (tmp_path / "pairs.jsonl.solved.jsonl").read_bytes() == solved
 
 
 def test_no_more_pairs_are_told_than_were_asked_for(solver, problems, tmp_path, monkeypatch):
@@ -456,9 +462,10 @@ def test_what_endpoint_fields_hold_is_in_no_file(solver, problems, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rewriter", "magic"], "expected rules, instruction:TEXT"),
-        (["--rewriter", "instruction: "], "expected rules, instruction:TEXT"),
-        (["--rewriter", "mlx:"], "expected rules, instruction:TEXT"),
+        (["--rewriter", "magic"], "expected rules, plain, instruction:TEXT"),
+        (["--rewriter", "instruction: "], "expected rules, plain, instruction:TEXT"),
+        (["--rewriter", "mlx:"], "expected rules, plain, instruction:TEXT"),
+        (["--rewriter", "plain:x"], "expected rules, plain, instruction:TEXT"),
         (["--rewriter", "openai:nowhere"], "expected openai:URL#model"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "["], "is not JSON"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "[" * 99999], "is not JSON"),
