@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +20,8 @@ from mlx_densesteer.generation.stream import Generation, generate
 from mlx_densesteer.model.families import decoder_blocks
 from mlx_densesteer.model.model import Model, load
 from mlx_densesteer.model.prompt import encode_prompt
-from mlx_densesteer.steering.request import request, resolve
+from mlx_densesteer.steering.request import resolve
 from mlx_densesteer.steering.steering import Steering
-from mlx_densesteer.steering.vector import SteeringVector
 
 MOST = 6  # drafted tokens at a time
 WARM = Sampling(0.7, seed=0)
@@ -72,10 +72,8 @@ def run(
     else:
         small, what = load(draft), draft
     prompts = [problem.question for problem in held_out(questions)]
-    if vector is None:
-        steering = resolve(model, subject.vector, "10%", [model.layer_count // 2])
-    else:
-        steering = request(SteeringVector.load(vector)).steering(model)
+    mild = subject.vector, "10%", [model.layer_count // 2]
+    steering = resolve(model, *(mild if vector is None else (vector,)))
     raw = not model.tokenizer.has_chat_template
     given: dict[Draft | None, list[Generation]] = {}
 
@@ -92,7 +90,9 @@ def run(
     accepted = sum(one.draft_accepted or 0 for one in drafted)
     equal = sum(a.token_ids == b.token_ids for a, b in zip(drafted, plain, strict=True))
     count = sum(len(one.token_ids) for one in plain)
-    table = _tokens_a_pass(model, helper, held_out(answers), steering, tokens=tokens, tell=tell)
+    table = []
+    if answers:
+        table = _tokens_a_pass(model, helper, held_out(answers), steering, tokens=tokens, tell=tell)
     return Measurement(
         [
             Figure(
@@ -131,8 +131,7 @@ def _tokens_a_pass(
     raw = not model.tokenizer.has_chat_template
     prompts = [encode_prompt(model.tokenizer, one.question, raw=raw) for one in problems]
     table = []
-    ways = [(a, b) for a in (GREEDY, WARM) for b in (None, steering)] if prompts else []
-    for sampling, how in ways:
+    for sampling, how in product((GREEDY, WARM), (None, steering)):
         name = (
             f"{'greedy' if sampling == GREEDY else 'sampled'}, {'steered' if how else 'unsteered'}"
         )
