@@ -486,12 +486,14 @@ def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None
     check_memory(path)
     network, config = open_network(path, adapter_path=adapter_path)
     with loading(path):
-        # The weights are read while the tokenizer is. Nothing is enqueued on a GPU before they are there: macOS
-        # ends what waits there too long.
+        # The weights are read while the tokenizer is, and a CPU looks at them too. Nothing is enqueued on a GPU
+        # before they are there: macOS ends what waits there too long.
         mx.async_eval(network.parameters())
+        looked = finite(network) if mx.default_device() == mx.Device(mx.cpu) else None
+        mx.async_eval(looked or [])
         tokenizer = open_tokenizer(path, config)
         mx.eval(network.parameters())
-    check_finite(network, str(path))
+    check_finite(network, str(path), looked)
     model = Model(network, tokenizer, origin(path) if name is None else name)
     baked = config.get(BAKED)
     if isinstance(baked, dict) and isinstance(baked.get("layers"), list):
@@ -591,11 +593,11 @@ def check_tokenizer(path: Path) -> None:
         )
 
 
-def check_finite(network: nn.Module, name: str) -> None:
-    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
+def finite(network: nn.Module) -> tuple[mx.array, mx.array]:
+    """Return, not yet evaluated, whether the logits of one token are finite, and the sums of the embeddings.
 
-    The logits of one token depend on every weight but the other rows of untied embeddings, whose
-    sums are looked at. The cost is that of one generated token.
+    The logits depend on every weight but the other rows of untied embeddings, of which the sums
+    are taken. The cost is that of one generated token.
     """
     logits = mx.isfinite(network(mx.array([[0]]))).all()
     sums = mx.array(True)
@@ -603,6 +605,18 @@ def check_finite(network: nn.Module, name: str) -> None:
         for array in network.model.embed_tokens.parameters().values():
             if mx.issubdtype(array.dtype, mx.floating):
                 sums &= mx.isfinite(array.sum(axis=-1)).all()
+    return logits, sums
+
+
+def check_finite(
+    network: nn.Module, name: str, looked: tuple[mx.array, mx.array] | None = None
+) -> None:
+    """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
+
+    Args:
+        looked: what ``finite`` returned, if it was enqueued before.
+    """
+    logits, sums = looked or finite(network)
     if (logits & sums).item():
         return
     wrong = [
