@@ -159,9 +159,7 @@ def sweep(
     )
     left = _problems_after(about, skip + len(problems))
     where = positions or usual_positions(steering_vector, chosen)
-    subject = {"vector_sha256": steering_vector.sha256(), "positions": where}
     folder = Path(out)
-    _check_folder(folder, {"task": task, "split": about["split"], **subject})
 
     from ..distributed.loading import load_copies
     from ..distributed.ranks import Ranks
@@ -219,7 +217,8 @@ def sweep(
         "model": info.name,
         "fingerprint": info.fingerprint,
         "vector": steering_vector.name,
-        **subject,
+        "vector_sha256": steering_vector.sha256(),
+        "positions": where,
         "system": system,
         "max_tokens": max_tokens,
         "margin": margin,
@@ -258,14 +257,17 @@ _LEGEND = (
 
 
 def _keep_earlier(folder: Path, document: "Mapping[str, Any]") -> None:
-    """Rename the table and pictures of an earlier sweep, unless it was of the same settings and problems."""
+    """Rename the table and pictures of an earlier sweep, unless it was of the same settings and problems.
+
+    A setting is the vector, its layers and strength, and the positions.
+    """
     from itertools import count as numbers
 
     from ..errors import InputError
     from ..files import parse_object
 
     def identity(one: "Mapping[str, Any]") -> list[object]:
-        settings = [[row["layers"], row["strength"]] for row in one["rows"]]
+        settings = [row["fingerprint"] for row in one["rows"]]
         return [settings, one["problems_sha256"], one["margin"]]
 
     if not (table := folder / "table.json").exists():
@@ -284,24 +286,9 @@ def _keep_earlier(folder: Path, document: "Mapping[str, Any]") -> None:
         if old.exists():
             old.rename(new)
     note(
-        f"{folder}: has an earlier sweep of other settings or problems; its table is now table-{number}.json"
+        f"{folder}: has an earlier sweep of another vector, other settings or problems; its table is now "
+        f"table-{number}.json"
     )
-
-
-def _check_folder(folder: Path, subject: dict[str, object]) -> None:
-    """Refuse a folder with the results of a sweep of another vector, task or positions."""
-    from ..errors import InputError
-    from ..files import parse_object
-
-    try:
-        there = parse_object((folder / "table.json").read_bytes(), "the table")
-    except (OSError, InputError):
-        return
-    if differing := [key for key, value in subject.items() if there.get(key) != value]:
-        raise click.ClickException(
-            f"{folder}: holds the results of a sweep with other {', '.join(differing)}. Name another "
-            "folder (-o), or move this one away."
-        )
 
 
 def _amounts(strengths: str | None, kl: str | None, pairs: str | None) -> "list[Amount]":

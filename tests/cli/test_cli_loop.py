@@ -14,6 +14,7 @@ from mlx_densesteer.cli.run import program
 from mlx_densesteer.demo.problems import held_out
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.steering.request import request
+from mlx_densesteer.steering.steering import UNSTEERED
 
 FEW = ("--limit", "3", "-n", "96")
 
@@ -159,8 +160,11 @@ def test_sweep_writes_table_and_pictures_and_stores_what_it_found(run, tmp_path,
     assert json.loads((folder / "table-1.json").read_bytes()) == document
     assert {p.name for p in folder.glob("*-1.png")} == {"heatmap-1.png", "curves-1.png"}
     assert json.loads((folder / "table.json").read_bytes()) == grown
-    other = run(*words[:-1], "--positions", "prompt", code=1)
-    assert "results of a sweep with other positions. Name another folder (-o)" in other.stderr
+    other = run(*words[:-1], "--positions", "prompt")
+    assert "its table is now table-2.json" in other.stderr
+    answers = [r["steering"] for r in records(folder / "answers.jsonl") if "text" in r]
+    assert answers.count(UNSTEERED) == 2  # those that were there were taken
+    assert len(answers) == 2 * 7 and len(set(answers)) == 7
     stored = ds.SteeringVector.load(vector).meta
     assert [row["layers"] for row in stored.tested] == [None, [4], [5]]
     assert stored.recommended is None
