@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..text import Live, count, note
-from .options import force_option, json_option, model_option, output_file, vector_out_option
+from .options import (
+    force_option,
+    json_option,
+    layers_option,
+    model_option,
+    output_file,
+    vector_out_option,
+)
 from .vector import default_setting, layer_table
 
 if TYPE_CHECKING:
@@ -33,14 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Mean difference, or first principal component of the differences.",
 )
-@click.option(
-    "--layers",
-    "layers",
-    multiple=True,
-    metavar="LAYERS",
-    help="0-based: 14, 10-14, 10,12 or all; may be repeated. Layers above the last one are not "
-    "computed. [default: all]",
-)
+@layers_option("Layers above the last one are not computed. [default: all]")
 @force_option
 @json_option
 def extract(

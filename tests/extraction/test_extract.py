@@ -224,7 +224,7 @@ def test_the_command_warns_where_a_response_is_one_step(tmp_path):
     rows = [{"prompt": "How many?", "positive": texts[0], "negative": texts[1]}]
     rows.append(rows[0] | {"positive": texts[1], "negative": texts[1].replace(".\n#", ".\n\n#")})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["extract", "-m", "demo", str(file), "--layers", "2", "-o", str(tmp_path / "v.npz")]
+    words = ["extract", "-m", "demo", str(file), "-l", "2", "-o", str(tmp_path / "v.npz")]
     told = CliRunner().invoke(main, [*words, "--token", "steps"]).stderr
     assert "warning: in 1 pair of 2 a response is one step" in told
     assert "is one step" not in CliRunner().invoke(main, [*words, "--force"]).stderr
