@@ -244,7 +244,7 @@ def test_a_residual_stream_that_is_not_finite(hf_folder):
 
 
 def test_the_command_writes_the_vector_that_the_function_returns(run, hf_folder, tmp_path):
-    result = run("--layers", "1-2", "--token", "mean-response")
+    result = run("--layer", "1-2", "--token", "mean-response")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'v.npz'}\n"), result.stderr
     vector = ds.SteeringVector.load(tmp_path / "v.npz")
     model, tokenizer = ds.load(hf_folder)
@@ -298,7 +298,7 @@ def test_the_command_refuses_before_it_loads_a_model(run, tmp_path, monkeypatch)
 
 def test_the_command_replaces_only_when_told_to(run, tmp_path):
     (tmp_path / "v.npz").write_bytes(b"mine")
-    assert run("--force", "--layers", "0").exit_code == 0
+    assert run("--force", "--layer", "0").exit_code == 0
     assert list(ds.SteeringVector.load(tmp_path / "v.npz").layers) == [0]
 
 
@@ -316,7 +316,7 @@ def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_the_command_with_layers_that_are_not_there(run, tmp_path):
-    result = run("--layers", "4")
+    result = run("--layer", "4")
     assert result.exit_code == 1 and "layers 4: expected some of 0-3" in result.stderr
     assert not (tmp_path / "v.npz").exists()
 
