@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import InputError, ModelError
 from ..evaluation.solutions import Solution
 from ..files import atomic_path, disk_errors, parse_object
-from ..model.gradient import response_log_likelihood, stream_below
+from ..model.gradient import Fixed, fixed, response_log_likelihood
 from ..model.model import Model, takes_model
 from ..model.prompt import encode_prompt
 from ..model.residual import check_layers
@@ -39,7 +39,7 @@ CHECKS = 2  # of the held-out loss, in an epoch
 PATIENCE = 3  # checks without a better loss, until training stops
 WARM_UP = 10  # steps
 BETA = 0.1  # of BiPO, as its authors
-KEPT_BYTES = 2**29  # of streams below the trained layers, which every epoch needs again
+KEPT_BYTES = 2**29  # of what no vector changes, which every epoch needs again
 SAVED_EVERY = 10.0  # seconds
 
 
@@ -154,8 +154,8 @@ def train(
                r_v(y) = log p_v(y | prompt) - log p_0(y | prompt),   beta = 0.1
 
     Every response ends with the end of turn, so when to stop is learnt too. The vector of the step with
-    the lowest held-out loss is returned. Gradients go through the blocks that steer; what lies below the
-    lowest layer is computed once.
+    the lowest held-out loss is returned. Gradients go through the blocks that steer; what no vector changes
+    is computed once: what lies below the lowest layer, and before the first steered token.
 
     Args:
         data: solutions or pairs for ``sft`` (of a pair the dense side), pairs for ``bipo``.
@@ -212,7 +212,7 @@ class _Run:
         held = min(MOST_HELD_OUT, max(1, len(examples) // 10)) if len(examples) >= FEWEST else 0
         self._held_out = [examples[i] for i in sorted(order[:held])]
         self._seen = [examples[i] for i in sorted(order[held:])]
-        self._below = _Below(model, min(recipe.layers))
+        self._fixed = _KeptFixed(model, recipe)
         self._unsteered: dict[int, tuple[float, float]] = {}
         norms = model.measured_norms
         self._norms = {layer: norms[layer] for layer in recipe.layers}
@@ -305,7 +305,7 @@ class _Run:
             example.bad if bad else example.good,
             dict(zip(self._recipe.layers, v, strict=True)),
             positions=self._recipe.positions,
-            below=self._below(example, bad),
+            known=self._fixed(example, bad),
             recompute=self._recipe.recompute,
         )
 
@@ -450,25 +450,27 @@ class _Run:
         self._whole = self._snapshot()
 
 
-class _Below:
-    """The streams below the trained layers: computed once, and kept as long as there is room."""
+class _KeptFixed:
+    """What no vector changes of each response: computed once, and kept as long as there is room."""
 
-    def __init__(self, model: Model, layer: int):
-        self._model, self._layer = model, layer
-        self._kept: dict[tuple[int, bool], mx.array] = {}
+    def __init__(self, model: Model, recipe: Recipe):
+        self._network, self._recipe = model.network, recipe
+        self._kept: dict[tuple[int, bool], Fixed] = {}
         self._room = KEPT_BYTES
 
-    def __call__(self, example: _Example, bad: bool) -> mx.array:
+    def __call__(self, example: _Example, bad: bool) -> Fixed:
         key = example.number, bad
         if key in self._kept:
             return self._kept[key]
         response = example.bad if bad else example.good
-        h = stream_below(self._model.network, example.prompt, response, self._layer)
-        mx.eval(h)
-        if h.nbytes <= self._room:
-            self._room -= h.nbytes
-            self._kept[key] = h
-        return h
+        layer, positions = min(self._recipe.layers), self._recipe.positions
+        known = fixed(self._network, example.prompt, response, layer, positions)
+        mx.eval(known.arrays)
+        size = sum(array.nbytes for array in known.arrays)
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = known
+        return known
 
 
 def _encode(

@@ -33,6 +33,7 @@ KEPT_BUFFERS = 2**28  # bytes
 _MARKS = ("steps", "think", "answer")  # of ``Span.mark``
 # Called with the first position and a block's unsteered output, ``(rows, tokens, hidden)``.
 Record = Callable[[int, mx.array], None]
+KeysValues = tuple[mx.array, mx.array]
 
 
 @partial(mx.compile, shapeless=True)
@@ -416,17 +417,34 @@ class SteeredBatchKVCache(_Carrier, BatchKVCache):
 
 
 class Reading:
-    """In place of a block's cache for one reading from the first token on: keeps nothing."""
+    """In place of a block's cache for one reading: keeps nothing.
 
-    offset = 0
+    Args:
+        before: the keys and values of earlier tokens, ``(1, heads, tokens, head size)``; without them the
+            reading begins with the first token.
+    """
+
     expecting = False
 
-    def __init__(self, shift: Shift | None = None, record: Record | None = None):
-        self.shift, self.record = shift, record
+    def __init__(
+        self,
+        shift: Shift | None = None,
+        record: Record | None = None,
+        before: KeysValues | None = None,
+    ):
+        self.shift, self.record, self._before = shift, record, before
         self.noted: Marked | None = None
+        self.offset = before[0].shape[2] if before else 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        if self._before is None:
+            return keys, values
+        return tuple(
+            mx.concatenate([held, new], axis=2)
+            for held, new in zip(self._before, (keys, values), strict=True)
+        )
+
+    make_mask = KVCache.make_mask
 
 
 class Passed(KVCache):

@@ -4,17 +4,37 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..steering.places import Positions, Thought, span_of
 from .block import patch
-from .cache import Marked, Passed, Reading, Shift
+from .cache import KeysValues, Marked, Passed, Reading, Shift, SteeredKVCache
 from .families import decoder_blocks, head_of
 from .marks import marks_of
 
 _SLICE = 128  # positions whose logits are in memory at a time
+
+
+class Fixed(NamedTuple):
+    """What vectors at some layer and above do not change: ``fixed`` computes it once for a response.
+
+    Args:
+        start: how many tokens come before the first one that may be steered.
+        output: the unsteered output of the block of that layer at every token from ``start`` on but the last,
+            ``(1, tokens, hidden)``.
+        before: of each layer above, the keys and values of the tokens before ``start``; empty if there are none.
+    """
+
+    start: int
+    output: mx.array
+    before: dict[int, KeysValues]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.output, *(one for both in self.before.values() for one in both)]
 
 
 class _Recomputed:
@@ -22,16 +42,23 @@ class _Recomputed:
 
     Args:
         shift: what the block adds, as a function of ``delta``, so that it has a gradient.
+        before: as of ``Reading``.
     """
 
-    def __init__(self, delta: mx.array | None, shift: Callable[[mx.array], Shift]):
-        self._delta, self._shift = delta, shift
+    def __init__(
+        self,
+        delta: mx.array | None,
+        shift: Callable[[mx.array], Shift],
+        before: KeysValues | None,
+    ):
+        self._delta, self._shift, self._before = delta, shift, before
         self.shift = None if delta is None else shift(delta)  # it is told the tokens
         self.noted: Marked | None = None
+        self.offset = Reading(before=before).offset
 
     def instead(self, block: nn.Module, x: mx.array, mask: mx.array | str | None) -> mx.array:
         def output(x: mx.array, delta: mx.array | None = None) -> mx.array:
-            cache = Reading(None if delta is None else self._shift(delta))
+            cache = Reading(None if delta is None else self._shift(delta), before=self._before)
             cache.noted = self.noted
             return block(x, mask, cache)
 
@@ -46,7 +73,7 @@ def response_log_likelihood(
     deltas: Mapping[int, mx.array],
     *,
     positions: Positions = "all",
-    below: mx.array | None = None,
+    known: Fixed | None = None,
     recompute: bool = False,
 ) -> mx.array:
     """Return ``log p(response | prompt)`` with ``deltas`` added; it has a gradient in each of them.
@@ -57,57 +84,70 @@ def response_log_likelihood(
         prompt, response: token ids, at least one each. They are not checked.
         deltas: ``lambda * v`` of some layers, at least one, float32 ``(hidden,)``.
         positions: as in ``Steering``.
-        below: what ``stream_below`` returns for the lowest of these layers, by default computed here.
+        known: what ``fixed`` returns for the lowest of these layers, by default computed here.
         recompute: keep only the input of each block for the backward pass, which then computes the block
             again: a third more work, and a fraction of the memory.
 
     Returns:
         float32 ``()``, in nats; log-softmax in float32.
     """
-    span, start = span_of(positions, len(prompt)), len(prompt) - 1
+    span, first = span_of(positions, len(prompt)), len(prompt) - 1
     if span.mark == "steps":
         _ = marks_of(network).step_end_table  # raises if it cannot be told
     elif span.mark:
         marks = marks_of(patch(network))
         opened = marks.opens_thought(prompt)
-        bounds = marks.thought_in([prompt[-1], *response], start, opened=opened)
-        span = span._replace(thought=Thought(start, *bounds))
+        bounds = marks.thought_in([prompt[-1], *response], first, opened=opened)
+        span = span._replace(thought=Thought(first, *bounds))
     lowest = min(deltas)
-    if below is None:
-        below = stream_below(network, prompt, response, lowest)
+    if known is None:
+        known = fixed(network, prompt, response, lowest, positions)
 
     def shift(delta: mx.array) -> Shift:
         return Shift.of(delta.reshape(1, 1, -1), [span])
 
     def cache_of(layer: int) -> Passed | Reading | _Recomputed:
-        delta = deltas.get(layer)
+        delta, before = deltas.get(layer), known.before.get(layer)
         if layer < lowest:
-            return Passed()
+            return Passed(known.start)
         if layer == lowest:
-            return Passed(0, below, shift(delta))
+            return Passed(known.start, known.output, shift(delta))
         if recompute:
-            return _Recomputed(delta, shift)
-        return Reading(None if delta is None else shift(delta))
+            return _Recomputed(delta, shift, before)
+        return Reading(None if delta is None else shift(delta), before=before)
 
     caches = [cache_of(layer) for layer in decoder_blocks(patch(network))]
-    h = network.model(mx.array([[*prompt, *response[:-1]]]), caches)[0, len(prompt) - 1 :]
+    tokens = [*prompt, *response[:-1]][known.start :]
+    h = network.model(mx.array([tokens]), caches)[0, -len(response) :]
     parts = [slice(start, start + _SLICE) for start in range(0, len(response), _SLICE)]
     return mx.stack([_score(network, h[part], response[part]) for part in parts]).sum()
 
 
-def stream_below(
-    network: nn.Module, prompt: Sequence[int], response: Sequence[int], layer: int
-) -> mx.array:
-    """Return the unsteered output of block ``layer`` at every token but the last, ``(1, tokens, hidden)``.
+def fixed(
+    network: nn.Module,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    layer: int,
+    positions: Positions = "all",
+) -> Fixed:
+    """Return what stays as it is while vectors at ``layer`` and above change, not yet evaluated.
 
-    Nothing that is added at this layer or above changes it, so it can be kept while a vector changes.
+    That is what lies below them, and all that belongs to tokens before the first one that may be steered.
     """
+    start = span_of(positions, len(prompt)).start
     found: list[mx.array] = []
-    caches: list[Reading | Passed] = [Reading() for _ in range(layer)]
-    caches.append(Reading(record=lambda _, h: found.append(h)))
-    caches += [Passed() for _ in range(layer + 1, len(decoder_blocks(patch(network))))]
-    network.model(mx.array([[*prompt, *response[:-1]]]), caches)
-    return found[0]
+    caches: list[SteeredKVCache | Passed] = [
+        SteeredKVCache() for _ in decoder_blocks(patch(network))
+    ]
+    before = {}
+    if start:
+        network.model(mx.array([prompt[:start]]), caches)
+        above = list(enumerate(caches))[layer + 1 :]
+        before = {k: (one.keys[..., :start, :], one.values[..., :start, :]) for k, one in above}
+    caches[layer].record = lambda _, h: found.append(h)
+    caches[layer + 1 :] = [Passed(start) for _ in caches[layer + 1 :]]
+    network.model(mx.array([[*prompt, *response[:-1]][start:]]), caches)
+    return Fixed(start, found[0], before)
 
 
 def _score(network: nn.Module, h: mx.array, tokens: Sequence[int]) -> mx.array:

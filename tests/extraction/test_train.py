@@ -16,7 +16,7 @@ from mlx_densesteer.extraction import train as training
 from mlx_densesteer.extraction.pairs import Pair, read_pairs
 from mlx_densesteer.extraction.train import Recipe, train
 from mlx_densesteer.model.block import make_cache
-from mlx_densesteer.model.gradient import response_log_likelihood, stream_below
+from mlx_densesteer.model.gradient import fixed, response_log_likelihood
 from mlx_densesteer.model.likelihood import log_likelihoods
 from mlx_densesteer.steering.steering import Steering
 from mlx_densesteer.steering.vector import SteeringVector
@@ -34,7 +34,7 @@ def deltas_of(steering):
     return {layer: mx.array(steering.delta(layer)) for layer in steering.layers}
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
+@pytest.mark.parametrize("positions", ["all", "generated", "first:2", "prompt", "steps"])
 @pytest.mark.parametrize("layers", [(0,), (1, 3)])
 def test_it_is_the_likelihood_of_the_steered_model(patched, make_vector, positions, layers):
     steering = Steering(make_vector(), 0.3, layers, positions)
@@ -44,14 +44,15 @@ def test_it_is_the_likelihood_of_the_steered_model(patched, make_vector, positio
             patched, PROMPT, RESPONSE, deltas_of(steering), positions=positions, recompute=recompute
         )
         assert abs(found.item() - expected) < 1e-4
-    below = stream_below(patched, PROMPT, RESPONSE, layers[0])
+    known = fixed(patched, PROMPT, RESPONSE, layers[0], positions)
+    assert known.start == (0 if positions in ("all", "prompt") else len(PROMPT) - 1)
     kept = response_log_likelihood(
-        patched, PROMPT, RESPONSE, deltas_of(steering), positions=positions, below=below
+        patched, PROMPT, RESPONSE, deltas_of(steering), positions=positions, known=known
     )
     assert abs(kept.item() - expected) < 1e-4
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "steps"])
+@pytest.mark.parametrize("positions", ["all", "generated", "first:2", "prompt", "steps"])
 def test_the_gradient_is_that_of_finite_differences(patched, make_vector, positions):
     vector = make_vector(layers=(1, 3), size=0.3)
     at = {k: mx.array(v) for k, v in vector.layers.items()}

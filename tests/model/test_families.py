@@ -297,25 +297,37 @@ def test_readings_agree_with_the_network(network, steering):
         assert norms[layer] == pytest.approx(
             float(mx.linalg.norm(h, axis=-1)[0, 1:].mean()), rel=1e-5
         )
-    deltas = {layer: mx.array(steering.delta(layer)) for layer in LAYERS}
-    logits = network(mx.array([tokens]), make_cache(network, steering))[0, 8:-1]
+    ((_, score, _),) = log_likelihoods(network, [prompt], [tokens[9:]], steering=steering)
+    assert score == pytest.approx(
+        _steered_likelihood(network, prompt, tokens[9:], steering), rel=1e-4
+    )
+
+
+def _steered_likelihood(network, prompt, response, steering):
+    caches = make_cache(network, steering, prompt=prompt)
+    logits = network(mx.array([[*prompt, *response]]), caches)[0, len(prompt) - 1 : -1]
     scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    expected = float(mx.take_along_axis(scores, mx.array(tokens[9:])[:, None], axis=-1).sum())
-    for recompute in (False, True):
-        given = (network, prompt, tokens[9:], deltas)
-        assert float(response_log_likelihood(*given, recompute=recompute)) == pytest.approx(
-            expected, rel=1e-4
+    return float(mx.take_along_axis(scores, mx.array(response)[:, None], axis=-1).sum())
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_likelihood_has_its_gradient(network, steering, positions, recompute):
+    prompt, response = PROMPT[:9], PROMPT[9:]
+    steering = dataclasses.replace(steering, positions=positions)
+    deltas = {layer: mx.array(steering.delta(layer)) for layer in LAYERS}
+
+    def value(deltas):
+        return response_log_likelihood(
+            network, prompt, response, deltas, positions=positions, recompute=recompute
         )
 
-        def value(deltas, recompute=recompute):
-            return response_log_likelihood(network, prompt, tokens[9:], deltas, recompute=recompute)
-
-        slope = mx.grad(value)(deltas)[LAYERS[0]]
-        step = 1e-2 * slope / mx.linalg.norm(slope)
-        up, down = (value({**deltas, LAYERS[0]: deltas[LAYERS[0]] + s * step}) for s in (1, -1))
-        assert float(up - down) == pytest.approx(2e-2 * float(mx.linalg.norm(slope)), rel=0.05)
-    ((_, score, _),) = log_likelihoods(network, [prompt], [tokens[9:]], steering=steering)
-    assert score == pytest.approx(expected, rel=1e-4)
+    expected = _steered_likelihood(network, prompt, response, steering)
+    assert float(value(deltas)) == pytest.approx(expected, rel=1e-4)
+    slope = mx.grad(value)(deltas)[LAYERS[0]]
+    step = 1e-2 * slope / mx.linalg.norm(slope)
+    up, down = (value({**deltas, LAYERS[0]: deltas[LAYERS[0]] + s * step}) for s in (1, -1))
+    assert float(up - down) == pytest.approx(2e-2 * float(mx.linalg.norm(slope)), rel=0.05)
 
 
 def test_the_traced_step_computes_the_same(network, steering):
