@@ -168,7 +168,8 @@ def extract_with_report(
 ) -> Extraction:
     """Return what ``extract`` returns, with a report on each layer.
 
-    ``progress`` is called with the number of pairs that are done and of all.
+    ``progress`` is called with the number of pairs that are done and of all; those on which the layers are
+    compared count twice.
     """
     if method not in _METHODS:
         raise InputError(f"method {method!r}: expected one of {', '.join(_METHODS)}.")
@@ -183,8 +184,9 @@ def extract_with_report(
     info, kind = model.info, _METHODS[method]
     chosen = range(info.layer_count) if layers is None else sorted(set(layers))
     held_out = _held_out(len(pairs))
+    steps = len(pairs) + len(held_out)
     directions, others, norms = _read_layers(
-        model, token_pairs, chosen, readout, kind, held_out, progress
+        model, token_pairs, chosen, readout, kind, held_out, lambda done: progress(done, steps)
     )
     vectors = {layer: direction.vector for layer, direction in directions.items()}
     sizes = {k: float(np.linalg.norm(v.astype(np.float64))) for k, v in vectors.items()}
@@ -196,7 +198,14 @@ def extract_with_report(
     gains: dict[int, float] = {}
     if held_out:
         unseen = [token_pairs[i] for i in held_out]
-        gains = margin_gains(model, unseen, others, norms, dose=DEFAULT_DOSE)
+        gains = margin_gains(
+            model,
+            unseen,
+            others,
+            norms,
+            dose=DEFAULT_DOSE,
+            progress=lambda done: progress(len(pairs) + done, steps),
+        )
         gains = {layer: gain for layer, gain in gains.items() if np.isfinite(gain)}
     report = {
         k: LayerReport(sizes[k], norms[k], one.agreement, one.noise, gains.get(k))
@@ -239,7 +248,7 @@ def _read_layers(
     readout: ReadOut,
     kind: type[MeanDifference | PrincipalComponent],
     held_out: Sequence[int],
-    progress: Progress,
+    progress: Callable[[int], None],
 ) -> tuple[dict[int, Direction], dict[int, np.ndarray], dict[int, float]]:
     """Return by layer: direction of all pairs, vector without the held-out ones, ``||h_l||``."""
     count = len(pairs)
@@ -259,7 +268,7 @@ def _read_layers(
         norms[reading.layer] += float(reading.norms.mean(axis=1).sum()) / count
         if reading.layer == layers[-1]:
             done += len(reading.pairs)
-            progress(done, count)
+            progress(done)
     directions = {layer: everything.direction() for layer, (everything, _) in found.items()}
     return directions, {layer: rest.vector() for layer, (_, rest) in found.items()}, norms
 

@@ -1,6 +1,6 @@
 """How much steering at a layer favours dense responses; this chooses the default layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,7 @@ def margin_gains(
     norms: Mapping[int, float],
     *,
     dose: float,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, float]:
     """Return how much steering at each layer favours the dense responses of held-out pairs.
 
@@ -33,6 +34,7 @@ def margin_gains(
         vectors: ``v_l``, float32 ``(hidden,)``.
         norms: the mean ``||h_l||`` of the same layers.
         dose: a fraction of the residual stream's norm.
+        progress: is called with the number of pairs that are done.
     """
     layers = sorted(vectors)
     moves = {}  # lambda_l * v_l
@@ -48,9 +50,10 @@ def margin_gains(
 
     gradient = mx.grad(score)
     total = np.zeros(len(layers))
-    for pair in pairs:
+    for done, pair in enumerate(pairs, start=1):
         for sign, response in ((1, pair.positive), (-1, pair.negative)):
             slope = gradient(mx.zeros(len(layers)), pair.prompt, response)
             total += sign * np.array(slope) / len(response)
         mx.clear_cache()  # pairs differ in shape: their buffers cannot be used again
+        progress(done)
     return dict(zip(layers, (total / len(pairs)).tolist(), strict=True))

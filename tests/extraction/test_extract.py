@@ -243,6 +243,13 @@ def test_a_residual_stream_that_is_not_finite(hf_folder):
     assert list(ds.extract(model, tokenizer, PAIRS, layers=[0]).layers) == [0]
 
 
+def test_progress_counts_the_comparison_of_layers_too(loaded):
+    told = []
+    extract_with_report(loaded, PAIRS, progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (6, 6)  # five pairs, one of them held out
+    assert told == sorted(set(told)) and (5, 6) in told
+
+
 def test_the_command_writes_the_vector_that_the_function_returns(run, hf_folder, tmp_path):
     result = run("--layer", "1-2", "--token", "mean-response")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'v.npz'}\n"), result.stderr
