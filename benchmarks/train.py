@@ -30,6 +30,7 @@ def run(
     examples: int = 6,
     layer: int = -1,
     batch_tokens: int = 256,
+    positions: str = "all",
     recompute: bool = True,
     rounds: int = 2,
     seconds: float = 0.0,
@@ -46,6 +47,7 @@ def run(
         examples: how many of them.
         layer: of the vector; by default the middle one.
         batch_tokens: response tokens of a step at least.
+        positions: where the vector is added; "generated" leaves the prompt out of the steps.
         recompute: gradient checkpointing, on both sides.
         rounds: passes of each side.
         seconds: after which no new round begins; 0 is no limit.
@@ -53,7 +55,13 @@ def run(
     model = subject.model
     layer = model.layer_count // 2 if layer < 0 else layer
     solutions = read_solutions(data)[:examples] if data else drawn_solutions(examples)
-    recipe = Recipe(layers=(layer,), epochs=1, batch_tokens=batch_tokens, recompute=recompute)
+    recipe = Recipe(
+        layers=(layer,),
+        positions=positions,
+        epochs=1,
+        batch_tokens=batch_tokens,
+        recompute=recompute,
+    )
     lora = _Lora(subject, model.layer_count - layer, recompute)
     texts = [lora.encode(model, one) for one in solutions]
     tokens = sum(len(prompt) + len(response) for prompt, response in texts)
@@ -84,7 +92,7 @@ def run(
                 "seconds of training, LoRA / ours",
                 ratio(other, mine),
                 ratio(other, again),
-                f"{len(texts)} texts, {tokens:,} tokens, layer {layer}: {speeds[0]:.0f} tokens/s, LoRA "
+                f"{len(texts)} texts, {tokens:,} tokens, layer {layer}, {positions}: {speeds[0]:.0f} tokens/s, LoRA "
                 f"{speeds[1]:.0f}",
             ),
             Figure(
