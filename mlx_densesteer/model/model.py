@@ -9,6 +9,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
@@ -485,15 +486,14 @@ def load_folder(path: Path, *, adapter_path: str | None = None, name: str | None
     """Load the model of a folder in the dtype of its file; raises as ``load`` does."""
     check_memory(path)
     network, config = open_network(path, adapter_path=adapter_path)
-    with loading(path):
-        # The weights are read while the tokenizer is, and a CPU looks at them too. Nothing is enqueued on a GPU
-        # before they are there: macOS ends what waits there too long.
-        mx.async_eval(network.parameters())
-        looked = finite(network) if mx.default_device() == mx.Device(mx.cpu) else None
-        mx.async_eval(looked or [])
-        tokenizer = open_tokenizer(path, config)
-        mx.eval(network.parameters())
-    check_finite(network, str(path), looked)
+    # Python opens the tokenizer while mlx reads the weights and looks at them: each takes a second or so. What
+    # mlx does is laid out before, since the two would wait for each other's turn to run Python.
+    with loading(path), ThreadPoolExecutor(1) as aside:
+        looked = finite(network)
+        opening = aside.submit(open_tokenizer, path, config)
+        mx.eval(network.parameters())  # first: macOS ends what waits on the GPU for long
+        check_finite(network, str(path), looked)
+        tokenizer = opening.result()
     model = Model(network, tokenizer, origin(path) if name is None else name)
     baked = config.get(BAKED)
     if isinstance(baked, dict) and isinstance(baked.get("layers"), list):
@@ -614,7 +614,7 @@ def check_finite(
     """Raise ``ModelError`` if a weight is NaN or infinite, or the dtype is too narrow for the model.
 
     Args:
-        looked: what ``finite`` returned, if it was enqueued before.
+        looked: what ``finite`` returned, if it was called before.
     """
     logits, sums = looked or finite(network)
     if (logits & sums).item():
