@@ -139,11 +139,14 @@ def fixed(
     caches: list[SteeredKVCache | Passed] = [
         SteeredKVCache() for _ in decoder_blocks(patch(network))
     ]
-    before = {}
+    before: dict[int, KeysValues] = {}
     if start:
         network.model(mx.array([prompt[:start]]), caches)
-        above = list(enumerate(caches))[layer + 1 :]
-        before = {k: (one.keys[..., :start, :], one.values[..., :start, :]) for k, one in above}
+        for k, one in list(enumerate(caches))[
+            layer + 1 :
+        ]:  # copies, without the caches' spare room
+            both = (mx.contiguous(a[..., :start, :]) for a in (one.keys, one.values))
+            before[k] = tuple(both)
     caches[layer].record = lambda _, h: found.append(h)
     caches[layer + 1 :] = [Passed(start) for _ in caches[layer + 1 :]]
     network.model(mx.array([[*prompt, *response[:-1]][start:]]), caches)
