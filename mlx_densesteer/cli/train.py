@@ -9,6 +9,7 @@ import click
 from ..errors import DiskError
 from ..text import Live, count, note, percent
 from .options import (
+    StrengthType,
     force_option,
     json_option,
     layers_option,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..extraction.train import Progress, Recipe, Training
     from ..steering.places import Positions
+    from ..steering.request import Amount
 
 
 @click.command()
@@ -63,9 +65,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-dose",
-    type=click.FloatRange(0, min_open=True),
-    metavar="SHARE",
-    help="How long each vector may become: 0.05 is 5% of the residual stream. [default: as long as the loss "
+    type=StrengthType(),
+    metavar="DOSE",
+    help="How long each vector may become, such as 5% of the residual stream. [default: as long as the loss "
     "wants]",
 )
 @click.option(
@@ -94,7 +96,7 @@ def train(
     epochs: int,
     batch_tokens: int,
     rate: float,
-    max_dose: float | None,
+    max_dose: "Amount | None",
     max_length: int,
     more_memory: bool,
     seed: int,
@@ -107,6 +109,8 @@ def train(
     and answer. A tenth of it is held out, and the vector with the lowest loss there is kept. The name of
     the vector's file goes to standard output. The same command continues a run that was interrupted.
     """
+    if max_dose is not None and (max_dose.unit != "dose" or max_dose.number <= 0):
+        raise click.UsageError("--max-dose: expected a dose above 0 in per cent, such as 5%.")
     path = output_file(out, force, ending=".npz")
     state = path.with_name(f"{path.name}.training")
 
@@ -132,7 +136,7 @@ def train(
         epochs=epochs,
         batch_tokens=batch_tokens,
         rate=rate,
-        max_dose=max_dose,
+        max_dose=max_dose and max_dose.number,
         seed=seed,
         max_length=max_length,
         recompute=not more_memory,

@@ -36,7 +36,8 @@ def test_a_vector_is_trained_told_and_used(run, tmp_path):
 
 
 def test_a_sweep_measures_a_trained_vector_where_it_was_trained(run):
-    run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST, "--positions", "generated")
+    short = ("--positions", "generated", "--max-dose", "3%")
+    run("train", "-m", "demo", PAIRS, "-o", "t.npz", *FAST, *short)
     few = ("--limit", "1", "-n", "8", "--no-nll", "--json")
     swept = ("sweep", "-m", "demo", "demo", "-v", "t.npz", "--strengths=1", *few)
     for number, (given, positions) in enumerate(
@@ -45,6 +46,7 @@ def test_a_sweep_measures_a_trained_vector_where_it_was_trained(run):
         found = json.loads(run(*swept, *given, "-o", f"sweep-{number}").stdout)
         assert found["positions"] == positions
         assert [row["layers"] for row in found["rows"]] == [None, [4]]
+        assert found["rows"][1]["dose"] == pytest.approx(0.03, rel=1e-3)
 
 
 def test_what_is_refused(run, tmp_path):
@@ -55,6 +57,9 @@ def test_what_is_refused(run, tmp_path):
     words = ("train", "-m", "demo", "one.jsonl", "-o", "x.npz")
     assert "positive or" in run(*words, "--loss", "bipo", code=1).stderr
     assert "layers 9: expected some of 0-5" in run(*words, "-l", "9", code=1).stderr
+    for dose in ("0.05", "0%", "-5%", "0.1nats"):
+        refused = run(*words, f"--max-dose={dose}", code=2).stderr
+        assert "expected a dose above 0 in per cent, such as 5%" in refused
     assert not (tmp_path / "x.npz").exists()
 
 
