@@ -289,7 +289,7 @@ def test_the_head_is_what_the_network_does_after_its_blocks(network):
 
 
 def test_readings_agree_with_the_network(network, steering):
-    """Norms, likelihoods and their gradient read the network's own pass."""
+    """Norms and likelihoods read the network's own pass."""
     tokens, prompt = PROMPT, PROMPT[:9]
     unsteered = outputs(network, mx.array([tokens]))
     norms = residual_norms(network, tokens, range(4))
