@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ..steering.places import Positions, Thought, span_of
 from .block import patch
-from .cache import KeysValues, Marked, Passed, Reading, Shift, SteeredKVCache
+from .cache import KeysValues, Passed, Reading, Shift, SteeredKVCache
 from .families import decoder_blocks, head_of
 from .marks import marks_of
 
@@ -37,8 +37,8 @@ class Fixed(NamedTuple):
         return [self.output, *(one for both in self.before.values() for one in both)]
 
 
-class _Recomputed:
-    """In place of a block's cache: the block's backward pass computes it again.
+class _Recomputed(Reading):
+    """A reading whose block is computed again in the backward pass.
 
     Args:
         shift: what the block adds, as a function of ``delta``, so that it has a gradient.
@@ -51,10 +51,9 @@ class _Recomputed:
         shift: Callable[[mx.array], Shift],
         before: KeysValues | None,
     ):
-        self._delta, self._shift, self._before = delta, shift, before
-        self.shift = None if delta is None else shift(delta)  # it is told the tokens
-        self.noted: Marked | None = None
-        self.offset = Reading(before=before).offset
+        # a shift here too: it is told the tokens
+        super().__init__(None if delta is None else shift(delta), before=before)
+        self._delta, self._shift = delta, shift
 
     def instead(self, block: nn.Module, x: mx.array, mask: mx.array | str | None) -> mx.array:
         def output(x: mx.array, delta: mx.array | None = None) -> mx.array:
