@@ -188,6 +188,17 @@ class Sequence {
     cache_.assign(outputs.begin() + 1, outputs.end());
     mx::eval(cache_);
   }
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  // Waits for what `next` enqueued and nobody read: a program that returns from `main` while MLX
+  // computes may crash.
+  ~Sequence() {
+    try {
+      mx::synchronize();
+    } catch (const std::exception&) {  // a failure of what nobody reads
+    }
+  }
 
   bool full() const {
     return position_ == capacity_;

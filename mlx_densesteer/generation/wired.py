@@ -43,12 +43,14 @@ class Wired:
             if id(self) not in self._among:
                 return well
             self._among.remove(id(self))
-            if not self._among and self._among is _claims and _before is not None:
+            if not self._among and self._among is _claims:
                 try:
-                    # the limit must not change under an evaluation
+                    # The limit must not change under an evaluation, and a process that exits under one may
+                    # crash: OpenBLAS frees its buffers first.
                     mx.synchronize(generation_stream)
                 except RuntimeError:
                     well = False
                 finally:
-                    mx.set_wired_limit(_before)
+                    if _before is not None:
+                        mx.set_wired_limit(_before)
         return well

@@ -115,6 +115,14 @@ def test_an_error_of_the_step_that_nobody_needs_does_not_take_the_answer(model, 
     assert device.limit == 0
 
 
+def test_a_device_without_a_limit_has_nothing_left_to_compute_after_an_answer(model, metal_like):
+    """A process that exits while mlx computes may crash: OpenBLAS frees its buffers."""
+    ds.generate(model, PROMPT, max_tokens=3)
+    assert metal_like.calls[-1] == "synchronize"
+    list(generate_batch(model, [PROMPT, PROMPT], max_tokens=3))
+    assert metal_like.calls[-1] == "synchronize"
+
+
 def test_after_an_error_of_the_device_a_session_reads_its_history_again(model, device, metal_like):
     session = Session(model, max_tokens=9)
     first = "".join(session.send("2 + 2?"))
