@@ -121,22 +121,23 @@ def answers_progress(
     with_nll: bool,
 ) -> "OnAnswers":
     """Return a function that shows the number of answers and the time that the others will take."""
-    began, first = time.monotonic(), []
+    began, there = time.monotonic(), []
 
     def show(answers: "list[Answer]", tokens: int) -> None:
-        first or first.append(len(answers))
+        there or there.append(len(answers))
         if not live.due:
             return
-        seconds = time.monotonic() - began
+        rate = tokens / (time.monotonic() - began)
         done, right = len(answers), sum(one.correct for one in answers)
-        rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
-        left = ""
+        doing = f", {rate:.0f} tokens/s" if tokens else ""
         if done == expected and with_nll:
-            rate = ", computing the NLL"
-        elif done > first[0]:
-            minutes = seconds / (done - first[0]) * (expected - done) / 60
-            left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
-        live.show(f"{done}/{expected} answers, {right} right{rate}{left}", table(answers))
+            doing = ", computing the NLL"
+        elif done and tokens:
+            # by tokens: all rows of a batch are under way long before the first of them ends
+            each = sum(len(one.token_ids) for one in answers) / done
+            minutes = ((expected - there[0]) * each - tokens) / rate / 60
+            doing += f", about {minutes:.0f} min left" if minutes >= 1 else ""
+        live.show(f"{done}/{expected} answers, {right} right{doing}", table(answers))
 
     return show
 

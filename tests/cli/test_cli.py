@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
+from mlx_densesteer.cli.run import answers_progress
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 
@@ -699,3 +702,19 @@ def test_generate_with_a_draft_and_with_the_brake(run):
     assert "the answer began to repeat itself" in run(*overdose, question).stderr
     off = json.loads(run(*overdose, "--json", "--no-brake", question).stdout)
     assert off["brakes"] == [] and off["draft"] is None and off["tokens"] == 150
+
+
+def test_the_time_left_counts_the_tokens_of_answers_that_have_not_ended(monkeypatch, capsys):
+    """All rows of a batch are under way when the first one ends."""
+    clock = iter([0.0, 0.1, 100.0, 200.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    answer = SimpleNamespace(correct=True, token_ids=(1,) * 100)
+    live = SimpleNamespace(due=True, show=lambda text, lines: print(text))
+    progress = answers_progress(live, 102, with_nll=False)
+    for done, tokens in ((2, 0), (3, 1000), (52, 5000)):
+        progress([answer] * done, tokens)
+    assert capsys.readouterr().out.splitlines() == [
+        "2/102 answers, 2 right",
+        "3/102 answers, 3 right, 10 tokens/s, about 15 min left",
+        "52/102 answers, 52 right, 25 tokens/s, about 3 min left",
+    ]
