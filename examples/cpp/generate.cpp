@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <optional>
 #include <span>
@@ -27,7 +28,7 @@ namespace mx = mlx::core;
 namespace {
 
 constexpr std::string_view usage =
-    "usage: generate FILE [--strength X] [--positions all|generated|prompt]\n"
+    "usage: generate FILE [--strength X] [--positions all|generated|prompt|first:N]\n"
     "                [--max-tokens N] [--eos ID,ID...] [ID...]\n"
     "The ids of the prompt are arguments, or come from standard input; those of the answer go to\n"
     "standard output, one a line. --eos - never stops early. -h prints this.\n";
@@ -119,6 +120,32 @@ class Metadata {
  private:
   std::map<std::string, std::string> values_;
 };
+
+// Which tokens are steered: those before the prompt's last one or none of them, and so many from it on.
+struct Steered {
+  bool prompt = true;
+  int tokens = std::numeric_limits<int>::max();
+};
+
+Steered parse_positions(const std::string& text) {
+  constexpr std::string_view first = "first:";
+  if (text == "all") {
+    return {};
+  }
+  if (text == "generated") {
+    return {.prompt = false};
+  }
+  if (text == "prompt") {
+    return {.tokens = 1};
+  }
+  if (text.starts_with(first)) {
+    const int tokens = parse_integer(text.substr(first.size()), "positions first:");
+    if (tokens > 0) {
+      return {.prompt = false, .tokens = tokens};
+    }
+  }
+  throw Failure("positions " + quote(text) + ": expected all, generated, prompt or first:N, N from 1 on.");
+}
 
 struct Options {
   bool help = false;
@@ -286,10 +313,8 @@ void generate(const Options& options) {
     std::cerr << "generate: warning: a large dose, " << 100 * dose << "% of the residual stream: "
               << "the text may repeat itself or make no sense. Try a smaller --strength.\n";
   }
-  const auto positions = options.positions.value_or(metadata.text("positions"));
-  if (positions != "all" && positions != "generated" && positions != "prompt") {
-    throw Failure("positions " + quote(positions) + ": expected all, generated or prompt.");
-  }
+  const auto steered = parse_positions(options.positions.value_or(metadata.text("positions")));
+  const auto strength_at = [&](int answered) { return answered < steered.tokens ? strength : 0.0; };
   const auto eos = options.eos.value_or(metadata.integers("eos"));
   const auto prompt = parse_ids(options.ids);
   const int vocabulary = metadata.integer("vocab_size");
@@ -311,13 +336,12 @@ void generate(const Options& options) {
 
   // The last token of the prompt chooses the first of the answer: it is read by itself.
   Sequence sequence(function, metadata);
-  sequence.read(
-      std::span(prompt).first(prompt.size() - 1), positions == "generated" ? 0.0 : strength);
-  auto token = sequence.next(mx::array(&prompt.back(), {1, 1}, mx::int32), strength);
+  sequence.read(std::span(prompt).first(prompt.size() - 1), steered.prompt ? strength : 0.0);
+  auto token = sequence.next(mx::array(&prompt.back(), {1, 1}, mx::int32), strength_at(0));
   for (int made = 1;; ++made) {
     std::optional<mx::array> following;
     if (made < options.max_tokens && !sequence.full()) {
-      following = sequence.next(token, positions == "prompt" ? 0.0 : strength);
+      following = sequence.next(token, strength_at(made));
     }
     const int id = token.item<int>();
     if (std::ranges::find(eos, id) != eos.end()) {
@@ -327,7 +351,7 @@ void generate(const Options& options) {
     if (made == options.max_tokens) {
       break;
     }
-    token = following ? *following : sequence.next(token, strength);  // raises: the cache is full
+    token = following ? *following : sequence.next(token, strength_at(made));  // raises: the cache is full
   }
 }
 

@@ -72,10 +72,14 @@ def bake(
         strength, layers = _recorded(path, strength, layers)
     request = read_steering(vector, strength, layers, None if strength is None else "all")
     assert request is not None  # a vector is required
-    if request.positions == "steps":
+    if request.positions not in ("all", "generated"):
         raise click.UsageError(
-            f"{vector}: its strength was found for tokens that end a step, and a baked vector is added "
-            "at every token. Choose a strength for that: -s STRENGTH."
+            f"{vector}: its strength was found for positions {request.positions}, and a baked vector is "
+            "added at every token. Choose a strength for that: -s STRENGTH."
+        )
+    if request.positions == "generated":
+        note(
+            f"{vector}: its strength was found for positions generated; baked, it steers the prompt too"
         )
     request = replace(request, positions="all")
 

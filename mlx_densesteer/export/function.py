@@ -87,26 +87,22 @@ def export_function(
         force: replace ``path`` if it exists.
 
     Raises:
-        ExportError: a wrong path, capacity or chunk length, positions other than ``"all"``, ``"prompt"`` and
-            ``"generated"``, a budget, or the check fails.
+        ExportError: a wrong path, capacity or chunk length, positions ``"steps"``, ``"think"`` or
+            ``"answer"``, a budget, or the check fails.
         VectorMismatchError, SteeringError: the vector does not fit, or its strength overflows.
         DiskError: no such folder, or the disk is full.
     """
     path = Path(path).expanduser()
     check_path(path, force)
     network = model.network
-    if (
-        steering.positions not in ("all", "prompt", "generated")
-        or steering.budget
-        or not steering.calls
-    ):
+    if steering.positions in ("steps", "think", "answer") or steering.budget or not steering.calls:
         more = " and a thinking budget" * bool(steering.budget) + " and a gate at tool calls" * (
             not steering.calls
         )
         raise ExportError(
             f"positions {steering.positions!r}{more} cannot be "
             "exported: the file has no tokenizer, and a program would have to tell it where they are. "
-            "Expected positions all, prompt or generated."
+            "Expected positions all, prompt, generated or first:N."
         )
     additions(network, steering)  # refuses what does not fit
     capacity = _capacity(model, capacity)

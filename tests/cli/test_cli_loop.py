@@ -238,15 +238,16 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
 
 
-def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_steps(run, tmp_path):
+@pytest.mark.parametrize("positions", ["steps", "think", "first:8"])
+def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_path, positions):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layers": [4], "strength": 3.5, "positions": "steps"}
+    best = {"layers": [4], "strength": 3.5, "positions": positions}
     made = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best))
     file = made.save(tmp_path / "best.npz")
     refused = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked", code=2)
     assert "at every token. Choose a strength" in refused.stderr
     told = run("vector", "export", file, "-o", tmp_path / "v.gguf").stderr
-    assert "recommended for positions steps, and llama.cpp adds it at all" in told
+    assert f"recommended for positions {positions}, and llama.cpp adds it at all" in told
 
 
 def test_the_options_name_all_positions():

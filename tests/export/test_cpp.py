@@ -68,7 +68,7 @@ def ids(text: str) -> list[int]:
     return [int(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt", "first:3"])
 @pytest.mark.parametrize("strength", [-6.0, 0.0, 4.0])
 def test_the_program_writes_what_python_writes(
     strength, positions, program, demo_file, demo_model, question
@@ -151,7 +151,9 @@ def test_the_program_says_when_the_cache_is_full(program, demo_file):
         (["FILE", "--strength", "dense", 1], "--strength 'dense': expected a finite number"),
         (["FILE", "--strength", "nan", 1], "expected a finite number"),
         (["FILE", "--strength", "1e38", 1], "overflows the model's dtype"),
-        (["FILE", "--positions", "some", 1], "expected all, generated or prompt"),
+        (["FILE", "--positions", "some", 1], "expected all, generated, prompt or first:N"),
+        (["FILE", "--positions", "first:0", 1], "positions 'first:0': expected all"),
+        (["FILE", "--positions", "first:", 1], "first: '': expected a whole number"),
         (["FILE", "--max-tokens", 0, 1], "expected 1 or more"),
         (["FILE", "--strength"], "--strength needs a value"),
         (["FILE", "--steps", 1], "no option '--steps'"),

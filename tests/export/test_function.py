@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -269,10 +270,11 @@ def test_what_cannot_be_written_is_refused(options, message, write, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tokens_that_end_a_step_are_not_known_to_a_file(demo_model, tmp_path):
-    at_steps = request(DEMO_VECTOR, positions="steps").steering(demo_model)
-    with pytest.raises(ExportError, match="'steps' cannot be exported: the file has no tokenizer"):
-        export_function(demo_model, at_steps, tmp_path / "f.mlxfn")
+@pytest.mark.parametrize("positions", ["steps", "think", "answer"])
+def test_what_depends_on_the_text_is_not_known_to_a_file(demo_model, tmp_path, positions):
+    steering = replace(request(DEMO_VECTOR).steering(demo_model), positions=positions)
+    with pytest.raises(ExportError, match=f"'{positions}' cannot be exported: the file has no"):
+        export_function(demo_model, steering, tmp_path / "f.mlxfn")
 
 
 def test_a_wrong_name_or_vector_is_refused(write, tiny_model, make_vector, tmp_path):
@@ -381,14 +383,14 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 def test_the_command(tmp_path):
     path = tmp_path / "demo.mlxfn"
     arguments = ["export-function", "-m", "demo", "-v", "demo", "-o", str(path)]
-    options = ["-s", "10%", "--positions", "generated", "--chunk", "16"]
+    options = ["-s", "10%", "--positions", "first:9", "--chunk", "16"]
     done = CliRunner().invoke(main, [*arguments, *options, "--capacity", "64"])
     assert (done.exit_code, done.stdout) == (0, f"{path}\n")
     assert "10% of the residual stream" in done.stderr
     assert "logits differ from run-time steering by" in done.stderr
     said = json.loads(mx.import_function(str(path), return_metadata=True)[1])
     assert (said["model"], said["vector"], said["layers"]) == ("demo", "demo", [LAYER])
-    assert (said["positions"], said["chunks"]) == ("generated", [16, 1])
+    assert (said["positions"], said["chunks"]) == ("first:9", [16, 1])
     assert said["strength"] == pytest.approx(2.38, abs=0.01)
     assert said["strength"] * said["dose_per_strength"] == pytest.approx(0.1)
     done = CliRunner().invoke(main, arguments)
