@@ -55,7 +55,8 @@ def show(file: str, as_json: bool) -> None:
     }
     for key, value in shown.items():
         if value not in (None, [], ()):
-            click.echo(f"{key:<22}{value}")
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+            click.echo(f"{key:<22}{text}")
     click.echo(f"{'sha256':<22}{loaded.sha256()}\n")
     click.echo("\n".join(layer_table(loaded)))
 
@@ -78,13 +79,14 @@ def _calibration(found: "Mapping[str, Any] | None") -> str | None:
 
 
 def default_setting(vector: "SteeringVector") -> str:
-    """Describe the default layer and strength, and the reason for the layer."""
+    """Describe the default layer, strength and positions, and the reason for the layer."""
     from ..steering.request import request
     from ..steering.vector import format_layers
 
     asked = request(vector)
     unit = "strength " if asked.amount.unit == "strength" else ""
-    return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}"
+    where = f", positions {asked.positions}" if asked.positions != "all" else ""
+    return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}{where}"
 
 
 def layer_table(vector: "SteeringVector") -> list[str]:

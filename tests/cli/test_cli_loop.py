@@ -246,6 +246,8 @@ def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_
     file = made.save(tmp_path / "best.npz")
     refused = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked", code=2)
     assert "at every token. Choose a strength" in refused.stderr
+    shown = run("vector", "show", file).stdout
+    assert f"layer 4 (a sweep recommends it), strength 3.5, positions {positions}\n" in shown
     told = run("vector", "export", file, "-o", tmp_path / "v.gguf").stderr
     assert f"recommended for positions {positions}, and llama.cpp adds it at all" in told
 
