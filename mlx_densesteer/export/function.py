@@ -28,7 +28,7 @@ from ..model.block import additions, make_cache
 from ..model.cache import Shift
 from ..model.families import cache_shapes, head_of, stream_dtype
 from ..model.model import Model, dtype_name, takes_model
-from ..steering.places import EVERYWHERE
+from ..steering.places import EVERYWHERE, span_of
 from ..steering.steering import LARGE_DOSE, Steering
 from .closeness import EXACT_SLOPE, float32_share, slope
 
@@ -95,7 +95,7 @@ def export_function(
     path = Path(path).expanduser()
     check_path(path, force)
     network = model.network
-    if steering.positions in ("steps", "think", "answer") or steering.budget or not steering.calls:
+    if span_of(steering.positions, 1).mark or steering.budget or not steering.calls:
         more = " and a thinking budget" * bool(steering.budget) + " and a gate at tool calls" * (
             not steering.calls
         )

@@ -141,11 +141,9 @@ def fixed(
     before: dict[int, KeysValues] = {}
     if start:
         network.model(mx.array([prompt[:start]]), caches)
-        for k, one in list(enumerate(caches))[
-            layer + 1 :
-        ]:  # copies, without the caches' spare room
-            both = (mx.contiguous(a[..., :start, :]) for a in (one.keys, one.values))
-            before[k] = tuple(both)
+        for k in range(layer + 1, len(caches)):  # copies, without the caches' spare room
+            both = caches[k].keys, caches[k].values
+            before[k] = tuple(mx.contiguous(one[..., :start, :]) for one in both)
     caches[layer].record = lambda _, h: found.append(h)
     caches[layer + 1 :] = [Passed(start) for _ in caches[layer + 1 :]]
     network.model(mx.array([[*prompt, *response[:-1]][start:]]), caches)

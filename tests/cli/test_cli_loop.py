@@ -238,7 +238,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
 
 
-@pytest.mark.parametrize("positions", ["steps", "think", "first:8"])
+@pytest.mark.parametrize("positions", ["steps", "think", "prompt", "first:8"])
 def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_path, positions):
     vector = ds.SteeringVector.load(demo.VECTOR)
     best = {"layers": [4], "strength": 3.5, "positions": positions}
@@ -250,6 +250,17 @@ def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_
     assert f"layer 4 (a sweep recommends it), strength 3.5, positions {positions}\n" in shown
     told = run("vector", "export", file, "-o", tmp_path / "v.gguf").stderr
     assert f"recommended for positions {positions}, and llama.cpp adds it at all" in told
+
+
+@pytest.mark.slow
+def test_a_baked_vector_that_was_found_for_generated_tokens_steers_the_prompt_too(run, tmp_path):
+    vector = ds.SteeringVector.load(demo.VECTOR)
+    best = {"layers": [4], "strength": 3.5, "positions": "generated"}
+    file = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best)).save(
+        tmp_path / "best.npz"
+    )
+    told = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked").stderr
+    assert "found for positions generated; baked, it steers the prompt too" in told
 
 
 def test_the_options_name_all_positions():
