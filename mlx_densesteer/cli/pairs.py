@@ -43,7 +43,8 @@ class RunOptions(TypedDict):
     "--rewriter",
     "spec",
     metavar="REWRITER",
-    help="rules; plain, the same and formulas without LaTeX's layout; instruction:TEXT, the model itself, asked "
+    help="rules, which merge steps; plain, the same and formulas without LaTeX's layout; brief, which leaves out only "
+    "the plan and the words of formulas, for shorter answers, not denser ones; instruction:TEXT, the model itself, asked "
     "again with a system message such as 'Be brief.'; mlx:MODEL, a folder, Hub id or demo; openai:URL#MODEL, an OpenAI-compatible endpoint, its key in "
     "OPENAI_API_KEY; or file:FILE.jsonl. [default: rules]",
 )
@@ -156,10 +157,11 @@ def pairs(
             message = "needs --samples K" if samples is None else "and --samples exclude each other"
             raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
     kind, _, rest = ("" if samples else spec or "rules").partition(":")
-    known = ("rules", "plain", "instruction", "mlx", "openai", "file")
-    if not samples and (kind not in known or (kind in ("rules", "plain")) == bool(rest.strip())):
+    fixed = ("rules", "plain", "brief")
+    known = (*fixed, "instruction", "mlx", "openai", "file")
+    if not samples and (kind not in known or (kind in fixed) == bool(rest.strip())):
         raise click.UsageError(
-            f"--rewriter {spec}: expected rules, plain, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
+            f"--rewriter {spec}: expected rules, plain, brief, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
             "file:FILE.jsonl."
         )
     rewriter: Rewriter | None = None
@@ -182,10 +184,10 @@ def pairs(
         from ..extraction.rewriting.file import FileRewriter
 
         rewriter = FileRewriter(rest)
-    elif kind in ("rules", "plain"):
-        from ..extraction.rewriting.rules import RulesRewriter
+    elif kind in fixed:
+        from ..extraction.rewriting.rules import BriefRewriter, RulesRewriter
 
-        rewriter = RulesRewriter(plain=kind == "plain")
+        rewriter = BriefRewriter() if kind == "brief" else RulesRewriter(plain=kind == "plain")
 
     from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.make_pairs import Files
@@ -219,6 +221,7 @@ def pairs(
             chosen,
             rewriter,
             out,
+            shorter=kind == "brief",
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
             progress=_progress(live, wanted),
             **run,

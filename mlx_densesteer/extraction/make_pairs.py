@@ -142,6 +142,7 @@ def make_pairs(
     out: str | Path,
     *,
     count: int | None = None,
+    shorter: bool = False,
     nll_margin: float = NLL_MARGIN,
     system: str | None = None,
     max_tokens: int = 2048,
@@ -152,7 +153,8 @@ def make_pairs(
 
     The model solves the problems, unsteered and greedily. Each solution that is correct and not
     cut off is rewritten, and the two make a pair if ``verify`` finds no fault. Problems are taken
-    in order; with ``count``, until there are so many pairs. A run that is started again with the
+    in order; with ``count``, until there are so many pairs. With ``shorter`` a rewrite must have fewer tokens,
+    and need be no denser (``BriefRewriter``). A run that is started again with the
     same ``out`` goes on where it was.
 
     Raises:
@@ -171,7 +173,9 @@ def make_pairs(
     cases: list[Case] = []
     answers: list[Answer] = []
     with Journal(files.solved, header) as solved, Journal(files.rewrites, work_header) as rewrites:
-        run = _Run(model, rewriter, solved, rewrites, system, nll_margin, len(problems), progress)
+        run = _Run(
+            model, rewriter, solved, rewrites, shorter, system, nll_margin, len(problems), progress
+        )
         for wave in waves(problems, count, rows, cases):
             found = run.solve(wave, max_tokens, rows)
             cases += run.rewrite(wave, found)
@@ -294,6 +298,7 @@ class _Run:
         rewriter: Rewriter,
         solved: Journal,
         rewrites: Journal,
+        shorter: bool,
         system: str | None,
         nll_margin: float,
         problems: int,
@@ -301,7 +306,7 @@ class _Run:
     ):
         self.model, self.rewriter = model, rewriter
         self.solved, self.rewrites = solved, rewrites
-        self.system, self.margin = system, nll_margin
+        self.shorter, self.system, self.margin = shorter, system, nll_margin
         self.state, self.progress = PairsProgress(problems), progress
         self._made, self._losses = _read_rewrites(rewrites)
         self._widest = max(map(len, model.tokenizer.get_vocab()))  # characters of one token
@@ -342,7 +347,7 @@ class _Run:
         missing = [
             (key, problem, original)
             for key, (problem, original) in zip(keys, todo, strict=True)
-            if key not in made and original.steps > 1
+            if key not in made and (self.shorter or original.steps > 1)
         ]
         asked = [
             Original(problem.id, problem.question, original.text, original.tokens, problem.prompt)
@@ -375,7 +380,7 @@ class _Run:
             # `longest` tokens never have more characters: a longer text is not tokenised whole
             text = rewrite.text.strip()[: longest * self._widest + 1]
             made = self._response(text, rewrite.truncated)
-        reasons = verify(problem, original, made, longest=longest)
+        reasons = verify(problem, original, made, longest=longest, shorter=self.shorter)
         if made is not None and not reasons:
             losses = self._likelihoods(problem, prompt, original.text, made.text)
             original, made = replace(original, nll=losses[0]), replace(made, nll=losses[1])

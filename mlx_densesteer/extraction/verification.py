@@ -1,4 +1,4 @@
-"""The checks of a contrastive pair: is the rewrite a denser form of the same reasoning? No mlx."""
+"""The checks of a contrastive pair: is the rewrite a denser or shorter form of the same reasoning? No mlx."""
 
 import re
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ REASONS = {
     "new number": "it has a number that is neither in the original nor in the question",
     "not fewer steps": "it has as many steps as the original, or more",
     "not denser": "it has no more tokens per step than the original",
+    "not shorter": "it has as many tokens as the original, or more",
     "unlikely": "its NLL under the target exceeds the original's by more than the margin",
 }
 
@@ -63,14 +64,15 @@ def verify(
     rewrite: Response | None,
     *,
     longest: int | None = None,
+    shorter: bool = False,
 ) -> tuple[str, ...]:
     """Return why ``rewrite`` makes no pair with ``original``: keys of ``REASONS``, or none.
 
     ``original`` must be correct: a correct rewrite then has the same answer. A rewrite of more
-    than ``longest`` tokens (by default ``most_tokens``) is not read. The NLL is left to
-    ``is_unlikely``.
+    than ``longest`` tokens (by default ``most_tokens``) is not read. With ``shorter`` it must have fewer tokens,
+    and need be no denser. The NLL is left to ``is_unlikely``.
     """
-    if original.steps < 2:
+    if original.steps < 2 and not shorter:
         return ("single step",)
     if rewrite is None:
         return ("no rewrite",)
@@ -82,9 +84,12 @@ def verify(
         "truncated": rewrite.truncated,
         "other answer": not grade(problem, rewrite.text).correct,
         "new number": bool(new_numbers(problem, original.text, rewrite.text)),
-        "not fewer steps": rewrite.steps >= original.steps,
-        "not denser": (rewrite.density or 0.0) <= (original.density or 0.0),
     }
+    if shorter:
+        found["not shorter"] = rewrite.tokens >= original.tokens
+    else:
+        found["not fewer steps"] = rewrite.steps >= original.steps
+        found["not denser"] = (rewrite.density or 0.0) <= (original.density or 0.0)
     return tuple(reason for reason in REASONS if found.get(reason))
 
 

@@ -36,7 +36,7 @@ SOLUTIONS = [
     "7-2=5.\n\n5+5=10.\n\n10/2=5.\n\nThat makes 5.\n#### 5",
     "4+4=8.\n#### 8",  # a single step
     "6/2=3.\n\n3+1=4.\n#### 4",
-    "2*2=4.\n\n4*2=8.\n\nThat makes 8.\n#### 8",
+    "We add.\n\n2*2=4.\n\n4*2=8.\n\nThat makes 8.\n#### 8",  # begins with a plan
     "9-1=8.\n\n8-3=5.\n#### 5",
 ]
 WRONG = 4  # the answer that the file of problems wants is another one
@@ -263,6 +263,12 @@ def test_the_command(solver, problems, tmp_path):
     assert document["rewriter"] == RulesRewriter(plain=True).name != RulesRewriter().name
     assert {record["rewriter"] for record in lines(out)} == {document["rewriter"]}
     assert (tmp_path / "pairs.jsonl.solved.jsonl").read_bytes() == solved
+    result = call(solver, problems, out, "--rewriter", "brief")
+    assert "7 problems: 1 accepted, 5 rejected" in result.stderr
+    assert "5 not shorter: it has as many tokens as the original" in result.stderr
+    assert [(r["negative"], r["positive"]) for r in lines(out)] == [
+        (SOLUTIONS[5], SOLUTIONS[5].removeprefix("We add.\n\n"))
+    ]
 
 
 def test_no_more_pairs_are_told_than_were_asked_for(solver, problems, tmp_path, monkeypatch):
@@ -462,10 +468,10 @@ def test_what_endpoint_fields_hold_is_in_no_file(solver, problems, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rewriter", "magic"], "expected rules, plain, instruction:TEXT"),
-        (["--rewriter", "instruction: "], "expected rules, plain, instruction:TEXT"),
-        (["--rewriter", "mlx:"], "expected rules, plain, instruction:TEXT"),
-        (["--rewriter", "plain:x"], "expected rules, plain, instruction:TEXT"),
+        (["--rewriter", "magic"], "expected rules, plain, brief, instruction:TEXT"),
+        (["--rewriter", "instruction: "], "expected rules, plain, brief, instruction:TEXT"),
+        (["--rewriter", "mlx:"], "expected rules, plain, brief, instruction:TEXT"),
+        (["--rewriter", "plain:x"], "expected rules, plain, brief, instruction:TEXT"),
         (["--rewriter", "openai:nowhere"], "expected openai:URL#model"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "["], "is not JSON"),
         (["--rewriter", "openai:http://x#m", "--rewriter-fields", "[" * 99999], "is not JSON"),

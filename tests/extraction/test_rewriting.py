@@ -26,7 +26,12 @@ from mlx_densesteer.extraction.rewriting import (
 )
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
 from mlx_densesteer.extraction.rewriting.openai import OpenAIRewriter
-from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
+from mlx_densesteer.extraction.rewriting.rules import (
+    BriefRewriter,
+    RulesRewriter,
+    merge_steps,
+    shorten,
+)
 from mlx_densesteer.extraction.verification import Response, verify
 from mlx_densesteer.generation.answer import split_steps
 
@@ -191,6 +196,77 @@ def test_the_plain_rewriter():
     [(_, rewrite)] = RulesRewriter(plain=True).rewrite([draft])
     assert rewrite.text == PLAIN
     assert verification.written(PLAIN) == verification.written(MERGED)
+
+
+PLANNED = r"""To find the cost, we need to follow these steps:
+
+1. Calculate the cost of the pens.
+2. Add the cost of the paper.
+
+First, we calculate the cost of the 7 pens:
+\[
+\text{Cost of pens} = \text{Number} \times \text{Price} = 7 \times 2 = 14
+\]
+
+Next, we add the paper:
+\[ \text{Total} = 14 + 6 \]
+So the total is \(\text{Total} = 14 + 6 = 20\), \(\boxed{20}\)."""
+
+BRIEF = r"""First, we calculate the cost of the 7 pens:
+\[ 7 \times 2 = 14 \]
+
+Next, we add the paper:
+\[ \text{Total} = 14 + 6 \]
+So the total is \(\text{Total} = 14 + 6 = 20\), \(\boxed{20}\)."""
+
+
+def test_the_plan_and_the_words_of_equations_go_and_the_rest_stays():
+    assert shorten(PLANNED) == BRIEF == shorten(BRIEF)
+    [(index, rewrite)] = BriefRewriter().rewrite([Original("p", "q", PLANNED, 99, "q")])
+    assert (index, rewrite.text, rewrite.truncated) == (0, BRIEF, False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # a plan that is the only place of a number, or calculates
+        ("To be quick, we use 5.\n\nNow 2 + 2 = 4.", None),
+        ("To begin, 1 + 1 = 2.\n\nNow 2 + 2 = 4.", None),
+        # no plan
+        ("Given:\n- 3 pens\n\nThen 3 + 3 = 6.", None),
+        ("To sum up, we say nothing.\n\nThe end.", None),
+        ("", None),
+        # what follows cannot begin an answer
+        ("To solve it, we go on.\n\nNext, 2 + 2 = 4.", None),
+        (
+            "Let's see.\n\n1. Take the 2.\n\n2. Add: 2 + 2 = 4.",
+            "1. Take the 2.\n\n2. Add: 2 + 2 = 4.",
+        ),
+        ("To solve it, count.\n\n```python\n\nx = 3\n```", "```python\n\nx = 3\n```"),
+    ],
+)
+def test_where_a_short_answer_begins(before, after):
+    assert shorten(before) == (before if after is None else after)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (r"\[ \frac{\text{Cost}}{\text{Wage}} = \frac{32}{8} = 4 \]", r"\[ \frac{32}{8} = 4 \]"),
+        (r"\[ 3 = 3 = \text{a} \]", r"\[ 3 = 3 \]"),
+        ("\\[\nC = 5 = 5\n\\]", r"\[ C = 5 = 5 \]"),  # a variable stays
+        (r"\[ 3 \text{ pens} \times 2 = 6 = 6 \]", None),
+        (r"\[ \text{a} = 5, \text{b} = 6 = 6 \]", None),  # two equations
+        (r"\[ \text{a} = 1{,}000 = 10,000 \]", r"\[ 1{,}000 = 10,000 \]"),
+        (r"\[ \text{a} = 2 + 2 \quad \text{b} = 4 \]", None),
+        (r"\[ \text{if a = b} = 4 = 4 \]", None),
+        (r"\[ \text{a} = 4 \]", None),
+        (r"\(\text{a} = 2 + 2 = 4\)", None),
+        ("```\n\\[ \\text{a} = 2 + 2 = 4 \\]\n```", None),
+    ],
+)
+def test_words_leave_an_equation_only_if_numbers_remain(before, after):
+    assert notation.without_words(before) == (before if after is None else after)
 
 
 def test_a_title_ends_no_sentence():
@@ -559,7 +635,7 @@ def test_names_tell_rewriters_apart_and_hide_the_query():
     assert name.startswith("openai:https://host/v1#m ") and "api-key" not in name
     other = OpenAIRewriter("https://host/v1#m", fields={"temperature": 1}).name
     colder = OpenAIRewriter("https://host/v1#m", fields={"temperature": 0}).name
-    assert len({name, other, colder, RulesRewriter().name}) == 4
+    assert len({name, other, colder, RulesRewriter().name, BriefRewriter().name}) == 5
 
 
 def test_a_name_has_no_value_of_a_field():

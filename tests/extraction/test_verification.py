@@ -49,6 +49,15 @@ def test_each_fault_has_its_reason_and_no_other(changes, reason):
     assert reasons(**changes) == (reason,)
 
 
+def test_a_shorter_form_need_be_no_denser():
+    same_steps = "Ann has 12.\n\n12/2 = 6.\n\nShe has 6 left."
+    assert reasons(same_steps, 20) == ("not fewer steps", "not denser")
+    assert reasons(same_steps, 20, shorter=True) == ()
+    assert reasons(DENSE, 30, shorter=True) == ("not shorter",)
+    one = Response(DENSE, 28, 0.1)
+    assert verify(PROBLEM, one, Response("12/2 = 6.", 8), shorter=True) == ()
+
+
 def test_no_rewrite_at_all():
     assert verify(PROBLEM, ORIGINAL, None) == ("no rewrite",)
     assert verify(PROBLEM, Response(DENSE, 28, 0.1), None) == ("single step",)
@@ -56,7 +65,7 @@ def test_no_rewrite_at_all():
 
 def test_every_fault_is_named_in_the_order_of_the_list():
     found = reasons("3 eggs.\n\n4 eggs.\n\n5 eggs.", 3, True)
-    alone = ("single step", "no rewrite", "empty", "too long", "unlikely")
+    alone = ("single step", "no rewrite", "empty", "too long", "not shorter", "unlikely")
     assert found == tuple(r for r in REASONS if r not in alone)
 
 

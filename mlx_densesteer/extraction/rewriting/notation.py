@@ -3,6 +3,9 @@ r"""Formulas of an answer as plain text: LaTeX's layout takes tokens and calcula
 ``\[ 7 \times \text{pens} = \frac{a}{b} \]`` becomes ``7 × pens = a / b``, behind the words that announce it. A formula
 that plain text could not say in the same way stays as it is: one with another command, or with a
 fraction beside something that would read it otherwise. So does code, and ``\boxed``, which marks the answer.
+
+``without_words`` keeps LaTeX and leaves out what an equation says in words: ``\[ \text{cost} = 7 \times 2 = 14 \]``
+becomes ``\[ 7 \times 2 = 14 \]``.
 """
 
 import re
@@ -38,11 +41,42 @@ _ALONE = re.compile(r"\$?\d[\d,.]*%?|[A-Za-z](?:_\w)?|\0[^\0\s]+\0")
 _BEFORE = re.compile(r"(?:^|[-−+×÷/=≈≠≤≥<>→,({^])$")
 _AFTER = re.compile(r"$|[-−+×÷=≈≠≤≥<>→,;)}^]|\.(?!\d)|\0[^\0]*\0\s*(?:$|[-−+=≈,.;)→])")
 _BOX = re.compile(r"\\boxed\{[^{}\\]*\}")
+# A side of an equation that is words: labels, alone or in fractions, sums and products.
+_LABELS = re.compile(r"(?:\\(?:[dt]?frac|times|cdot|div|left|right)(?![A-Za-z])|[-+/(){}\s\0])*")
+_SEVERAL = re.compile(
+    r"\\\\|&|;|,(?!\d{3})|[<>]|\\(?:quad|qquad|implies|Rightarrow|rightarrow|begin)(?![A-Za-z])"
+)
 
 
 def plain(response: str) -> str:
     """Return ``response`` with its formulas as plain text, where that says the same."""
     return _FORMULA.sub(_plain, response)
+
+
+def without_words(response: str) -> str:
+    r"""Return ``response`` without the sides of its equations (``\[...\]``) that are words, if two others remain."""
+    return _FORMULA.sub(_without_words, response)
+
+
+def _without_words(found: re.Match[str]) -> str:
+    """Return a displayed equation, on one line, without the sides that are words."""
+    if (
+        found["code"]
+        or (found["open"], found["close"]) != ("[", "]")
+        or _SEVERAL.search(_THOUSANDS.sub(",", found["inner"]))
+    ):
+        return found[0]
+    sides = [side.strip() for side in found["inner"].split("=")]
+    if any(side.count("{") != side.count("}") for side in sides):
+        return found[0]
+    kept = [side for side in sides if not _is_words(side)]
+    shown = " = ".join(kept if len(kept) > 1 else sides)
+    return f"{found['colon']}{found['gap']}\\[ {shown} \\]"
+
+
+def _is_words(side: str) -> bool:
+    marked = _WORDS.sub(_WORD, side)
+    return _WORD in marked and bool(_LABELS.fullmatch(marked))
 
 
 def _plain(found: re.Match[str]) -> str:

@@ -1,8 +1,11 @@
-"""Rewriting without a model: fixed rules merge adjacent steps.
+"""Rewriting without a model, by fixed rules: merge adjacent steps, or leave out what is said twice.
 
-The rules remove blank lines, headings, the numbers of steps, an announced plan without a
+The rules of ``merge_steps`` remove blank lines, headings, the numbers of steps, an announced plan without a
 calculation, and sentences that only repeat the last result. Every other sentence, every
 calculation, code and the final answer stay. The only thing added is a colon.
+
+``shorten`` removes less and merges nothing: the plan at the beginning, and the words of equations that have numbers.
+The model's own way to calculate stays, and with it, so far, its right answers (docs/results.md).
 """
 
 import re
@@ -32,6 +35,10 @@ _BARE_SUM = re.compile(r"^[-+*/×÷·x().,$%0-9\s]*=[-+*/×÷·x().,$%0-9\s=]*$"
 _ENDED = re.compile(r"[.!?:;,)]\**$")
 _OWN_LINE = re.compile(r"^(?:[-*•|>]|#{1,6}\s|\\\[|\\begin|\$\$|```|~~~)|(?:\\\]|\$\$|```|~~~)$")
 
+_PARAGRAPH = re.compile(r"\S.*?(?=\n\s*\n|\s*\Z)", re.S)
+_PLAN = re.compile(r"(?:to|we|let's|let us)\s|[0-9]+[.)]\s|[-*•]\s", re.I)
+_GOES_ON = re.compile(r"(?:next|then|second|secondly|finally)\b|[2-9][.)]\s", re.I)
+
 Block = list[str]  # the lines of a step; only code keeps its blank lines
 
 
@@ -46,6 +53,33 @@ class RulesRewriter:
         for index, original in enumerate(originals):
             text = original.response
             yield index, Rewrite(merge_steps(notation.plain(text) if self._plain else text))
+
+
+class BriefRewriter:
+    """Leaves out what a response says twice, by ``shorten``; its rewrites are shorter, seldom denser."""
+
+    name = f"brief {VERSION}.{notation.VERSION}"
+
+    def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
+        for index, original in enumerate(originals):
+            yield index, Rewrite(shorten(original.response))
+
+
+def shorten(response: str) -> str:
+    """Return ``response`` without the plan at its beginning and without the words of its equations."""
+    return notation.without_words(_from_first_calculation(response))
+
+
+def _from_first_calculation(response: str) -> str:
+    """Drop the first paragraphs that only say what will be calculated, if what follows can begin an answer."""
+    begin = 0
+    for paragraph in _PARAGRAPH.finditer(response):
+        text, later = paragraph[0], response[paragraph.end() :]
+        if not _GOES_ON.match(text):
+            begin = paragraph.start()
+        if not (_PLAN.match(text) and _may_go(text, later, later)):
+            break
+    return response[begin:]
 
 
 def merge_steps(response: str) -> str:
