@@ -4,7 +4,7 @@ r"""Formulas of an answer as plain text: LaTeX's layout takes tokens and calcula
 that plain text could not say in the same way stays as it is: one with another command, or with a
 fraction beside something that would read it otherwise. So does code, and ``\boxed``, which marks the answer.
 
-``without_words`` keeps LaTeX and leaves out what an equation says in words: ``\[ \text{cost} = 7 \times 2 = 14 \]``
+``without_words`` keeps LaTeX and leaves out the words that an equation begins with: ``\[ \text{cost} = 7 \times 2 = 14 \]``
 becomes ``\[ 7 \times 2 = 14 \]``.
 """
 
@@ -54,29 +54,57 @@ def plain(response: str) -> str:
 
 
 def without_words(response: str) -> str:
-    r"""Return ``response`` without the sides of its equations (``\[...\]``) that are words, if two others remain."""
-    return _FORMULA.sub(_without_words, response)
+    r"""Return ``response`` with each displayed formula, ``\[...\]``, on one line, and what it says in words left out.
+
+    The words go that an equation begins with, if two sides with numbers remain; not those that tell it from an equation right
+    before or after it. If a formula that stays uses such words, all of them stay.
+    """
+    gone: list[str] = []
+    made = _FORMULA.sub(lambda found: _without_words(found, gone), response)
+    used = {words.strip() for words in _WORDS.findall(made)}
+    return (
+        _FORMULA.sub(lambda found: _without_words(found, None), response)
+        if used & {*gone}
+        else made
+    )
 
 
-def _without_words(found: re.Match[str]) -> str:
-    """Return a displayed equation, on one line, without the sides that are words."""
+def _without_words(found: re.Match[str], gone: list[str] | None) -> str:
+    """Return a formula without the sides that are words, which go to ``gone``; with ``None`` they stay."""
+    inner = found["inner"]
     if (
         found["code"]
         or (found["open"], found["close"]) != ("[", "]")
-        or _SEVERAL.search(_THOUSANDS.sub(",", found["inner"]))
+        or re.search(r"(?<!\\)%", inner)
     ):
         return found[0]
-    sides = [side.strip() for side in found["inner"].split("=")]
-    if any(side.count("{") != side.count("}") for side in sides):
-        return found[0]
-    kept = [side for side in sides if not _is_words(side)]
-    shown = " = ".join(kept if len(kept) > 1 else sides)
+    shown = inner.strip()
+    if (
+        gone is not None
+        and not _SEVERAL.search(_THOUSANDS.sub(",", inner))
+        and not _has_neighbour(found)
+    ):
+        sides = shown.split("=")
+        first = next((n for n, side in enumerate(sides) if not _is_words(side)), 0)
+        numbers = sum(bool(re.search(r"\d", side)) for side in sides[first:])
+        if first and numbers > 1:
+            gone += [words.strip() for side in sides[:first] for words in _WORDS.findall(side)]
+            shown = "=".join(sides[first:]).strip()
     return f"{found['colon']}{found['gap']}\\[ {shown} \\]"
 
 
+def _has_neighbour(found: re.Match[str]) -> bool:
+    """Tell whether another displayed formula stands right before or after this one."""
+    start = found.start() + len(found["colon"])
+    before, after = found.string[max(0, start - 80) : start], found.string[found.end() :][:80]
+    return before.rstrip().endswith("\\]") or after.lstrip().startswith("\\[")
+
+
 def _is_words(side: str) -> bool:
-    marked = _WORDS.sub(_WORD, side)
-    return _WORD in marked and bool(_LABELS.fullmatch(marked))
+    """Tell whether a side of an equation is labels, alone or in balanced fractions, sums and products."""
+    marked = _WORDS.sub(lambda words: words[1] if re.search(r"\d", words[1]) else _WORD, side)
+    balanced = all(marked.count(a) == marked.count(b) for a, b in ("{}", "()"))
+    return _WORD in marked and balanced and bool(_LABELS.fullmatch(marked))
 
 
 def _plain(found: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ The model's own way to calculate stays, and with it, so far, its right answers (
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from ...generation.answer import split_steps
 from ..verification import given, written
@@ -35,9 +36,26 @@ _BARE_SUM = re.compile(r"^[-+*/×÷·x().,$%0-9\s]*=[-+*/×÷·x().,$%0-9\s=]*$"
 _ENDED = re.compile(r"[.!?:;,)]\**$")
 _OWN_LINE = re.compile(r"^(?:[-*•|>]|#{1,6}\s|\\\[|\\begin|\$\$|```|~~~)|(?:\\\]|\$\$|```|~~~)$")
 
-_PARAGRAPH = re.compile(r"\S.*?(?=\n\s*\n|\s*\Z)", re.S)
-_PLAN = re.compile(r"(?:to|we|let's|let us)\s|[0-9]+[.)]\s|[-*•]\s", re.I)
-_GOES_ON = re.compile(r"(?:next|then|second|secondly|finally)\b|[2-9][.)]\s", re.I)
+# of ``shorten``
+_PARAGRAPH = re.compile(r"\S[^\n]*(?:\n[^\S\n]*\S[^\n]*)*")
+_PARAGRAPHS = 12  # that a plan can have, at most
+_PLAN = re.compile(
+    r"to\s[^\n]*\b(?:we|let['’]s|follow\w*)\b|we (?:need|will|can|must|should|have to)\b|here(?:['’]s| is| are)\b|"
+    r"(?:let['’]s|let us) (?:break|calculate|determine|find|first|follow|go|look|see|solve|start|think|use|work)\b",
+    re.I,
+)
+_TASK = re.compile(
+    r"\W*(?:[0-9]+\W+)?(?:add|calculate|compare|compute|convert|count|determine|divide|find|identify|multiply|solve|subtract|sum|use)\b",
+    re.I,
+)
+_SAYS_MORE = re.compile(  # than what will be calculated
+    r"\\[(\[]|```|~~~|\b(?:know|given that|denote|define|substitut\w*|because|since|therefore)\b",
+    re.I,
+)
+_GOES_ON = re.compile(
+    r"(?:next|then|now|so|thus|therefore|hence|also|this|these|that|as|second|secondly|finally)\b|(?:step )?(?:[2-9]|[1-9]\d)[.):]\s|\\\[|\$\$",
+    re.I,
+)
 
 Block = list[str]  # the lines of a step; only code keeps its blank lines
 
@@ -73,13 +91,31 @@ def shorten(response: str) -> str:
 def _from_first_calculation(response: str) -> str:
     """Drop the first paragraphs that only say what will be calculated, if what follows can begin an answer."""
     begin = 0
-    for paragraph in _PARAGRAPH.finditer(response):
-        text, later = paragraph[0], response[paragraph.end() :]
-        if not _GOES_ON.match(text):
-            begin = paragraph.start()
-        if not (_PLAN.match(text) and _may_go(text, later, later)):
+    for paragraph in islice(_PARAGRAPH.finditer(response), _PARAGRAPHS):
+        text, start = paragraph[0], paragraph.start()
+        is_plan = _is_plan(text, response[paragraph.end() :])
+        indented = start > 0 and response[start - 1] != "\n"
+        announced = not is_plan and "\n" in text and _is_list(_lines(text))
+        if not (indented or announced or _GOES_ON.match(text)):
+            begin = start
+        if not is_plan:
             break
     return response[begin:]
+
+
+def _is_plan(text: str, later: str) -> bool:
+    """Tell whether ``text`` only says what ``later`` does: an announcement, or a list of tasks."""
+    lines = _lines(text)
+    tasks = _is_list(lines) and (not written(text) or all(map(_TASK.match, lines)))
+    return (
+        bool(_PLAN.match(text) or tasks)
+        and not _SAYS_MORE.search(text)
+        and _may_go(text, later, later)
+    )
+
+
+def _lines(text: str) -> Block:
+    return [line.strip() for line in text.splitlines()]
 
 
 def merge_steps(response: str) -> str:
