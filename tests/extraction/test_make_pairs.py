@@ -36,7 +36,7 @@ SOLUTIONS = [
     "7-2=5.\n\n5+5=10.\n\n10/2=5.\n\nThat makes 5.\n#### 5",
     "4+4=8.\n#### 8",  # a single step
     "6/2=3.\n\n3+1=4.\n#### 4",
-    "We add.\n\n2*2=4.\n\n4*2=8.\n\nThat makes 8.\n#### 8",  # begins with a plan
+    "We will add.\n\n2*2=4.\n\n4*2=8.\n\nThat makes 8.\n#### 8",  # begins with a plan
     "9-1=8.\n\n8-3=5.\n#### 5",
 ]
 WRONG = 4  # the answer that the file of problems wants is another one
@@ -267,7 +267,7 @@ def test_the_command(solver, problems, tmp_path):
     assert "7 problems: 1 accepted, 5 rejected" in result.stderr
     assert "5 not shorter: it has as many tokens as the original" in result.stderr
     assert [(r["negative"], r["positive"]) for r in lines(out)] == [
-        (SOLUTIONS[5], SOLUTIONS[5].removeprefix("We add.\n\n"))
+        (SOLUTIONS[5], SOLUTIONS[5].removeprefix("We will add.\n\n"))
     ]
 
 
