@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..steering.places import Positions
     from ..steering.request import Amount
 
-# The defaults are the recipe of the one vector that shortened a real model's answers and lost nothing (docs/results.md).
+# The defaults are the recipe of the one vector that shortened a real model's answers with no fewer right (docs/results.md).
 POSITIONS: "Positions" = "first:48"
 
 
