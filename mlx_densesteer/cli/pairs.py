@@ -221,7 +221,6 @@ def pairs(
             chosen,
             rewriter,
             out,
-            shorter=kind == "brief",
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
             progress=_progress(live, wanted),
             **run,

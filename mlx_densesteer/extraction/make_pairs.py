@@ -25,7 +25,15 @@ from ..model.likelihood import nll
 from ..model.model import Model, ModelInfo, takes_model
 from ..model.prompt import encode_answer, encode_prompt
 from .rewriting import Original, Rewrite, Rewriter
-from .verification import NLL_MARGIN, Response, is_unlikely, most_tokens, new_numbers, verify
+from .verification import (
+    NLL_MARGIN,
+    Response,
+    is_unlikely,
+    may_be_rewritten,
+    most_tokens,
+    new_numbers,
+    verify,
+)
 
 FORMAT = "mlx-densesteer rewrites 1"  # of the second journal
 PAIR_FORMAT = "mlx-densesteer pair 1"
@@ -142,7 +150,6 @@ def make_pairs(
     out: str | Path,
     *,
     count: int | None = None,
-    shorter: bool = False,
     nll_margin: float = NLL_MARGIN,
     system: str | None = None,
     max_tokens: int = 2048,
@@ -153,8 +160,7 @@ def make_pairs(
 
     The model solves the problems, unsteered and greedily. Each solution that is correct and not
     cut off is rewritten, and the two make a pair if ``verify`` finds no fault. Problems are taken
-    in order; with ``count``, until there are so many pairs. With ``shorter`` a rewrite must have fewer tokens,
-    and need be no denser (``BriefRewriter``). A run that is started again with the
+    in order; with ``count``, until there are so many pairs. A run that is started again with the
     same ``out`` goes on where it was.
 
     Raises:
@@ -173,9 +179,7 @@ def make_pairs(
     cases: list[Case] = []
     answers: list[Answer] = []
     with Journal(files.solved, header) as solved, Journal(files.rewrites, work_header) as rewrites:
-        run = _Run(
-            model, rewriter, solved, rewrites, shorter, system, nll_margin, len(problems), progress
-        )
+        run = _Run(model, rewriter, solved, rewrites, system, nll_margin, len(problems), progress)
         for wave in waves(problems, count, rows, cases):
             found = run.solve(wave, max_tokens, rows)
             cases += run.rewrite(wave, found)
@@ -298,7 +302,6 @@ class _Run:
         rewriter: Rewriter,
         solved: Journal,
         rewrites: Journal,
-        shorter: bool,
         system: str | None,
         nll_margin: float,
         problems: int,
@@ -306,7 +309,7 @@ class _Run:
     ):
         self.model, self.rewriter = model, rewriter
         self.solved, self.rewrites = solved, rewrites
-        self.shorter, self.system, self.margin = shorter, system, nll_margin
+        self.system, self.margin = system, nll_margin
         self.state, self.progress = PairsProgress(problems), progress
         self._made, self._losses = _read_rewrites(rewrites)
         self._widest = max(map(len, model.tokenizer.get_vocab()))  # characters of one token
@@ -342,18 +345,18 @@ class _Run:
             for problem, one in zip(problems, answers, strict=True)
             if _is_usable(one)
         ]
-        keys = [_digest(p.prompt, original.text, self.rewriter.name) for p, original in todo]
-        made = self._made
+        rewriter, made = self.rewriter, self._made
+        keys = [_digest(p.prompt, original.text, rewriter.name) for p, original in todo]
         missing = [
             (key, problem, original)
             for key, (problem, original) in zip(keys, todo, strict=True)
-            if key not in made and (self.shorter or original.steps > 1)
+            if key not in made and may_be_rewritten(original, shorter=rewriter.shorter)
         ]
         asked = [
             Original(problem.id, problem.question, original.text, original.tokens, problem.prompt)
             for _, problem, original in missing
         ]
-        for index, rewrite in self.rewriter.rewrite(asked):
+        for index, rewrite in rewriter.rewrite(asked):
             if rewrite is not None:  # kept at once: its NLL takes a while
                 key, problem, _ = missing[index]
                 made[key] = rewrite
@@ -361,7 +364,7 @@ class _Run:
                     {
                         "problem": problem.id,
                         "key": key,
-                        "rewriter": self.rewriter.name,
+                        "rewriter": rewriter.name,
                         "text": rewrite.text,
                         "truncated": rewrite.truncated,
                     }
@@ -380,7 +383,7 @@ class _Run:
             # `longest` tokens never have more characters: a longer text is not tokenised whole
             text = rewrite.text.strip()[: longest * self._widest + 1]
             made = self._response(text, rewrite.truncated)
-        reasons = verify(problem, original, made, longest=longest, shorter=self.shorter)
+        reasons = verify(problem, original, made, longest=longest, shorter=self.rewriter.shorter)
         if made is not None and not reasons:
             losses = self._likelihoods(problem, prompt, original.text, made.text)
             original, made = replace(original, nll=losses[0]), replace(made, nll=losses[1])

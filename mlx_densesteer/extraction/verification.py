@@ -72,7 +72,7 @@ def verify(
     than ``longest`` tokens (by default ``most_tokens``) is not read. With ``shorter`` it must have fewer tokens,
     and need be no denser. The NLL is left to ``is_unlikely``.
     """
-    if original.steps < 2 and not shorter:
+    if not may_be_rewritten(original, shorter=shorter):
         return ("single step",)
     if rewrite is None:
         return ("no rewrite",)
@@ -91,6 +91,11 @@ def verify(
         found["not fewer steps"] = rewrite.steps >= original.steps
         found["not denser"] = (rewrite.density or 0.0) <= (original.density or 0.0)
     return tuple(reason for reason in REASONS if found.get(reason))
+
+
+def may_be_rewritten(original: Response, *, shorter: bool = False) -> bool:
+    """Tell whether a rewrite of ``original`` can have fewer steps, or need only be ``shorter``."""
+    return shorter or original.steps > 1
 
 
 def is_unlikely(original: float, rewrite: float, margin: float = NLL_MARGIN) -> bool:

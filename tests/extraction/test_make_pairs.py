@@ -19,7 +19,14 @@ from mlx_densesteer.errors import DenseSteerError, InputError
 from mlx_densesteer.evaluation.tasks import load_task
 from mlx_densesteer.extraction.make_pairs import PairsProgress, make_pairs
 from mlx_densesteer.extraction.pairs import read_pairs
-from mlx_densesteer.extraction.rewriting import SYSTEM, Original, Rewrite, read_answer, request
+from mlx_densesteer.extraction.rewriting import (
+    SYSTEM,
+    Original,
+    Rewrite,
+    Rewriter,
+    read_answer,
+    request,
+)
 from mlx_densesteer.extraction.rewriting.file import FileRewriter
 from mlx_densesteer.extraction.rewriting.model import InstructionRewriter, ModelRewriter
 from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
@@ -140,7 +147,7 @@ def test_the_figures_are_those_of_the_texts(solver, problems, tmp_path):
             assert figures["nll"] == pytest.approx(nll(model, [prompt], [tokens])[0], abs=1e-4)
 
 
-class Asked:
+class Asked(Rewriter):
     """The rules, and a count of what was asked for."""
 
     name = "counting"

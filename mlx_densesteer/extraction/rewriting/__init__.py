@@ -73,13 +73,15 @@ class Rewrite:
 
 
 class Rewriter(Protocol):
-    """Makes responses denser.
+    """Makes responses denser, or shorter.
 
     ``name`` identifies the rewriter in files: a rewrite under the same name is not asked for
-    again. So the name must change with everything that changes the rewrites.
+    again. So the name must change with everything that changes the rewrites. ``shorter`` says what is
+    asked of a rewrite: to have fewer tokens, or, without it, fewer and denser steps.
     """
 
     name: str
+    shorter: bool = False
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite | None]]:
         """Yield ``(index, rewrite)`` as each is ready; ``None`` where the rewriter has none."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from ...errors import InputError
 from ...evaluation.solutions import POSITIVE, text_of
 from ...files import read_jsonl, whole_characters
-from . import Original, Rewrite
+from . import Original, Rewrite, Rewriter
 
 _REWRITE = ("rewrite", *POSITIVE)
 
 
-class FileRewriter:
+class FileRewriter(Rewriter):
     """Looks rewrites up by problem id, then by the text of the question.
 
     A line has ``id`` or ``question`` (or ``prompt``, ``doc.question``), and the rewrite as

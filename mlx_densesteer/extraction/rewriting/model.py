@@ -12,10 +12,10 @@ from ...model.model import Model, takes_model
 from ...model.prompt import encode_prompt
 from ...text import one_line
 from ..verification import most_tokens
-from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
+from . import INSTRUCTION, SYSTEM, Original, Rewrite, Rewriter, read_answer, request
 
 
-class ModelRewriter:
+class ModelRewriter(Rewriter):
     """Asks a model for rewrites, greedily and in batches.
 
     A rewrite is cut off at ``most_tokens``, which ends loops. Each precision of a model is a
@@ -40,7 +40,7 @@ class ModelRewriter:
             yield index, made and Rewrite(read_answer(made.text), made.truncated)
 
 
-class InstructionRewriter:
+class InstructionRewriter(Rewriter):
     """Has the target answer the problem again, greedily, under a system message that asks for density.
 
     So the dense side is the target's own words, and the pair is its answers with and without the

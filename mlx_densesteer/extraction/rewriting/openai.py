@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from ...errors import InputError, install_command
 from ...files import whole_characters
 from ...text import one_line
-from . import INSTRUCTION, SYSTEM, Original, Rewrite, read_answer, request
+from . import INSTRUCTION, SYSTEM, Original, Rewrite, Rewriter, read_answer, request
 
 try:
     import openai
@@ -32,7 +32,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PATH = "/chat/completions"
 
 
-class OpenAIRewriter:
+class OpenAIRewriter(Rewriter):
     """Asks ``URL/chat/completions`` for each rewrite.
 
     Args:

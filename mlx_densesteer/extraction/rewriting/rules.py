@@ -14,7 +14,7 @@ from itertools import islice
 
 from ...generation.answer import split_steps
 from ..verification import given, written
-from . import Original, Rewrite, notation
+from . import Original, Rewrite, Rewriter, notation
 
 VERSION = 3  # of the rules; rewrites of another version are made anew
 
@@ -60,7 +60,7 @@ _GOES_ON = re.compile(
 Block = list[str]  # the lines of a step; only code keeps its blank lines
 
 
-class RulesRewriter:
+class RulesRewriter(Rewriter):
     """Merges steps by the rules of this module; ``plain``: formulas become plain text (``notation``)."""
 
     def __init__(self, *, plain: bool = False):
@@ -73,10 +73,11 @@ class RulesRewriter:
             yield index, Rewrite(merge_steps(notation.plain(text) if self._plain else text))
 
 
-class BriefRewriter:
+class BriefRewriter(Rewriter):
     """Leaves out what a response says twice, by ``shorten``; its rewrites are shorter, seldom denser."""
 
     name = f"brief {VERSION}.{notation.VERSION}"
+    shorter = True
 
     def rewrite(self, originals: Sequence[Original]) -> Iterator[tuple[int, Rewrite]]:
         for index, original in enumerate(originals):
