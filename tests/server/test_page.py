@@ -1228,3 +1228,33 @@ def test_a_thought_is_folded_above_its_answer(browser, thinking_folder):
         options = page.get_by_label("Positions").locator("option").all_text_contents()
         assert {"think", "answer"} <= {one.split()[0].casefold() for one in options}, options
         context.close()
+
+
+def test_a_vector_for_the_first_tokens_is_asked_for_as_it_was_trained(browser):
+    from dataclasses import replace
+
+    from mlx_densesteer.server.vectors import NamedVector
+
+    demo = SteeringVector.load("demo")
+    best = {"layers": [3, 4], "strength": 2.0, "positions": "first:48", "reason": "trained"}
+    vectors = [
+        NamedVector(
+            SteeringVector(demo.layers, replace(demo.meta, recommended=best), name="brief")
+        ),
+        NamedVector(demo),
+    ]
+    with serving("demo", vectors) as running:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(running.url)
+        asked = []
+        page.on("request", lambda one: asked.append(one.post_data_json) if one.post_data else None)
+        ask(page, QUESTION)
+        answered(page)
+        wanted = {"vector": "brief", "strength": 2, "layers": [3, 4], "positions": "first:48"}
+        assert [one["steering"] for one in asked if one.get("steering")] == [wanted]
+        assert page.locator("#positions").input_value() == "first:48"
+        page.reload()  # the setting is remembered
+        page.locator("#positions").wait_for(state="attached")
+        page.wait_for_function("document.querySelector('#positions').value === 'first:48'")
+        context.close()

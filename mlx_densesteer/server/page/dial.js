@@ -7,6 +7,7 @@ const FALLBACK = 4; // times the default strength: the range if no dose is known
 const CATCH = 0.015; // a dragged dial stops at 0 and at the default within this share of the range
 const FIVE = [-1, 0, 0.5, 1, 2]; // times the default dose: what "Try five strengths" asks
 const SHARE = 0.25; // of the range: what they are times of if the default is no steering
+const FIRST = /^first:[1-9][0-9]{0,8}$/; // positions
 const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }; // steps
 
 export class Dial {
@@ -104,7 +105,15 @@ export class Dial {
   fits(setting) {
     const vector = setting && this.overview.vectors.find((one) => one.name === setting.vector);
     return vector && Number.isFinite(setting.strength) && setting.layers?.length > 0 &&
-      setting.layers.every((layer) => vector.layers.includes(layer)) && this.overview.positions.includes(setting.positions);
+      setting.layers.every((layer) => vector.layers.includes(layer)) &&
+      (this.overview.positions.includes(setting.positions) || FIRST.test(setting.positions));
+  }
+
+  /** Choose positions; some first tokens, of which there is no list, become a choice by that. */
+  offer(positions) {
+    const select = element("positions");
+    if (![...select.options].some((one) => one.value === positions)) select.add(new Option(positions));
+    select.value = positions;
   }
 
   /** @param {{vector: string, strength: number, layers: number[], positions: string}} setting */
@@ -116,7 +125,7 @@ export class Dial {
     this.layers = setting.layers; // a preset may skip some in between
     element("layer-from").value = Math.min(...setting.layers);
     element("layer-to").value = Math.max(...setting.layers);
-    element("positions").value = setting.positions;
+    this.offer(setting.positions);
     element("kept").textContent = "";
     this.turn(setting.strength);
   }
