@@ -15,11 +15,15 @@ class Serving:
     """A running server: its ``url``, its ``engine`` (all of its models), and ways to ask it; the ``error`` that ended it."""
 
     error: Exception | None = None
+    thread: threading.Thread | None = None
 
     def __init__(self, service, url: str):
         self.service, self.engine, self.url = service, service and service.models, url
 
     def connect(self) -> http.client.HTTPConnection:
+        assert self.thread is None or self.thread.is_alive(), (
+            f"the server has ended: {self.error!r}"
+        )
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
 
     def ask(self, path: str, body=None, headers=None, method=None):
