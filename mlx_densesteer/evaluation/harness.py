@@ -57,7 +57,7 @@ class DenseSteerLM(TemplateLM):
         vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
         strength: lambda, or a dose such as ``20%``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
-        positions: ``"all"``, ``"prompt"``, ``"generated"`` or ``"steps"``. ``steering.request`` has the defaults
+        positions: ``"all"``, ``"first:48"``, ... (``steering.places``). ``steering.request`` has the defaults
             of strength, layer and positions.
         random: a seed: a random direction in the place of the vector's, of the same norm at each layer; a
             baseline. The other baselines of ``densesteer eval`` are lm-eval's own options.
@@ -211,7 +211,8 @@ class DenseSteerLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text, in windows of ``max_length`` tokens.
 
-        The whole text counts as generated: the prompt is ``prefix_token_id``.
+        The whole text counts as generated: the prompt is ``prefix_token_id``. Each window is an answer of its
+        own, so positions such as ``first:N`` begin anew.
         """
         windows, owners = [], []
         for i, one in enumerate(requests):

@@ -18,7 +18,7 @@ from ..generation.brake import Brake
 from ..model.prompt import bytes_of_token
 from .encoding import Encoded, Encoder
 from .engine import Engine
-from .faults import Fault
+from .faults import Fault, bad
 from .replies import Completion
 from .schema import ChatRequest, CompletionRequest, check_extra
 from .settings import Settings
@@ -91,9 +91,21 @@ class Completions:
     def _steered(
         self, asked: ChatRequest | CompletionRequest, steering: Asked | None, encoded: Encoded
     ) -> Asked | None:
-        """Return the steering, if it adds anything; not in tool calls, unless the request wants that."""
+        """Return the steering, if it adds anything; not in tool calls, unless the request wants that.
+
+        Raises:
+            Fault: it would leave unsteered what the request scores.
+        """
         if steering is None or steering.steering.is_zero:
             return None
+        where = steering.steering.positions
+        if _scores_prompt(asked) and where not in ("all", "prompt"):
+            raise bad(
+                f"positions {where} steer nothing of a prompt, so its log-probabilities would be those of the "
+                "unsteered model: ask for positions all or prompt, or for strength 0. lm-eval's model "
+                "`densesteer` scores texts as answers.",
+                "steering",
+            )
         in_calls = asked.steering is not None and asked.steering.tool_calls
         if not encoded.tools or in_calls or not self.encoder.knows_calls:
             return steering
@@ -108,7 +120,6 @@ class Completions:
     ) -> list[Job]:
         most = self.settings.limits.max_tokens
         n, stops = asked.n or 1, asked.stops
-        echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         if encoded.tools and asked.parallel_tool_calls is False:
             stops += self.encoder.call_ends
         brakes = None if asked.steering is None else asked.steering.brake
@@ -128,7 +139,7 @@ class Completions:
                 grammar=encoded.grammar,
                 bias=encoded.bias,
                 brake=Brake() if brakes and steering else None,
-                echo=echo and asked.logprobs is not None,
+                echo=_scores_prompt(asked),
             )
             for number, tokens in enumerate(encoded.prompts)
         ]
@@ -253,6 +264,11 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.held:
             await super().__call__(scope, receive, send)
+
+
+def _scores_prompt(asked: ChatRequest | CompletionRequest) -> bool:
+    """Tell whether the log-probabilities of the prompt's own tokens are asked for."""
+    return isinstance(asked, CompletionRequest) and bool(asked.echo) and asked.logprobs is not None
 
 
 class _Watch:

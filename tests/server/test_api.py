@@ -699,6 +699,16 @@ def test_a_prompt_is_echoed_with_its_log_probabilities(server, steering):
     assert text["choices"][0]["text"].startswith("Sam has") and not text["choices"][0]["logprobs"]
 
 
+@pytest.mark.parametrize("positions", ["generated", "steps", "first:8"])
+def test_a_prompt_is_not_scored_unsteered_under_the_name_of_a_steering(server, positions):
+    asked = {"prompt": "Sam has 3 apples.", "echo": True, "logprobs": 1, "max_tokens": 1}
+    steering = {"strength": "40%", "positions": positions}
+    status, message = server.refusal(asked | {"steering": steering}, "/v1/completions")
+    assert status == 400 and f"positions {positions} steer nothing of a prompt" in message
+    for fields in ({"logprobs": None}, {"echo": False}, {"steering": {"strength": 0}}):
+        assert server.ask("/v1/completions", asked | {"steering": steering} | fields)[0] == 200
+
+
 def test_the_tokens_of_an_answer_that_a_stop_text_ended_join_to_its_text(server):
     usual = server.ask("/v1/completions", {"prompt": QUESTIONS[0], "max_tokens": 30})[2]
     whole = usual["choices"][0]["text"]
