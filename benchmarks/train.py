@@ -60,6 +60,7 @@ def run(
         positions=positions,
         epochs=1,
         batch_tokens=batch_tokens,
+        max_dose=None,
         recompute=recompute,
     )
     lora = _Lora(subject, model.layer_count - layer, recompute)

@@ -41,10 +41,10 @@ COMMANDS = (
     Command(
         "vector",
         "FILE",
-        "steer with this vector (.npz or demo), at its own layer and strength; or off",
+        "steer with this vector (.npz or demo), at its own layer, strength and positions; or off",
         "vector",
     ),
-    Command("positions", "WHERE", "steer all, generated, prompt, steps, think ...", "positions"),
+    Command("positions", "WHERE", "steer all, generated, prompt, steps, first:48 ...", "positions"),
     Command(
         "budget",
         "N [STRENGTH]|off",

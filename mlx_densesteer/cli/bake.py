@@ -70,16 +70,17 @@ def bake(
     format = format or ("gguf" if path.suffix == ".gguf" else "mlx")
     if check:
         strength, layers = _recorded(path, strength, layers)
-    request = read_steering(vector, strength, layers, None if strength is None else "all")
+    request = read_steering(vector, strength, layers, None)
     assert request is not None  # a vector is required
-    if request.positions not in ("all", "generated"):
+    if strength is None and request.positions not in ("all", "generated"):
         raise click.UsageError(
             f"{vector}: its strength was found for positions {request.positions}, and a baked vector is "
             "added at every token. Choose a strength for that: -s STRENGTH."
         )
-    if request.positions == "generated":
+    if request.positions != "all" and not check:
         note(
-            f"{vector}: its strength was found for positions generated; baked, it steers the prompt too"
+            f"{vector} was found or trained for positions {request.positions}; baked, it is added at every "
+            "token. What that does, `eval --positions all` measures"
         )
     request = replace(request, positions="all")
 

@@ -107,7 +107,7 @@ _lambda_option = click.option(
     type=StrengthType(),
     metavar="STRENGTH",
     help="A dose in per cent of the residual stream (20%), lambda as a number (1.5), or a KL (0.1nats). "
-    "Positive is towards dense, 0 is the unsteered model. [default: what a sweep recommended, else 20%]",
+    "Positive is towards dense, 0 is the unsteered model. [default: as trained or as a sweep recommended, else 20%]",
 )
 _kl_option = click.option(
     "--kl",
@@ -130,7 +130,9 @@ def strength_option(command: Command) -> Command:
     return _options(_lambda_option, _kl_option)(call)
 
 
-_BEST_LAYER = "[default: what a sweep recommended, else one of the best that extraction measured]"
+_BEST_LAYER = (
+    "[default: as trained or as a sweep recommended, else one of the best that extraction measured]"
+)
 
 
 def layers_option(remark: str = _BEST_LAYER) -> Decorator:
@@ -183,13 +185,15 @@ class PositionsType(click.Choice):
         return value
 
 
-def positions_option(default: str = "as trained or as a sweep recommended, else all") -> Decorator:
+def positions_option(
+    default: str = "those of the vector, as trained or as a sweep recommended; else all",
+) -> Decorator:
     """Make ``--positions``; ``default`` is told."""
     return click.option(
         "--positions",
         type=PositionsType(),
         help="At which tokens to steer; steps: those of the answer that end a step; think, answer: a "
-        "reasoning model's thought, and what follows it. "
+        "reasoning model's thought, and what follows it; first:N: the first N of the answer, a thought's included. "
         f"[default: {default}]",
     )
 

@@ -100,6 +100,11 @@ def is_strict() -> bool:
     return ctx is not None and ctx.meta.get(STRICT, False)
 
 
+def at_positions(positions: "Positions") -> str:
+    """Return what a line says of the positions: nothing where all are steered."""
+    return "" if positions == "all" else f", positions {positions}"
+
+
 def tell_steering(request: "Request", steering: "Steering", model: "Model") -> None:
     """Tell what is added to the residual stream, and which of it is a default; warn of an overdose."""
     from ..steering.request import format_dose
@@ -107,7 +112,7 @@ def tell_steering(request: "Request", steering: "Steering", model: "Model") -> N
     from ..steering.vector import format_layers
 
     dose = model.dose(steering)
-    where = "" if steering.positions == "all" else f", positions {steering.positions}"
+    where = at_positions(steering.positions)
     if steering.budget is not None:
         late = steering.beyond_budget
         where += (

@@ -27,7 +27,7 @@ from .options import (
     vector_option,
 )
 from .run import journalled, load_problems, program
-from .steering import read_vector, tell_fit
+from .steering import at_positions, read_vector, tell_fit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,7 +158,7 @@ def sweep(
         task, split=split, skip=skip, limit=limit, revision=revision, calibration=True
     )
     left = _problems_after(about, skip + len(problems))
-    where = positions or usual_positions(steering_vector, chosen)
+    where = positions or usual_positions(steering_vector)
     folder = Path(out)
 
     from ..distributed.loading import load_copies
@@ -195,7 +195,8 @@ def sweep(
         chosen = chosen or _usual_layers(steering_vector)
         settings = settings_of(loaded, steering_vector, chosen, amounts, positions=where)
     note(
-        f"{count(len(settings), 'setting')} x {count(len(problems), 'problem')}; results in {folder}"
+        f"{count(len(settings), 'setting')} x {count(len(problems), 'problem')}{at_positions(where)}; "
+        f"results in {folder}"
     )
     with journalled(
         folder / "answers.jsonl",

@@ -16,7 +16,7 @@ from .options import (
     output_file,
     vector_out_option,
 )
-from .steering import read_vector
+from .steering import at_positions, read_vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +85,7 @@ def default_setting(vector: "SteeringVector") -> str:
 
     asked = request(vector)
     unit = "strength " if asked.amount.unit == "strength" else ""
-    where = f", positions {asked.positions}" if asked.positions != "all" else ""
+    where = at_positions(asked.positions)
     return f"layer {format_layers(asked.layers)} ({asked.why}), {unit}{asked.amount}{where}"
 
 

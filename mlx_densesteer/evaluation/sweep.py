@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..model.model import Model, takes_model
 from ..steering.places import Positions
-from ..steering.request import Amount, MeasuredModel
+from ..steering.request import Amount, MeasuredModel, usual_positions
 from ..steering.steering import UNSTEERED, Steering
 from ..steering.vector import SteeringVector
 from .answers import Answer, Answerer, AnswerOptions, answer, by_steering
@@ -90,7 +90,7 @@ def settings_of(
     layers: Iterable[int | Sequence[int]],
     strengths: Iterable[str | float | Amount],
     *,
-    positions: Positions = "all",
+    positions: Positions | None = None,
 ) -> list[Setting]:
     """Return the settings of a grid, the unsteered one first, then by layers and strength.
 
@@ -98,20 +98,23 @@ def settings_of(
         settings_of(model, vector, [14], [1, "20%", "0.1nats"])       # lambda = 1, a dose, a KL
         settings_of(model, vector, [(8, 12, 16)], ["20%"])            # three layers together
 
+    Without ``positions`` they are those that the vector's file recommends, else ``"all"``.
+
     Raises:
         InputError: a strength that ``Amount.parse`` cannot read, or that the vector cannot reach.
         SteeringError, VectorMismatchError: a strength or layer that does not fit the vector.
     """
     amounts = [Amount.parse(strength) for strength in strengths]
+    where = positions or usual_positions(vector)
     wanted = sorted({(k,) if isinstance(k, int) else tuple(sorted(set(k))) for k in layers})
     norms = model.norms(vector, vector.select({k for one in wanted for k in one}).layers)
     settings = [Setting()]
     for together in wanted:
         found: dict[float, Setting] = {}
         for amount in amounts:
-            strength = amount.strength(model, vector, together, positions)
+            strength = amount.strength(model, vector, together, where)
             if strength and strength not in found:
-                steering = Steering(vector, strength, together, positions)
+                steering = Steering(vector, strength, together, where)
                 dose = math.copysign(steering.dose(norms), strength)
                 dose = amount.number if amount.unit == "dose" else dose
                 found[strength] = Setting(together, strength, dose, steering)

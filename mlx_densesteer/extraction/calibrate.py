@@ -181,7 +181,7 @@ def calibrate(
     else:
         progress("comparing the layers", 0, 1)
         sets = [(layer,) for layer in best_layers(model, vector, encoded)]
-    where = positions or usual_positions(vector, sets)
+    where = positions or usual_positions(vector)
     vector.select({layer for one in sets for layer in one})  # raises for a layer that is not there
     norms = model.norms(vector, {layer for one in sets for layer in one})
     found, unreached = _strengths(

@@ -202,8 +202,9 @@ def request(
 
     - ``layers``: those that the file recommends, from a sweep or from training, if the vector holds
       them; else ``default_layer``.
-    - ``strength``: what the file recommends, at the layers that it recommends; else a dose of 20 %.
-    - ``positions``: what the file recommends, with its layers; else ``"all"``, as in the paper.
+    - ``strength``: what the file recommends, at the layers that it recommends, or at some of the layers that
+      were trained; else a dose of 20 %.
+    - ``positions``: what the file recommends, whatever the layers; else ``"all"``, as in the paper.
     - ``late``, with a thinking ``budget``: a dose of 20 % more.
 
     Raises:
@@ -213,20 +214,20 @@ def request(
     best = vector.meta.recommended or {}
     chosen, why = (None if layers is None else tuple(sorted(set(layers)))), ""
     usual = recommended_layers(vector)
-    swept = bool(usual) and chosen in (None, usual)
-    if chosen is None and swept:
-        trained = best.get("reason") == "trained"
+    trained = _is_trained(vector)
+    known = bool(usual) and (chosen in (None, usual) or (trained and set(chosen) <= set(usual)))
+    if chosen is None and known:
         chosen, why = usual, "trained so" if trained else "a sweep recommends it"
     elif chosen is None:
         layer, why = default_layer(vector)
         chosen = (layer,)
     if strength is not None:
         amount = Amount.parse(strength)
-    elif swept:
+    elif known:
         amount = Amount(float(best["strength"]))
     else:
         amount = Amount(DEFAULT_DOSE, "dose")
-    where = positions or (best.get("positions") if swept else None) or "all"
+    where = positions or usual_positions(vector)
     # Made only for its checks: what can never be applied fails before a model is loaded.
     # A dose and a KL have no lambda yet; 0 stands in.
     if budget is None and late is not None:
@@ -294,20 +295,16 @@ def joint_layers(vector: SteeringVector) -> tuple[int, ...]:
     Those of a trained vector, or several that its file recommends together; empty: each layer is a setting.
     """
     layers = recommended_layers(vector)
-    trained = (vector.meta.recommended or {}).get("reason") == "trained"
-    return layers if trained or len(layers) > 1 else ()
+    return layers if _is_trained(vector) or len(layers) > 1 else ()
 
 
-def usual_positions(
-    vector: SteeringVector, sets: Sequence[tuple[int, ...]] | None = None
-) -> Positions:
-    """Return the positions of a sweep or a calibration where none are given: the file's at ``joint_layers``, else all.
+def _is_trained(vector: SteeringVector) -> bool:
+    return (vector.meta.recommended or {}).get("reason") == "trained"
 
-    Args:
-        sets: the layers of each setting; ``None`` are the usual ones.
-    """
-    joint = joint_layers(vector)
-    return request(vector).positions if joint and sets in (None, [joint]) else "all"
+
+def usual_positions(vector: SteeringVector) -> Positions:
+    """Return the positions where none are given: those that the file recommends, else ``"all"``."""
+    return (vector.meta.recommended or {}).get("positions") or "all"  # type: ignore[return-value]
 
 
 def default_layer(vector: SteeringVector) -> tuple[int, str]:

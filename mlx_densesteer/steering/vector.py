@@ -235,7 +235,8 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
     """Return ``sum_i w_i * v_i`` at every layer that one of the vectors holds.
 
     The metadata says what model the first vector was made for. Residual norms belong to the model: they
-    are kept, as the fingerprint is, if all vectors were made for the same weights.
+    are kept, as the fingerprint is, if all vectors were made for the same weights. What the parts recommend
+    is not: the sum is another vector, whose layers, strength and positions are to be named.
 
     Raises:
         VectorMismatchError: no vectors, or of models of another width or depth.

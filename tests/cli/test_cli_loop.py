@@ -234,7 +234,7 @@ def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
 
     assert applied() == ([4], 3.5, "generated")
     assert applied("-s", "1", "-l", "4") == ([4], 1.0, "generated")
-    assert applied("-l", "5", "-s", "2") == ([5], 2.0, "all")
+    assert applied("-l", "5", "-s", "2") == ([5], 2.0, "generated")
     assert "layer 4, strength 3.5" in run("vector", "show", file).stdout
 
 
@@ -253,14 +253,17 @@ def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_
 
 
 @pytest.mark.slow
-def test_a_baked_vector_that_was_found_for_generated_tokens_steers_the_prompt_too(run, tmp_path):
+@pytest.mark.parametrize(("positions", "given"), [("generated", ()), ("first:8", ("-s", "3"))])
+def test_a_baked_vector_that_was_found_for_some_tokens_is_told_to_steer_all(
+    run, tmp_path, positions, given
+):
     vector = ds.SteeringVector.load(demo.VECTOR)
-    best = {"layers": [4], "strength": 3.5, "positions": "generated"}
+    best = {"layers": [4], "strength": 3.5, "positions": positions}
     file = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best)).save(
         tmp_path / "best.npz"
     )
-    told = run("bake", "-m", "demo", "-v", file, "-o", tmp_path / "baked").stderr
-    assert "found for positions generated; baked, it steers the prompt too" in told
+    told = run("bake", "-m", "demo", "-v", file, *given, "-o", tmp_path / "baked").stderr
+    assert f"trained for positions {positions}; baked, it is added at every token" in told
 
 
 def test_the_options_name_all_positions():

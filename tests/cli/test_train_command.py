@@ -43,10 +43,25 @@ def test_a_sweep_measures_a_trained_vector_where_it_was_trained(run):
     for number, (given, positions) in enumerate(
         [((), "generated"), (("-l", "4"), "generated"), (("-l", "4", "--positions", "all"), "all")]
     ):
-        found = json.loads(run(*swept, *given, "-o", f"sweep-{number}").stdout)
+        done = run(*swept, *given, "-o", f"sweep-{number}")
+        found = json.loads(done.stdout)
+        assert (f"1 problem, positions {positions}; results" in done.stderr) == (positions != "all")
         assert found["positions"] == positions
         assert [row["layers"] for row in found["rows"]] == [None, [4]]
         assert found["rows"][1]["dose"] == pytest.approx(0.03, rel=1e-3)
+
+
+def test_the_command_and_python_have_the_same_recipe():
+    from dataclasses import fields
+
+    from mlx_densesteer.cli.train import POSITIONS, train
+    from mlx_densesteer.extraction.train import Recipe
+
+    told = {option.name: option.default for option in train.params}
+    told |= {"max_dose": float(told["max_dose"].rstrip("%")) / 100, "positions": POSITIONS}
+    recipe = {field.name: field.default for field in fields(Recipe)}
+    del recipe["layers"], recipe["recompute"]  # need the model; --more-memory is its opposite
+    assert recipe.items() <= told.items()
 
 
 def test_what_is_refused(run, tmp_path):

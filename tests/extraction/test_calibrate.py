@@ -117,7 +117,7 @@ def test_a_trained_vector_is_measured_as_it_was_trained(model, vector, own):
         found = calibrate(model, trained, PAIRS[:1], layers=given)
         assert [row.layers for row in found.rows] == [own] and found.positions == "generated"
     other = calibrate(model, trained, PAIRS[:1], layers=[1])
-    assert [row.layers for row in other.rows] == [(1,)] and other.positions == "all"
+    assert [row.layers for row in other.rows] == [(1,)] and other.positions == "generated"
 
 
 def test_what_cannot_be_reached_is_left_out_or_refused(model, vector):

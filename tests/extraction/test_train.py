@@ -95,7 +95,8 @@ def pairs():
     ]
 
 
-RECIPE = Recipe(layers=(4,), epochs=3, batch_tokens=60, rate=0.02)
+RECIPE = Recipe(layers=(4,), positions="all", epochs=3, batch_tokens=60, rate=0.02, max_dose=None)
+BIPO = replace(RECIPE, loss="bipo")
 
 
 def test_the_weights_stay_as_they_are_and_the_good_become_likelier(demo_model, pairs):
@@ -123,10 +124,10 @@ def test_a_response_ends_with_the_end_of_turn(demo_model, pairs):
 
 
 def test_preferences_go_both_ways(demo_model, pairs):
-    done = train(demo_model, pairs, Recipe("bipo", (4,), epochs=4, batch_tokens=120, rate=0.02))
+    done = train(demo_model, pairs, replace(BIPO, epochs=4, batch_tokens=120))
     assert done.held_out[0] == pytest.approx(np.log(2), abs=1e-5)  # nothing is preferred yet
     assert done.held_out[done.step] < 0.9 * np.log(2)
-    examples, _ = training._encode(demo_model, pairs, Recipe("bipo", (4,)))
+    examples, _ = training._encode(demo_model, pairs, BIPO)
 
     def preference(strength):
         steering = Steering(done.vector, strength, (4,))
@@ -146,7 +147,7 @@ def test_preferences_go_both_ways(demo_model, pairs):
 
 @pytest.mark.parametrize("loss", ["sft", "bipo"])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(demo_model, pairs, tmp_path, loss):
-    recipe = Recipe(loss, (3, 4), epochs=2, batch_tokens=60, rate=0.02)
+    recipe = replace(RECIPE, loss=loss, layers=(3, 4), epochs=2)
     whole = train(demo_model, pairs, recipe)
     state = tmp_path / "state"
 
@@ -187,7 +188,7 @@ def test_a_damaged_state_is_refused(demo_model, pairs, tmp_path, damage):
 
 
 def test_vectors_are_no_longer_than_they_may_be(demo_model, pairs):
-    recipe = Recipe(layers=(3, 4), epochs=3, batch_tokens=60, rate=0.02)
+    recipe = replace(RECIPE, layers=(3, 4))
     free, short = (
         train(demo_model, pairs, replace(recipe, max_dose=most)) for most in (None, 0.03)
     )
@@ -200,7 +201,7 @@ def test_vectors_are_no_longer_than_they_may_be(demo_model, pairs):
 
 
 def test_it_stops_where_the_held_out_loss_no_longer_falls(demo_model, pairs):
-    done = train(demo_model, pairs, Recipe(layers=(4,), epochs=30, batch_tokens=60, rate=0.3))
+    done = train(demo_model, pairs, replace(RECIPE, epochs=30, rate=0.3))
     assert done.ended == "no better"
     assert done.step < done.steps
     assert done.held_out[done.step] == min(done.held_out.values())
@@ -238,12 +239,12 @@ def test_no_memory_names_the_example_and_what_to_lower(demo_model, pairs, monkey
     ("data", "recipe", "message"),
     [
         ([], RECIPE, "no data"),
-        ([Solution("a", "b")], Recipe("bipo", (4,)), "needs pairs"),
+        ([Solution("a", "b")], BIPO, "needs pairs"),
         ([Solution("a", "b")], Recipe(), "layers none"),
         ([Solution("a", "b")], Recipe(layers=(6,)), "layers 6"),
         ([Solution("a", "b<|im_end|>c")], RECIPE, "end-of-turn token inside"),
         ([Solution("a", " ")], RECIPE, "empty response"),
-        ([Pair("a", "b", "b")], Recipe("bipo", (4,)), "none of the 1 examples"),
+        ([Pair("a", "b", "b")], BIPO, "none of the 1 examples"),
         ([Solution("a", "b " * 2000)], RECIPE, "none of the 1 examples"),
     ],
 )

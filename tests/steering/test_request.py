@@ -186,6 +186,7 @@ def test_a_stored_calibration_gives_strengths(make_vector, asked, strength):
 
 RECOMMENDED = {"layers": [3], "strength": 2.5, "positions": "generated"}
 TRAINED = {"layers": [0, 2], "strength": 1.0, "reason": "trained"}
+FIRST = TRAINED | {"positions": "first:48"}
 
 
 @pytest.mark.parametrize(
@@ -198,19 +199,22 @@ TRAINED = {"layers": [0, 2], "strength": 1.0, "reason": "trained"}
         ({}, {"positions": "prompt"}, (Amount(0.2, "dose"), (2,), "prompt")),
         ({"margin_gain": {"0": 0.1, "1": 0.9, "3": 0.5}}, {}, (Amount(0.2, "dose"), (1,), "all")),
         ({"margin_gain": {"1": 0.9}}, {"layers": [0]}, (Amount(0.2, "dose"), (0,), "all")),
-        # a sweep's strength belongs to its layer, and so do its positions
+        # a sweep's strength belongs to its layer; its positions are the vector's
         ({"recommended": RECOMMENDED}, {}, (Amount(2.5), (3,), "generated")),
         ({"recommended": RECOMMENDED, "margin_gain": {"1": 1.0}}, {}, (Amount(2.5), (3,), "generated")),
         ({"recommended": RECOMMENDED}, {"layers": [3]}, (Amount(2.5), (3,), "generated")),
-        ({"recommended": RECOMMENDED}, {"layers": [1]}, (Amount(0.2, "dose"), (1,), "all")),
-        ({"recommended": RECOMMENDED}, {"layers": [1, 3]}, (Amount(0.2, "dose"), (1, 3), "all")),
+        ({"recommended": RECOMMENDED}, {"layers": [1]}, (Amount(0.2, "dose"), (1,), "generated")),
+        ({"recommended": RECOMMENDED}, {"layers": [1, 3]}, (Amount(0.2, "dose"), (1, 3), "generated")),
         ({"recommended": RECOMMENDED}, {"strength": "5%"}, (Amount(0.05, "dose"), (3,), "generated")),
         ({"recommended": RECOMMENDED}, {"positions": "all"}, (Amount(2.5), (3,), "all")),
         ({"recommended": {"layers": [3], "strength": 2.5}}, {}, (Amount(2.5), (3,), "all")),
-        # a trained vector's layers belong together
+        # a trained vector's layers belong together; some of them are as strong alone
         ({"recommended": TRAINED}, {}, (Amount(1.0), (0, 2), "all")),
         ({"recommended": TRAINED}, {"layers": [2, 0]}, (Amount(1.0), (0, 2), "all")),
-        ({"recommended": TRAINED}, {"layers": [2]}, (Amount(0.2, "dose"), (2,), "all")),
+        ({"recommended": TRAINED}, {"layers": [2]}, (Amount(1.0), (2,), "all")),
+        ({"recommended": FIRST}, {"layers": [2]}, (Amount(1.0), (2,), "first:48")),
+        ({"recommended": FIRST}, {"layers": [2], "strength": "5%"}, (Amount(0.05, "dose"), (2,), "first:48")),
+        ({"recommended": FIRST}, {"layers": [1, 2]}, (Amount(0.2, "dose"), (1, 2), "first:48")),
         ({"recommended": TRAINED | {"layers": [0, 9]}}, {}, (Amount(0.2, "dose"), (2,), "all")),
     ],
 )  # fmt: skip
