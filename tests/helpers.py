@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask
 
-from mlx_densesteer.export.closeness import TF32
 from mlx_densesteer.model.block import make_cache
 from mlx_densesteer.model.families import decoder_blocks
 from mlx_densesteer.model.machine import rounds_to_tf32
@@ -64,7 +63,7 @@ def rounding(logits):
 
     2^-17 of the largest one, 2^-5 in bfloat16, 1e-3 where float32 products are rounded to TF32.
     """
-    share = TF32 if rounds_to_tf32() else 2**-17
+    share = 1e-3 if rounds_to_tf32() else 2**-17
     return mx.abs(logits).max().item() * (2**-5 if logits.dtype == mx.bfloat16 else share)
 
 

@@ -30,7 +30,7 @@ from ..model.families import cache_shapes, head_of, stream_dtype
 from ..model.model import Model, dtype_name, takes_model
 from ..steering.places import EVERYWHERE, span_of
 from ..steering.steering import LARGE_DOSE, Steering
-from .closeness import EXACT_SLOPE, float32_share, slope
+from .closeness import change, float32_share
 
 FORMAT = "mlx-densesteer function"
 FORMAT_VERSION = 1
@@ -314,12 +314,12 @@ def _check(
     largest = float(np.max([mx.abs(a - b).max().item() for a, b in logits.values()]))
     dtype = stream_dtype(network)
     limit = max(TOLERANCES[dtype], float32_share()) * size
-    times = slope(*(a - b for a, b in zip(logits[-strength], logits[0.0], strict=True)))
-    if not (largest <= limit and (dtype != mx.float32 or abs(times - 1) <= EXACT_SLOPE)):
+    moved = change(*(a - b for a, b in zip(logits[-strength], logits[0.0], strict=True)))
+    if not (largest <= limit and (dtype != mx.float32 or moved.is_right())):
         raise ExportError(
             f"{path.name}: its logits differ from run-time steering by {largest:.2g}, at logits up to "
-            f"{size:.3g}, and move {times:.3f} times as far; expected {limit:.2g} at most and, in float32, "
-            f"{1 - EXACT_SLOPE:g} to {1 + EXACT_SLOPE:g} times. Nothing was written. Please report it, "
+            f"{size:.3g}, and move {moved.length:.3f} times as far; expected {limit:.2g} at most and, in float32, "
+            f"{1 - moved.room:.3f} to {1 + moved.room:.3f} times. Nothing was written. Please report it, "
             "with the model, the vector and `densesteer doctor`."
         )
     return FunctionFile(path, metadata, (strength, -strength, 0.0), largest, size)
