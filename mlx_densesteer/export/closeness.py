@@ -23,9 +23,7 @@ TF32 = 3e-3  # the same where products are rounded; 1e-4 at 6 layers and 7e-4 at
 LOSSY = 0.1  # 16 bits: share of what the steering moves; the vector is rounded
 STEPS = 8  # 16 bits: steps of the dtype at the largest logit; sums are in another order
 SLOPE = 0.25  # 16 bits: distance from 1; a missing vector is 1 away, a negated one 2
-EXACT_LENGTH = (
-    0.003  # float32: distance from 1; a strength that is wrong by 1 % is 0.006 away or more
-)
+EXACT_LENGTH = 0.003  # float32: distance from 1; a strength wrong by 1 % is 0.006 away or more
 ERRORS = 3  # float32: standard errors of the length, on top of that
 
 
