@@ -1,5 +1,7 @@
 """The documentation is true: its commands parse, its code runs, its files exist."""
 
+import gzip
+import json
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ import pytest
 
 import mlx_densesteer
 from mlx_densesteer.cli import main
+from mlx_densesteer.evaluation.intervals import paired_difference, wilson
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_densesteer"
@@ -178,6 +181,54 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere():
             path.read_text("utf-8"),
         )
         assert not loaded, path
+
+
+RESULTS = ROOT / "docs" / "results"
+CONDITIONS = {
+    "unsteered": "unsteered",
+    "steered": "steered",
+    "prefix": "prefix `First, we`",
+    "instruction": "instruction",
+}
+
+
+def test_the_main_tests_table_is_that_of_its_published_answers():
+    with gzip.open(
+        RESULTS / "eval-coder-1.5b-brief-gsm8k-test-answers.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
+        answers = [json.loads(line) for line in file]
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = page.split("## The main test")[1]
+    right: dict[str, list[bool]] = {}
+    for condition, label in CONDITIONS.items():
+        rows = [row for row in answers if row["condition"] == condition]
+        assert [row["problem"] for row in rows] == [*range(261, 461)]
+        right[condition] = [row["correct"] for row in rows]
+        correct = sum(right[condition])
+        accuracy = (correct / 200, *wilson(correct, 200))
+        steps, tokens = (sum(row[name] for row in rows) / 200 for name in ("steps", "tokens"))
+        percent = [f"{100 * value:.1f}" for value in accuracy]
+        shown = f"{percent[0]} % [{percent[1]}, {percent[2]}]"
+        cut = sum(row["finish_reason"] == "length" for row in rows)
+        code = sum("```" in row["text"] for row in rows)
+        line = next(line for line in table.splitlines() if line.startswith(f"| {label} |"))
+        cells = [cell.split(" [")[0].strip() for cell in line.split("|")[3:-1]]
+        assert f"| {label} | {shown} | " in line
+        assert cells == [
+            f"{steps:.1f}",
+            f"{tokens:.0f}",
+            f"{tokens / steps:.1f}",
+            f"{cut}",
+            f"{code}",
+        ]
+        assert f"| {shown} | {steps:.1f} | {tokens:.0f} | {tokens / steps:.1f} |" in readme
+    for one, other in [("steered", "unsteered"), ("steered", "prefix"), ("steered", "instruction")]:
+        pairs = [*zip(right[one], right[other], strict=True)]
+        won, lost = pairs.count((True, False)), pairs.count((False, True))
+        low, high = (100 * end for end in paired_difference(won, lost, 200))
+        difference = f"{(won - lost) / 2:+.1f} [{low:.1f}, {high:.1f}]"
+        assert f"{difference}, won {won}, lost {lost}, p = " in table and difference in readme
 
 
 def test_no_placeholder_is_left():
