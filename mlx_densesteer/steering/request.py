@@ -180,12 +180,11 @@ class Request:
 
     def steering(self, model: MeasuredModel) -> Steering:
         """Return the steering; raises as ``Amount.strength``."""
-        setting = model, self.vector, self.layers, self.positions
-        strength, budget = self.amount.strength(*setting), None
-        if self.budget is not None:
-            more = Amount(DEFAULT_DOSE, "dose").strength(*setting) if self.late is None else 0.0
-            late = strength + more if self.late is None else self.late.strength(*setting)
-            budget = ThinkBudget(self.budget, late)
+        where = model, self.vector, self.layers
+        strength, budget = self.amount.strength(*where, self.positions), None
+        if self.budget is not None:  # beyond it every token is steered, whatever the positions
+            late = (self.late or Amount(DEFAULT_DOSE, "dose")).strength(*where, "all")
+            budget = ThinkBudget(self.budget, late if self.late else strength + late)
         return Steering(self.vector, strength, self.layers, self.positions, budget)
 
 

@@ -19,6 +19,7 @@ from mlx_densesteer.steering.request import (
     resolve,
     stored_strength,
 )
+from mlx_densesteer.steering.steering import ThinkBudget
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 
@@ -151,6 +152,14 @@ def test_only_a_kl_asks_the_model_to_measure_it(make_vector):
     found = request(make_vector(), "-0.1nats", [1, 2], "prompt").steering(model)
     assert (found.strength, found.positions) == (-1.0, "prompt")
     assert model.asked == [((1, 2), "prompt")]
+
+
+def test_a_kl_beyond_a_budget_is_measured_at_all_positions(make_vector):
+    model = Norms()
+    for positions in ("first:4", "think"):
+        asked = request(make_vector(), 2.0, [1], positions, budget=20, late="0.1nats")
+        assert asked.steering(model).budget == ThinkBudget(20, 1.0)
+    assert model.asked == [((1,), "all")] * 2
 
 
 POINTS = [
