@@ -255,8 +255,12 @@ class Model:
 
         The norms come from the vector's file, if they were recorded with these weights; else they
         are ``measured_norms``.
+
+        Raises:
+            VectorMismatchError: one of the layers does not fit this model, or the vector does not hold it.
         """
         wanted = sorted(set(layers))
+        self.check_fits(vector.select(wanted))
         recorded = vector.residual_norms or {}
         theirs = vector.meta.fingerprint == self.fingerprint and set(wanted) <= set(recorded)
         found = recorded if theirs else self.measured_norms

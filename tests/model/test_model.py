@@ -18,6 +18,7 @@ from mlx_densesteer.errors import (
 from mlx_densesteer.model import model as model_module
 from mlx_densesteer.model.block import SteeredBlock
 from mlx_densesteer.model.model import Model, loading, takes_model
+from mlx_densesteer.steering.vector import VectorMeta
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,25 @@ def test_a_vector_of_another_model_does_not_fit(model, make_vector):
     model.check_fits(make_vector())
     with pytest.raises(VectorMismatchError, match="width 32, but Tiny-Qwen2 has hidden size 64"):
         model.check_fits(make_vector(hidden=32))
+
+
+@pytest.mark.filterwarnings("ignore:deep seems to be made for another model")
+def test_a_dose_of_a_vector_that_does_not_fit_is_refused(model, make_vector):
+    meta = VectorMeta(model="tiny", hidden_size=64, layer_count=12)
+    deep = ds.SteeringVector({1: np.ones(64), 6: np.ones(64)}, meta, name="deep")
+    wide = make_vector(hidden=32)
+    for strength in (None, "20%"):
+        with pytest.raises(
+            VectorMismatchError, match="it holds layer 6, but Tiny-Qwen2 has layers 0..3"
+        ):
+            ds.resolve(model, deep, strength)
+        with pytest.raises(
+            VectorMismatchError, match="width 32, but Tiny-Qwen2 has hidden size 64"
+        ):
+            ds.resolve(model, wide, strength)
+    with pytest.raises(VectorMismatchError, match="it holds layer 6"):
+        ds.Session(model).set_vector(deep)
+    assert ds.resolve(model, deep, "20%", layers=[1]).layers == (1,)  # this one fits
 
 
 @takes_model
