@@ -253,17 +253,18 @@ class Model:
     def norms(self, vector: SteeringVector, layers: Iterable[int]) -> dict[int, float]:
         """Return the mean ``||h_l||`` at some layers, to which doses refer.
 
-        The norms come from the vector's file, if they were recorded with these weights; else they
-        are ``measured_norms``.
+        A layer's norm comes from the vector's file, if it was recorded with these weights; else from
+        ``measured_norms``. It does not depend on the other layers.
 
         Raises:
             VectorMismatchError: one of the layers does not fit this model, or the vector does not hold it.
         """
         wanted = sorted(set(layers))
         self.check_fits(vector.select(wanted))
-        recorded = vector.residual_norms or {}
-        theirs = vector.meta.fingerprint == self.fingerprint and set(wanted) <= set(recorded)
-        found = recorded if theirs else self.measured_norms
+        ours = vector.meta.fingerprint == self.fingerprint
+        recorded = (vector.residual_norms or {}) if ours else {}
+        missing = set(wanted) - set(recorded)
+        found = (self.measured_norms if missing else {}) | recorded
         return {layer: found[layer] for layer in wanted}
 
     def dose(self, steering: Steering | None) -> float:

@@ -15,6 +15,7 @@ from mlx_densesteer.errors import (
     ModelError,
     VectorMismatchError,
 )
+from mlx_densesteer.evaluation.sweep import settings_of
 from mlx_densesteer.model import model as model_module
 from mlx_densesteer.model.block import SteeredBlock
 from mlx_densesteer.model.model import Model, loading, takes_model
@@ -105,6 +106,15 @@ def test_norms_recorded_from_other_weights_or_other_layers_are_not_used(demo_mod
         {"residual_norms": {"4": 1.0}},
     ):
         assert demo_model.norms(without_norms(vector, **changes), [5]) == {5: measured}
+
+
+def test_a_layers_norm_is_the_same_whatever_the_other_layers(demo_model, vector):
+    some = without_norms(vector, residual_norms={"5": 6000.0})
+    assert demo_model.norms(some, [5]) == {5: 6000.0}
+    assert demo_model.norms(some, [4, 5]) == {4: demo_model.measured_norms[4], 5: 6000.0}
+    lam = ds.resolve(demo_model, some, "20%", [5]).strength
+    settings = settings_of(demo_model, some, [4, 5], ["20%", lam * 2])
+    assert [s.dose for s in settings if s.layers == (5,)] == pytest.approx([0.2, 0.4])
 
 
 @pytest.mark.parametrize("layers", [[5], [4, 5], [0, 1, 2, 3, 4, 5]])
