@@ -166,7 +166,7 @@ def import_(
     from pathlib import Path
 
     from .. import demo
-    from ..model.config import is_hub_id
+    from ..model.config import is_hub_id, origin
     from ..steering.formats import import_vector
 
     path = output_file(out, force, ending=".npz")
@@ -177,7 +177,11 @@ def import_(
             f"--model {model}: neither a folder nor a Hub id (Qwen/Qwen2.5-...)."
         )
     loaded = import_vector(
-        file, model=model, layer_offset=layer_offset, layer=layer, towards=towards
+        file,
+        model=origin(model) if model else None,
+        layer_offset=layer_offset,
+        layer=layer,
+        towards=towards,
     )
     if folder and folder.is_dir():
         loaded = _fit_to_folder(loaded, folder)
@@ -249,7 +253,10 @@ def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
 
 
 def _fit_to_folder(vector: "SteeringVector", folder: "Path") -> "SteeringVector":
-    """Check the vector against the folder's config, and record what the folder is."""
+    """Check the vector against the folder's config, and record what the folder is.
+
+    Norms and gains that were measured with other weights than the folder's are left out.
+    """
     from dataclasses import replace
 
     from ..model.config import origin, read_config, recorded
@@ -258,6 +265,8 @@ def _fit_to_folder(vector: "SteeringVector", folder: "Path") -> "SteeringVector"
     config = read_config(folder)
     size = {"hidden_size": config["hidden_size"], "layer_count": config["num_hidden_layers"]}
     vector.check_fits(**size, model=str(folder))
+    meta = replace(vector.meta, **size, model=origin(folder))
     fingerprint = recorded(folder).get("fingerprint")
-    meta = replace(vector.meta, **size, model=origin(folder), fingerprint=fingerprint)
+    if fingerprint not in (None, meta.fingerprint):
+        meta = replace(meta, fingerprint=fingerprint, residual_norms=None, margin_gain=None)
     return SteeringVector(vector.layers, meta, name=vector.name)

@@ -19,6 +19,7 @@ import mlx_densesteer as ds
 from mlx_densesteer import demo
 from mlx_densesteer.cli import main
 from mlx_densesteer.cli.run import answers_progress
+from mlx_densesteer.model.config import RECORD
 from mlx_densesteer.steering.vector import SteeringVector, VectorMeta
 
 
@@ -461,6 +462,30 @@ def test_vector_import(run, hf_folder, tmp_path):
     result = run("vector", "import", wide, "-o", tmp_path / "w.npz", "-m", hf_folder)
     assert result.exit_code == 1 and "has hidden size 64" in result.stderr
     assert not (tmp_path / "w.npz").exists()
+
+
+def test_an_imported_vector_keeps_no_norms_of_other_weights(run, hf_folder, tmp_path):
+    meta = VectorMeta(
+        model="Tiny-Qwen2", hidden_size=64, layer_count=4, fingerprint="0" * 16,
+        residual_norms={"1": 5.0}, margin_gain={"1": 0.5},
+    )  # fmt: skip
+    file = SteeringVector({1: np.ones(64)}, meta).save(tmp_path / "v.npz")
+    run("vector", "export", file, "-o", tmp_path / "v.gguf")
+    folder = tmp_path / "Tiny-Qwen2"
+    shutil.copytree(hf_folder, folder)
+
+    def imported():
+        words = ["-o", tmp_path / "w.npz", "-m", folder, "--force"]
+        assert run("vector", "import", tmp_path / "v.gguf", *words).exit_code == 0
+        meta = SteeringVector.load(tmp_path / "w.npz").meta
+        return meta.fingerprint, meta.residual_norms, meta.margin_gain
+
+    assert imported() == ("0" * 16, {"1": 5.0}, {"1": 0.5}), (
+        "a folder that says nothing of its weights"
+    )
+    for fingerprint, kept in (("0" * 16, ({"1": 5.0}, {"1": 0.5})), ("1" * 16, (None, None))):
+        (folder / RECORD).write_text(json.dumps({"fingerprint": fingerprint}))
+        assert imported() == (fingerprint, *kept)
 
 
 def test_doctor_says_what_is_there(run):
