@@ -224,17 +224,23 @@ def export(
         loaded = loaded.select(parse_layers(layers, loaded.layers))
     for remark in export_vector(loaded, path, to=to, layer_offset=layer_offset):
         note(remark)
-    if (to or path.suffix) in ("gguf", ".gguf"):
-        note(_llama_cpp(loaded, path))
+    is_gguf = (to or path.suffix) in ("gguf", ".gguf")
+    if is_gguf and (use := _llama_cpp(loaded, path, layer_offset)):
+        note(use)
     click.echo(path)
 
 
-def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
-    """Return llama.cpp's options for the vector at its default layer and strength."""
+def _llama_cpp(vector: "SteeringVector", path: "Path", offset: int) -> str:
+    """Return llama.cpp's options for the vector at its default layer and strength.
+
+    Empty if llama.cpp cannot steer that layer: it is numbered below 1, or beyond the last block.
+    """
     from ..steering.request import request, unit_dose
 
     asked = request(vector)
     low, high = asked.layers[0], asked.layers[-1]
+    if low + offset < 1 or high + offset >= vector.meta.layer_count:
+        return ""
     norms = vector.residual_norms or {}
     strength, remark = asked.amount.number, ""
     if asked.amount.unit == "dose" and set(asked.layers) <= set(norms):
@@ -248,7 +254,8 @@ def _llama_cpp(vector: "SteeringVector", path: "Path") -> str:
     between = [layer for layer in vector.layers if low <= layer <= high]
     if len(between) > len(asked.layers):
         remark += f"; export only these layers (-l {','.join(map(str, asked.layers))}) for that"
-    only = f" --control-vector-layer-range {low} {high}" if len(vector.layers) > 1 else ""
+    span = f" --control-vector-layer-range {low + offset} {high + offset}"
+    only = span if len(vector.layers) > 1 else ""
     return f"use it: llama-cli -m MODEL.gguf --control-vector-scaled {path}:{strength:.4g}{only}{remark}"
 
 

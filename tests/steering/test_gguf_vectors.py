@@ -190,6 +190,15 @@ def test_the_command_line(tmp_path):
     done = run("export", "demo", "-o", out, "-l", "4,5")
     assert (done.exit_code, done.stdout.strip()) == (0, str(out)), done.output
     assert f"--control-vector-scaled {out}:4.756 --control-vector-layer-range 5 5\n" in done.stderr
+    for layers, offset, numbers in [("4,5", -1, "4 4"), ("3,4", 1, "5 5")]:
+        shifted = ("--layer-offset", offset, "--force")
+        done = run("export", "demo", "-o", out, "-l", layers, *shifted)
+        assert f"--control-vector-layer-range {numbers}\n" in done.stderr
+    for layers, offset in [("4,5", 1), ("5", 1)]:  # the default layer is not steered there
+        shifted = ("--layer-offset", offset, "--force")
+        done = run("export", "demo", "-o", tmp_path / "no.gguf", "-l", layers, *shifted)
+        assert done.exit_code == 0 and "llama-cli" not in done.stderr, done.stderr
+    assert run("export", "demo", "-o", out, "-l", "4,5", "--force").exit_code == 0
     assert run("export", "demo", "-o", out).exit_code == 1
     assert run("export", "demo", "-o", tmp_path / "dense.bin").exit_code == 1
     done = run("export", "demo", "-o", tmp_path / "dense.bin", "--to", "safetensors")
