@@ -365,7 +365,7 @@ def _next(
         look, seen = one, ""
     else:
         unsteered, *steered = result.rows
-        sound = [row for row in steered if row.setting.dose < LARGE_DOSE]
+        sound = [row for row in steered if abs(row.setting.dose) < LARGE_DOSE]
         fewest = min(sound, key=lambda row: row.score.steps.value, default=unsteered)
         before, now = (row.score.steps.value for row in (unsteered, fewest))
         if now >= before:

@@ -215,6 +215,14 @@ def test_a_sweep_ends_with_the_next_command(run, monkeypatch, reason, needed, mo
     assert printed == f"  {program()} {command.format('-m demo -v demo')}"
 
 
+def test_a_sweep_suggests_no_overdose_in_either_direction(run, tmp_path):
+    dense = ds.SteeringVector.load(demo.VECTOR)
+    sparse = ds.SteeringVector({5: -dense.layers[5]}, dense.meta).save(tmp_path / "sparse.npz")
+    words = ("-m", "demo", "-v", sparse, "demo", "--limit", 2, "-n", 48, "--no-nll", "--skip", 490)
+    done = run("sweep", *words, "--strengths=-300%")  # one step: the same words over and over
+    assert "see for yourself" not in done.stdout and "look for another layer" in done.stdout
+
+
 def test_what_a_sweep_recommended_is_the_default(run, tmp_path):
     vector = ds.SteeringVector.load(demo.VECTOR)
     best = {
