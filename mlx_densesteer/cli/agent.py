@@ -93,8 +93,9 @@ def _arguments(ctx: click.Context) -> list[str]:
 def _text(name: str, value: object) -> str:
     """Return an option's value as text for a command line, with absolute paths."""
     from ..server.vectors import exact
+    from ..steering.request import Amount
 
-    if name == "strength":
+    if isinstance(value, Amount):
         return exact(value)
     text = str(value)
     local = name in PATHS or (name == "model" and Path(text).expanduser().is_dir())

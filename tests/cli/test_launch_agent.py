@@ -141,6 +141,10 @@ def test_elsewhere_the_command_prints_the_agent(tmp_path, monkeypatch):
     assert plistlib.loads(done.stdout.encode())["ProgramArguments"][4:] == [
         "--model", "demo", "--vectors", str(tmp_path / "demo"),
     ]  # fmt: skip
+    for option, amount in (("--kl", "0.1234567nats"), ("--strength", "12.34567%")):
+        words = ["serve", "-m", "demo", "-v", "demo", option, amount, "--install-agent"]
+        done = CliRunner().invoke(main, words)
+        assert plistlib.loads(done.stdout.encode())["ProgramArguments"][-2:] == [option, amount]
     for wrong, words in ((["-m", "no/such/folder"], "no such folder"), (["-m", "demo", "--port", "0"], "clients know"),
                          (["-m", "demo", "-v", str(other_vector(tmp_path))], "hidden size")):  # fmt: skip
         done = CliRunner().invoke(main, ["serve", *wrong, "--install-agent"])
