@@ -109,26 +109,33 @@ class Chat:
         if interrupt is not None:
             raise interrupt
 
+    def tell_steering(self) -> None:
+        """Show what is steered now, and warn of an overdose."""
+        now = self.status()
+        self.screen.note(", ".join(now.settings))
+        if self.session.model.largest_dose(self.session.steering) >= LARGE_DOSE:
+            self.screen.warn(LARGE_DOSE_WARNING)
+
     # What to steer with
 
     def do_strength(self, argument: str) -> None:
         self._steering()
         if argument:
             self.session.set_strength(argument)
-        self._tell_steering()
+        self.tell_steering()
 
     def do_layer(self, argument: str) -> None:
         steering = self._steering()
         if argument:
             layers = parse_layers(argument.replace(",", " ").split(), steering.vector.layers)
             self.session.set_layers(layers)
-        self._tell_steering()
+        self.tell_steering()
 
     def do_positions(self, argument: str) -> None:
         self._steering()
         if argument:
             self.session.set_positions(argument)  # type: ignore[arg-type]
-        self._tell_steering()
+        self.tell_steering()
 
     def do_budget(self, argument: str) -> None:
         self._steering()
@@ -140,7 +147,7 @@ class Chat:
         if argument:
             number = None if argument == "off" else int(tokens)
             self.session.set_budget(number, late.strip() or None)
-        self._tell_steering()
+        self.tell_steering()
 
     def do_vector(self, argument: str) -> None:
         if argument == "off":
@@ -151,7 +158,7 @@ class Chat:
             self.session.set_vector(vector)
             if warning:
                 self.screen.warn(warning)
-        self._tell_steering()
+        self.tell_steering()
 
     # The conversation
 
@@ -196,7 +203,7 @@ class Chat:
         if session.turns:
             last = f"; the last question: {one_line(session.turns[-1].user, 60)}"
         self.screen.note(f"loaded {count(len(session.turns), 'turn')}{last}")
-        self._tell_steering()
+        self.tell_steering()
 
     # The same question several times
 
@@ -299,13 +306,6 @@ class Chat:
     def _dose(self, steering: Steering | None) -> float:
         """Return the dose of a steering, negative where the strength is."""
         return math.copysign(self.session.model.dose(steering), strength_of(steering))
-
-    def _tell_steering(self) -> None:
-        """Show what is steered now, and warn of an overdose."""
-        now = self.status()
-        self.screen.note(", ".join(now.settings))
-        if self.session.model.largest_dose(self.session.steering) >= LARGE_DOSE:
-            self.screen.warn(LARGE_DOSE_WARNING)
 
     def _tell_question(self) -> None:
         self.screen.note(f"the last question again: {one_line(last_question(self.session), 60)}")

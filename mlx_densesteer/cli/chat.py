@@ -17,10 +17,11 @@ from .options import (
     steering_options,
     think_options,
 )
-from .steering import is_strict, read_steering, steering_for, tell_fit
+from .steering import is_strict, need_no_vector, read_steering, steering_for, tell_fit
 
 if TYPE_CHECKING:
     from ..chat.plain import Keyboard, Screen
+    from ..generation.session import Session
     from ..steering.places import Positions
     from ..steering.request import Amount
 
@@ -65,10 +66,9 @@ def chat(
     the answers go to standard output.
     """
     budget, limit = read_think_budget(think_budget, think_strength, think_budget_hard)
-    given = budget if saved is None or vector is not None else None
-    request = read_steering(
-        vector, strength, layers, positions, given, None if given is None else think_strength
-    )
+    resumed = saved is not None and vector is None  # the conversation has a vector, or none
+    setting = strength, layers, positions, budget, think_strength
+    request = None if resumed else read_steering(vector, *setting)
     keyboard, screen = _terminal(plain)
 
     from ..chat.loop import Chat
@@ -96,10 +96,8 @@ def chat(
         session = Session.load(saved, loaded, brake=brake, draft=draft, **hard)
         if steering is not None:
             session.steer(steering)
-        elif budget is not None:
-            session.set_budget(budget, think_strength)
-        elif session.steering is not None:
-            tell_fit(session.steering.vector, loaded)
+        else:
+            _change_steering(session, *setting)
         if _given("system"):
             session.system = system
         if _given("max_tokens"):
@@ -107,10 +105,39 @@ def chat(
         if _given("temp", "top_p", "seed"):
             session.sampling = Sampling(temp, top_p, seed)
         note(f"loaded {count(len(session.turns), 'turn')} from {saved}")
+    talk = Chat(session, keyboard, screen, strict=is_strict())
+    if resumed:
+        talk.tell_steering()
     _greet(model, keyboard.interactive)
-    failures = Chat(session, keyboard, screen, strict=is_strict()).run()
+    failures = talk.run()
     if failures and not keyboard.interactive:
         sys.exit(1)
+
+
+def _change_steering(
+    session: "Session",
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    positions: "Positions | None",
+    budget: int | None,
+    late: "Amount | None",
+) -> None:
+    """Replace what the options name of a loaded conversation's steering; warn of another model's vector."""
+    from ..steering.request import parse_layers
+
+    if session.steering is None:
+        need_no_vector(strength, layers, positions, budget)
+        return
+    vector = session.steering.vector
+    tell_fit(vector, session.model)
+    if layers:
+        session.set_layers(parse_layers(layers, vector.layers))
+    if positions is not None:
+        session.set_positions(positions)
+    if strength is not None:  # a dose or a KL is that at these layers and positions
+        session.set_strength(strength)
+    if budget is not None:
+        session.set_budget(budget, late)
 
 
 def _given(*options: str) -> bool:

@@ -40,12 +40,7 @@ def read_steering(
 ) -> "Request | None":
     """Return what the options ask for, ``None`` without a vector; refuse wrong ones."""
     if vector is None:
-        need_no_vector(strength, layers, positions)
-        if budget is not None:
-            raise click.UsageError(
-                "--think-budget steers a long thought: it needs a vector (-v FILE). With "
-                "--think-budget-hard it ends the thought by force instead."
-            )
+        need_no_vector(strength, layers, positions, budget)
         return None
     from ..steering.request import parse_layers, request
 
@@ -55,13 +50,21 @@ def read_steering(
 
 
 def need_no_vector(
-    strength: "Amount | None", layers: tuple[str, ...], positions: "Positions | None"
+    strength: "Amount | None",
+    layers: tuple[str, ...],
+    positions: "Positions | None",
+    budget: int | None = None,
 ) -> None:
     """Refuse options of a steering where no vector is given; the error names those that are."""
     kl = click.get_current_context().get_parameter_source("kl") is ParameterSource.COMMANDLINE
     options = {"--kl" if kl else "-s": strength, "-l": layers, "--positions": positions}
     if given := [option for option, value in options.items() if value not in (None, ())]:
         raise click.UsageError(f"{', '.join(given)}: need a vector; add -v FILE.")
+    if budget is not None:
+        raise click.UsageError(
+            "--think-budget steers a long thought: it needs a vector (-v FILE). With "
+            "--think-budget-hard it ends the thought by force instead."
+        )
 
 
 def steering_for(request: "Request | None", model: "Model") -> "Steering | None":

@@ -464,6 +464,33 @@ def test_vector_import(run, hf_folder, tmp_path):
     assert not (tmp_path / "w.npz").exists()
 
 
+def test_options_replace_the_settings_of_a_loaded_conversation(
+    run, hf_folder, make_vector, tmp_path
+):
+    model, saved = ds.load(hf_folder), tmp_path / "s.json"
+    ds.Session(model, ds.Steering(make_vector((1, 2)), 0.1, (1,), "prompt")).save(saved)
+    ds.Session(model).save(tmp_path / "unsteered.json")
+
+    def chat(*options, file=saved):
+        return run("chat", "-m", hf_folder, "--load", file, *options, input="/strength\n")
+
+    def told(*options):
+        done = chat(*options)
+        assert done.exit_code == 0, done.stderr
+        first, second = re.findall(r"vector .*, (layer .*dose .*)", done.stderr)
+        assert first == second  # the beginning and /strength tell the same
+        return first + " LARGE" * (done.stderr.count("a large dose") == 2)
+
+    assert re.fullmatch(r"layer 1, dose .*\(strength \+0.1\), positions prompt", told())
+    assert re.fullmatch(r"layer 1, dose .*\(strength \+0.2\), positions prompt", told("-s", 0.2))
+    assert re.fullmatch(r"layer 1, dose \+10% .*, positions prompt", told("-s", "10%"))
+    assert re.fullmatch(r"layer 2, dose .*\(strength \+0.1\)", told("-l", 2, "--positions", "all"))
+    both = told("-l", 2, "--positions", "generated", "-s", "-200%")
+    assert re.fullmatch(r"layer 2, dose -200% .*, positions generated LARGE", both)
+    refused = chat("-s", "10%", "-l", 2, file=tmp_path / "unsteered.json")
+    assert refused.exit_code == 2 and "-s, -l: need a vector; add -v FILE" in refused.stderr
+
+
 def test_an_imported_vector_keeps_no_norms_of_other_weights(run, hf_folder, tmp_path):
     meta = VectorMeta(
         model="Tiny-Qwen2", hidden_size=64, layer_count=4, fingerprint="0" * 16,
