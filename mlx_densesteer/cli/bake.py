@@ -72,7 +72,8 @@ def bake(
         strength, layers = _recorded(path, strength, layers)
     request = read_steering(vector, strength, layers, None)
     assert request is not None  # a vector is required
-    if strength is None and request.positions not in ("all", "generated"):
+    found = strength is None and request.amount.unit == "strength"  # in the file, for its positions
+    if found and request.positions not in ("all", "generated"):
         raise click.UsageError(
             f"{vector}: its strength was found for positions {request.positions}, and a baked vector is "
             "added at every token. Choose a strength for that: -s STRENGTH."

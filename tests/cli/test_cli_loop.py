@@ -261,15 +261,17 @@ def test_what_adds_a_vector_everywhere_says_that_it_was_found_for_some(run, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("positions", "given"), [("generated", ()), ("first:8", ("-s", "3"))])
+@pytest.mark.parametrize(
+    ("positions", "given"),
+    [("generated", ()), ("first:8", ("-s", "3")), ("first:8", ("-l", "3"))],  # none is found for 3
+)
 def test_a_baked_vector_that_was_found_for_some_tokens_is_told_to_steer_all(
     run, tmp_path, positions, given
 ):
     vector = ds.SteeringVector.load(demo.VECTOR)
     best = {"layers": [4], "strength": 3.5, "positions": positions}
-    file = ds.SteeringVector({4: vector.layers[4]}, replace(vector.meta, recommended=best)).save(
-        tmp_path / "best.npz"
-    )
+    made = ds.SteeringVector(vector.layers, replace(vector.meta, recommended=best))
+    file = made.save(tmp_path / "best.npz")
     told = run("bake", "-m", "demo", "-v", file, *given, "-o", tmp_path / "baked").stderr
     assert f"trained for positions {positions}; baked, it is added at every token" in told
 
