@@ -247,7 +247,8 @@ def test_the_filter_asks_a_server_that_has_the_model(run, home, solved):
         assert ask(http_proxy="http://127.0.0.1:9").stdout == solved[4.76] + "\n"
         assert ask(DENSESTEER_STRENGTH="-7.13").stdout == solved[-7.13] + "\n"
         assert ask(DENSESTEER_STRENGTH="4.76", DENSESTEER_LAYER="5").stdout == solved[4.76] + "\n"
-        assert ask(DENSESTEER_STRENGTH="20%").stdout == solved[4.76] + "\n"
+        for dose in ("20%", "20 %"):
+            assert ask(DENSESTEER_STRENGTH=dose).stdout == solved[4.76] + "\n"
         assert ask(DENSESTEER_VECTOR="").stdout == solved[0.0] + "\n"
         assert ask(ODD).stdout
 
@@ -269,6 +270,7 @@ def test_the_filter_asks_a_server_that_has_the_model(run, home, solved):
             "LAYER=3-5",
             "VECTOR= LAYER=5",
             "VECTOR= STRENGTH=1",
+            "STRENGTH=0.1nats",
         ):
             more = dict(f"DENSESTEER_{one}".split("=") for one in setting.split(" "))
             assert "no no-such-command" in ask(code=127, **more).stderr  # and for these
@@ -310,7 +312,14 @@ def test_an_argument_takes_the_place_of_the_settings(command):
     assert command(**mine) == [*base, *vector, *layer, *strength]
     for words in (["-l", "3"], ["-l3"], ["--layer", "3"], ["--layer=3"]):
         assert command(*words, **mine) == [*base, *vector, *strength, *words]
-    for words in (["-s", "1"], ["-s1"], ["--strength", "1"], ["--lambda=1"]):
+    for words in (
+        ["-s", "1"],
+        ["-s1"],
+        ["--strength", "1"],
+        ["--lambda=1"],
+        ["--kl", "1"],
+        ["--kl=1"],
+    ):
         assert command(*words, **mine) == [*base, *vector, *layer, *words]
     for words in (["-v", "a"], ["-va"], ["--vector", "a"], ["--vector=a"]):
         assert command(*words, **mine) == [*base, *words]
@@ -326,10 +335,25 @@ def test_the_filter_names_a_wrong_setting(run, command, server):
         more = {name: value, "DENSESTEER_SERVER": server, "DENSESTEER": "no-such-command"}
         done = run(EXAMPLES / "dense-filter", text=QUESTION, code=2, **more)
         assert done.stdout == "" and done.stderr.count("\n") == 1
-        expected = "a strength, such as 20% or 1.5" if "STRENGTH" in name else "a layer, such as 14"
+        expected = (
+            "a strength, such as 20%, 1.5 or 0.1nats"
+            if "STRENGTH" in name
+            else "a layer, such as 14"
+        )
         assert done.stderr.startswith(f"dense-filter: {name}={value}: expected {expected}")
-    for strength in ("1", "-7.13", "+.5", "2.", "1e-2", "20%", "-10%"):
-        assert command(STRENGTH=strength)[-1] == strength
+    for strength in (
+        "1",
+        "-7.13",
+        "+.5",
+        "2.",
+        "1e-2",
+        "20%",
+        "-10%",
+        "20 %",
+        "0.1nats",
+        "-5e-2 nats",
+    ):
+        assert command(STRENGTH=strength)[-len(strength.split()) :] == strength.split()
     for layers in ("14", "4,5", "all", "3-5", "1,3-5"):
         assert command(LAYER=layers)[-1] == layers
 
