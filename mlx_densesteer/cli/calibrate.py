@@ -180,7 +180,7 @@ def read_kl(text: str) -> list[float]:
 
     found = []
     for part in text.split(","):
-        amount = Amount.parse(part if part.rstrip().endswith("nats") else f"{part}nats")
+        amount = Amount.parse_kl(part)
         if not amount.number:
             raise click.UsageError(
                 "--kl 0: the unsteered model. Name a KL other than 0, such as 0.1."

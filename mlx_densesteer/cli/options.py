@@ -78,13 +78,13 @@ class StrengthType(click.ParamType):
     """A strength (lambda), a dose in per cent or a KL; the value is a ``steering.request.Amount``.
 
     Args:
-        unit: what a number without a unit means: ``""`` (lambda) or ``"nats"``.
+        kl: a KL only, whose unit may be left out.
     """
 
     name = "strength"
 
-    def __init__(self, unit: str = ""):
-        self.unit = unit
+    def __init__(self, kl: bool = False):
+        self.kl = kl
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -92,10 +92,8 @@ class StrengthType(click.ParamType):
         from ..errors import InputError
         from ..steering.request import Amount
 
-        if self.unit and isinstance(value, str):
-            value = value.strip().removesuffix(self.unit) + self.unit
         try:
-            return Amount.parse(value)
+            return Amount.parse_kl(value) if self.kl else Amount.parse(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
 
@@ -111,7 +109,7 @@ _lambda_option = click.option(
 )
 _kl_option = click.option(
     "--kl",
-    type=StrengthType("nats"),
+    type=StrengthType(kl=True),
     metavar="NATS",
     help="In place of -s: as strong as moves the model by this KL from the unsteered one, in nats per "
     "token. 0.05 to 0.2 is usual. Measured, unless `densesteer calibrate --write` stored it.",

@@ -81,6 +81,23 @@ class Amount:
             return cls(number / 100, "dose")
         return cls(number, "kl" if end else "strength")
 
+    @classmethod
+    def parse_kl(cls, text: "str | float | Amount") -> "Amount":
+        """Read a KL; the unit may be left out: ``0.1``, ``"0.1nats"``.
+
+        Raises:
+            InputError: anything else, or a number beyond 1e9.
+        """
+        try:
+            amount = cls.parse(text)
+        except InputError:
+            amount = None
+        if amount is None or amount.unit == "dose":
+            raise InputError(
+                f"KL {one_line(text, 40)!r}: expected a number of nats per token, such as 0.1; {LARGEST:g} at most."
+            )
+        return cls(amount.number, "kl")
+
     def __str__(self) -> str:
         if self.unit == "dose":
             return format_dose(self.number)

@@ -191,6 +191,7 @@ def test_a_vector_of_other_weights_is_warned_of(run, hf_folder, tmp_path):
     [
         (["-s", "1", "hello"], "Error: -s: need a vector; add -v FILE."),
         (["--kl", "1", "hello"], "Error: --kl: need a vector"),
+        (["-v", "VECTOR", "--kl", "20%", "hello"], "'--kl': KL '20%': expected a number of nats"),
         (["-l", "1", "--positions", "all", "hello"], "Error: -l, --positions: need a vector"),
         (["-v", "nowhere.npz", "hello"], "nowhere.npz: no such file"),
         (["-v", "VECTOR", "-l", "9", "hello"], "no vector for layer 9"),

@@ -217,7 +217,7 @@ def test_the_command_ranks_and_stores(run):
     [
         (["-v", "demo", "--write"], "the embedded vector cannot be changed", 2),
         (["-v", "demo", "--kl", "0"], "Name a KL other than 0", 2),
-        (["-v", "demo", "--kl", "a"], "expected a number", 1),
+        (["-v", "demo", "--kl", "0.1,10%"], "KL '10%': expected a number of nats per token", 1),
         (["-v", "demo", "-l", "9"], "no vector for layer 9", 1),
         (["-v", "demo", "-l", "1+x"], "layers together (10+12)", 1),
         (["-v", "none.npz"], "none.npz: no such file", 1),

@@ -109,6 +109,14 @@ def test_what_is_written_is_read_again(number, unit):
     assert found.number == pytest.approx(number, rel=5e-3, abs=1e-300)
 
 
+def test_the_unit_of_a_kl_may_be_left_out():
+    for text in (0.1, "0.1", "0.1nats", "+.1 nats ", Amount(0.1, "kl")):
+        assert Amount.parse_kl(text) == Amount(0.1, "kl")
+    for text in ("20%", "x", "", "0.1nat", "2e9"):
+        with pytest.raises(InputError, match=f"KL '{text}': expected a number of nats per token"):
+            Amount.parse_kl(text)
+
+
 def test_doses_are_written_as_people_read_them():
     doses = {0.2: "20%", 0.025: "2.5%", -0.1: "-10%", 0: "0%", 1 / 3: "33.3%", 12.0: "1200%"}
     assert {dose: format_dose(dose) for dose in doses} == doses
