@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 @vector_option("", required=True)
 @click.argument("pairs", type=click.Path(exists=True, dir_okay=False))
 @layer_sets_option(
-    "[default: the layers of a trained vector together; else five, the best to first order]"
+    "[default: the layers of a trained vector, or several that a sweep recommended, together; else five, "
+    "the best to first order]"
 )
 @click.option(
     "--kl",

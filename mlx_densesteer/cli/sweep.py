@@ -50,8 +50,8 @@ PAIRS = 16  # with which a sweep calibrates, at most
 @model_option()
 @vector_option("", required=True)
 @layer_sets_option(
-    "[default: the layers of a trained vector together; else five around the middle, with --pairs the "
-    "best five; all if there are six at most]"
+    "[default: the layers of a trained vector, or several that a sweep recommended, together; else five "
+    "around the middle, with --pairs the best five; all if there are six at most]"
 )
 @click.option(
     "-s",

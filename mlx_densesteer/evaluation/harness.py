@@ -55,7 +55,7 @@ class DenseSteerLM(TemplateLM):
     Args:
         pretrained: a folder that ``densesteer convert`` wrote, a Hub id, or ``demo``.
         vector: a steering vector (``.npz``) or ``demo``; by default nothing is steered.
-        strength: lambda, or a dose such as ``20%``.
+        strength: lambda, a dose such as ``20%``, or a KL such as ``0.1nats``.
         layer: ``14``, ``"10-14"``, ``[10, 12]``, ``"all"``.
         positions: ``"all"``, ``"first:48"``, ... (``steering.places``). ``steering.request`` has the defaults
             of strength, layer and positions.

@@ -158,7 +158,7 @@ def calibrate(
             of a trained vector, or several that its file recommends together; else the
             ``BEST`` of all layers by the first-order gain (``margin.margin_gains``).
         kl: targets in nats per token; a negative one is for a negative strength.
-        positions: as in ``Steering``; by default ``"all"``, for a trained vector at its layers its own.
+        positions: as in ``Steering``; by default those that the vector's file recommends, else ``"all"``.
         progress: called with what is done now, and how much of all that is done.
 
     Raises:
