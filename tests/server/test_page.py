@@ -459,6 +459,28 @@ def test_answers_of_another_model_or_vector_are_asked_for_anew(open_page):
         assert page.get_by_text("another model: demo").count() == 2
 
 
+def test_a_strength_is_not_kept_for_another_vector_of_the_same_name(open_page):
+    replaced = []
+
+    def answer(route):
+        response = route.fetch()
+        body = response.json()
+        if replaced:
+            body["vectors"][0]["fingerprint"] = "another"
+        route.fulfill(response=response, json=body)
+
+    page = open_page(before=lambda page: page.route("**/v1/steering", answer))
+    number = page.locator("#strength-number")
+    page.locator("#send:enabled").wait_for()
+    usual = number.input_value()
+    number.fill("1.5")
+    for other, shown in ((False, "1.5"), (True, usual)):
+        replaced[:] = [other] * other
+        page.reload()
+        page.locator("#send:enabled").wait_for()
+        assert number.input_value() == shown != ""
+
+
 def test_a_phone_compares_by_swiping(open_page):
     page = open_page(width=390, height=844)
     ask(page)

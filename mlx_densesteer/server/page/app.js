@@ -52,7 +52,7 @@ async function connect() {
     dial = new Dial(server, remembered()[`dial ${model.id}`], (setting) => {
       if (!dial) return;
       sweep.show(dial.vector, setting);
-      remember(`dial ${model.id}`, setting);
+      remember(`dial ${model.id}`, { ...setting, fingerprint: dial.vector.fingerprint });
     });
     transcript.model = model;
     transcript.named = server.vectors.length > 1;

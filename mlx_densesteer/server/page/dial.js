@@ -13,7 +13,7 @@ const KEYS = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 
 export class Dial {
   /**
    * @param {object} overview the JSON of /v1/steering
-   * @param {object | undefined} setting the last setting; used if it is still possible
+   * @param {object | undefined} setting the last setting, with its vector's fingerprint; used if it is still possible
    * @param {(setting: object) => void} changed
    */
   constructor(overview, setting, changed) {
@@ -102,9 +102,10 @@ export class Dial {
     return unit === null ? null : unit * Math.abs(strength);
   }
 
+  /** Whether the vector is still there, the same and not another of its name, and can be steered so. */
   fits(setting) {
     const vector = setting && this.overview.vectors.find((one) => one.name === setting.vector);
-    return vector && Number.isFinite(setting.strength) && setting.layers?.length > 0 &&
+    return vector && vector.fingerprint === setting.fingerprint && Number.isFinite(setting.strength) && setting.layers?.length > 0 &&
       setting.layers.every((layer) => vector.layers.includes(layer)) &&
       (this.overview.positions.includes(setting.positions) || FIRST.test(setting.positions));
   }
