@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..extraction.make_pairs import Files, PairsProgress, Summary
     from ..extraction.rewriting import Rewriter
     from ..extraction.sample_pairs import SampleSummary
+    from ..generation.sampling import Sampling
     from ..model.model import Model
 
 
@@ -65,8 +66,8 @@ class RunOptions(TypedDict):
     "--samples",
     type=click.IntRange(min=2),
     metavar="K",
-    help="No rewriter: draw K answers to each problem. The shortest correct one and the longest make a "
-    "pair. Another run with a larger K goes on.",
+    help="Draw K answers to each problem. With --rewriter two correct ones are rewritten, at most; without, the "
+    "shortest correct one and the longest make a pair. Another run with a larger K goes on.",
 )
 @click.option(
     "--temp",
@@ -142,8 +143,8 @@ def pairs(
 ) -> None:
     """Make contrastive pairs: solve problems, make the solutions denser, check both.
 
-    With --samples the model answers each problem several times instead, and its shortest and its longest
-    correct answer make the pair.
+    With --samples the model answers each problem several times. Without a --rewriter its shortest and its
+    longest correct answer make the pair then.
 
     PROBLEMS is gsm8k, math500, amc23, aime24, olympiad (from the Hub), demo (embedded), or a local
     JSONL file with the fields of one of these. Take no problem that you will evaluate on: without
@@ -151,15 +152,15 @@ def pairs(
     interrupted.
     """
     drawn = {"temp": temp, "top_p": top_p, "seed": seed}
-    rewritten = {"rewriter": spec, "nll_margin": nll_margin}
-    for name, value in (drawn if samples is None else rewritten).items():
-        if value is not None:
-            message = "needs --samples K" if samples is None else "and --samples exclude each other"
-            raise click.UsageError(f"--{name.replace('_', '-')}: {message}.")
-    kind, _, rest = ("" if samples else spec or "rules").partition(":")
+    if samples is None and (lonely := [name for name, value in drawn.items() if value is not None]):
+        raise click.UsageError(f"--{lonely[0].replace('_', '-')}: needs --samples K.")
+    if samples and nll_margin is not None and spec is None:
+        raise click.UsageError("--nll-margin: with --samples it needs a --rewriter too.")
+    chooses = samples is not None and spec is None  # among the samples: nothing is rewritten
+    kind, _, rest = ("" if chooses else spec or "rules").partition(":")
     fixed = ("rules", "plain", "brief")
     known = (*fixed, "instruction", "mlx", "openai", "file")
-    if not samples and (kind not in known or (kind in fixed) == bool(rest.strip())):
+    if not chooses and (kind not in known or (kind in fixed) == bool(rest.strip())):
         raise click.UsageError(
             f"--rewriter {spec}: expected rules, plain, brief, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
             "file:FILE.jsonl."
@@ -200,14 +201,15 @@ def pairs(
     if warning := warn_of_test_problems(problem.question for problem in chosen):
         note(warning)
 
-    from ..extraction.make_pairs import make_pairs
+    from ..extraction.make_pairs import SAMPLING, make_pairs
     from ..extraction.verification import NLL_MARGIN
     from ..model.model import load
 
     loaded = load(model)
     run: RunOptions = {"count": wanted, "system": system, "max_tokens": max_tokens, "rows": rows}
-    if samples:
-        _sample(loaded, chosen, files, samples, drawn, run, as_json)
+    sampling = replace(SAMPLING, **{k: v for k, v in drawn.items() if v is not None})
+    if samples and chooses:
+        _sample(loaded, chosen, files, samples, sampling, run, as_json)
         return
     if kind == "instruction":
         from ..extraction.rewriting.model import InstructionRewriter
@@ -215,18 +217,22 @@ def pairs(
         rewriter = InstructionRewriter(loaded, rest, system=system, rows=rows)
     elif rewriter is None:
         rewriter = _local(rest, model, loaded, rows)
-    with resumable(files.solved, files.rewrites) as live:
+    solutions = files.samples if samples else files.solved
+    with resumable(solutions, files.rewrites) as live:
         summary = make_pairs(
             loaded,
             chosen,
             rewriter,
             out,
+            samples=samples,
+            sampling=sampling,
             nll_margin=NLL_MARGIN if nll_margin is None else nll_margin,
             progress=_progress(live, wanted),
             **run,
         )
-    _tell(summary, files, wanted)
-    _end(summary, files, as_json, files.solved, rewriter=rewriter.name)
+    _tell(summary, files, wanted, samples)
+    told = {"sampling": {"samples": samples, **asdict(sampling)}} if samples else {}
+    _end(summary, files, as_json, solutions, rewriter=rewriter.name, **told)
 
 
 def _end(
@@ -255,14 +261,13 @@ def _sample(
     problems: "Sequence[Problem]",
     files: "Files",
     samples: int,
-    given: "Mapping[str, float | None]",
+    sampling: "Sampling",
     run: RunOptions,
     as_json: bool,
 ) -> None:
-    """Make pairs of the model's own samples; ``given`` has the options of the sampling."""
-    from ..extraction.sample_pairs import SAMPLING, sample_pairs
+    """Make pairs of the model's own samples: the shortest and the longest of a problem."""
+    from ..extraction.sample_pairs import sample_pairs
 
-    sampling = replace(SAMPLING, **{k: v for k, v in given.items() if v is not None})
     with resumable(files.samples) as live:
         progress = answers_progress(live, samples * len(problems), with_nll=False)
         summary = sample_pairs(
@@ -305,17 +310,19 @@ def _progress(live: Live, wanted: int | None) -> "Callable[[PairsProgress], None
     return show
 
 
-def _tell(summary: "Summary", files: "Files", wanted: int | None) -> None:
+def _tell(summary: "Summary", files: "Files", wanted: int | None, samples: int | None) -> None:
     from ..extraction.verification import REASONS
 
+    answers = summary.problems * (samples or 1)
+    drawn = f", {count(answers, 'sample')}" if samples else ""
     note(
-        f"{count(summary.problems, 'problem')}: {_accepted(summary.accepted, wanted)} accepted, "
+        f"{count(summary.problems, 'problem')}{drawn}: {_accepted(summary.accepted, wanted)} accepted, "
         f"{sum(summary.rejected.values())} rejected, {summary.wrong} solved wrongly, "
         f"{summary.truncated} cut off"
     )
     _tell_reasons(summary, REASONS)
     _tell_means(summary, ("original", "rewrite"))
-    if summary.truncated > summary.problems // 4:
+    if summary.truncated > answers // 4:
         note(
             "many solutions were cut off at --max-tokens; a larger number may give more pairs (-n)"
         )

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -17,10 +17,12 @@ import numpy as np
 
 from ..errors import InputError
 from ..evaluation.answers import Answer, answer, journal_header
+from ..evaluation.condition import Condition
 from ..evaluation.journal import Journal, not_a_record
 from ..evaluation.tasks import Problem
 from ..files import atomic_file, check_fields, file_to_replace
 from ..generation.batch import ROWS
+from ..generation.sampling import Sampling
 from ..model.likelihood import nll
 from ..model.model import Model, ModelInfo, takes_model
 from ..model.prompt import encode_answer, encode_prompt
@@ -35,18 +37,24 @@ from .verification import (
     verify,
 )
 
+SAMPLING = Sampling(temp=0.7, seed=0)
 FORMAT = "mlx-densesteer rewrites 1"  # of the second journal
 PAIR_FORMAT = "mlx-densesteer pair 1"
+PER_PROBLEM = 2  # samples of a problem that are rewritten, at most: else the easy ones would rule
 
 
 @dataclass(frozen=True)
 class Case:
-    """A solved problem, its rewrite, and the reasons of its rejection; none if accepted."""
+    """A solved problem, its rewrite, and the reasons of its rejection; none if accepted.
+
+    ``sample`` is the solution's number among the problem's samples, ``None`` if it is greedy.
+    """
 
     problem: Problem
     original: Response
     rewrite: Response | None
     reasons: tuple[str, ...]
+    sample: int | None = None
 
 
 class Judged(Protocol):
@@ -66,6 +74,7 @@ J = TypeVar("J", bound=Judged)
 class Summary:
     """What a run made.
 
+    ``wrong`` and ``truncated`` count answers: of a problem there may be several samples.
     ``rejected`` counts each rejection under its first reason. ``before`` and ``after`` are means
     over the accepted pairs: ``steps``, ``tokens``, ``density`` in tokens per step, and ``nll`` in
     nats per token.
@@ -127,7 +136,8 @@ class Files:
 class PairsProgress:
     """How far a run is: counts of problems, and tokens generated so far.
 
-    ``rewritten`` counts the rewrites of this run, ``checked`` those of earlier runs too.
+    ``rewritten`` counts the rewrites of this run, ``checked`` those of earlier runs too. With samples,
+    each of them counts as a problem.
     """
 
     problems: int
@@ -151,6 +161,8 @@ def make_pairs(
     *,
     count: int | None = None,
     nll_margin: float = NLL_MARGIN,
+    samples: int | None = None,
+    sampling: Sampling = SAMPLING,
     system: str | None = None,
     max_tokens: int = 2048,
     rows: int = ROWS,
@@ -158,46 +170,85 @@ def make_pairs(
 ) -> Summary:
     """Write contrastive pairs to ``out`` and rejections beside it; return a summary.
 
-    The model solves the problems, unsteered and greedily. Each solution that is correct and not
-    cut off is rewritten, and the two make a pair if ``verify`` finds no fault. Problems are taken
-    in order; with ``count``, until there are so many pairs. A run that is started again with the
-    same ``out`` goes on where it was.
+    The model solves the problems, unsteered. Each solution that is correct and not cut off is
+    rewritten, and the two make a pair if ``verify`` finds no fault. Problems are taken in order; with
+    ``count``, until there are so many pairs. A run that is started again with the same ``out`` goes on
+    where it was.
+
+    Args:
+        samples: how often each problem is solved, as ``sampling`` draws; the first ``PER_PROBLEM`` solutions
+            with different texts are rewritten. ``None`` is once, greedily.
 
     Raises:
-        InputError: no problems, a margin that is no number, ``out`` or its journals belong to
-            something else, or the rewriter gave up.
+        InputError: no problems, a margin that is no number, a sampling that is greedy or without a seed,
+            ``out`` or its journals belong to something else, or the rewriter gave up.
         DiskError: ``out`` cannot be written, or another process is writing it.
     """
     if not problems:
         raise InputError("no problems to solve; expected at least one.")
     if np.isnan(nll_margin):
         raise InputError("an NLL margin of nan; expected nats per token, such as 0.5.")
+    conditions = [None] if samples is None else draws(samples, sampling)
     files = Files(Path(out))
-    files.check(files.solved)
+    journal = files.solved if samples is None else files.samples
+    files.check(journal)
     header = journal_header(model, max_tokens, system)
     work_header = {**header, "format": FORMAT}
     cases: list[Case] = []
     answers: list[Answer] = []
-    with Journal(files.solved, header) as solved, Journal(files.rewrites, work_header) as rewrites:
-        run = _Run(model, rewriter, solved, rewrites, system, nll_margin, len(problems), progress)
+    with Journal(journal, header) as solved, Journal(files.rewrites, work_header) as rewrites:
+        run = _Run(
+            model,
+            rewriter,
+            conditions,
+            solved,
+            rewrites,
+            system,
+            nll_margin,
+            len(problems),
+            progress,
+        )
         for wave in waves(problems, count, rows, cases):
             found = run.solve(wave, max_tokens, rows)
             cases += run.rewrite(wave, found)
             answers += found
-    cases, taken = up_to_count(cases, count, problems[: len(answers)])
+    each = len(conditions)
+    cases, taken = up_to_count(cases, count, problems[: len(answers) // each])
+    answers = answers[: taken * each]
     accepted = [case for case in cases if not case.reasons]
     rejected = [case for case in cases if case.reasons]
     for path, kept in ((files.pairs, accepted), (files.rejected, rejected)):
-        write_records(path, (_record(case, rewriter.name, model.info, system) for case in kept))
+        write_records(
+            path,
+            (
+                _record(case, rewriter.name, model.info, system, samples and sampling)
+                for case in kept
+            ),
+        )
     return Summary(
         problems=taken,
-        wrong=sum(not one.correct and not one.truncated for one in answers[:taken]),
-        truncated=sum(one.truncated for one in answers[:taken]),
+        wrong=sum(not one.correct and not one.truncated for one in answers),
+        truncated=sum(one.truncated for one in answers),
         accepted=len(accepted),
         rejected=dict(Counter(case.reasons[0] for case in rejected)),
         before=means([case.original for case in accepted]),
         after=means([case.rewrite for case in accepted if case.rewrite]),
     )
+
+
+def draws(samples: int, sampling: Sampling) -> list[Condition]:
+    """Return the conditions of a problem's samples.
+
+    Raises:
+        InputError: fewer than 2 samples, a sampling that is greedy or without a seed.
+    """
+    if samples < 2:
+        raise InputError(f"{samples} samples of a problem: expected at least 2, to compare.")
+    if not sampling.temp:
+        raise InputError(
+            "temperature 0: all samples would be the same; expected more, such as 0.7."
+        )
+    return [Condition(sampling=sampling, number=number) for number in range(samples)]
 
 
 def write_records(path: Path, records: Iterable[dict[str, object]]) -> None:
@@ -239,7 +290,9 @@ def up_to_count(
     return kept, [problem.id for problem in problems].index(kept[-1].problem.id) + 1
 
 
-def _record(case: Case, rewriter: str, info: ModelInfo, system: str | None) -> dict[str, object]:
+def _record(
+    case: Case, rewriter: str, info: ModelInfo, system: str | None, sampling: Sampling | None
+) -> dict[str, object]:
     """Return a line of the pairs or of the rejections; see docs/pairs.md."""
     problem, original, rewrite = case.problem, case.original, case.rewrite
     record: dict[str, object] = {
@@ -257,6 +310,8 @@ def _record(case: Case, rewriter: str, info: ModelInfo, system: str | None) -> d
         "rewriter": rewriter,
         "model": described(info),
     }
+    if sampling:
+        record["sampling"] = {**asdict(sampling), "negative": case.sample}
     if case.reasons:
         record["reasons"] = list(case.reasons)
         text = rewrite.text if rewrite else ""
@@ -300,6 +355,7 @@ class _Run:
         self,
         model: Model,
         rewriter: Rewriter,
+        conditions: Sequence[Condition | None],
         solved: Journal,
         rewrites: Journal,
         system: str | None,
@@ -307,10 +363,10 @@ class _Run:
         problems: int,
         progress: Progress,
     ):
-        self.model, self.rewriter = model, rewriter
+        self.model, self.rewriter, self.conditions = model, rewriter, conditions
         self.solved, self.rewrites = solved, rewrites
         self.system, self.margin = system, nll_margin
-        self.state, self.progress = PairsProgress(problems), progress
+        self.state, self.progress = PairsProgress(problems * len(conditions)), progress
         self._made, self._losses = _read_rewrites(rewrites)
         self._widest = max(map(len, model.tokenizer.get_vocab()))  # characters of one token
 
@@ -327,7 +383,7 @@ class _Run:
         answers = answer(
             self.model,
             problems,
-            [None],
+            self.conditions,
             self.solved,
             system=self.system,
             max_tokens=max_tokens,
@@ -339,12 +395,19 @@ class _Run:
         return answers
 
     def rewrite(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Case]:
-        """Return a case for each usable answer, in order."""
-        todo = [
-            (problem, self._response(one.text.strip()))
-            for problem, one in zip(problems, answers, strict=True)
-            if _is_usable(one)
-        ]
+        """Return a case for each usable answer, in order; of one text, and of few samples of a problem."""
+        sampled = self.conditions != [None]
+        todo: list[tuple[Problem, Response]] = []
+        numbers: list[int | None] = []
+        each = len(self.conditions)
+        for index, problem in enumerate(problems):
+            texts: set[str] = set()
+            for number, one in enumerate(answers[index * each : (index + 1) * each]):
+                text = one.text.strip()
+                if _is_usable(one) and text not in texts and len(texts) < PER_PROBLEM:
+                    texts.add(text)
+                    todo.append((problem, self._response(text)))
+                    numbers.append(number if sampled else None)
         rewriter, made = self.rewriter, self._made
         keys = [_digest(p.prompt, original.text, rewriter.name) for p, original in todo]
         missing = [
@@ -371,8 +434,8 @@ class _Run:
                 )
             self._tell(rewritten=self.state.rewritten + 1)
         return [
-            self._case(problem, original, made.get(key))
-            for key, (problem, original) in zip(keys, todo, strict=True)
+            replace(self._case(problem, original, made.get(key)), sample=number)
+            for key, number, (problem, original) in zip(keys, numbers, todo, strict=True)
         ]
 
     def _case(self, problem: Problem, original: Response, rewrite: Rewrite | None) -> Case:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..evaluation.answers import Answer, OnAnswers, answer, journal_header
-from ..evaluation.condition import Condition
 from ..evaluation.journal import Journal
 from ..evaluation.tasks import Problem
 from ..generation.batch import ROWS
@@ -22,8 +21,10 @@ from ..model.model import Model, takes_model
 from ..model.prompt import encode_answer
 from .make_pairs import (
     PAIR_FORMAT,
+    SAMPLING,
     Files,
     described,
+    draws,
     figures,
     means,
     up_to_count,
@@ -34,7 +35,6 @@ from .verification import Response
 
 SOLUTION_FORMAT = "mlx-densesteer solution 1"
 SAMPLES = 8
-SAMPLING = Sampling(temp=0.7, seed=0)
 LEAST = 10  # per cent of its tokens by which the longest sample exceeds the shortest
 
 # in the order of the checks
@@ -120,15 +120,9 @@ def sample_pairs(
     """
     if not problems:
         raise InputError("no problems to solve; expected at least one.")
-    if samples < 2:
-        raise InputError(f"{samples} samples of a problem: expected at least 2, to compare.")
-    if not sampling.temp:
-        raise InputError(
-            "temperature 0: all samples would be the same; expected more, such as 0.7."
-        )
+    conditions = draws(samples, sampling)
     files = Files(Path(out))
     files.check(files.samples)
-    conditions = [Condition(sampling=sampling, number=number) for number in range(samples)]
     cases: list[SampleCase] = []
     answers: list[Answer] = []
     before = generated = 0

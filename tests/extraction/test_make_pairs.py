@@ -16,7 +16,9 @@ from mlx.utils import tree_flatten
 
 from mlx_densesteer.cli import main
 from mlx_densesteer.errors import DenseSteerError, InputError
+from mlx_densesteer.evaluation.answers import Answer
 from mlx_densesteer.evaluation.tasks import load_task
+from mlx_densesteer.extraction import make_pairs as make_pairs_module
 from mlx_densesteer.extraction.make_pairs import PairsProgress, make_pairs
 from mlx_densesteer.extraction.pairs import read_pairs
 from mlx_densesteer.extraction.rewriting import (
@@ -32,6 +34,7 @@ from mlx_densesteer.extraction.rewriting.model import InstructionRewriter, Model
 from mlx_densesteer.extraction.rewriting.rules import RulesRewriter, merge_steps
 from mlx_densesteer.extraction.verification import most_tokens
 from mlx_densesteer.generation.answer import split_steps
+from mlx_densesteer.generation.sampling import Sampling
 from mlx_densesteer.generation.stream import generate
 from mlx_densesteer.model.likelihood import nll
 from mlx_densesteer.model.model import load
@@ -133,6 +136,47 @@ def test_pairs_of_the_models_own_solutions(solver, problems, tmp_path):
     assert (summary.accepted, summary.rejected) == (5, {"single step": 1})
     assert summary.after["steps"] == 1.0 < summary.before["steps"]
     assert states[-1] == PairsProgress(7, 7, 6, 5, 6, 5, states[-1].tokens)
+
+
+def test_of_several_samples_two_that_differ_are_rewritten(solver, problems, tmp_path, monkeypatch):
+    right = SOLUTIONS[0]
+    other, third = right.replace("That makes 9.\n\n", ""), right.replace("That", "Which")
+    drawn = {"A?": ["No.\n#### 1", right, right, other, third], "B?": [SOLUTIONS[3]] * 5}
+
+    def give(model, problems, conditions, journal, **options):
+        assert journal.path.name == "pairs.jsonl.samples.jsonl"
+        assert [one.sampling for one in conditions] == [Sampling(0.7, seed=3)] * 5
+        return [
+            Answer(
+                problem.id, "", one.fingerprint, text, (1,), 1, "stop",
+                text.endswith(problem.answer), None, False, None, 1.0,
+            )
+            for problem in problems
+            for one, text in zip(conditions, drawn[problem.prompt], strict=True)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(make_pairs_module, "answer", give)
+    model, tokenizer = load(solver)
+    out, two = tmp_path / "pairs.jsonl", load_task(problems)[:2]
+    options = {"samples": 5, "sampling": Sampling(0.7, seed=3), "nll_margin": 50.0}
+    summary = make_pairs(model, tokenizer, two, RulesRewriter(), out, **options)
+    made = lines(out)
+    assert [one["negative"] for one in made] == [right, other]
+    assert [one["sampling"]["negative"] for one in made] == [1, 3]
+    assert made[0]["sampling"] == {"temp": 0.7, "top_p": 1.0, "seed": 3, "negative": 1}
+    assert (summary.problems, summary.wrong, summary.accepted) == (2, 6, 2)
+
+
+def test_samples_that_are_rewritten_go_on_and_are_the_same_bytes(solver, problems, tmp_path):
+    sampling = {"samples": 2, "sampling": Sampling(0.3, seed=1)}
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    summary = run(solver, problems, whole, **sampling)
+    assert summary.problems == 7 and summary.accepted >= 5
+    run(solver, problems, parts, count=2, **sampling)
+    run(solver, problems, parts, **sampling)
+    assert parts.read_bytes() == whole.read_bytes()
+    with pytest.raises(InputError, match="1 samples of a problem: expected at least 2"):
+        run(solver, problems, tmp_path / "one.jsonl", samples=1)
 
 
 def test_the_figures_are_those_of_the_texts(solver, problems, tmp_path):

@@ -216,8 +216,11 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--samples", 4, "--rewriter", "rules"], "--rewriter: and --samples exclude each other"),
-        (["--samples", 4, "--nll-margin", 1], "--nll-margin: and --samples exclude each other"),
+        (
+            ["--samples", 4, "--nll-margin", 1],
+            "--nll-margin: with --samples it needs a --rewriter too",
+        ),
+        (["--samples", 4, "--rewriter", "short"], "--rewriter short: expected rules, plain, brief"),
         (["--temp", 1], "--temp: needs --samples K"),
         (["--seed", 1], "--seed: needs --samples K"),
         (["--samples", 1], "1 is not in the range x>=2"),
