@@ -395,7 +395,7 @@ class _Run:
         return answers
 
     def rewrite(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Case]:
-        """Return a case for each usable answer, in order; of one text, and of few samples of a problem."""
+        """Return a case for each usable answer, in order: of a problem's samples the first few that differ."""
         sampled = self.conditions != [None]
         todo: list[tuple[Problem, Response]] = []
         numbers: list[int | None] = []
