@@ -33,6 +33,19 @@ class RunOptions(TypedDict):
     rows: int
 
 
+class Endpoint(TypedDict):
+    """The options of a rewriter behind an endpoint; ``fields`` is JSON."""
+
+    fields: str
+    timeout: float
+    attempts: int
+    at_once: int
+    per_minute: float
+
+
+FIXED = ("rules", "plain", "brief")  # rewriters that are fixed rules
+
+
 @click.command()
 @model_option()
 @task_options
@@ -156,39 +169,15 @@ def pairs(
         raise click.UsageError(f"--{lonely[0].replace('_', '-')}: needs --samples K.")
     if samples and nll_margin is not None and spec is None:
         raise click.UsageError("--nll-margin: with --samples it needs a --rewriter too.")
-    chooses = samples is not None and spec is None  # among the samples: nothing is rewritten
-    kind, _, rest = ("" if chooses else spec or "rules").partition(":")
-    fixed = ("rules", "plain", "brief")
-    known = (*fixed, "instruction", "mlx", "openai", "file")
-    if not chooses and (kind not in known or (kind in fixed) == bool(rest.strip())):
-        raise click.UsageError(
-            f"--rewriter {spec}: expected rules, plain, brief, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
-            "file:FILE.jsonl."
-        )
-    rewriter: Rewriter | None = None
-    if kind == "openai":
-        from ..extraction.rewriting.openai import KEY, OpenAIRewriter
-        from ..files import parse_object
-
-        given, error = rewriter_fields or "{}", click.UsageError
-        rewriter = OpenAIRewriter(
-            rest,
-            key=os.environ.get(KEY),
-            fields=parse_object(given, "--rewriter-fields", error=error, remedy=""),
-            warn=note,
-            timeout=timeout,
-            attempts=attempts,
-            at_once=at_once,
-            per_minute=requests_per_minute,
-        )
-    elif kind == "file":
-        from ..extraction.rewriting.file import FileRewriter
-
-        rewriter = FileRewriter(rest)
-    elif kind in fixed:
-        from ..extraction.rewriting.rules import BriefRewriter, RulesRewriter
-
-        rewriter = BriefRewriter() if kind == "brief" else RulesRewriter(plain=kind == "plain")
+    kind, rest = _rewriter_of(spec or "rules")
+    endpoint: Endpoint = {
+        "fields": rewriter_fields or "{}",
+        "timeout": timeout,
+        "attempts": attempts,
+        "at_once": at_once,
+        "per_minute": requests_per_minute,
+    }
+    rewriter = _without_model(kind, rest, endpoint)
 
     from ..evaluation.contamination import warn_of_test_problems
     from ..extraction.make_pairs import Files
@@ -208,7 +197,7 @@ def pairs(
     loaded = load(model)
     run: RunOptions = {"count": wanted, "system": system, "max_tokens": max_tokens, "rows": rows}
     sampling = replace(SAMPLING, **{k: v for k, v in drawn.items() if v is not None})
-    if samples and chooses:
+    if samples and spec is None:
         _sample(loaded, chosen, files, samples, sampling, run, as_json)
         return
     if kind == "instruction":
@@ -233,6 +222,50 @@ def pairs(
     _tell(summary, files, wanted, samples)
     told = {"sampling": {"samples": samples, **asdict(sampling)}} if samples else {}
     _end(summary, files, as_json, solutions, rewriter=rewriter.name, **told)
+
+
+def _rewriter_of(spec: str) -> tuple[str, str]:
+    """Return the kind of a rewriter, and what stands behind its colon."""
+    kind, _, rest = spec.partition(":")
+    if kind not in (*FIXED, "instruction", "mlx", "openai", "file") or (kind in FIXED) == bool(
+        rest.strip()
+    ):
+        raise click.UsageError(
+            f"--rewriter {spec}: expected rules, plain, brief, instruction:TEXT, mlx:MODEL, openai:URL#MODEL or "
+            "file:FILE.jsonl."
+        )
+    return kind, rest
+
+
+def _without_model(kind: str, rest: str, endpoint: Endpoint) -> "Rewriter | None":
+    """Return a rewriter that needs no model of this process; None for the kinds that do.
+
+    What is wrong with it is told before a model is loaded.
+    """
+    if kind == "openai":
+        from ..extraction.rewriting.openai import KEY, OpenAIRewriter
+        from ..files import parse_object
+
+        given, error = endpoint["fields"], click.UsageError
+        return OpenAIRewriter(
+            rest,
+            key=os.environ.get(KEY),
+            fields=parse_object(given, "--rewriter-fields", error=error, remedy=""),
+            warn=note,
+            timeout=endpoint["timeout"],
+            attempts=endpoint["attempts"],
+            at_once=endpoint["at_once"],
+            per_minute=endpoint["per_minute"],
+        )
+    if kind == "file":
+        from ..extraction.rewriting.file import FileRewriter
+
+        return FileRewriter(rest)
+    if kind in FIXED:
+        from ..extraction.rewriting.rules import BriefRewriter, RulesRewriter
+
+        return BriefRewriter() if kind == "brief" else RulesRewriter(plain=kind == "plain")
+    return None
 
 
 def _end(
