@@ -144,9 +144,11 @@ def run(
 
 def table(found: "Calibration") -> list[str]:
     """Return the table of the settings with its legend."""
+    from ..evaluation.intervals import FEW
     from ..steering.request import joined
 
     measured = "" if found.positions == "all" else f" Positions: {found.positions}."
+    narrow = ", too narrow for so few" if found.pairs < FEW else ""
     lines = [["layers", "KL", "strength", "dose", "gain", "95%"]]
     for row in found.rows:
         gain = row.gain
@@ -158,7 +160,7 @@ def table(found: "Calibration") -> list[str]:
         "per cent of the residual stream's norm; gain: by how many nats per token the steered model",
         f"favours the dense responses of {count(found.pairs, 'pair')} more than the unsteered one does, "
         "with its",
-        f"bootstrap interval over the pairs. At each KL the best is the first.{measured}",
+        f"bootstrap interval over the pairs{narrow}. At each KL the best is the first.{measured}",
     ]
 
 

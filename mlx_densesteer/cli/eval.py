@@ -229,6 +229,8 @@ def _share(one: "Estimate") -> str:
 
 
 def _table(scores: "dict[str, Score]", think_limit: int | None) -> list[str]:
+    from ..evaluation.intervals import FEW
+
     titles = [
         "accuracy",
         "steps",
@@ -259,18 +261,25 @@ def _table(scores: "dict[str, Score]", think_limit: int | None) -> list[str]:
     lines = aligned(rows)
     total = next(iter(scores.values())).problems
     lines.append(f"{count(total, 'problem')}, greedy; 95% intervals in brackets")
+    if total < FEW:
+        lines.append(
+            "so few problems make the intervals of means (all but the accuracy's) too narrow"
+        )
     if think_limit is not None:
         lines.append(
             f"in every row a thought was ended by force after {think_limit} tokens; the NLL counts that token too"
         )
-    for other in ("unsteered", "steered"):
-        lines += _differences(scores, other)
+    differences = [_differences(scores, other) for other in ("unsteered", "steered")]
+    for rows in filter(None, differences):
+        lines += ["", *aligned(rows)]
+    if (tests := sum(len(rows) - 1 for rows in differences if rows)) > 1:
+        lines.append(f"p: McNemar's exact test, not corrected for the {tests} comparisons")
     return lines
 
 
-def _differences(scores: "dict[str, Score]", other: str) -> list[str]:
-    """Return a table of the differences from one of the conditions; nothing if there are none."""
-    rows = [["", "accuracy", "gained", "lost", "McNemar p", "steps", "tokens", "NLL"]]
+def _differences(scores: "dict[str, Score]", other: str) -> list[list[str]]:
+    """Return the rows of the differences from one of the conditions; nothing if there are none."""
+    rows = [["", "accuracy, points", "gained", "lost", "McNemar p", "steps", "tokens", "NLL"]]
     for name, s in scores.items():
         compared = s.against_unsteered if other == "unsteered" else s.against_steered
         if compared is None:
@@ -279,7 +288,7 @@ def _differences(scores: "dict[str, Score]", other: str) -> list[str]:
         rows.append(
             [
                 f"{_short(name)} - {other}",
-                f"{100 * accuracy.value:+.1f}% [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+                f"{100 * accuracy.value:+.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
                 str(compared.better),
                 str(compared.worse),
                 f"{compared.p:.3g}",
@@ -288,4 +297,4 @@ def _differences(scores: "dict[str, Score]", other: str) -> list[str]:
                 _estimate(compared.nll, 3),
             ]
         )
-    return ["", *aligned(rows)] if len(rows) > 1 else []
+    return rows if len(rows) > 1 else []

@@ -116,10 +116,19 @@ def _grade_boxed(gold: str, response: str, question: str) -> Grade:
     if one and two and not ("=" in gold and "=" in found):  # x = 0 is not y = 0
         correct = _same_number(one, two, question)
     elif by_math_verify is not None:
-        correct = by_math_verify
+        correct = by_math_verify and not _other_base(plain_gold, plain)
     else:
         correct = by_reference or _same_string(plain_gold, plain)
     return Grade(correct, found, by_reference, by_math_verify)
+
+
+_BASED = re.compile(r"[0-9A-Za-z]+_\s*\{?\s*([0-9]+)\s*\}?")
+
+
+def _other_base(gold: str, found: str) -> bool:
+    """Tell whether both are numbers of a named base, and the bases differ, which math-verify does not see."""
+    bases = [match[1] for text in (gold, found) if (match := _BASED.fullmatch(text.strip()))]
+    return len(bases) == 2 and bases[0] != bases[1]
 
 
 def _same_string(gold: str, answer: str) -> bool:

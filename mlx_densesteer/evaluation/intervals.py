@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+FEW = 20  # values below which the bootstrap's interval is clearly too narrow
 _CELLS = 2**22  # drawn at a time by the bootstrap: 16 MB of indices, 32 MB of values
 
 
@@ -81,15 +82,26 @@ def paired_difference(
 
 def _tango(better: int, worse: int, total: int, difference: float) -> float:
     """Return the score statistic of a difference; it falls as the difference grows."""
-    a = 2 * total
-    b = (2 * total - better + worse) * difference - better - worse
-    c = -worse * difference * (1 - difference)
-    only_worse = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)  # most likely P(worse)
-    variance = total * (2 * only_worse + difference * (1 - difference))
+    variance = total * paired_variance(better / total, worse / total, difference)
     distance = better - worse - total * difference
     if variance <= 0:
         return math.copysign(math.inf, distance) if distance else 0.0
     return distance / math.sqrt(variance)
+
+
+def paired_variance(better: float, worse: float, difference: float) -> float:
+    """Return the variance that one problem adds to a difference of accuracies, if ``difference`` is the true one.
+
+    ``better`` and ``worse`` are the shares of the problems that only the one or the other solved. Their
+    likeliest values under the difference are q + difference and q; the variance is
+    2 q + difference (1 - difference).
+
+    Source: Tango, Statistics in Medicine 17 (1998), 891-908.
+    """
+    b = (2 - better + worse) * difference - better - worse
+    c = -worse * difference * (1 - difference)
+    only_worse = (math.sqrt(max(b * b - 8 * c, 0.0)) - b) / 4  # the likeliest P(worse)
+    return 2 * only_worse + difference * (1 - difference)
 
 
 def _cross(function: Callable[[float], float], low: float, high: float) -> float:
@@ -110,7 +122,8 @@ def bootstrap(
     """Return a mean and the bounds of its bootstrap interval.
 
     ``values``: one number a problem. To compare two settings, give the difference on each problem.
-    Problems are drawn with replacement; the bounds are percentiles of the resampled means.
+    Problems are drawn with replacement; the bounds are percentiles of the resampled means. Of fewer than
+    ``FEW`` problems they are too close: at 8 they hold the mean in 80 to 90 % of the cases, not in 95.
 
     Raises:
         ValueError: no value, one that is not finite, fewer than 1 resample, or a confidence

@@ -83,10 +83,11 @@ _THIN = "\u00a0\u2002-\u200a\u202f\u205f\u3000"  # spaces that no line breaks at
 _SEPARATOR = rf"\{{(?:,|\\,|\\!|\\;)\}}|,?\\[,!;: ][ ]?|~|'|_|[{_THIN}]"
 _GROUPS = re.compile(rf"(?<![0-9])[0-9]+(?:(?:{_SEPARATOR})[0-9]+)+")
 _GROUPS_OR_SPACE = re.compile(rf"(?<![0-9])[0-9]+(?:(?:{_SEPARATOR}|[ ])[0-9]+)+")
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 
 
 def tidy(text: str, *, spaces: bool = False) -> str:
-    r"""Return ``text`` with its numbers in ASCII and without LaTeX's and Unicode's separators.
+    r"""Return ``text`` with its numbers in ASCII and without LaTeX's and Unicode's separators, and without colours.
 
     A plain comma or point stays as it is. ``3{,}5`` is 3.5. With ``spaces`` a plain space
     separates thousands too, as in ``9 500``: right in LaTeX, in prose a guess.
@@ -97,6 +98,8 @@ def tidy(text: str, *, spaces: bool = False) -> str:
         text = _SMALL_FRACTION.sub(lambda m: f"{_ascii(m[1])}/{_ascii(m[2])}", text)
         text = _SUPER.sub(lambda m: f"^{{{_ascii(m[0])}}}", text)
         text = _SUB.sub(lambda m: f"_{{{_ascii(m[0])}}}", text)
+    if "color" in text:
+        text = _COLOUR.sub("", text)
     return (_GROUPS_OR_SPACE if spaces else _GROUPS).sub(_join, text)
 
 
@@ -338,7 +341,8 @@ def _decimal(run: str) -> Fraction | Decimal | None:
 
 
 _DELIMITED = re.compile(
-    r"\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\{([^{}]*)\}|\\displaystyle(?![a-zA-Z])(.*)", re.DOTALL
+    r"\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\{((?:[^{}]|\{[^{}]*\})*)\}|\\displaystyle(?![a-zA-Z])(.*)",
+    re.DOTALL,
 )
 _STYLED = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|boldsymbol|bm|mathit|textit)\s*\{([^{}]*)\}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..steering.request import format_dose, joined
 from ..text import count
-from .intervals import bootstrap, mcnemar, paired_difference, sign_flip
+from .intervals import bootstrap, mcnemar, paired_difference, paired_variance, sign_flip
 
 RISK = 0.05  # of recommending a setting if none has an effect
 POWER = 0.8  # the chance that the problems asked for show an effect that is there
@@ -40,7 +40,8 @@ class Outcome:
 class Unproven:
     """The setting that looked best where none is supported: an impression, not a recommendation.
 
-    ``problems_needed`` is for a test of this setting alone on other problems (``problems_to_know``).
+    ``problems_needed`` is for a test of this setting alone on other problems (``problems_to_know``): those that
+    show its gain, or those that show that it saves tokens and loses less than the margin, whichever are fewer.
     """
 
     layers: tuple[int, ...]
@@ -151,16 +152,16 @@ def _looks_best(comparisons: Sequence[_Comparison], margin: float) -> _Compariso
 
 def _unproven(c: _Comparison, baseline: Outcome, margin: float) -> Unproven:
     count = len(baseline.correct)
+    ways = []
     if c.gain > 0:
-        needed = problems_to_know(c.better, c.worse, count)
-    else:
+        ways.append(problems_to_know(c.better, c.worse, count))
+    if c.saving > 0:
         saved = baseline.tokens - c.outcome.tokens.astype(np.float64)
         spread = float(saved.std(ddof=1)) if count > 1 else 0.0
         shorter = math.ceil((sum(_quantiles()) * spread / c.saving) ** 2)
-        needed = problems_to_know(c.better, c.worse, count, margin=margin)
-        needed = max(needed, shorter)
+        ways.append(max(shorter, problems_to_know(c.better, c.worse, count, margin=margin)))
     o = c.outcome
-    return Unproven(o.layers, o.strength, o.dose, c.better, c.worse, needed)
+    return Unproven(o.layers, o.strength, o.dose, c.better, c.worse, min(ways))
 
 
 def problems_to_know(better: int, worse: int, total: int, *, margin: float | None = None) -> int:
@@ -172,10 +173,14 @@ def problems_to_know(better: int, worse: int, total: int, *, margin: float | Non
 
         n = (z sqrt(psi) + z' sqrt(psi - d^2))^2 / d^2        z, z': quantiles of 95 % and of the power
 
-    problems on. With ``margin`` the question is whether the setting loses less than that, and
-    n = (z + z')^2 (psi - d^2) / (d + margin)^2, at least ``problems_needed(1)``.
+    problems on. With ``margin`` the question is whether the setting loses less than that, by the lower bound
+    of Tango's interval, and
 
-    Source: Connor, Biometrics 43 (1987), 207-211.
+        n = (z sqrt(v) + z' sqrt(psi - d^2))^2 / (d + margin)^2        v: ``paired_variance`` at -margin
+
+    at least ``problems_needed(1)``.
+
+    Sources: Connor, Biometrics 43 (1987), 207-211; with a margin Nam, Biometrics 53 (1997), 1422-1430.
 
     Raises:
         ValueError: no difference, or with ``margin`` a loss that is not below it.
@@ -186,7 +191,8 @@ def problems_to_know(better: int, worse: int, total: int, *, margin: float | Non
     if margin is not None:
         if difference <= -margin:
             raise ValueError(f"a difference of {difference:g}: expected more than {-margin:g}.")
-        root = (z + power) * math.sqrt(spread) / (difference + margin)
+        null = paired_variance(better / total, worse / total, -margin)
+        root = (z * math.sqrt(null) + power * math.sqrt(spread)) / (difference + margin)
         return max(math.ceil(root**2), problems_needed(1, margin))
     if not difference:
         raise ValueError("no difference: no number of problems shows it.")
@@ -313,12 +319,12 @@ def _say_none(
 
 def _say_unproven(c: _Comparison, unproven: Unproven, problems: int, settings: int) -> str:
     seen = f"{c.better} of {problems} problems gained and {c.worse} lost"
-    if c.gain <= 0:
+    if c.saving > 0:
         seen += f", {c.saving:.1f} tokens saved"
     return (
         f"{c.name.capitalize()} looks best but is unproven ({seen}, p = {c.p:.2g}, "
         f"{_corrected(settings, 'Holm')}): if that is its true effect, about {unproven.problems_needed} other "
-        f"problems with this setting alone would show it ({POWER:.0%} power)."
+        f"problems with this setting alone would be enough to recommend it ({POWER:.0%} power)."
     )
 
 

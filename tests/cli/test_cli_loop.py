@@ -35,6 +35,7 @@ def test_eval_compares_keeps_every_answer_and_repeats_none(run, tmp_path):
     first = run(*words)
     lines = first.stdout.splitlines()
     assert lines[1].startswith("unsteered") and lines[2].startswith("steered")
+    assert "so few problems make the intervals of means" in lines[4]
     assert "McNemar p" in lines[-2] and lines[-1].startswith("steered - unsteered")
     kept = tmp_path / "eval-demo-demo.jsonl"
     answers = [r for r in records(kept) if "text" in r]
@@ -79,6 +80,7 @@ def test_eval_compares_baselines_in_the_same_table(run, tmp_path):
     assert [row for row in rows if row.endswith("- steered")] == [
         f"{name} - steered" for name in specs
     ]
+    assert table.splitlines()[-1].endswith("not corrected for the 9 comparisons")
     plot = ("--plot", "a.png") if find_spec("matplotlib") else ()
     document = json.loads(run(*words, *given, "--examples", examples, "--json", *plot).stdout)
     assert list(document["scores"]) == names

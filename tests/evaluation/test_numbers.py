@@ -362,6 +362,13 @@ BOXES = [
     ("x\u00b2", "x^2", True, False),
     ("52_8", "52_8", True, True),
     ("52_8", "528", False, False),
+    ("204_7", "204_5", False, False),
+    ("1011_{10}", "1011_2", False, False),
+    ("204_{5}", "204_5", True, False),
+    (r"\textcolor{blue}{45}", "45", True, True),
+    (r"\color{blue}45", "45", True, True),
+    (r"\color{blue}{\frac{1}{2}}", "0.5", True, True),
+    (r"\textcolor{red}{x+1}", "x+1", True, True),
 ]  # fmt: skip
 
 
